@@ -1,0 +1,271 @@
+"""Data sets: recognising and checking what lies on disk, writing dataset.json, splitting patient by patient."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import InvresError
+from .dataset_json import Case, Dataset, file_names, read_json, read_json_layout, stem_of
+from .layouts import FOLDER_READERS
+
+__all__ = [
+    "Case",
+    "Dataset",
+    "case_problems",
+    "read_dataset",
+    "read_splits",
+    "split_by_count",
+    "split_cases",
+    "write_dataset_json",
+    "write_splits",
+]
+
+Split = tuple[tuple[str, ...], tuple[str, ...]]
+
+FORMATS = (
+    "a dataset.json (nnU-Net v2 or Decathlon), folders images and labels, a folder per case, "
+    "BIDS, iSeg, BraTS 2020 or KiTS19"
+)
+
+
+def read_dataset(path: Path | str, *, checked: bool = True) -> Dataset:
+    """Reads a data set from a dataset.json or from its folder and recognises the layout by itself.
+
+    Only paths and JSON are read; label files are opened only where nothing states the label values.
+    checked False leaves missing files and wrong channel counts in the result, for the data doctor to list.
+    Raises InvresError for a path that is no data set, for broken JSON, and (checked) for the first case with a
+    missing file, a wrong number of channels or a name given twice.
+    """
+    path = Path(path)
+    if path.is_dir():
+        dataset = _read_folder(path)
+    elif path.is_file() and path.suffix.lower() == ".json":
+        dataset = read_json_layout(path)
+    elif path.exists():
+        raise InvresError(
+            f"{path.name} is no data set: a dataset.json or a folder is wanted.", hint="Give the folder with the cases."
+        )
+    else:
+        raise InvresError(f"There is no data set at {path}.", hint="Check the path for a typing mistake.")
+    if not dataset.cases:
+        raise InvresError(
+            f"The data set {path} ({dataset.layout}) has no training case.",
+            hint="Put image files where its format wants them, or correct `file_ending` or `training` in dataset.json.",
+        )
+    if checked and (problems := case_problems(dataset)):
+        more = f" ({len(problems) - 1} more problems were found.)" if len(problems) > 1 else ""
+        raise InvresError(problems[0][2] + more, hint="Run `invres check` on the data set for the whole list.")
+    return dataset
+
+
+def _read_folder(folder: Path) -> Dataset:
+    if (folder / "dataset.json").is_file():
+        return read_json_layout(folder / "dataset.json")
+    for reader in FOLDER_READERS:
+        if (dataset := reader(folder)) is not None:
+            return dataset
+    raise InvresError(
+        f"No data set format was recognised in {folder}; known are {FORMATS}.",
+        hint="Give the folder that directly holds the cases, or write a dataset.json for it.",
+    )
+
+
+def case_problems(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """What is wrong with the files of each case: (case name, code, one sentence), without opening a volume.
+
+    Codes: duplicate_name, channel_count, missing_file.
+    """
+    counts = Counter(case.name for case in dataset.cases)
+    problems = [
+        (name, "duplicate_name", f"The case name {name} occurs {count} times; each case needs its own name.")
+        for name, count in counts.items()
+        if count > 1
+    ]
+    wanted = 1 if dataset.channels_in_one_file else len(dataset.channel_names)
+    for case in dataset.cases:
+        if len(case.images) != wanted:
+            sentence = (
+                f"The case {case.name} has {len(case.images)} image files ({file_names(case.images)}), but the data "
+                f"set has {wanted} a case, for the channels {', '.join(dataset.channel_names)}."
+            )
+            problems.append((case.name, "channel_count", sentence))
+        files = [("image", path) for path in case.images]
+        if case.label is not None:
+            files.append(("label", case.label))
+        for kind, path in files:
+            # A DICOM series is a folder.
+            if not path.exists():
+                problems.append((case.name, "missing_file", f"The {kind} file {path} of {case.name} does not exist."))
+    return problems
+
+
+def write_dataset_json(dataset: Dataset, path: Path | str) -> None:
+    """Writes `dataset` as an nnU-Net v2 dataset.json that lists its files, with paths relative to the json.
+
+    The file appears whole or not at all. `read_dataset` gives back the same channels, labels and cases.
+    Raises InvresError where the file cannot be written.
+    """
+    path, first = Path(path), dataset.cases[0].images[0]
+    labels: dict[str, Any] = {"background": 0}
+    for label in dataset.scheme.labels:
+        labels[label.name] = list(label.values) if dataset.scheme.regions else label.values[0]
+    if dataset.scheme.ignore_value is not None:
+        labels["ignore"] = dataset.scheme.ignore_value
+    description: dict[str, Any] = {
+        "name": dataset.name,
+        "channel_names": {str(index): name for index, name in enumerate(dataset.channel_names)},
+        "labels": labels,
+        "numTraining": len(dataset.cases),
+        "file_ending": first.name.removeprefix(stem_of(first)),
+    }
+    if dataset.scheme.regions:
+        description["regions_class_order"] = [label.output_value for label in dataset.scheme.labels]
+    if dataset.channels_in_one_file:
+        description["channels_in_one_file"] = True
+    description["dataset"] = {case.name: _case_entry(case, path.parent) for case in dataset.cases}
+    _write_json(path, description)
+
+
+def _case_entry(case: Case, root: Path) -> dict[str, Any]:
+    entry: dict[str, Any] = {"images": [_relative(image, root) for image in case.images]}
+    if case.label is not None:
+        entry["label"] = _relative(case.label, root)
+    if case.patient != case.name:
+        entry["patient"] = case.patient
+    return entry
+
+
+def _relative(path: Path, root: Path) -> str:
+    try:
+        return Path(os.path.relpath(path.absolute(), root.absolute())).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.absolute().as_posix()
+
+
+def split_cases(
+    dataset: Dataset, seed: int = 0, folds: int = 5, fold: int = 0, root: Path | str | None = None
+) -> Split:
+    """The names of the training and of the validation cases of one fold; both sorted.
+
+    A splits_final.json in `root` (default: the data set's folder) is used as it is; seed and folds then count for
+    nothing. Otherwise patients are sorted, shuffled by `seed` and cut into `folds` parts as scikit-learn's KFold
+    does (seed 12345 repeats nnU-Net's split), at most one part per patient, so 2 to 4 patients are left out one by
+    one. With a single patient training and validation are the same cases: (names, names). Cases without a label
+    take no part.
+
+    Raises InvresError for a fold that does not exist, a data set without labels, or a splits_final.json that names
+    unknown cases.
+    """
+    file = Path(root or dataset.root) / "splits_final.json"
+    splits = read_splits(file, dataset) if file.is_file() else _folds(dataset, seed, folds)
+    if not 0 <= fold < len(splits):
+        raise InvresError(
+            f"There is no fold {fold}; the data set has the folds 0 to {len(splits) - 1}.",
+            hint="Choose one of them; folds are never more than patients.",
+        )
+    return splits[fold]
+
+
+def split_by_count(dataset: Dataset, validation_count: int, seed: int = 0) -> Split:
+    """A seeded split with `validation_count` cases for validation; both sides sorted.
+
+    Whole patients are taken, so it may be a few cases more where patients have several.
+    Raises InvresError where that leaves no case on one of the sides.
+    """
+    patients = _shuffled_patients(dataset, seed)
+    labelled = len(dataset.labelled_cases)
+    if not 1 <= validation_count < labelled:
+        raise InvresError(
+            f"validation_count must be 1 to {labelled - 1} for {labelled} labelled cases, got {validation_count}.",
+            hint="Choose a smaller number of validation cases." if validation_count > 0 else "Choose at least 1.",
+        )
+    sizes = Counter(case.patient for case in dataset.labelled_cases)
+    enough = int(np.searchsorted(np.cumsum([sizes[patient] for patient in patients]), validation_count)) + 1
+    if enough == len(patients):
+        raise InvresError(
+            f"{validation_count} validation cases of whole patients leave no patient for training.",
+            hint="Choose a smaller number of validation cases.",
+        )
+    return _sides(dataset, set(patients[:enough]))
+
+
+def read_splits(path: Path | str, dataset: Dataset) -> list[Split]:
+    """All folds of an nnU-Net splits_final.json. Raises InvresError for a wrong form and for unknown case names."""
+    content = read_json(Path(path))
+    if not isinstance(content, list) or not content or not all(_is_fold(fold) for fold in content):
+        raise InvresError(
+            f'{path} must be a list of {{"train": [...], "val": [...]}} with case names in both.',
+            hint="Correct the file, or remove it to have the cases split anew.",
+        )
+    unknown = {name for fold in content for name in (*fold["train"], *fold["val"])}
+    unknown -= {case.name for case in dataset.labelled_cases}
+    if unknown:
+        raise InvresError(
+            f"{path} names {min(unknown)!r}, which is no labelled case of the data set ({len(unknown)} such names).",
+            hint="Correct the file, or remove it to have the cases split anew.",
+        )
+    return [(tuple(fold["train"]), tuple(fold["val"])) for fold in content]
+
+
+def write_splits(dataset: Dataset, folder: Path | str, seed: int = 0, folds: int = 5) -> Path:
+    """Writes splits_final.json with all folds into `folder`, whole or not at all, and returns its path."""
+    path = Path(folder) / "splits_final.json"
+    splits = _folds(dataset, seed, folds)
+    _write_json(path, [{"train": list(train), "val": list(validation)} for train, validation in splits])
+    return path
+
+
+def _is_fold(fold: Any) -> bool:
+    if not isinstance(fold, dict) or not {"train", "val"} <= fold.keys():
+        return False
+    sides = (fold["train"], fold["val"])
+    return all(isinstance(side, list) and side and all(isinstance(name, str) for name in side) for side in sides)
+
+
+def _folds(dataset: Dataset, seed: int, folds: int) -> list[Split]:
+    if folds < 2:
+        raise InvresError(f"folds must be 2 or more, got {folds}.", hint="5 is usual.")
+    patients = _shuffled_patients(dataset, seed)
+    if len(patients) == 1:
+        return [_sides(dataset, set(), everything_twice=True)]
+    parts = np.array_split(np.arange(len(patients)), min(folds, len(patients)))
+    return [_sides(dataset, {patients[index] for index in part}) for part in parts]
+
+
+def _shuffled_patients(dataset: Dataset, seed: int) -> list[str]:
+    patients = sorted({case.patient for case in dataset.labelled_cases})
+    if not patients:
+        raise InvresError(
+            f"The data set {dataset.name} has no case with a label to train on.",
+            hint="Add label files, or use `invres segment` to segment its images.",
+        )
+    # RandomState's stream never changes between numpy versions, Generator's may.
+    np.random.RandomState(seed).shuffle(patients)
+    return patients
+
+
+def _sides(dataset: Dataset, validation_patients: set[str], *, everything_twice: bool = False) -> Split:
+    cases = sorted(dataset.labelled_cases, key=lambda case: case.name)
+    train = tuple(case.name for case in cases if case.patient not in validation_patients)
+    validation = tuple(case.name for case in cases if case.patient in validation_patients)
+    return train, train if everything_twice else validation
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InvresError(f"{path} cannot be written: {error.strerror}.", hint="Choose a folder with room.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

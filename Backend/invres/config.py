@@ -1,0 +1,317 @@
+"""Every configuration as one frozen dataclass, and the way of each to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from . import InvresError
+
+__all__ = [
+    "ENGINES",
+    "NETWORKS",
+    "AugmentationConfig",
+    "ChannelPlan",
+    "Label",
+    "LabelScheme",
+    "LossWeights",
+    "NetworkConfig",
+    "PreparationPlan",
+    "Recipe",
+    "TrainingConfig",
+    "VAEConfig",
+    "from_dict",
+    "to_dict",
+]
+
+NETWORKS = ("unet3d", "partially_invres", "fully_invres")
+ENGINES = ("auto", "stored", "checkpoint", "memcnn", "reversible")
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The variational branch (Myronenko, arXiv 1810.11654): it reconstructs the input while training.
+
+    patch: (D, H, W) of the training input; the dense layers fix it. (0, 0, 0) is filled in from the recipe's patch.
+    latent: length of mean and of log-variance each; published value.
+    reduced_channels: width in front of the dense layer; published value.
+    """
+
+    patch: Triple = (0, 0, 0)
+    latent: int = 128
+    reduced_channels: int = 16
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """One network. Empty tuples mean the architecture's own default.
+
+    channels: width of the full state at each level, finest first.
+    blocks, decoder_blocks: couplings (unet3d: convolution pairs) per level; decoder_blocks has one entry less.
+    strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
+    convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
+    """
+
+    name: str = "fully_invres"
+    in_channels: int = 1
+    out_channels: int = 2
+    channels: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    decoder_blocks: tuple[int, ...] = ()
+    strides: tuple[Triple, ...] = ()
+    convolutions: int = 1
+    kernel: int = 3
+    norm: Literal["instance", "group", "batch", "none"] = "instance"
+    negative_slope: float = 0.01
+    dropout: float = 0.0
+    learnable_resampling: bool = False
+    vae: VAEConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in NETWORKS:
+            raise InvresError(f"There is no network {self.name!r}; the networks are {', '.join(NETWORKS)}.")
+        for key in ("in_channels", "out_channels", "convolutions"):
+            if getattr(self, key) < 1:
+                raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
+        if self.kernel % 2 == 0 or self.kernel < 1:
+            raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of equation 2: cross entropy, Dice, reconstruction (L2), Kullback-Leibler."""
+
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    reconstruction: float = 0.1
+    kullback_leibler: float = 0.1
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How training patches are varied. Probabilities are per patch; ranges are symmetric unless a pair is given.
+
+    Rotation in degrees about each axis, scale as a factor, elastic displacement in voxels (standard deviation
+    at the control points), noise relative to the image's own standard deviation (images are z-scored).
+    """
+
+    spatial_probability: float = 0.5
+    rotation_degrees: Triple = (15, 15, 15)
+    scale: tuple[float, float] = (0.8, 1.25)
+    elastic_probability: float = 0.2
+    elastic_voxels: float = 2.0
+    elastic_grid: int = 5
+    flip_axes: tuple[int, ...] = ()
+    gamma_probability: float = 0.3
+    gamma: tuple[float, float] = (0.7, 1.5)
+    noise_probability: float = 0.15
+    noise_std: float = 0.1
+    bias_field_probability: float = 0.2
+    bias_field: float = 0.3
+    brightness_probability: float = 0.15
+    brightness: tuple[float, float] = (0.75, 1.25)
+    low_resolution_probability: float = 0.15
+    low_resolution: tuple[float, float] = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training. Sizes in voxels (D, H, W), times in seconds.
+
+    learning_rate: 2e-4 with Adam is the paper's (section 3.3); the schedule and the rest are chosen.
+    epochs counts `iterations_per_epoch` optimizer steps each; `time_s` (0 = none) ends the training earlier.
+    """
+
+    patch: Triple = (64, 64, 64)
+    batch_size: int = 2
+    iterations_per_epoch: int = 100
+    epochs: int = 100
+    time_s: float = 0.0
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "cosine", "poly"] = "cosine"
+    warmup_iterations: int = 0
+    weight_decay: float = 0.0
+    gradient_clip: float = 12.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    engine: str = "auto"
+    foreground_fraction: float = 0.5
+    validate_every: int = 1
+    validation_cases: int = 0
+    early_stop_epochs: int = 0
+    checkpoint_every_s: float = 300.0
+    seed: int = 0
+    loss: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise InvresError(f"There is no engine {self.engine!r}; the engines are {', '.join(ENGINES)}.")
+        for key in ("batch_size", "iterations_per_epoch", "epochs", "validate_every"):
+            if getattr(self, key) < 1:
+                raise InvresError(f"training.{key} must be 1 or more, got {getattr(self, key)}.")
+        if min(self.patch) < 1:
+            raise InvresError(f"training.patch must be three sizes of 1 or more, got {list(self.patch)}.")
+        if not self.learning_rate > 0:
+            raise InvresError(f"training.learning_rate must be above 0, got {self.learning_rate}.")
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """One input channel. modality "CT" is clipped and scaled by data-set figures, all else is z-scored per image.
+
+    clip, mean, std: used for CT only (Hounsfield units inside the foreground of the training cases).
+    """
+
+    name: str = "image"
+    modality: str = "MR"
+    clip: tuple[float, float] | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class PreparationPlan:
+    """How files become network input; recorded in the model package so that segmenting repeats it.
+
+    spacing_mm: target voxel size in canonical array order (D, H, W) = (superior, anterior, right).
+    crop_to_nonzero: crop to the box where any channel differs from zero.
+    """
+
+    channels: tuple[ChannelPlan, ...] = (ChannelPlan(),)
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    crop_to_nonzero: bool = True
+
+
+@dataclass(frozen=True)
+class Label:
+    """One foreground label or region.
+
+    values: the values of label files that belong to it; more than one makes it a region.
+    output_value: the value written for it.
+    terminology: Slicer's terminology entry string (category~type~modifier~...), "" if none.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    output_value: int
+    colour: Triple | None = None
+    terminology: str = ""
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """All foreground labels; background is 0 in files and inside.
+
+    regions False: labels exclude one another, the network has len(labels) + 1 softmax channels (0 = background).
+    regions True: labels may overlap, the network has len(labels) sigmoid channels; when written to one label map,
+    later labels overwrite earlier ones.
+    ignore_value: voxels with this value in a label file take no part in the loss.
+    """
+
+    labels: tuple[Label, ...] = ()
+    regions: bool = False
+    ignore_value: int | None = None
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output."""
+        return len(self.labels) if self.regions else len(self.labels) + 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(label.name for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training configuration: what `Resources/Recipes/*.json` holds.
+
+    spacing_mm: target spacing (D, H, W canonical); None takes the training cases' median.
+    modalities: channel name -> "CT" or "MR" where the data set does not say.
+    """
+
+    name: str = "default"
+    description: str = ""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    spacing_mm: tuple[float, float, float] | None = None
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """Reads a recipe file. Raises InvresError for unreadable JSON, unknown keys and wrong types."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InvresError(f"There is no recipe file {path}.") from None
+        except (OSError, ValueError) as error:
+            raise InvresError(f"The recipe {path} is not readable JSON: {error}.") from None
+        return from_dict(Recipe, data, f"recipe {Path(path).name}")
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds a configuration from plain JSON values.
+
+    Raises InvresError naming the unknown key (with the nearest known one) or the value of a wrong type.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise InvresError(f"{where} must be a JSON object, got {type(data).__name__}.")
+    known = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+            raise InvresError(f"{where} has the unknown key {key!r}.", hint=hint)
+        values[key] = _convert(known[key], value, f"{where}: {key}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InvresError(f"{where} is incomplete: {error}.") from None
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, or an InvresError that says what was wanted."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise InvresError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InvresError(f"{where} must be a list, got {value!r}.")
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, where) for item in value)
+        if len(value) != len(arguments):
+            raise InvresError(f"{where} must have {len(arguments)} entries, got {len(value)}.")
+        return tuple(_convert(a, item, where) for a, item in zip(arguments, value, strict=True))
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if kind is float and isinstance(value, int) and not wrong_bool:
+        return float(value)
+    if not isinstance(value, kind) or wrong_bool:
+        raise InvresError(f"{where} must be {_WORDS.get(kind, kind.__name__)}, got {value!r}.")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

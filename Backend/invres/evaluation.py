@@ -1,0 +1,322 @@
+"""Scores a folder of segmentations against their references: per case, per label, with the spread over cases."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import InvresError
+from .config import Label, LabelScheme
+from .events import SILENT, Reporter
+from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
+from .volume import Volume, read_volume
+
+__all__ = ["case_name", "evaluate", "summary_table", "write_metrics"]
+
+_ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
+_RESAMPLES = 2000
+_WORST_CASES = 3
+# Columns of the table: metric, heading, decimals.
+_COLUMNS = (("HD95", "HD95 mm", 2), ("HD", "HD mm", 2), ("NSD", "NSD", 3), ("VolumeError_ml", "volume error ml", 2))
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    scheme: LabelScheme | None = None,
+    report: Reporter = SILENT,
+    tolerance_mm: float = 1.0,
+) -> dict[str, Any]:
+    """Scores every prediction that has a reference of the same name (without ending), or one file against one.
+
+    predictions, references: a folder or a file each; label volumes on the same grid.
+    scheme: the labels to score; None takes every value but 0 found in the references.
+    tolerance_mm: of the normalised surface Dice (NSD).
+
+    Returns plain JSON values, finite throughout, with the keys of nnU-Net v2's summary.json (`metric_per_case`, `mean`,
+    `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
+    reference counts, with Dice 1. Further keys: `summary` (by label name and metric: mean, sd, median, n and the
+    95 % bootstrap interval of the mean, None for n = 1; and under "empty" how often which mask was empty),
+    `label_names`, `tolerance_mm`, `empty_distance_mm`, `missing_predictions`, `missing_references`.
+    A name that only one side has is left out, listed and warned of.
+    Raises: InvresError for a missing path, no common name, two files of one name, different grids, no labels.
+    """
+    pairs, missing_predictions, missing_references = _pairs(Path(predictions), Path(references))
+    _warn_of_missing(missing_predictions, missing_references, len(pairs), report)
+    if scheme is None:
+        scheme = _scheme_of([reference for _, _, reference in pairs])
+    if not scheme.labels:
+        raise InvresError("There are no labels to score: every reference is empty.", hint="Check the references.")
+
+    keys = {label.name: _key(label) for label in scheme.labels}
+    cases: list[dict[str, Any]] = []
+    scores: list[dict[str, LabelScore]] = []
+    for done, (name, prediction, reference) in enumerate(pairs):
+        report.progress("evaluate.cases", done, len(pairs))
+        score = _score_files(name, prediction, reference, scheme, tolerance_mm, report)
+        scores.append(score)
+        cases.append(
+            {
+                "name": name,
+                "reference_file": str(reference),
+                "prediction_file": str(prediction),
+                "metrics": {keys[label]: _values(of_label) for label, of_label in score.items()},
+                "empty": {keys[label]: of_label.empty for label, of_label in score.items()},
+            }
+        )
+    report.progress("evaluate.cases", len(pairs), len(pairs))
+
+    metrics = tuple(_values(next(iter(scores[0].values()))))
+    mean = {
+        key: {metric: float(np.mean([case["metrics"][key][metric] for case in cases])) for metric in metrics}
+        for key in keys.values()
+    }
+    return {
+        "metric_per_case": cases,
+        "mean": mean,
+        "foreground_mean": {
+            metric: float(np.mean([of_label[metric] for of_label in mean.values()])) for metric in metrics
+        },
+        "summary": {name: _summary([score[name] for score in scores]) for name in scheme.names},
+        "label_names": {key: name for name, key in keys.items()},
+        "tolerance_mm": float(tolerance_mm),
+        "empty_distance_mm": EMPTY_DISTANCE_MM,
+        "missing_predictions": missing_predictions,
+        "missing_references": missing_references,
+    }
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Writes what `evaluate` returned as JSON; the file appears whole or not at all.
+
+    Raises: InvresError where the file cannot be written; ValueError for a number that is not finite.
+    """
+    path = Path(path)
+    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InvresError(f"The metrics cannot be written to {path}: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """What `evaluate` returned as an aligned table for people: a row per label, then the cases of lowest Dice."""
+    headings = ["label", "n", "Dice mean ± sd [95 % CI]", *(heading for _, heading, _ in _COLUMNS), "empty p/r/both"]
+    rows = [headings]
+    for name, of_label in metrics["summary"].items():
+        empty = of_label["empty"]
+        rows.append(
+            [
+                name,
+                str(of_label["Dice"]["n"]),
+                f"{_mean_sd(of_label['Dice'], 3)} {_interval(of_label['Dice'], 3)}",
+                *(_mean_sd(of_label[metric], decimals) for metric, _, decimals in _COLUMNS),
+                f"{empty['predicted']}/{empty['reference']}/{empty['both']}",
+            ]
+        )
+    lines = _aligned(rows)
+    lines.insert(1, "-" * len(lines[0]))
+    lines += [
+        "",
+        f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
+        f"Dice 0, distance {metrics['empty_distance_mm']:g} mm; both: Dice 1, distance 0.",
+    ]
+    for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
+        if metrics[key]:
+            lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
+    lines += ["", "Lowest Dice:", *_aligned(_worst_cases(metrics))]
+    return "\n".join(lines)
+
+
+def case_name(path: Path) -> str:
+    """The name of a volume file without its ending; .nii.gz and .seg.nrrd are endings of two parts."""
+    name = Path(path).name
+    ending = next((ending for ending in _ENDINGS if name.lower().endswith(ending)), Path(path).suffix)
+    return name[: len(name) - len(ending)]
+
+
+def _pairs(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, Path]], list[str], list[str]]:
+    """(name, prediction, reference) by name; names without a prediction; names without a reference."""
+    if predictions.is_file() and references.is_file():
+        return [(case_name(references), predictions, references)], [], []
+    predicted, wanted = _volumes(predictions, "predictions"), _volumes(references, "references")
+    common = sorted(predicted.keys() & wanted.keys())
+    if not common:
+        raise InvresError(
+            f"No prediction in {predictions} has a reference of the same name in {references}: "
+            f"predictions are {_listed(sorted(predicted))}, references are {_listed(sorted(wanted))}.",
+            hint="Name both alike, for example case_01.nii.gz; the ending may differ.",
+        )
+    # A single file is a choice of one case: the rest of the other folder is not missing.
+    missing_predictions = [] if predictions.is_file() else sorted(wanted.keys() - predicted.keys())
+    missing_references = [] if references.is_file() else sorted(predicted.keys() - wanted.keys())
+    return [(name, predicted[name], wanted[name]) for name in common], missing_predictions, missing_references
+
+
+def _volumes(path: Path, what: str) -> dict[str, Path]:
+    """Volume files by name: of a folder, or the one file."""
+    if path.is_file():
+        return {case_name(path): path}
+    if not path.is_dir():
+        raise InvresError(f"There is no file or folder of {what} {path}.")
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.name.startswith(".") or not file.name.lower().endswith(_ENDINGS) or not file.is_file():
+            continue
+        name = case_name(file)
+        if name in found:
+            raise InvresError(
+                f"The {what} hold two volumes of the name {name!r}: {found[name].name} and {file.name}.",
+                hint="Keep one of them in the folder.",
+            )
+        found[name] = file
+    if not found:
+        raise InvresError(f"The folder of {what} {path} holds no volume file; the endings are {', '.join(_ENDINGS)}.")
+    return found
+
+
+def _warn_of_missing(predictions: list[str], references: list[str], scored: int, report: Reporter) -> None:
+    for missing, what in ((predictions, "no prediction"), (references, "no reference")):
+        if missing:
+            report.warning(f"{scored} cases are scored; left out for there is {what} of them: {_listed(missing)}.")
+
+
+def _scheme_of(references: list[Path]) -> LabelScheme:
+    """One label for every value but 0 that the references hold."""
+    values: set[int] = set()
+    for path in references:
+        values.update(int(value) for value in np.unique(read_volume(path, kind="labels").array))
+    found = sorted(values - {0})
+    return LabelScheme(tuple(Label(name=f"label {value}", values=(value,), output_value=value) for value in found))
+
+
+def _score_files(
+    name: str, prediction: Path, reference: Path, scheme: LabelScheme, tolerance_mm: float, report: Reporter
+) -> dict[str, LabelScore]:
+    predicted, wanted = read_volume(prediction, kind="labels"), read_volume(reference, kind="labels")
+    predicted, wanted = _on_one_grid(name, predicted, wanted)
+    known = {0} | {value for label in scheme.labels for value in label.values}
+    if scheme.ignore_value is not None:
+        known.add(scheme.ignore_value)
+    for values, what in ((predicted.array, "prediction"), (wanted.array, "reference")):
+        foreign = np.unique(values[np.isin(values, sorted(known), invert=True)])
+        if foreign.size:
+            held = _listed([str(value) for value in foreign])
+            report.warning(f"The {what} of {name} holds values that are no label and count as background: {held}.")
+    return score_case(predicted.array, wanted.array, scheme, wanted.geometry.spacing_mm, tolerance_mm)
+
+
+def _on_one_grid(name: str, predicted: Volume, wanted: Volume) -> tuple[Volume, Volume]:
+    """Both in one axis order. Raises InvresError where they do not cover the same voxels in space."""
+    if not predicted.geometry.same_as(wanted.geometry):
+        # The same voxels may be stored in another axis order, as some programs rewrite them.
+        predicted, wanted = predicted.canonical(), wanted.canonical()
+    if not predicted.geometry.same_as(wanted.geometry):
+        raise InvresError(
+            f"The prediction of {name} lies on another grid than its reference: "
+            f"{predicted.geometry.difference(wanted.geometry)}.",
+            hint="Segment the image that the reference was drawn on, or resample one of them on to the other's grid.",
+        )
+    return predicted, wanted
+
+
+def _key(label: Label) -> str:
+    """nnU-Net's key: "1" for a label, "(1, 2)" for a region."""
+    return str(label.values[0]) if len(label.values) == 1 else str(tuple(label.values))
+
+
+def _values(score: LabelScore) -> dict[str, float]:
+    """One label of one case under nnU-Net's names and ours."""
+    return {
+        "Dice": score.dice,
+        "IoU": score.iou,
+        "TP": score.tp,
+        "FP": score.fp,
+        "FN": score.fn,
+        "TN": score.tn,
+        "n_pred": score.tp + score.fp,
+        "n_ref": score.tp + score.fn,
+        "HD": score.hausdorff_mm,
+        "HD95": score.hd95_mm,
+        "NSD": score.nsd,
+        "VolumePredicted_ml": score.volume_predicted_ml,
+        "VolumeReference_ml": score.volume_reference_ml,
+        "VolumeError_ml": score.volume_error_ml,
+    }
+
+
+def _summary(scores: list[LabelScore]) -> dict[str, Any]:
+    """Spread of each metric of one label over cases."""
+    values = [_values(score) for score in scores]
+    shown = ("Dice", "IoU", "HD", "HD95", "NSD", "VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
+    summary: dict[str, Any] = {metric: _spread([case[metric] for case in values]) for metric in shown}
+    relative = [score.volume_error_relative for score in scores]
+    summary["VolumeError_relative"] = _spread([value for value in relative if value is not None])
+    counts = Counter(score.empty for score in scores)
+    summary["empty"] = {kind: counts[kind] for kind in ("none", "both", "predicted", "reference")}
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation, median, n, 95 % percentile bootstrap interval of the mean; None if undefined."""
+    n = len(values)
+    spread: dict[str, Any] = {"mean": None, "sd": None, "median": None, "n": n, "ci95": None}
+    if n:
+        spread |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
+    if n > 1:
+        drawn = np.random.default_rng(0).integers(0, n, size=(_RESAMPLES, n))
+        low, high = np.percentile(np.asarray(values, dtype=float)[drawn].mean(axis=1), (2.5, 97.5))
+        spread |= {"sd": float(np.std(values, ddof=1)), "ci95": [float(low), float(high)]}
+    return spread
+
+
+def _worst_cases(metrics: dict[str, Any]) -> list[list[str]]:
+    """The cases of lowest Dice (mean over labels), with their worst label."""
+
+    def mean_dice(case: dict[str, Any]) -> float:
+        return float(np.mean([of_label["Dice"] for of_label in case["metrics"].values()]))
+
+    rows = []
+    for case in sorted(metrics["metric_per_case"], key=mean_dice)[:_WORST_CASES]:
+        key, worst = min(case["metrics"].items(), key=lambda item: item[1]["Dice"])
+        label = f"worst {metrics['label_names'][key]}: Dice {worst['Dice']:.3f}, HD95 {worst['HD95']:.2f} mm"
+        rows.append([f"  {case['name']}", f"{mean_dice(case):.3f}", label])
+    return rows
+
+
+def _mean_sd(spread: dict[str, Any], decimals: int) -> str:
+    if spread["sd"] is None:
+        return "n/a" if spread["mean"] is None else f"{spread['mean']:.{decimals}f}"
+    return f"{spread['mean']:.{decimals}f} ± {spread['sd']:.{decimals}f}"
+
+
+def _interval(spread: dict[str, Any], decimals: int) -> str:
+    if spread["ci95"] is None:
+        return "[n/a]"
+    return "[{:.{d}f}, {:.{d}f}]".format(*spread["ci95"], d=decimals)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines with left-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _listed(names: list[str], shown: int = 10) -> str:
+    """Names for a sentence; a long list is cut short."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

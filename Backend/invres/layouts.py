@@ -1,0 +1,233 @@
+"""The data set formats that are known by their folders and file names, one small reader for each."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from . import InvresError
+from .config import Label, LabelScheme
+from .dataset_json import (
+    Case,
+    Dataset,
+    is_number,
+    label_pairs,
+    list_files,
+    list_folders,
+    list_volumes,
+    make_dataset,
+    plain_scheme,
+    read_json,
+    stem_of,
+)
+from .volume import read_channels, read_volume
+
+__all__ = ["FOLDER_READERS"]
+
+LABEL_STEMS = ("label", "labels", "seg", "segmentation")
+# Label values are looked up in this many label files where nothing states them.
+LABEL_FILES_READ = 8
+# A case as found: its name, its patient, its image of each channel, its label map.
+Found = tuple[str, str, dict[str, Path], Path | None]
+
+
+def _brats(root: Path) -> Dataset | None:
+    """BraTS 2020: BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii(.gz)."""
+    cases = []
+    for folder in list_folders(root, r"BraTS20_.+_\d+"):
+        files = {stem_of(file).removeprefix(f"{folder.name}_").lower(): file for file in list_volumes(folder)}
+        # BraTS20_Training_355 was published with its label as W39_1998.09.19_Segm.nii.
+        label = files.get("seg") or next((file for key, file in files.items() if key.endswith("segm")), None)
+        images = tuple(files.get(key, folder / f"{folder.name}_{key}.nii.gz") for key in ("t1", "t1ce", "t2", "flair"))
+        cases.append(Case(folder.name, images, label))
+    regions = (
+        Label("whole_tumour", (1, 2, 4), 2),
+        Label("tumour_core", (1, 4), 1),
+        Label("enhancing_tumour", (4,), 4),
+    )
+    scheme = LabelScheme(regions, regions=True)
+    return make_dataset(root.name, ["T1", "T1ce", "T2", "FLAIR"], scheme, cases, root, "BraTS 2020") if cases else None
+
+
+def _kits(root: Path) -> Dataset | None:
+    """KiTS19: case_00000/{imaging,segmentation}.nii.gz; the last 90 cases have no segmentation."""
+    cases = []
+    for folder in list_folders(root, r"case_\d{5}"):
+        files = {stem_of(file): file for file in list_volumes(folder)}
+        if "imaging" in files or "segmentation" in files:
+            image = files.get("imaging", folder / "imaging.nii.gz")
+            cases.append(Case(folder.name, (image,), files.get("segmentation")))
+    scheme = LabelScheme((Label("kidney", (1,), 1), Label("tumour", (2,), 2)))
+    return make_dataset(root.name, ["CT"], scheme, cases, root, "KiTS19") if cases else None
+
+
+def _iseg(root: Path) -> Dataset | None:
+    """iSeg-2017 and 2019: subject-1-T1, subject-1-T2, subject-1-label as .hdr/.img or NIfTI, all in one folder."""
+    subjects: dict[str, dict[str, Path]] = {}
+    for file in list_volumes(root):
+        if match := re.fullmatch(r"(subject-\d+)-(T1|T2|label)", stem_of(file)):
+            subjects.setdefault(match[1], {})[match[2]] = file
+    cases = []
+    for name, files in sorted(subjects.items()):
+        images = tuple(files.get(channel, root / f"{name}-{channel}.hdr") for channel in ("T1", "T2"))
+        cases.append(Case(name, images, files.get("label")))
+    scheme = LabelScheme((Label("CSF", (10,), 10), Label("GM", (150,), 150), Label("WM", (250,), 250)))
+    return make_dataset(root.name, ["T1", "T2"], scheme, cases, root, "iSeg") if cases else None
+
+
+def _bids(root: Path) -> Dataset | None:
+    """BIDS derivatives: sub-*/[ses-*/]anat/*_T1w.nii.gz, labels *_dseg.nii.gz there or in derivatives/*/sub-*/."""
+    found: list[Found] = []
+    for subject in list_folders(root, "sub-.+"):
+        for session in list_folders(subject, "ses-.+") or [subject]:
+            inside = session.relative_to(root) / "anat"
+            name = "_".join(inside.parts[:-1])
+            derived = [folder / inside for folder in list_folders(root / "derivatives")]
+            images: dict[str, Path] = {}
+            labels = []
+            for file in [file for folder in (root / inside, *derived) for file in list_volumes(folder)]:
+                entities, _, suffix = stem_of(file).rpartition("_")
+                contrast = re.search(r"_ce-([^_]+)", f"_{entities}")
+                channel = f"{suffix}_{contrast[1]}" if contrast else suffix
+                if suffix == "dseg":
+                    labels.append(file)
+                elif suffix in ("T1w", "T2w", "FLAIR", "PDw", "T2starw") and file.parent == root / inside:
+                    if channel in images:
+                        raise _ambiguous(name, channel, images[channel], file)
+                    images[channel] = file
+            if len(labels) > 1:
+                raise _ambiguous(name, "dseg", *labels[:2])
+            if images:
+                found.append((name, subject.name, images, labels[0] if labels else None))
+    if not found:
+        return None
+    channels, cases = _with_common_channels(found)
+    return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, "BIDS derivatives")
+
+
+def _ambiguous(case: str, what: str, first: Path, second: Path) -> InvresError:
+    return InvresError(
+        f"The case {case} has two {what} files, {first.name} and {second.name}.",
+        hint="Keep one of them in the data set, or list the wanted files in a dataset.json.",
+    )
+
+
+def _bids_scheme(root: Path, cases: list[Case]) -> LabelScheme:
+    """Label names from the first *_dseg.tsv (columns index and name) at the root, a derivative's, or a case's."""
+    folders = [root, *list_folders(root / "derivatives")]
+    folders += list(dict.fromkeys(case.label.parent for case in cases if case.label is not None))
+    for table in (file for folder in folders for file in list_files(folder) if file.name.endswith("dseg.tsv")):
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+        if not rows or not all(is_number(row.get("index")) and row.get("name") for row in rows):
+            raise InvresError(f"{table} must have the columns index and name.", hint="Correct its first line.")
+        return plain_scheme((row["name"], (int(row["index"]),)) for row in rows)
+    return _scheme_of_files(root, cases)
+
+
+def _folder_pair(root: Path) -> Dataset | None:
+    """images/ + labels/, or imagesTr/ + labelsTr/ without a dataset.json: equal file names, one image file a case."""
+    pairs = [("images", "labels"), ("imagesTr", "labelsTr")]
+    present = [pair for pair in pairs if (root / pair[0]).is_dir()]
+    if not present:
+        return None
+    images, labels = present[0]
+    label_files = {stem_of(file): file for file in list_volumes(root / labels)}
+    cases = []
+    for image in list_volumes(root / images):
+        # As for nnU-Net: with label files present, an absent one is a missing file and not an unlabelled case.
+        expected = root / labels / image.name if label_files else None
+        cases.append(Case(stem_of(image), (image,), label_files.get(stem_of(image), expected)))
+    with_image = {case.name for case in cases}
+    if cases and label_files and not with_image & label_files.keys():
+        raise InvresError(
+            f"No file in {root / images} (as {cases[0].images[0].name}) has the name of one in {root / labels}.",
+            hint="Give image and label equal names, or write a dataset.json for files such as CASE_0000.nii.gz.",
+        )
+    for name in sorted(label_files.keys() - with_image):
+        cases.append(Case(name, (root / images / label_files[name].name,), label_files[name]))
+    count = _channel_count(cases)
+    channels = ["image"] if count == 1 else [f"channel_{index}" for index in range(count)]
+    scheme = _scheme_of_files(root, cases)
+    return make_dataset(root.name, channels, scheme, cases, root, f"{images} and {labels} folders", True)
+
+
+def _channel_count(cases: list[Case]) -> int:
+    """How many channels the first readable image file holds."""
+    for case in cases:
+        try:
+            return len(read_channels(case.images[0]))
+        except InvresError:
+            continue  # named with its case when that case is loaded
+    return 1
+
+
+def _folder_per_case(root: Path) -> Dataset | None:
+    """A folder per case with files named by channel (T1.nii.gz, or CASE_T1.nii.gz) and label, seg or segmentation."""
+    found: list[Found] = []
+    for folder in list_folders(root):
+        images: dict[str, Path] = {}
+        label = None
+        for file in list_volumes(folder):
+            channel = stem_of(file).removeprefix(f"{folder.name}_")
+            if channel.lower() in LABEL_STEMS:
+                if label is not None:
+                    raise _ambiguous(folder.name, "label", label, file)
+                label = file
+            elif channel in images:
+                raise _ambiguous(folder.name, channel, images[channel], file)
+            else:
+                images[channel] = file
+        if images:
+            found.append((folder.name, folder.name, images, label))
+    if not found:
+        return None
+    channels, cases = _with_common_channels(found)
+    return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, "a folder per case")
+
+
+def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
+    """Names from a labels.json beside the data; else the values found in a few label files, as label_1, label_2..."""
+    if (path := root / "labels.json").is_file():
+        labels = read_json(path)
+        if not isinstance(labels, dict):
+            raise InvresError(f"{path} must be an object, got {labels!r}.", hint='Write {"1": "anterior"}.')
+        return plain_scheme(label_pairs(path, labels))
+    files = [case.label for case in cases if case.label is not None and case.label.is_file()]
+    chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, LABEL_FILES_READ)}) if files else []
+    found: set[int] = set()
+    for index in chosen:
+        try:
+            found.update(int(value) for value in np.unique(read_volume(files[index], kind="labels").array))
+        except InvresError:
+            continue  # an unreadable file is named with its case when that case is loaded
+    return plain_scheme((f"label_{value}", (value,)) for value in found)
+
+
+def _with_common_channels(found: list[Found]) -> tuple[list[str], list[Case]]:
+    """The channels that most cases have; a case without one of them gets the path where it should lie."""
+    sets = Counter(tuple(sorted(images)) for _, _, images, _ in found)
+    channels = max(sets, key=lambda names: (sets[names], len(names)))
+    cases = []
+    for name, patient, images, label in found:
+        known, file = next(iter(images.items()))
+        paths = [images.get(channel, file.with_name(file.name.replace(known, channel))) for channel in channels]
+        extra = [images[channel] for channel in sorted(images.keys() - set(channels))]
+        cases.append(Case(name, tuple(paths + extra), label, patient))
+    return list(channels), cases
+
+
+# In the order of trial: names that no other format uses come first.
+FOLDER_READERS: tuple[Callable[[Path], Dataset | None], ...] = (
+    _brats,
+    _kits,
+    _iseg,
+    _bids,
+    _folder_pair,
+    _folder_per_case,
+)

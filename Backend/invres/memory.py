@@ -1,0 +1,134 @@
+"""How much memory a training step takes: measured in live tensor bytes, and predicted without allocating any.
+
+Live tensor bytes count every storage that Python or autograd can still reach, exactly and on any machine. Outside the
+count are the allocator's rounding, the CUDA context and cuDNN's workspaces; on a card
+`torch.cuda.max_memory_allocated` is reported beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from .config import LossWeights, NetworkConfig
+from .networks import build, with_patch
+from .step import make_optimizer, training_step
+
+__all__ = ["LiveBytes", "TrainingMemory", "measure_training", "predict_training"]
+
+Triple = tuple[int, int, int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Context that follows the bytes of all live tensor storages: `current`, `peak`, and `peak_op` where it was reached.
+
+    Tensors made before the context are counted if given to `watch`. Works with real and with fake tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self.peak_op = ""
+        self._known: dict[int, tuple[Any, int]] = {}
+
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts these tensors' storages too, each once."""
+        for tensor in tensors:
+            self._count(tensor, "")
+
+    def reset_peak(self) -> None:
+        self.peak, self.peak_op = self.current, ""
+
+    def _count(self, tensor: torch.Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = storage.nbytes()
+        known = self._known.get(key)
+        if known is not None:
+            reference, counted = known
+            if counted == size:
+                return
+            self.current += size - counted  # resized in place, as memcnn does
+            self._known[key] = (reference, size)
+        else:
+            self._known[key] = (weakref.ref(storage, lambda _, key=key: self._forget(key)), size)
+            self.current += size
+        if self.current > self.peak:
+            self.peak, self.peak_op = self.current, name
+
+    def _forget(self, key: int) -> None:
+        _, size = self._known.pop(key)
+        self.current -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value, name)
+        if "resize" in name:
+            for value in args:
+                if isinstance(value, torch.Tensor):
+                    self._count(value, name)
+        return result
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state."""
+
+    peak_bytes: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    peak_op: str
+
+
+def predict_training(
+    config: NetworkConfig, patch: Triple, batch_size: int = 1, engine: str = "auto", regions: bool = False,
+    precision: str = "fp32",
+) -> TrainingMemory:
+    """The peak of one training step, by running it on fake tensors: no memory is allocated, nothing is computed.
+
+    Raises InvresError if the configuration does not describe a network.
+    """
+    with FakeTensorMode():
+        return measure_training(config, patch, batch_size, engine, regions, precision)
+
+
+def measure_training(
+    config: NetworkConfig, patch: Triple, batch_size: int = 1, engine: str = "auto", regions: bool = False,
+    precision: str = "fp32", device: str = "cpu",
+) -> TrainingMemory:
+    """The peak of one training step (the second, when Adam's state exists) on random data, in live tensor bytes."""
+    with torch.device(device):
+        network = build(with_patch(config, patch), engine).train()
+    optimizer = make_optimizer(network, learning_rate=1e-4)
+    image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
+    shape = (batch_size, config.out_channels, *patch) if regions else (batch_size, *patch)
+    target = torch.zeros(shape, dtype=torch.bool if regions else torch.int16, device=device)
+    weights = LossWeights()
+    probe = LiveBytes()
+    probe.watch([image, target, *network.parameters(), *network.buffers()])
+    with probe:
+        for _ in range(2):
+            probe.reset_peak()
+            training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+    parameters = sum(_nbytes(p) for p in network.parameters())
+    gradients = sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
+    state = sum(_nbytes(t) for t in tree_iter(optimizer.state_dict()["state"]) if isinstance(t, torch.Tensor))
+    rest = probe.peak - parameters - gradients - state
+    return TrainingMemory(probe.peak, parameters, gradients, state, rest, probe.peak_op)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

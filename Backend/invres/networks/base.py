@@ -1,0 +1,158 @@
+"""What every network shares: the output tuple, padding to the divisor, the choice of engine, the VAE branch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .. import InvresError
+from ..config import NetworkConfig
+from ..reversible import Program, Step
+from .vae import VAEBranch
+
+__all__ = ["NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
+
+Triple = tuple[int, int, int]
+
+
+class NetworkOutput(NamedTuple):
+    """logits (N, K, D, H, W); the other three are None unless the VAE branch ran (see vae.VAEOutput)."""
+
+    logits: torch.Tensor
+    reconstruction: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    log_variance: torch.Tensor | None = None
+
+
+def complete_config(
+    config: NetworkConfig, channels: tuple[int, ...], blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Triple, ...]]:
+    """Fills empty tuples with the architecture's defaults and checks the lengths.
+
+    Raises InvresError naming the entry whose length does not fit.
+    """
+    channels = config.channels or channels
+    levels = len(channels)
+    if not config.blocks and levels != len(blocks):
+        blocks = (1,) * levels
+    blocks = config.blocks or blocks
+    if not config.decoder_blocks and levels - 1 != len(decoder_blocks):
+        decoder_blocks = (1,) * (levels - 1)
+    decoder_blocks = config.decoder_blocks or decoder_blocks
+    strides = config.strides or ((2, 2, 2),) * (levels - 1)
+    for name, got, wanted in (
+        ("blocks", blocks, levels),
+        ("decoder_blocks", decoder_blocks, levels - 1),
+        ("strides", strides, levels - 1),
+    ):
+        if len(got) != wanted:
+            raise InvresError(
+                f"network.{name} has {len(got)} entries, but {levels} levels (network.channels) need {wanted}."
+            )
+    if levels < 2 or min(channels) < 1 or min(blocks) < 0 or min(decoder_blocks) < 0:
+        raise InvresError("network.channels needs two levels or more, and no width or block count below zero.")
+    if any(s not in (1, 2) for stride in strides for s in stride):
+        raise InvresError("network.strides may hold only 1 and 2.")
+    return channels, blocks, decoder_blocks, strides
+
+
+class SegmentationNetwork(nn.Module):
+    """Base class. `forward(x)` takes (N, C, D, H, W) of any size and returns a `NetworkOutput`.
+
+    engine: the memory strategy used when gradients are wanted; may be changed at any time.
+    engines: the strategies that this network has.
+    """
+
+    engines: tuple[str, ...] = ("stored", "checkpoint")
+    automatic_engine = "stored"
+
+    def __init__(self, config: NetworkConfig, strides: tuple[Triple, ...], bottom_channels: int, engine: str):
+        super().__init__()
+        self.config = config
+        self.divisor: Triple = tuple(math.prod(s[axis] for s in strides) for axis in range(3))  # type: ignore[assignment]
+        self.vae: VAEBranch | None = None
+        if config.vae is not None:
+            self.vae = VAEBranch(config.vae, bottom_channels, config.in_channels, strides)
+        self.engine = engine
+
+    @property
+    def engine(self) -> str:
+        return self._engine
+
+    @engine.setter
+    def engine(self, name: str) -> None:
+        name = self.automatic_engine if name == "auto" else name
+        if name not in self.engines:
+            raise InvresError(
+                f"{self.config.name} does not run under the engine {name!r}; its engines are "
+                f"{', '.join(self.engines)}."
+            )
+        self._engine = name
+
+    def forward(self, x: torch.Tensor) -> NetworkOutput:
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise InvresError(
+                f"The network takes (N, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}.",
+                hint="Give one volume for each of its channels.",
+            )
+        size = x.shape[2:]
+        logits, features = self.compute(self._pad(x), wants_features=self.vae is not None and self.training)
+        logits = logits[:, :, : size[0], : size[1], : size[2]]
+        if self.vae is None or features is None:
+            return NetworkOutput(logits)
+        if tuple(size) != tuple(self.vae.patch):
+            raise InvresError(
+                f"The VAE branch was built for patches of {list(self.vae.patch)} voxels, got {list(size)}.",
+                hint="Train with that patch, or set network.vae.patch to the patch in use.",
+            )
+        return NetworkOutput(logits, *self.vae(features))
+
+    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x: padded input. Returns logits of x's size and, if wanted, the bottom features."""
+        raise NotImplementedError
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Repeats the border at the far ends until every axis is a multiple of the divisor."""
+        extra = [(-n) % d for n, d in zip(x.shape[2:], self.divisor, strict=True)]
+        if not any(extra):
+            return x
+        return functional.pad(x, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")
+
+
+class ProgramNetwork(SegmentationNetwork):
+    """A network of stem -> reversible program -> head; subclasses give the program's steps.
+
+    The stem is one 3x3x3 convolution, the head a 1x1x1 convolution (both chosen); the state between them is float32
+    (float64 in tests), whatever precision the functions inside the couplings compute in: a stream in bfloat16 could
+    not be inverted.
+    """
+
+    engines = ("stored", "checkpoint", "memcnn", "reversible")
+    automatic_engine = "reversible"
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        channels: tuple[int, ...],
+        strides: tuple[Triple, ...],
+        steps: list[Step],
+        tap: int,
+        engine: str,
+    ):
+        super().__init__(config, strides, channels[-1], engine)
+        half = channels[0] // 2
+        self.stem = nn.Conv3d(config.in_channels, channels[0], config.kernel, padding=config.kernel // 2)
+        self.program = Program(steps, tap=tap, private=True)
+        # One convolution for each half: the same as one over both, without joining them first.
+        self.heads = nn.ModuleList(nn.Conv3d(half, config.out_channels, 1, bias=index == 0) for index in range(2))
+
+    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        start = self.stem(x)
+        start = start if start.dtype == torch.float64 else start.float()
+        (x1, x2), tapped = self.program(start.chunk(2, dim=1), self.engine, tapped=wants_features)
+        logits = self.heads[0](x1) + self.heads[1](x2)
+        return logits, torch.cat(tapped, dim=1) if wants_features else None

@@ -1,0 +1,77 @@
+"""The ordinary, non-invertible parts: normalisation, convolution units, the functions N1 and N2 of a coupling."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import NetworkConfig
+
+__all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "make_norm"]
+
+GROUP_CHANNELS = 8  # channels per group of group norm; chosen
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """Affine normalisation over (D, H, W): "instance" (the paper's), "group", "batch" or "none"."""
+    if kind == "instance":
+        # Group norm with one channel a group is instance norm. torch's InstanceNorm3d returns a view, and an in-place
+        # activation on a view makes autograd copy whole maps in backward (two half-width maps more at the peak).
+        return nn.GroupNorm(channels, channels)
+    if kind == "group":
+        groups = max(1, channels // GROUP_CHANNELS)
+        while channels % groups:
+            groups -= 1
+        return nn.GroupNorm(groups, channels)
+    if kind == "batch":
+        return nn.BatchNorm3d(channels)
+    return nn.Identity()
+
+
+class ConvUnit(nn.Module):
+    """norm -> leaky ReLU -> convolution, same size. Shapes (N, Cin, D, H, W) -> (N, Cout, D, H, W).
+
+    The activation is in place on the norm's output, so one map per unit is kept for the backward pass, not two.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig):
+        super().__init__()
+        self.norm = make_norm(config.norm, in_channels)
+        # Without a norm the activation's input is the caller's tensor, which must not be overwritten.
+        self.act = nn.LeakyReLU(config.negative_slope, inplace=config.norm != "none")
+        self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else None
+        self.conv = nn.Conv3d(in_channels, out_channels, config.kernel, padding=config.kernel // 2)
+        nn.init.kaiming_normal_(self.conv.weight, a=config.negative_slope)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.norm(x))
+        if self.dropout is not None:
+            x = self.dropout(x)
+        return self.conv(x)
+
+
+class CouplingFunction(nn.Sequential):
+    """N1 or N2 of equation 1: `config.convolutions` units of constant width. Need not be invertible itself."""
+
+    def __init__(self, channels: int, config: NetworkConfig):
+        super().__init__(*(ConvUnit(channels, channels, config) for _ in range(config.convolutions)))
+
+
+class DoubleConv(nn.Module):
+    """Twice convolution -> norm -> leaky ReLU, as in the 3D U-Net (arXiv 1606.06650) with the paper's instance norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before in (in_channels, out_channels):
+            conv = nn.Conv3d(before, out_channels, config.kernel, padding=config.kernel // 2)
+            nn.init.kaiming_normal_(conv.weight, a=config.negative_slope)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            layers += [conv, make_norm(config.norm, out_channels), nn.LeakyReLU(config.negative_slope, inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers(x)
+        return x if self.dropout is None else self.dropout(x)

@@ -1,0 +1,61 @@
+"""Fully-InvRes: every level, every change of resolution and every skip connection is invertible."""
+
+from __future__ import annotations
+
+import math
+
+from .. import InvresError
+from ..config import NetworkConfig
+from ..reversible import Couple, Step
+from .base import ProgramNetwork, complete_config
+from .blocks import CouplingFunction
+from .resampling import Mix, SqueezeDown, SqueezeUp
+
+__all__ = ["FullyInvRes"]
+
+CHANNELS = (16, 48, 128, 256, 512)
+BLOCKS = (1, 1, 1, 1, 1)
+DECODER_BLOCKS = (1, 1, 1, 1)
+
+
+class FullyInvRes(ProgramNetwork):
+    """The Fully Invertible Residual Network of the paper (section 2, figure 3).
+
+    Published: additive couplings (equation 1), squeeze and unsqueeze between levels, a channel split into a part that
+    goes down and a part that is the skip connection, instance norm, leaky ReLU, a VAE branch.
+    Chosen: level i has channels[i] in all; channels[i + 1] / (squeeze factor) of them go down, taken equally from both
+    halves, the others wait for the decoder. The program is volume preserving, so its state has the size of the first
+    level however deep it is. The default widths give about the baseline's parameter count.
+    """
+
+    def __init__(self, config: NetworkConfig, engine: str = "auto"):
+        channels, blocks, decoder_blocks, strides = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        moved = []
+        for level, stride in enumerate(strides):
+            phases = math.prod(stride)
+            down, rest = divmod(channels[level + 1], 2 * phases)
+            if rest or channels[level] % 2 or down > channels[level] // 2:
+                raise InvresError(
+                    f"network.channels: level {level + 1} has {channels[level + 1]} channels, but must have a multiple "
+                    f"of {2 * phases} and at most {phases} times the {channels[level]} of level {level}."
+                )
+            moved.append(down)
+        steps: list[Step] = []
+
+        def couple(level: int, count: int) -> None:
+            half = channels[level] // 2
+            steps.extend(Couple(CouplingFunction(half, config), CouplingFunction(half, config)) for _ in range(count))
+
+        for level, stride in enumerate(strides):
+            couple(level, blocks[level])
+            steps.append(SqueezeDown(moved[level], stride))
+            if config.learnable_resampling:
+                steps.append(Mix(channels[level + 1] // 2, math.prod(stride)))
+        couple(len(strides), blocks[-1])
+        tap = len(steps) - 1
+        for level, stride in reversed(list(enumerate(strides))):
+            if config.learnable_resampling:
+                steps.append(Mix(channels[level + 1] // 2, math.prod(stride), transpose=True))
+            steps.append(SqueezeUp(moved[level], stride))
+            couple(level, decoder_blocks[level])
+        super().__init__(config, channels, strides, steps, tap, engine)

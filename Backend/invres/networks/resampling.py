@@ -1,0 +1,194 @@
+"""Changes of resolution: the invertible squeeze and its learnable mixing, and the pooling that has no inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..reversible import State, Step
+from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
+
+__all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
+
+Triple = tuple[int, int, int]
+
+
+def squeeze(x: torch.Tensor, stride: Triple) -> torch.Tensor:
+    """(N, C, D, H, W) -> (N, C * s, D / s0, H / s1, W / s2), s = s0 * s1 * s2: pixel shuffle downwards; a permutation.
+
+    The s phases of one channel are neighbours in the result.
+    """
+    n, c, d, h, w = x.shape
+    sd, sh, sw = stride
+    x = x.reshape(n, c, d // sd, sd, h // sh, sh, w // sw, sw)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(n, c * sd * sh * sw, d // sd, h // sh, w // sw)
+
+
+def unsqueeze(x: torch.Tensor, stride: Triple) -> torch.Tensor:
+    """The exact inverse of `squeeze`."""
+    n, c, d, h, w = x.shape
+    sd, sh, sw = stride
+    x = x.reshape(n, c // (sd * sh * sw), sd, sh, sw, d, h, w)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, c // (sd * sh * sw), d * sd, h * sh, w * sw)
+
+
+class SqueezeDown(Step):
+    """Splits each half (x1, x2) by channel; the last `moved` channels are squeezed and pushed, the others wait beneath.
+
+    This is the encoder's split of figure 3: one part goes down, the other is the skip connection. The waiting
+    buffers keep their full width, so that `SqueezeUp` can put the moved channels back without a new allocation.
+    """
+
+    def __init__(self, moved: int, stride: Triple):
+        super().__init__()
+        self.moved = moved
+        self.stride = stride
+
+    def forward(self, stack: Stack) -> Stack:
+        *beneath, x1, x2 = stack
+        kept = x1.shape[1] - self.moved
+        down = (squeeze(x[:, kept:], self.stride) for x in (x1, x2))
+        return (*beneath, x1[:, :kept], x2[:, :kept], *down)
+
+    def inverse(self, stack: Stack) -> Stack:
+        return _join(stack, self.stride)
+
+    def advance(self, state: State) -> None:
+        _push_squeezed(state, self.moved, self.stride)
+
+    def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
+        # The step is a permutation: its transpose is its inverse, for values and gradients alike.
+        for stack in (state, gradients):
+            _pop_unsqueezed(stack, self.moved, self.stride)
+
+
+class SqueezeUp(Step):
+    """The inverse of `SqueezeDown`: the top pair is unsqueezed and joined with the skip channels beneath it."""
+
+    def __init__(self, moved: int, stride: Triple):
+        super().__init__()
+        self.moved = moved
+        self.stride = stride
+
+    def forward(self, stack: Stack) -> Stack:
+        return _join(stack, self.stride)
+
+    def inverse(self, stack: Stack) -> Stack:
+        return SqueezeDown(self.moved, self.stride)(stack)
+
+    def advance(self, state: State) -> None:
+        _pop_unsqueezed(state, self.moved, self.stride)
+
+    def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
+        for stack in (state, gradients):
+            _push_squeezed(stack, self.moved, self.stride)
+
+
+def _join(stack: Stack, stride: Triple) -> Stack:
+    *beneath, k1, k2, d1, d2 = stack
+    return (*beneath, *(torch.cat([k, unsqueeze(d, stride)], dim=1) for k, d in ((k1, d1), (k2, d2))))
+
+
+def _push_squeezed(state: State, moved: int, stride: Triple) -> None:
+    for x in (state[-2], state[-1]):
+        state.push(squeeze(x[:, x.shape[1] - moved :], stride))
+
+
+def _pop_unsqueezed(state: State, moved: int, stride: Triple) -> None:
+    d2, d1 = state.pop(), state.pop()
+    for index, d in ((-2, d1), (-1, d2)):
+        x = state.writable(index)
+        x[:, x.shape[1] - moved :] = unsqueeze(d, stride)
+
+
+class Mix(Step):
+    """Learnable invertible resampling: an orthogonal matrix mixes the `phases` that a squeeze made of each channel.
+
+    Q = (I - A)(I + A)^-1 with A skew-symmetric (Cayley transform, as in iUNets, arXiv 2005.05220), one Q per squeezed
+    channel and half, the identity at the start (chosen: training starts from the plain squeeze of the paper).
+    transpose=True applies Q^T, the upward direction.
+    """
+
+    def __init__(self, channels: int, phases: int, transpose: bool = False):
+        super().__init__()
+        self.halves = nn.ModuleList(_CayleyMix(channels // phases, phases, transpose) for _ in range(2))
+
+    def forward(self, stack: Stack) -> Stack:
+        *beneath, x1, x2 = stack
+        return (*beneath, self.halves[0](x1), self.halves[1](x2))
+
+    def inverse(self, stack: Stack) -> Stack:
+        *beneath, y1, y2 = stack
+        return (*beneath, self.halves[0].inverse(y1), self.halves[1].inverse(y2))  # type: ignore[operator]
+
+    def advance(self, state: State) -> None:
+        for index, half in zip((-2, -1), self.halves, strict=True):
+            state.replace(index, half(state[index]))
+
+    def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
+        for index, half in zip((-2, -1), self.halves, strict=True):
+            with torch.no_grad():
+                state.replace(index, half.inverse(state[index]))  # type: ignore[operator]
+            (found,) = evaluate_and_differentiate(half, [state[index]], [gradients[index]], sink)
+            gradients.replace(index, found)
+
+
+class _CayleyMix(nn.Module):
+    """y = Q x over the phases of each channel; shapes (N, C * P, D, H, W) in and out."""
+
+    def __init__(self, channels: int, phases: int, transpose: bool):
+        super().__init__()
+        self.phases = phases
+        self.transpose = transpose
+        self.free = nn.Parameter(torch.zeros(channels, phases, phases))
+
+    def matrix(self) -> torch.Tensor:
+        skew = self.free - self.free.transpose(1, 2)
+        eye = torch.eye(self.phases, dtype=skew.dtype, device=skew.device).expand_as(skew)
+        q = torch.linalg.solve(eye + skew, eye - skew)
+        return q.transpose(1, 2) if self.transpose else q
+
+    def _apply_matrix(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        n, c, d, h, w = x.shape
+        # An orthogonal matrix rounded to bfloat16 is not orthogonal: the mixing stays in the state's own precision.
+        with torch.autocast(x.device.type, enabled=False):
+            parts = x.reshape(n, c // self.phases, self.phases, d * h * w)
+            return torch.matmul(q.to(x.dtype), parts).reshape(n, c, d, h, w)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._apply_matrix(x, self.matrix())
+
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return self._apply_matrix(y, self.matrix().transpose(1, 2))
+
+
+class Pool(nn.Module):
+    """Max pooling of both halves, then a 1x1x1 convolution across them to the next width (Partially-InvRes, down)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Triple):
+        super().__init__()
+        self.stride = stride
+        self.convs = nn.ModuleList(nn.Conv3d(in_channels, out_channels // 2, 1) for _ in range(2))
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
+        pooled = torch.cat([functional.max_pool3d(x, self.stride) for x in (x1, x2)], dim=1)
+        return [conv(pooled) for conv in self.convs]
+
+
+class Interpolate(nn.Module):
+    """A 1x1x1 convolution to the finer width, then trilinear interpolation (Partially-InvRes, up)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Triple):
+        super().__init__()
+        self.scale = tuple(float(s) for s in stride)
+        self.conv = nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
+        narrow = self.conv(torch.cat([x1, x2], dim=1))
+        return [
+            functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)
+            for half in narrow.chunk(2, dim=1)
+        ]

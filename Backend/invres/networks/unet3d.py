@@ -1,0 +1,55 @@
+"""The baseline: a 3D U-Net (arXiv 1606.06650) with instance norm and leaky ReLU, as the paper compares against."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ..config import NetworkConfig
+from .base import SegmentationNetwork, complete_config
+from .blocks import DoubleConv
+
+__all__ = ["UNet3D"]
+
+CHANNELS = (16, 32, 64, 128, 256)
+
+
+class UNet3D(SegmentationNetwork):
+    """Two convolutions a level, max pooling, trilinear interpolation, concatenated skip connections.
+
+    Published: that structure. Chosen: widths of 16 to 256, so that the three networks have similar parameter counts;
+    interpolation instead of a transposed convolution.
+    engine="checkpoint" recomputes the inside of each level.
+    """
+
+    def __init__(self, config: NetworkConfig, engine: str = "auto"):
+        levels = len(config.channels or CHANNELS)
+        channels, _, _, strides = complete_config(config, CHANNELS, (1,) * levels, (1,) * (levels - 1))
+        super().__init__(config, strides, channels[-1], engine)
+        self.strides = strides
+        inputs = (config.in_channels, *channels[:-1])
+        self.encoder = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, channels, strict=True))
+        pairs = zip(channels[:-1], channels[1:], strict=True)
+        self.decoder = nn.ModuleList(DoubleConv(fine + coarse, fine, config) for fine, coarse in pairs)
+        self.head = nn.Conv3d(channels[0], config.out_channels, 1)
+
+    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        skips = []
+        for level, block in enumerate(self.encoder):
+            if level:
+                x = functional.max_pool3d(x, self.strides[level - 1])
+            x = self._level(block, x)
+            skips.append(x)
+        features = skips.pop()
+        for level in reversed(range(len(self.decoder))):
+            scale = tuple(float(s) for s in self.strides[level])
+            x = functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
+            x = self._level(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
+        return self.head(x), features if wants_features else None
+
+    def _level(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.engine == "checkpoint" and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)

@@ -1,0 +1,456 @@
+"""The way from files to network input and back: orientation, crop, spacing, intensities, and the exact return.
+
+Labels inside: file values are renumbered to 0..n (0 = background, -1 = ignore). For labels that exclude one another
+n is the label's place in the scheme plus one. For regions n is the place, plus one, of the file value among all file
+values of all regions in ascending order; `scheme_targets` turns these numbers into one mask per region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+
+from . import InvresError
+from .config import ChannelPlan, LabelScheme, PreparationPlan
+from .events import SILENT, Reporter
+from .volume import Geometry, Volume, resample
+
+if TYPE_CHECKING:
+    from .cases import Case, Dataset
+
+__all__ = [
+    "PreparedCase",
+    "check_grids",
+    "inside_values",
+    "make_plan",
+    "nonzero_box",
+    "prepare",
+    "restore_probabilities",
+    "restore_volume",
+    "scheme_targets",
+    "target_table",
+]
+
+# Headers are stored in float32 at best; label tools round origins a little more.
+IMAGE_TOLERANCE_MM = 1e-3
+LABEL_TOLERANCE_MM = 1e-2
+# Spacings closer than this (relative) count as the same and are not resampled.
+SAME_SPACING = 1e-3
+# Downsampling by more than this is preceded by smoothing.
+SMOOTH_ABOVE = 1.5
+# Above this part of non-zero voxels an image has no empty background worth a mask.
+MASK_BELOW = 0.75
+# CT figures settle long before this many cases and voxels of each.
+CT_CASES = 50
+CT_VOXELS = 10_000
+# Slabs of the restored grid are made of about this many voxels.
+SLAB_VOXELS = 4_000_000
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """Network input of one case.
+
+    image: float32 (C, D, H, W). label: int16 (D, H, W), 0..n inside and -1 = ignore, or None.
+    geometry: of both arrays; original: of the files.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray | None
+    geometry: Geometry
+    original: Geometry
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    dataset: Dataset,
+    cases: Iterable[Case | str],
+    spacing_mm: tuple[float, float, float] | None = None,
+    report: Reporter = SILENT,
+) -> PreparationPlan:
+    """The preparation for `cases` (the training cases, or their names) of `dataset`.
+
+    spacing_mm: target spacing (superior, anterior, right); None takes the median of the cases. CT channels get the
+    0.5 and 99.5 percentile of the labelled voxels as clip, and mean and standard deviation of the clipped voxels
+    (nnU-Net's scheme, arXiv 1904.08128, with the figures taken after clipping).
+    Raises InvresError for unreadable files and for no cases.
+    """
+    chosen = [dataset.case(case) if isinstance(case, str) else case for case in cases]
+    if not chosen:
+        raise InvresError("There is no training case to plan for.", hint="Give at least one case.")
+    has_ct = "CT" in dataset.modalities
+    spacings: list[tuple[float, float, float]] = []
+    samples: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
+    sampled = {round(index) for index in np.linspace(0, len(chosen) - 1, CT_CASES)} if has_ct else set()
+    report.progress("prepare.plan", 0, len(chosen))
+    for index, case in enumerate(chosen):
+        if index in sampled:
+            volumes, label = dataset.load(case, report)
+            volumes = [volume.canonical() for volume in volumes]
+            spacings.append(volumes[0].geometry.spacing_mm)
+            for channel, voxels in enumerate(_foreground(volumes, label, dataset.scheme, index)):
+                samples[channel].append(voxels)
+        else:
+            spacings.append(dataset.geometry(case).canonical().spacing_mm)
+        report.progress("prepare.plan", index + 1, len(chosen))
+    if spacing_mm is None:
+        depth, height, width = np.median(np.asarray(spacings), axis=0).tolist()
+        spacing_mm = (depth, height, width)
+    channels = tuple(
+        _channel_plan(name, modality, voxels)
+        for name, modality, voxels in zip(dataset.channel_names, dataset.modalities, samples, strict=True)
+    )
+    return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct)
+
+
+def _foreground(volumes: list[Volume], label: Volume | None, scheme: LabelScheme, seed: int) -> Iterator[np.ndarray]:
+    """Up to CT_VOXELS voxels of each channel inside the labels; of the whole volume where nothing is labelled."""
+    where = np.empty(0, dtype=np.int64)
+    if label is not None and (label := label.canonical()).array.shape == volumes[0].array.shape:
+        values = [value for entry in scheme.labels for value in entry.values]
+        where = np.flatnonzero(np.isin(label.array, values))
+    if not where.size:
+        where = np.arange(volumes[0].array.size)
+    if where.size > CT_VOXELS:
+        where = np.random.RandomState(seed).choice(where, CT_VOXELS, replace=False)
+    for volume in volumes:
+        yield volume.array.reshape(-1)[where].astype(np.float32)
+
+
+def _channel_plan(name: str, modality: str, samples: list[np.ndarray]) -> ChannelPlan:
+    if modality != "CT":
+        return ChannelPlan(name, modality)
+    voxels = np.concatenate(samples).astype(np.float64)
+    low, high = (float(value) for value in np.percentile(voxels, (0.5, 99.5)))
+    clipped = np.clip(voxels, low, high)
+    return ChannelPlan(name, modality, (low, high), float(clipped.mean()), max(float(clipped.std()), 1e-3))
+
+
+# --- forward -----------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    volumes: list[Volume],
+    label: Volume | None,
+    plan: PreparationPlan,
+    scheme: LabelScheme,
+    name: str = "",
+    report: Reporter = SILENT,
+) -> PreparedCase:
+    """Volumes of one case, in channel order, as network input.
+
+    Canonical orientation, crop to the box where any channel differs from zero (if the plan says so), linear
+    resampling to the plan's spacing (Gaussian smoothing first where it shrinks more than 1.5-fold), intensities: MR
+    z-scored inside the non-zero mask if that is below 75 % of the crop (outside stays 0) and over all voxels
+    otherwise; CT clipped and scaled by the plan.
+
+    Volumes are finite, as `read_volume` makes them. original is the grid of the first volume as given.
+    Raises InvresError for a wrong number of channels, volumes on different grids, a label on another grid (origins
+    up to 0.01 mm apart are accepted), and a volume in which every voxel is the same.
+    """
+    original = volumes[0].geometry if volumes else None
+    if original is None or len(volumes) != len(plan.channels):
+        raise InvresError(
+            f"{_subject(name)} has {len(volumes)} volumes, but {len(plan.channels)} are wanted "
+            f"({', '.join(channel.name for channel in plan.channels)}).",
+            hint="Give one volume for each channel, in this order.",
+        )
+    names = [channel.name for channel in plan.channels]
+    volumes = [_snapped(volume, original, IMAGE_TOLERANCE_MM) for volume in volumes]
+    label = None if label is None else _snapped(label, original, LABEL_TOLERANCE_MM)
+    check_grids(volumes, label, names, name)
+    for channel, volume in zip(names, volumes, strict=True):
+        lowest, highest = volume.array.min(), volume.array.max()
+        if lowest == highest:
+            raise InvresError(
+                f"There is nothing to segment in the {channel} volume of {_subject(name)}: every voxel is {lowest:g}.",
+                hint="Check that the right file was chosen and that it was exported completely.",
+            )
+    grid = volumes[0].geometry
+    box = nonzero_box([volume.array for volume in volumes]) if plan.crop_to_nonzero else nonzero_box([])
+    cropped = grid.crop(box)
+    same = np.allclose(cropped.spacing_mm, plan.spacing_mm, rtol=SAME_SPACING, atol=0)
+    target = cropped if same else cropped.with_spacing(plan.spacing_mm)
+
+    image = np.empty((len(volumes), *target.shape), dtype=np.float32)
+    for index, volume in enumerate(volumes):
+        part = np.ascontiguousarray(volume.array[box], dtype=np.float32)
+        image[index] = part if same else _resample_image(Volume(part, cropped), target).array
+    _normalise(image, plan.channels)
+    prepared_label = None
+    if label is not None:
+        inside = _renumber(np.ascontiguousarray(label.array[box]), scheme, name, report)
+        prepared_label = inside if same else _resample_label(inside, cropped, target)
+    return PreparedCase(name, image, prepared_label, target, original)
+
+
+def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence[str], case: str = "") -> None:
+    """Raises InvresError, with the difference, unless all volumes and the label lie on one voxel grid."""
+    first = volumes[0].geometry
+    for name, volume in zip(names[1:], volumes[1:], strict=True):
+        if not first.same_as(volume.geometry, tolerance_mm=IMAGE_TOLERANCE_MM):
+            raise InvresError(
+                f"The volumes {names[0]} and {name} of {_subject(case)} lie on different grids "
+                f"({first.difference(volume.geometry)}).",
+                hint=f"Resample {name} to the grid of {names[0]}; `invres check` lists all cases this concerns.",
+                code="grid_mismatch",
+            )
+    if label is not None and not first.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
+        raise InvresError(
+            f"The label of {_subject(case)} lies on another grid than its image ({first.difference(label.geometry)}).",
+            hint="Resample the label to the image's grid with nearest neighbours; `invres check` lists all such cases.",
+            code="label_grid_mismatch",
+        )
+
+
+def nonzero_box(arrays: Sequence[np.ndarray]) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every voxel in which any array differs from zero; everything if none does."""
+    box = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        profile = np.zeros(1, dtype=bool)
+        for array in arrays:
+            profile = profile | (array != 0).any(axis=others)
+        hit = np.flatnonzero(profile)
+        box.append(slice(int(hit[0]), int(hit[-1]) + 1) if hit.size else slice(None))
+    return box[0], box[1], box[2]
+
+
+def _subject(name: str) -> str:
+    return f"the case {name}" if name else "this case"
+
+
+def _snapped(volume: Volume, grid: Geometry, tolerance_mm: float) -> Volume:
+    """The volume in canonical orientation, on exactly `grid` first where it lies there within the tolerance.
+
+    Without it a rounded header of an oblique volume might choose another order of axes.
+    """
+    same = grid.same_as(volume.geometry, tolerance_mm=tolerance_mm)
+    return (Volume(volume.array, grid) if same else volume).canonical()
+
+
+def _resample_image(volume: Volume, target: Geometry) -> Volume:
+    factors = np.asarray(target.spacing_mm) / np.asarray(volume.geometry.spacing_mm)
+    # The width at which a step of `factor` voxels no longer aliases, as scikit-image's rescale takes it.
+    sigmas = [(factor - 1) / 2 if factor > SMOOTH_ABOVE else 0.0 for factor in factors]
+    if any(sigmas):
+        volume = Volume(ndimage.gaussian_filter(volume.array, sigmas, mode="nearest"), volume.geometry)
+    return resample(volume, target, interpolation="linear")
+
+
+def _resample_label(inside: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
+    # Shifted by one so that no value is negative and ignore (-1) is what lies outside.
+    moved = resample(Volume((inside + 1).astype(np.uint16), source), target, interpolation="label", outside=1)
+    return (moved.array.astype(np.int32) - 1).astype(np.int16)
+
+
+def _normalise(image: np.ndarray, channels: Sequence[ChannelPlan]) -> None:
+    """Intensities of (C, D, H, W), in place."""
+    mask = _body(image) if any(channel.modality != "CT" for channel in channels) else None
+    for plane, channel in zip(image, channels, strict=True):
+        if channel.modality == "CT":
+            if channel.clip is not None:
+                np.clip(plane, *channel.clip, out=plane)
+            plane -= channel.mean
+            plane /= max(channel.std, 1e-8)
+        elif mask is not None:
+            inside = plane[mask].astype(np.float64)
+            plane -= inside.mean()
+            plane /= max(float(inside.std()), 1e-8)
+            plane[~mask] = 0
+
+
+def _body(image: np.ndarray) -> np.ndarray:
+    """Where any channel differs from zero, with holes closed; everything where that is most of the volume."""
+    empty = ~(image != 0).any(axis=0)
+    numbers, _ = ndimage.label(empty)
+    border = [numbers.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
+    # Zeros that do not reach the border are dark tissue, not background.
+    outside = np.isin(numbers, np.setdiff1d(np.concatenate(border), 0))
+    return ~outside if outside.mean() > 1 - MASK_BELOW else np.ones(outside.shape, dtype=bool)
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def inside_values(scheme: LabelScheme) -> list[tuple[int, ...]]:
+    """The file values that stand for each inside number 1..n."""
+    if scheme.regions:
+        return [(value,) for value in sorted({value for label in scheme.labels for value in label.values} - {0})]
+    return [label.values for label in scheme.labels]
+
+
+def target_table(scheme: LabelScheme) -> np.ndarray:
+    """bool (R, n + 1): whether inside number 0..n belongs to each of the R labels or regions."""
+    numbers = [(0,), *inside_values(scheme)]
+    return np.array([[bool(set(values) & set(label.values)) for values in numbers] for label in scheme.labels])
+
+
+def scheme_targets(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """One mask per label or region, bool (R, D, H, W), of a prepared label (D, H, W); ignored voxels are in none."""
+    return target_table(scheme)[:, np.maximum(label, 0)] & (label >= 0)
+
+
+def _renumber(label: np.ndarray, scheme: LabelScheme, name: str, report: Reporter) -> np.ndarray:
+    """File values as int16 inside numbers; values that the scheme does not know become background, with a warning."""
+    found = np.unique(label)
+    numbers = {value: index + 1 for index, values in enumerate(inside_values(scheme)) for value in values}
+    if scheme.ignore_value is not None:
+        numbers[scheme.ignore_value] = -1
+    unknown = [int(value) for value in found if value != 0 and int(value) not in numbers]
+    if unknown:
+        report.warning(
+            f"The label of {_subject(name)} has the values {', '.join(map(str, unknown))}, which are no label of the "
+            "data set; they count as background."
+        )
+    table = np.array([numbers.get(int(value), 0) for value in found], dtype=np.int16)
+    inside = np.empty(label.shape, dtype=np.int16)
+    for source, target in zip(label, inside, strict=True):
+        target[:] = table[np.searchsorted(found, source)]
+    return inside
+
+
+# --- the way back ------------------------------------------------------------------------------------------------
+
+
+def restore_probabilities(
+    probabilities: np.ndarray, prepared_geometry: Geometry, original: Geometry, scheme: LabelScheme
+) -> np.ndarray:
+    """Labels in file values on the original grid (D, H, W), from probabilities (K, d, h, w) on the prepared grid.
+
+    Linear interpolation, then the most probable class (the first of equals), or for regions every region above 0.5
+    with later ones overwriting earlier ones. Outside the crop is background. uint8, or the next wider type that the
+    output values need. Slab by slab and class by class, so beside the result only a few slabs live.
+    Raises ValueError for grids that do not belong together.
+    """
+    if len(probabilities) != scheme.out_channels:
+        raise ValueError(f"{scheme.out_channels} probability maps are wanted, got {len(probabilities)}.")
+    outputs = [label.output_value for label in scheme.labels]
+    whole = np.min_scalar_type(max([0, *outputs])) if min([0, *outputs]) >= 0 else np.dtype(np.int32)
+    grid = _Return(prepared_geometry, original)
+    result = np.zeros(grid.canonical.shape, dtype=whole)
+    for slab, target in grid.slabs():
+        labels = np.zeros(grid.slab_shape(slab), dtype=whole)
+        if scheme.regions:
+            for value, region in zip(outputs, probabilities, strict=True):
+                labels[grid.interpolate(region, slab) > 0.5] = value
+        else:
+            highest = grid.interpolate(probabilities[0], slab)
+            for value, probability in zip(outputs, probabilities[1:], strict=True):
+                candidate = grid.interpolate(probability, slab)
+                better = candidate > highest
+                labels[better] = value
+                np.maximum(highest, candidate, out=highest)
+        result[target] = labels
+    return grid.to_original(result)
+
+
+def restore_volume(
+    array: np.ndarray, prepared_geometry: Geometry, original: Geometry, outside: float = 0.0
+) -> np.ndarray:
+    """One map (d, h, w) of the prepared grid as float32 (D, H, W) on the original grid; `outside` beyond the crop.
+
+    Linear interpolation; for writing probabilities. Raises ValueError for grids that do not belong together.
+    """
+    grid = _Return(prepared_geometry, original)
+    result = np.full(grid.canonical.shape, outside, dtype=np.float32)
+    for slab, target in grid.slabs():
+        result[target] = grid.interpolate(array, slab)
+    return grid.to_original(result)
+
+
+class _Return:
+    """The way of voxels from a prepared grid to the original one.
+
+    Both are parallel, as prepare only permutes, flips, crops and rescales; so interpolation works axis by axis.
+    Per axis: `first` voxel of the canonical original grid inside the crop, and for each voxel from there the index of
+    its lower neighbour in the prepared grid and the weight of the upper one.
+    """
+
+    def __init__(self, prepared: Geometry, original: Geometry):
+        self.canonical = original.canonical()
+        if not np.allclose(prepared.direction, self.canonical.direction, atol=1e-4):
+            raise ValueError("The prepared grid is not parallel to the canonical original grid.")
+        cosines = np.asarray(self.canonical.direction).T @ np.asarray(original.direction)
+        self._order = [int(axis) for axis in np.abs(cosines).argmax(axis=1)]
+        self._flips = [axis for axis, source in enumerate(self._order) if cosines[axis, source] < 0]
+        # Solving for the axes also serves directions that are not quite orthogonal.
+        start_mm = np.linalg.solve(
+            np.asarray(self.canonical.direction), np.asarray(prepared.origin_mm) - np.asarray(self.canonical.origin_mm)
+        )
+        self.first, self._lower, self._weight = [], [], []
+        for axis in range(3):
+            size, fine = prepared.shape[axis], self.canonical.spacing_mm[axis]
+            scale = prepared.spacing_mm[axis] / fine
+            start = start_mm[axis] / fine
+            first, last = _cropped_range(start, size, scale, self.canonical.shape[axis])
+            position = (np.arange(first, last) - start) / scale
+            # A voxel centre found by float arithmetic must hit its own voxel exactly.
+            nearest = np.rint(position)
+            position = np.where(np.abs(position - nearest) < 1e-3, nearest, position).clip(0, size - 1)
+            lower = np.minimum(position.astype(np.int64), max(size - 2, 0))
+            self.first.append(first)
+            self._lower.append(lower)
+            self._weight.append((position - lower).astype(np.float32))
+        if not all(len(lower) for lower in self._lower):
+            raise ValueError("The prepared grid lies outside the original grid.")
+
+    def slab_shape(self, slab: slice) -> tuple[int, int, int]:
+        return slab.stop - slab.start, len(self._lower[1]), len(self._lower[2])
+
+    def slabs(self) -> Iterator[tuple[slice, tuple[slice, slice, slice]]]:
+        """Slabs along D, and where each lies in the canonical original array."""
+        depth, height, width = (len(lower) for lower in self._lower)
+        step = max(1, SLAB_VOXELS // (height * width))
+        d, h, w = self.first
+        for start in range(0, depth, step):
+            stop = min(start + step, depth)
+            yield slice(start, stop), (slice(d + start, d + stop), slice(h, h + height), slice(w, w + width))
+
+    def interpolate(self, array: np.ndarray, slab: slice) -> np.ndarray:
+        """A slab of one map (d, h, w) on the original grid, float32."""
+        lower, weight = self._lower[0][slab], self._weight[0][slab]
+        planes = slice(int(lower.min()), int(lower.max()) + 2)
+        part = _along(np.asarray(array[planes], dtype=np.float32), 0, lower - planes.start, weight)
+        for axis in (1, 2):
+            part = _along(part, axis, self._lower[axis], self._weight[axis])
+        return part
+
+    def to_original(self, array: np.ndarray) -> np.ndarray:
+        """A canonical array in the axis order and direction of the original grid."""
+        return np.ascontiguousarray(np.flip(array, self._flips).transpose(np.argsort(self._order)))
+
+
+def _cropped_range(start: float, size: int, scale: float, whole: int) -> tuple[int, int]:
+    """The voxels first..last-1, of an axis of `whole`, that were cropped before `size` voxels were made of them.
+
+    start: the first prepared voxel's centre, scale: the prepared spacing, both in voxels. The crop has the prepared
+    field of view's centre and a length that was rounded to `size`; of several lengths the longest is taken, so that
+    no voxel of the crop is lost (and none further than half a prepared voxel outside it is gained).
+    """
+    ends = round(2 * start + (size - 1) * scale)
+    length = int((size + 0.5) * scale + 1e-3)
+    length -= (length + ends + 1) % 2
+    first = (ends - length + 1) // 2
+    return max(first, 0), min(first + length, whole)
+
+
+def _along(array: np.ndarray, axis: int, lower: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Linear interpolation along one axis between voxel `lower` and the next; exact where weights are 0 or 1."""
+    whole = (weight == 0) | (weight == 1)
+    if whole.all():
+        return array.take(lower + weight.astype(np.int64), axis=axis)
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    upper = weight.reshape(shape)
+    result = array.take(lower, axis=axis)
+    result *= 1 - upper
+    result += array.take(np.minimum(lower + 1, array.shape[axis] - 1), axis=axis) * upper
+    return result

@@ -1,0 +1,71 @@
+"""What must be the same when a function is evaluated a second time: autocast, random numbers, statistics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+__all__ = ["AutocastState", "RandomState", "draws_random_numbers", "frozen_statistics"]
+
+
+class AutocastState(NamedTuple):
+    """Mixed precision as it was when the forward ran; backward runs outside the caller's autocast block."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> AutocastState:
+        kind = tensor.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return AutocastState("cpu", False, torch.bfloat16)
+        return AutocastState(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+
+class RandomState(NamedTuple):
+    """The generators' states in front of a random function, so that recomputing draws the same numbers."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+    device: torch.device
+
+    @staticmethod
+    def now(device: torch.device) -> RandomState:
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return RandomState(torch.get_rng_state(), cuda, device)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        devices = [self.device] if self.cuda is not None else []
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+def draws_random_numbers(module: nn.Module) -> bool:
+    """True if a dropout layer of `module` is active."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm layers normalise by the batch but leave their running statistics alone: they were updated once."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    active = [m for m in layers if m.training and m.track_running_stats]
+    for layer in active:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.track_running_stats = True

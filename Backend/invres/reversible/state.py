@@ -1,0 +1,59 @@
+"""The stack of tensors that a reversible program works on, changed in place wherever that harms nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["State"]
+
+
+class State:
+    """A stack of tensors; the current level's two halves (x1, x2) are on top, waiting levels lie beneath.
+
+    A tensor that came from outside is never written to: the first change makes a new one, later changes are in
+    place. This is what lets a caller keep and reuse its input (a skip connection, a raw image).
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], owned: bool = False):
+        self.tensors = list(tensors)
+        self._owned = [owned] * len(self.tensors)
+        self.stash: list[torch.Tensor] = []
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.tensors[index]
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def add(self, index: int, value: torch.Tensor, sign: int = 1) -> None:
+        """tensors[index] += sign * value, keeping the state's own dtype."""
+        if self._owned[index]:
+            self.tensors[index].add_(value, alpha=sign)
+        else:
+            own = self.tensors[index]
+            self.tensors[index] = torch.add(own, value.to(own.dtype), alpha=sign)
+            self._owned[index] = True
+
+    def replace(self, index: int, value: torch.Tensor) -> None:
+        """Puts a fresh tensor in place of tensors[index]."""
+        self.tensors[index] = value
+        self._owned[index] = True
+
+    def writable(self, index: int) -> torch.Tensor:
+        """tensors[index], copied first if it came from outside."""
+        if not self._owned[index]:
+            self.replace(index, self.tensors[index].clone())
+        return self.tensors[index]
+
+    def push(self, value: torch.Tensor) -> None:
+        """Puts a fresh tensor on top."""
+        # Views of one storage share a version counter: changing one would look to autograd like changing the other.
+        self.tensors.append(value.clone() if value._is_view() else value)
+        self._owned.append(True)
+
+    def pop(self) -> torch.Tensor:
+        """Takes the top tensor off."""
+        self._owned.pop()
+        return self.tensors.pop()

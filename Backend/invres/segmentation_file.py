@@ -1,0 +1,160 @@
+"""Slicer's segmentation files (.seg.nrrd): names, colours, terminology and layers to and from one label map."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import InvresError
+from .config import Label, LabelScheme
+from .events import Reporter
+from .volume_io import corners, write_image
+
+if TYPE_CHECKING:
+    from .volume import Volume
+
+__all__ = ["DEFAULT_TERMINOLOGY", "PALETTE", "flatten_segments", "to_reference_grid", "write_segmentation"]
+
+DEFAULT_TERMINOLOGY = (
+    "Segmentation category and type - 3D Slicer General Anatomy list~SCT^85756007^Tissue~SCT^85756007^Tissue~^^"
+    "~Anatomic codes - DICOM master list~^^~^^"
+)
+"""Slicer's own entry for a segment without one: generic tissue."""
+
+PALETTE = (
+    (230, 75, 60),
+    (60, 160, 230),
+    (90, 190, 90),
+    (245, 190, 50),
+    (160, 95, 200),
+    (70, 205, 200),
+    (240, 130, 40),
+    (225, 115, 175),
+    (150, 110, 70),
+    (175, 210, 70),
+    (60, 90, 180),
+    (170, 170, 170),
+)
+"""RGB (0..255) of labels without a colour, in turn."""
+
+
+def write_segmentation(path: str | os.PathLike[str], labels_volume: Volume, scheme: LabelScheme) -> None:
+    """Writes a label map; `.seg.nrrd` keeps the names, colours and terminology of `scheme` for Slicer.
+
+    labels_volume: integers (D, H, W), 0 and the labels' output values. Other endings get the plain label map.
+    Raises InvresError for values that no label has, and as `write_volume` does.
+    """
+    array = labels_volume.array
+    if array.dtype == bool:
+        array = array.view(np.uint8)
+    known = {0, *(label.output_value for label in scheme.labels)}
+    foreign = sorted(set(np.unique(array).tolist()) - known)
+    if foreign:
+        raise InvresError(
+            f"The label map for {os.path.basename(path)} has the value {foreign[0]}, but its labels have "
+            f"{', '.join(map(str, sorted(known)))}.",
+            hint="Use the label scheme that the map was made with.",
+        )
+    affine = labels_volume.geometry.affine
+    metadata = None
+    if os.fspath(path).lower().endswith(".seg.nrrd"):
+        metadata = _segment_fields(scheme.labels, array.shape, affine)
+        # Slicer's segmentations hold at most 16 bits a voxel; small types also keep the file small.
+        array = array.astype(np.uint8 if max(known) < 256 and min(known) >= 0 else np.int16)
+    write_image(path, array, affine, metadata=metadata)
+
+
+def flatten_segments(
+    array: np.ndarray, fields: dict[str, str], name: str, report: Reporter
+) -> np.ndarray:
+    """One label map (D, H, W) from the layers (D, H, W, layers) of a Slicer segmentation.
+
+    Segments keep their label values; where two have the same one, all are renumbered 1, 2, ... in order.
+    Where segments overlap the later one stays. Both are reported as warnings.
+    """
+    layers = array if array.ndim == 4 else array[..., None]
+    if layers.shape[-1] == 1:
+        return layers[..., 0]
+    numbers = sorted({int(match[1]) for key in fields if (match := re.match(r"Segment(\d+)_ID$", key))})
+    layer = [int(fields.get(f"Segment{n}_Layer", i)) for i, n in enumerate(numbers)]
+    stored = [int(fields.get(f"Segment{n}_LabelValue", 1)) for n in numbers]
+    if any(index not in range(layers.shape[-1]) for index in layer):
+        raise InvresError(f"The segmentation {name} is damaged: it names a layer that it does not hold.")
+    values = stored
+    if len(set(values)) < len(values):
+        values = list(range(1, len(numbers) + 1))
+        names = [fields.get(f"Segment{n}_Name", str(n)) for n in numbers]
+        listing = ", ".join(f"{value} = {text}" for value, text in zip(values, names, strict=True))
+        report.warning(f"{name}: segments in different layers have the same label value; renumbered: {listing}.")
+    labels = np.zeros(layers.shape[:3], dtype=np.uint8 if max(values, default=0) < 256 else np.int32)
+    overlap_voxels = 0
+    for index, old, new in zip(layer, stored, values, strict=True):
+        inside = layers[..., index] == old
+        overlap_voxels += int(np.count_nonzero(labels[inside]))
+        labels[inside] = new
+    if overlap_voxels:
+        report.warning(
+            f"{name}: {overlap_voxels} voxels belong to more than one segment; the segment listed last was kept."
+        )
+    return labels
+
+
+def to_reference_grid(
+    labels: np.ndarray, affine: np.ndarray, fields: dict[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The label map on the grid of the image that it was drawn on, where the file names that grid and fits it.
+
+    Slicer may store only the box around the segments. Returns (labels, affine), unchanged where nothing is known.
+    """
+    match = re.search(r"Reference image geometry\|([^|]*)\|", fields.get("Segmentation_ConversionParameters", ""))
+    try:
+        numbers = [float(text) for text in match[1].split(";") if text.strip()] if match else []
+    except ValueError:
+        return labels, affine
+    if len(numbers) != 22:
+        return labels, affine
+    first, last = np.array(numbers[16::2]), np.array(numbers[17::2])
+    matrix = np.reshape(numbers[:16], (4, 4))
+    matrix[:3, 3] += matrix[:3, :3] @ first
+    reference, shape = matrix[:, [2, 1, 0, 3]], tuple((last - first + 1).astype(int)[::-1].tolist())
+    if min(shape) < 1 or abs(np.linalg.det(reference)) < 1e-12:
+        return labels, affine
+    ends = np.linalg.solve(reference, np.c_[corners(affine, labels.shape), np.ones(8)].T).T[[0, -1], :3]
+    start = np.round(ends[0]).astype(int)
+    stop = start + labels.shape
+    fits = np.abs(ends - [start, stop - 1]).max() < 1e-2 and (start >= 0).all() and (stop <= shape).all()
+    if not fits or shape == labels.shape:
+        return labels, affine
+    whole = np.zeros(shape, labels.dtype)
+    whole[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = labels
+    return whole, reference
+
+
+def _segment_fields(labels: tuple[Label, ...], shape: tuple[int, ...], affine: np.ndarray) -> dict[str, str]:
+    """The text fields that vtkMRMLSegmentationStorageNode writes, for one layer on the whole grid."""
+    extent = [number for size in reversed(shape) for number in (0, size - 1)]
+    matrix = affine[:, [2, 1, 0, 3]]
+    geometry = "".join(f"{number:.17g};" for number in [*matrix.ravel().tolist(), *extent])
+    fields = {
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ConversionParameters": f"Reference image geometry|{geometry}|&",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    for index, label in enumerate(labels):
+        colour = label.colour or PALETTE[index % len(PALETTE)]
+        fields |= {
+            f"Segment{index}_ID": f"Segment_{label.output_value}",
+            f"Segment{index}_Name": label.name,
+            f"Segment{index}_NameAutoGenerated": "0",
+            f"Segment{index}_Color": " ".join(f"{part / 255:.6g}" for part in colour),
+            f"Segment{index}_ColorAutoGenerated": "0",
+            f"Segment{index}_LabelValue": str(label.output_value),
+            f"Segment{index}_Layer": "0",
+            f"Segment{index}_Extent": " ".join(map(str, extent)),
+            f"Segment{index}_Tags": f"TerminologyEntry:{label.terminology or DEFAULT_TERMINOLOGY}|",
+        }
+    return fields

@@ -1,0 +1,71 @@
+"""One optimizer step, the same for training, for the memory prediction and for the benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import LossWeights
+from .losses import Losses, total_loss
+from .networks import SegmentationNetwork
+
+__all__ = ["AUTOCAST_DTYPES", "autocast", "make_optimizer", "training_step"]
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for "bf16" and "fp16", nothing for "fp32"."""
+    dtype = AUTOCAST_DTYPES.get(precision, torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype, enabled=precision in AUTOCAST_DTYPES)
+
+
+def make_optimizer(
+    network: torch.nn.Module, learning_rate: float = 2e-4, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam with the paper's learning rate (section 3.3); weight decay, where wanted, is decoupled (AdamW)."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    # foreach=False updates one tensor after the other: the fused form holds copies of all gradients at once.
+    return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay, foreach=False)
+
+
+def training_step(
+    network: SegmentationNetwork,
+    optimizer: torch.optim.Optimizer,
+    image: torch.Tensor,
+    target: torch.Tensor,
+    regions: bool,
+    weights: LossWeights,
+    precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+    gradient_clip: float = 0.0,
+    check_finite: bool = True,
+) -> Losses:
+    """Forward, loss (equation 2), backward, update. image (N, C, D, H, W); target as `losses.total_loss` takes it.
+
+    check_finite: leave the weights alone if the gradient holds Inf or NaN (costs one wait for the device).
+    Returns the losses of this step, detached.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(image.device, precision):
+        output = network(image)
+    losses = total_loss(output, image, target, regions, weights)
+    detached = Losses(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
+    del output
+    loss = losses.total
+    del losses
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    del loss
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in network.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if check_finite and scaler is None and not torch.isfinite(norm):
+        return detached
+    if gradient_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    return detached
