@@ -57,12 +57,14 @@ def augment(
     Raises InvresError where patch, image, label or configuration do not fit one another.
     """
     _check(image, label, config, patch)
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     for index in range(image.shape[0]):
         sample, target = _vary_space(image[index], None if label is None else label[index], config, generator, patch)
         images.append(_vary_intensity(sample, config, generator))
-        labels.append(target)
-    return torch.stack(images), None if label is None else torch.stack(labels)
+        if target is not None:
+            labels.append(target)
+    return torch.stack(images), torch.stack(labels) if labels else None
 
 
 def input_patch(config: AugmentationConfig, patch: Triple) -> Triple:
@@ -80,7 +82,8 @@ def input_patch(config: AugmentationConfig, patch: Triple) -> Triple:
         # Twice two standard deviations: beyond, border voxels are repeated.
         extent = extent + 4 * np.minimum(config.elastic_voxels, _largest_displacement(config.elastic_grid, patch))
     margins = np.ceil((np.minimum(extent, LARGEST_MARGIN * np.asarray(patch)) - patch) / 2 - 1e-6)
-    return tuple(int(size + 2 * max(margin, 0)) for size, margin in zip(patch, margins, strict=True))
+    depth, height, width = (int(size + 2 * max(margin, 0)) for size, margin in zip(patch, margins, strict=True))
+    return depth, height, width
 
 
 def rotation_matrix(degrees_d: float, degrees_h: float, degrees_w: float) -> np.ndarray:
@@ -149,11 +152,9 @@ def sample_labels(label: Tensor, grid: Tensor) -> Tensor:
 
 def centre_crop(array: Tensor, patch: Triple) -> Tensor:
     """The centre of the last three axes; where the margin is odd, the smaller half lies in front."""
-    slices = [
-        slice((size - wanted) // 2, (size - wanted) // 2 + wanted)
-        for size, wanted in zip(array.shape[-3:], patch, strict=True)
-    ]
-    return array[(..., *slices)]
+    for axis, wanted in zip((-3, -2, -1), patch, strict=True):
+        array = array.narrow(axis, (array.shape[axis] - wanted) // 2, wanted)
+    return array
 
 
 def apply_gamma(image: Tensor, exponents: Tensor) -> Tensor:
@@ -172,7 +173,8 @@ def apply_bias_field(image: Tensor, control: Tensor) -> Tensor:
     coil must leave the air dark.
     """
     low = _per_channel(image.flatten(1).amin(dim=1))
-    field = smooth_field(control, tuple(image.shape[1:]), image.device).exp_().to(image.dtype)
+    _, depth, height, width = image.shape
+    field = smooth_field(control, (depth, height, width), image.device).exp_().to(image.dtype)
     return torch.addcmul(low, image - low, field)
 
 
@@ -201,7 +203,8 @@ def _vary_space(
         label = None if label is None else centre_crop(label, patch)
     else:
         matrix = np.eye(3) if matrix is None else matrix
-        grid = sampling_grid(matrix, displacement, tuple(image.shape[1:]), patch, image.device)
+        _, depth, height, width = image.shape
+        grid = sampling_grid(matrix, displacement, (depth, height, width), patch, image.device)
         image = sample_image(image, grid)
         label = None if label is None else sample_labels(label, grid)
     axes = [axis - 3 for axis in config.flip_axes if happens(generator, 0.5)]
@@ -228,8 +231,8 @@ def _vary_intensity(image: Tensor, config: AugmentationConfig, generator: torch.
         noise = normal_noise(generator, tuple(image.shape), image.device).to(image.dtype)
         image = torch.addcmul(image, noise, _per_channel(stds.to(image)))
     if happens(generator, config.low_resolution_probability):
-        factors = [uniform(generator, *config.low_resolution) for _ in range(channels)]
-        image = torch.cat([apply_low_resolution(image[i : i + 1], (f, f, f)) for i, f in enumerate(factors)])
+        shrinks = [uniform(generator, *config.low_resolution) for _ in range(channels)]
+        image = torch.cat([apply_low_resolution(image[i : i + 1], (f, f, f)) for i, f in enumerate(shrinks)])
     return image
 
 
@@ -238,8 +241,8 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _largest_displacement(points: int, patch: Triple) -> np.ndarray:
-    """A third of the control points' distance per axis: larger displacements could fold small patches."""
-    return (np.asarray(patch, dtype=np.float64) - 1) / (points - 1) / 3
+    """A fifth of the control points' distance per axis: with more, Catmull-Rom curves could fold small patches."""
+    return (np.asarray(patch, dtype=np.float64) - 1) / (points - 1) / 5
 
 
 def _check(image: Tensor, label: Tensor | None, config: AugmentationConfig, patch: Triple) -> None:

@@ -53,6 +53,7 @@ class VAEConfig:
 class NetworkConfig:
     """One network. Empty tuples mean the architecture's own default.
 
+    levels: how many levels of the default to take, finest first; 0 = all. Ignored where channels are given.
     channels: width of the full state at each level, finest first.
     blocks, decoder_blocks: couplings (unet3d: convolution pairs) per level; decoder_blocks has one entry less.
     strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
@@ -62,6 +63,7 @@ class NetworkConfig:
     name: str = "fully_invres"
     in_channels: int = 1
     out_channels: int = 2
+    levels: int = 0
     channels: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     decoder_blocks: tuple[int, ...] = ()
@@ -80,6 +82,8 @@ class NetworkConfig:
         for key in ("in_channels", "out_channels", "convolutions"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
+        if self.levels < 0 or self.levels == 1:
+            raise InvresError(f"network.levels must be 2 or more (or 0 for the default), got {self.levels}.")
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
 

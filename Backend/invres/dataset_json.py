@@ -268,8 +268,8 @@ def plain_scheme(pairs: Iterable[tuple[str, tuple[int, ...]]], ignore_value: int
     foreground = sorted((values[0], name) for name, values in pairs if values != (0,))
     twice = [value for value, count in Counter(value for value, _ in foreground).items() if count > 1]
     if twice:
-        names = " and ".join(name for value, name in foreground if value == twice[0])
-        raise InvresError(f"The label value {twice[0]} stands for {names}.", hint="Give each label its own value.")
+        both = " and ".join(name for value, name in foreground if value == twice[0])
+        raise InvresError(f"The label value {twice[0]} stands for {both}.", hint="Give each label its own value.")
     names = distinct(name for _, name in foreground)
     labels = tuple(Label(name, (value,), value) for name, (value, _) in zip(names, foreground, strict=True))
     return LabelScheme(labels, ignore_value=ignore_value)

@@ -134,12 +134,12 @@ def summary_table(metrics: dict[str, Any]) -> str:
     lines += [
         "",
         f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
-        f"Dice 0, distance {metrics['empty_distance_mm']:g} mm; both: Dice 1, distance 0.",
+        f"Dice 0, distance {metrics['empty_distance_mm']} mm; both: Dice 1, distance 0.",
     ]
     for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
         if metrics[key]:
             lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
-    lines += ["", "Lowest Dice:", *_aligned(_worst_cases(metrics))]
+    lines += ["", "Lowest Dice (mean over labels):", *_aligned(_worst_cases(metrics))]
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "EMPTY_DISTANCE_MM",
     "LabelScore",
     "SurfaceDistances",
+    "dice_by_label",
     "score_case",
     "score_masks",
     "surface",
@@ -115,6 +116,15 @@ def score_masks(
     """Scores one pair of masks (D, H, W), everything but 0 being inside. Raises as `score_case`."""
     _check(predicted, reference, spacing_mm, tolerance_mm)
     return _score(predicted.astype(bool), reference.astype(bool), spacing_mm, tolerance_mm, None)
+
+
+def dice_by_label(predicted: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Dice (eq. 7) alone, of pairs of masks, bool (R, D, H, W); 1 where both are empty. For validation while training."""
+    scores = []
+    for one, other in zip(predicted, reference, strict=True):
+        total = int(one.sum()) + int(other.sum())
+        scores.append(2 * int((one & other).sum()) / total if total else 1.0)
+    return scores
 
 
 def surface(mask: np.ndarray) -> np.ndarray:

@@ -109,6 +109,7 @@ def save_package(
     when the disk refuses; what stood there before then still stands.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = _absolute(path)
@@ -124,7 +125,12 @@ def save_package(
             key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, tensor in state_dict.items()
         }
-        save_file(tensors, folder / WEIGHTS)
+        try:
+            save_file(tensors, folder / WEIGHTS)
+        except SafetensorError as error:
+            raise InvresError(
+                f"The weights of {name!r} cannot be written: {error}.", hint="Check free space."
+            ) from error
         with open(folder / WEIGHTS, "rb") as stream:
             sha256 = copy(stream, None)
         manifest = Manifest(
@@ -278,7 +284,7 @@ def find_package(
     fits = [
         package
         for package in packages
-        if wanted in (package.name.casefold(), package.path.name.casefold(), package.path.stem.casefold())
+        if wanted in (package.name.casefold(), package.path.name.casefold().removesuffix(ENDING))
         or (len(wanted) >= 8 and package.id.startswith(wanted))
     ]
     if len(fits) == 1:
@@ -343,7 +349,7 @@ def _check_hash(package: ModelPackage, sha256: str) -> None:
 
 
 def _copy_members(package: ModelPackage, folder: Path) -> None:
-    """Copies the package's files, and nothing else, into `folder`. Raises InvresError if the weights fail their hash."""
+    """Copies the package's files and nothing else. Raises InvresError if the weights fail their hash."""
     for name in sizes_of(package.path):
         with member(package.path, name) as source, open(folder / name, "wb") as target:
             sha256 = copy(source, target)

@@ -16,7 +16,7 @@ from .volume_io import corners, write_image
 if TYPE_CHECKING:
     from .volume import Volume
 
-__all__ = ["DEFAULT_TERMINOLOGY", "PALETTE", "flatten_segments", "to_reference_grid", "write_segmentation"]
+__all__ = ["DEFAULT_TERMINOLOGY", "PALETTE", "flatten_segments", "reference_grid", "write_segmentation"]
 
 DEFAULT_TERMINOLOGY = (
     "Segmentation category and type - 3D Slicer General Anatomy list~SCT^85756007^Tissue~SCT^85756007^Tissue~^^"
@@ -62,14 +62,13 @@ def write_segmentation(path: str | os.PathLike[str], labels_volume: Volume, sche
     metadata = None
     if os.fspath(path).lower().endswith(".seg.nrrd"):
         metadata = _segment_fields(scheme.labels, array.shape, affine)
-        # Slicer's segmentations hold at most 16 bits a voxel; small types also keep the file small.
-        array = array.astype(np.uint8 if max(known) < 256 and min(known) >= 0 else np.int16)
+        # The types of Slicer's own label maps.
+        dtype = np.result_type(*(np.min_scalar_type(value) for value in known))
+        array = array.astype(dtype if dtype == np.uint8 else np.promote_types(dtype, np.int16), copy=False)
     write_image(path, array, affine, metadata=metadata)
 
 
-def flatten_segments(
-    array: np.ndarray, fields: dict[str, str], name: str, report: Reporter
-) -> np.ndarray:
+def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, report: Reporter) -> np.ndarray:
     """One label map (D, H, W) from the layers (D, H, W, layers) of a Slicer segmentation.
 
     Segments keep their label values; where two have the same one, all are renumbered 1, 2, ... in order.
@@ -102,35 +101,33 @@ def flatten_segments(
     return labels
 
 
-def to_reference_grid(
-    labels: np.ndarray, affine: np.ndarray, fields: dict[str, str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The label map on the grid of the image that it was drawn on, where the file names that grid and fits it.
+def reference_grid(
+    shape: tuple[int, ...], affine: np.ndarray, fields: dict[str, str]
+) -> tuple[tuple[int, ...], np.ndarray, tuple[slice, ...]]:
+    """The grid of the image that a Slicer segmentation was drawn on: (shape, affine, box of the stored voxels in it).
 
-    Slicer may store only the box around the segments. Returns (labels, affine), unchanged where nothing is known.
+    Slicer may store only the box around the segments. The stored grid itself where no fitting one is named.
     """
+    stored = tuple(shape), affine, tuple(slice(0, size) for size in shape)
     match = re.search(r"Reference image geometry\|([^|]*)\|", fields.get("Segmentation_ConversionParameters", ""))
     try:
         numbers = [float(text) for text in match[1].split(";") if text.strip()] if match else []
     except ValueError:
-        return labels, affine
-    if len(numbers) != 22:
-        return labels, affine
+        return stored
+    if len(numbers) != 22 or not np.isfinite(numbers).all():
+        return stored
     first, last = np.array(numbers[16::2]), np.array(numbers[17::2])
     matrix = np.reshape(numbers[:16], (4, 4))
     matrix[:3, 3] += matrix[:3, :3] @ first
-    reference, shape = matrix[:, [2, 1, 0, 3]], tuple((last - first + 1).astype(int)[::-1].tolist())
-    if min(shape) < 1 or abs(np.linalg.det(reference)) < 1e-12:
-        return labels, affine
-    ends = np.linalg.solve(reference, np.c_[corners(affine, labels.shape), np.ones(8)].T).T[[0, -1], :3]
+    whole, whole_shape = matrix[:, [2, 1, 0, 3]], tuple((last - first + 1).astype(int)[::-1].tolist())
+    if min(whole_shape) < 1 or abs(np.linalg.det(whole)) < 1e-12:
+        return stored
+    ends = np.linalg.solve(whole, np.c_[corners(affine, tuple(shape)), np.ones(8)].T).T[:, :3]
     start = np.round(ends[0]).astype(int)
-    stop = start + labels.shape
-    fits = np.abs(ends - [start, stop - 1]).max() < 1e-2 and (start >= 0).all() and (stop <= shape).all()
-    if not fits or shape == labels.shape:
-        return labels, affine
-    whole = np.zeros(shape, labels.dtype)
-    whole[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = labels
-    return whole, reference
+    expected = corners(np.block([[np.eye(3), start[:, None]], [np.zeros(3), 1]]), tuple(shape))
+    fits = np.abs(ends - expected).max() < 1e-2 and (start >= 0).all() and (start + shape <= whole_shape).all()
+    box = tuple(slice(int(a), int(a) + size) for a, size in zip(start, shape, strict=True))
+    return (whole_shape, whole, box) if fits and whole_shape != tuple(shape) else stored
 
 
 def _segment_fields(labels: tuple[Label, ...], shape: tuple[int, ...], affine: np.ndarray) -> dict[str, str]:

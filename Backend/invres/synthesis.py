@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,10 @@ Triple = tuple[int, int, int]
 CONTRASTS = 4096
 """Entries of the contrast table; labels are looked up modulo this. FreeSurfer's usual values fit."""
 
+RIM_VOXELS = 0.5
+"""Fluid outside the cortex that `tissue_maps_from_gm_wm` adds: 1 voxel, half full. On ICBM152 (1 mm) this meets the
+template's own brain mask within 3 %; a full voxel would spill over it."""
+
 
 @dataclass(frozen=True)
 class SynthesisConfig:
@@ -46,8 +51,8 @@ class SynthesisConfig:
 
     Space (lengths in voxels, which are 1 mm in the source): each axis scaled by 1 +- scale, rotated by
     +- rotation_degrees, sheared by +- shear; elastic displacement with a standard deviation up to elastic_voxels at
-    elastic_grid control points per axis (source: 0.04 control points per voxel, integrated as a velocity; here
-    displacements themselves, limited so that they do not fold).
+    control points elastic_spacing apart (source: the same, integrated as a velocity; here displacements
+    themselves, limited so that they do not fold).
     Contrast (0..255): mean and standard deviation of each label uniform in the pairs given; blur_voxels is the
     largest sigma of the partial-volume blur (chosen; the source blurs with the acquisition only).
     Artefacts: bias_field (log factor at 4 control points per axis) up to this standard deviation; gamma exp(N(0,
@@ -65,7 +70,7 @@ class SynthesisConfig:
     rotation_degrees: float = 15.0
     shear: float = 0.012
     elastic_voxels: float = 4.0
-    elastic_grid: int = 6
+    elastic_spacing: float = 25.0
     mean: tuple[float, float] = (25.0, 225.0)
     std: tuple[float, float] = (5.0, 25.0)
     blur_voxels: float = 0.7
@@ -84,8 +89,8 @@ class SynthesisConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.scale < 1:
             raise InvresError(f"synthesis.scale must be between 0 and 1, got {self.scale}.")
-        if self.elastic_grid < 2:
-            raise InvresError(f"synthesis.elastic_grid must be 2 or more, got {self.elastic_grid}.")
+        if self.elastic_spacing < 1:
+            raise InvresError(f"synthesis.elastic_spacing must be 1 voxel or more, got {self.elastic_spacing}.")
         if min(self.low_resolution, self.thick_slices) < 1:
             raise InvresError(
                 "synthesis.low_resolution and thick_slices are factors of 1 or more, "
@@ -104,8 +109,9 @@ def synthesise(
     """An image of random contrast for each label map, and the label map moved with it.
 
     labels: integer (N, 1, D, H, W) on any device, at least as large as `patch` (see `input_patch`); -1 = ignore.
-    Returns image (N, 1, *patch) float32 with mean 0 and standard deviation 1 over its non-zero voxels (exact zeros
-    stay zero), and labels (N, 1, *patch) of the type given. All random numbers come from `generator` (on the CPU).
+    Returns image (N, 1, *patch) float32 with mean 0 and standard deviation 1 (where the background is masked: inside
+    the mask, and 0 outside, as prepared images are), and labels (N, 1, *patch) of the type given.
+    All random numbers come from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
     Raises InvresError for a wrong shape or type.
     """
     if labels.ndim != 5 or labels.shape[1] != 1 or labels.is_floating_point():
@@ -185,14 +191,14 @@ def synthesise_from_probabilities(
 
 def input_patch(config: SynthesisConfig, patch: Triple) -> Triple:
     """The size of the label patch to cut so that the deformation brings in real voxels; at most 1.5 times `patch`."""
-    angle = config.rotation_degrees
+    angle = math.ceil(config.rotation_degrees)
     reach = AugmentationConfig(
         spatial_probability=1.0,
         rotation_degrees=(angle, angle, angle),
         scale=(1 - config.scale, 1 + config.scale),
         elastic_probability=float(config.elastic_voxels > 0),
         elastic_voxels=config.elastic_voxels,
-        elastic_grid=config.elastic_grid,
+        elastic_grid=_control_points(config, patch),
     )
     return augmentation_input_patch(reach, patch)
 
@@ -235,7 +241,7 @@ def tissue_maps_from_gm_wm(gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
 
     gm, wm: probabilities (D, H, W), float 0..1 or unsigned integers over their full range (uint8: 0..255), with
     voxels of about 1 mm. CSF is what grey and white matter leave inside the brain, closed over sulci and ventricles,
-    filled, and grown by a rim of 1 voxel for the fluid around the cortex. The edge of the brain is 1 voxel soft.
+    filled, and grown by half a voxel for the fluid around the cortex, with an edge 1 voxel soft.
     """
     if gm.shape != wm.shape or gm.ndim != 3:
         raise InvresError(f"Grey and white matter must share one 3D grid, got {gm.shape} and {wm.shape}.")
@@ -244,8 +250,9 @@ def tissue_maps_from_gm_wm(gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
     excess = np.maximum(total, 1)
     gm, wm, total = gm / excess, wm / excess, np.minimum(total, 1)
     brain = _closed(_largest(total > 0.5), radius_voxels=8)
-    depth = ndimage.distance_transform_edt(brain) - ndimage.distance_transform_edt(~brain)
-    soft_brain = np.clip(depth + 1.5, 0, 1)
+    # Distances are between voxel centres; the surface lies half a voxel nearer.
+    depth = np.where(brain, ndimage.distance_transform_edt(brain) - 0.5, 0.5 - ndimage.distance_transform_edt(~brain))
+    soft_brain = np.clip(depth + RIM_VOXELS + 0.5, 0, 1)
     csf = np.clip(soft_brain - total, 0, 1)
     return np.stack((csf, gm, wm)).astype(np.float32)
 
@@ -259,8 +266,13 @@ def _draw_grid(array: Tensor, config: SynthesisConfig, generator: torch.Generato
         shear[row, column] = uniform(generator, -config.shear, config.shear)
     matrix = np.linalg.inv(rotation_matrix(*angles) @ shear @ scales)
     std_voxels = uniform(generator, 0, config.elastic_voxels)
-    displacement = draw_displacement(generator, std_voxels, config.elastic_grid, patch)
-    return sampling_grid(matrix, displacement, tuple(array.shape[1:]), patch, array.device)
+    displacement = draw_displacement(generator, std_voxels, _control_points(config, patch), patch)
+    _, depth, height, width = array.shape
+    return sampling_grid(matrix, displacement, (depth, height, width), patch, array.device)
+
+
+def _control_points(config: SynthesisConfig, patch: Triple) -> int:
+    return round(max(patch) / config.elastic_spacing) + 2
 
 
 def _draw_contrasts(config: SynthesisConfig, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -298,7 +310,8 @@ def _likeliest(rest: Tensor, maps: Tensor) -> Tensor:
 def _acquire(mean: Tensor, std: Tensor, present: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
     """The image (1, D, H, W) that a random scanner makes of the objects; `present`: what is not background."""
     device, shape = mean.device, tuple(mean.shape)
-    image = torch.addcmul(mean, std, normal_noise(generator, shape, device)).clamp_min_(0)
+    # A magnitude, as scanners give: no negative signal, and no exact zero except where the background is masked.
+    image = torch.addcmul(mean, std, normal_noise(generator, shape, device)).abs_()
     image = _blur(image, uniform(generator, 0, config.blur_voxels))
     control = torch.randn((1, 4, 4, 4), generator=generator) * uniform(generator, 0, config.bias_field)
     image = apply_bias_field(image, control)
@@ -314,11 +327,10 @@ def _acquire(mean: Tensor, std: Tensor, present: Tensor, config: SynthesisConfig
             factors[axis] = uniform(generator, 1, config.thick_slices)
         image = apply_low_resolution(image, (factors[0], factors[1], factors[2]))
     noise_std = uniform(generator, 0, config.noise_std)
-    # The magnitude keeps the noise of dark air above zero, as scanners do.
     image = torch.add(image, normal_noise(generator, shape, device), alpha=noise_std).abs_()
-    if happens(generator, config.zero_background_probability):
-        image = image * present
-    return _standardise(image)
+    if not happens(generator, config.zero_background_probability):
+        present = torch.ones_like(present)
+    return _standardise(image, present)
 
 
 def _blur(image: Tensor, sigma_voxels: float) -> Tensor:
@@ -333,11 +345,10 @@ def _blur(image: Tensor, sigma_voxels: float) -> Tensor:
     return image
 
 
-def _standardise(image: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over non-zero voxels; zeros stay. Without indexing: that would wait."""
-    inside = (image != 0).to(image.dtype)
+def _standardise(image: Tensor, inside: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 where `inside`, 0 elsewhere. Without boolean indexing: that would wait."""
     count = inside.sum().clamp_min(1)
-    centred = (image - image.sum() / count) * inside
+    centred = (image - (image * inside).sum() / count) * inside
     return centred / (centred.square().sum() / count).sqrt().clamp_min(1e-6)
 
 

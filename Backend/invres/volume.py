@@ -11,14 +11,14 @@ import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
 
 from . import InvresError
 from .events import SILENT, Reporter
-from .segmentation_file import flatten_segments, to_reference_grid, write_segmentation
+from .segmentation_file import flatten_segments, reference_grid, write_segmentation
 from .volume_io import WRITABLE_ENDINGS, Header, corners, read_header, read_voxels, to_sitk, write_image
 
 __all__ = [
@@ -53,6 +53,7 @@ class Geometry:
         direction = np.array(self.direction, dtype=float).reshape(3, 3)
         direction.setflags(write=False)
         object.__setattr__(self, "direction", direction)
+        # Plain numbers, so that a geometry can be written to JSON.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         object.__setattr__(self, "spacing_mm", tuple(float(s) for s in self.spacing_mm))
         object.__setattr__(self, "origin_mm", tuple(float(o) for o in self.origin_mm))
@@ -65,7 +66,7 @@ class Geometry:
     def from_affine(affine: np.ndarray, shape: tuple[int, ...]) -> Geometry:
         """The grid of a 4x4 (d, h, w, 1) -> RAS matrix."""
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        return Geometry(shape, tuple(spacing.tolist()), tuple(affine[:3, 3].tolist()), affine[:3, :3] / spacing)
+        return Geometry(_three(shape), _three(spacing), _three(affine[:3, 3]), affine[:3, :3] / spacing)
 
     @property
     def affine(self) -> np.ndarray:
@@ -80,7 +81,7 @@ class Geometry:
         return self.shape == other.shape and self._shift_mm(other) <= tolerance_mm
 
     def difference(self, other: Geometry) -> str:
-        """"" if same; else what differs, as a phrase: "spacing 1x1x1 mm against 1x1x2 mm"."""
+        """What differs, as a phrase: "spacing 1x1x1 mm against 1x1x2 mm"; empty if the same."""
         if self.same_as(other):
             return ""
         phrases = []
@@ -105,9 +106,9 @@ class Geometry:
             affine[:3, axis] *= -1
         return replace(
             self,
-            shape=tuple(self.shape[a] for a in order),
-            spacing_mm=tuple(self.spacing_mm[a] for a in order),
-            origin_mm=tuple(affine[:3, 3].tolist()),
+            shape=_three([self.shape[a] for a in order]),
+            spacing_mm=_three([self.spacing_mm[a] for a in order]),
+            origin_mm=_three(affine[:3, 3]),
             direction=(self.direction * [-1 if a in flipped else 1 for a in range(3)])[:, order],
         )
 
@@ -116,7 +117,7 @@ class Geometry:
         bounds = [part.indices(size)[:2] for part, size in zip(box, self.shape, strict=True)]
         start = np.array([first for first, _ in bounds])
         origin = self.affine[:3, :3] @ start + self.origin_mm
-        return replace(self, shape=tuple(last - first for first, last in bounds), origin_mm=tuple(origin.tolist()))
+        return replace(self, shape=_three([last - first for first, last in bounds]), origin_mm=_three(origin))
 
     def with_spacing(self, spacing_mm: tuple[float, float, float]) -> Geometry:
         """The same field of view and centre in voxels of `spacing_mm` (D, H, W); the shape is rounded."""
@@ -125,7 +126,7 @@ class Geometry:
         old_middle = self.direction @ (np.array(self.spacing_mm) * (np.array(self.shape) - 1) / 2)
         new_middle = self.direction @ (np.array(spacing_mm) * (shape - 1) / 2)
         origin = np.array(self.origin_mm) + old_middle - new_middle
-        return Geometry(tuple(shape.tolist()), spacing_mm, tuple(origin.tolist()), self.direction)
+        return Geometry(_three(shape), spacing_mm, _three(origin), self.direction)
 
     def _shift_mm(self, other: Geometry) -> float:
         offsets = corners(self.affine, self.shape) - corners(other.affine, other.shape)
@@ -153,10 +154,12 @@ class Volume:
 def read_geometry(path: str | os.PathLike[str]) -> Geometry:
     """The grid of a file or DICOM folder from its header alone; that of one volume where a file holds several.
 
+    For Slicer's segmentations that of the image they were drawn on, as `read_volume` gives labels.
     Raises InvresError where the header is missing, damaged or not of a volume.
     """
     header = read_header(path)
-    return Geometry.from_affine(header.affine, header.shape)
+    shape, affine, _ = reference_grid(header.shape, header.affine, header.metadata)
+    return Geometry.from_affine(affine, shape)
 
 
 def read_volume(
@@ -183,7 +186,10 @@ def read_volume(
     array, affine = read_voxels(header).reshape(*header.shape, -1), header.affine
     if is_segmentation:
         array = flatten_segments(array, header.metadata, name, report)
-        array, affine = to_reference_grid(array, affine, header.metadata)
+        stored = array
+        shape, affine, box = reference_grid(stored.shape, affine, header.metadata)
+        array = np.zeros(shape, stored.dtype)
+        array[box] = stored
     else:
         array = array[..., 0]
     array = _as_labels(array, path) if kind == "labels" else _finite(array, name, report)
@@ -303,6 +309,11 @@ def _as_labels(array: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return array.astype(dtype, copy=False)
     raise InvresError(f"{path} is no label map: its values reach from {low} to {high}, more than 32 bits hold.")
+
+
+def _three(values: Any) -> tuple[Any, Any, Any]:
+    first, second, third = values
+    return first, second, third
 
 
 def _by(numbers: tuple[float, ...]) -> str:

@@ -9,13 +9,11 @@ import gzip
 import math
 import os
 import secrets
-import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +51,6 @@ class Header:
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     nifti: NiftiHeader | None = None
-    refused: bool = False  # ITK refuses the file's own geometry
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,16 +65,20 @@ class Header:
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """The part of an Analyze or NIfTI-1 header that ITK does not check.
+    """What an Analyze or NIfTI-1 header says.
 
-    affines: what sform and qform say, as far as the header declares them: 4x4, (x, y, z, 1) -> RAS mm.
+    size: (x, y, z[, t]). dtype: of one component, in the byte order of the file.
+    scale: (slope, intercept) or None. affines: what sform and qform say, as far as the header declares them:
+    4x4, (x, y, z, 1) -> RAS mm.
     """
 
-    raw: bytes
-    byte_order: str
     data_file: Path
     offset_bytes: int
     voxel_bytes: int
+    size: tuple[int, ...]
+    components: int
+    dtype: np.dtype
+    scale: tuple[float, float] | None
     affines: tuple[np.ndarray, ...]
 
 
@@ -101,45 +102,45 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def _read_file_header(path: Path) -> Header:
     nifti = _read_nifti_header(path)
-    refused = False
+    stored = _stored_by_text_header(path)
     try:
+        if sitk.ImageFileReader.GetImageIOFromFileName(os.fspath(path)) == "GDCMImageIO":
+            return _read_series(_series_of(path))
         reader = _itk_information(os.fspath(path))
     except RuntimeError as error:
-        if not (refused := nifti is not None and "orthonormal" in str(error)):
+        if nifti is None or not nifti.affines or "orthonormal" not in str(error):
             raise InvresError(
                 f"{path} is not an image that can be read, or it is damaged.", hint=f"Allowed are {_READABLE}."
             ) from None
-        with _plain_copy(nifti, voxels=False) as copy:
-            reader = _itk_information(copy)
-    if reader.GetImageIO() == "GDCMImageIO":
-        return _read_series(_series_of(path, reader))
-    size, components = _check_layout(path, reader)
-    if nifti is None:
-        pixel = sitk.Image([1, 1, 1], reader.GetPixelID(), components if components > 1 else 0)
-        _check_stored(path, size, math.prod(size) * components * pixel.GetSizeOfPixelComponent())
-    affine = _itk_affine(path, reader)
-    warnings = []
-    if nifti is not None and nifti.affines:
-        own = [_array_order(a) for a in nifti.affines]
-        shift_mm = min(_shift_mm(affine, a, size[2::-1]) for a in own)
-        if refused or shift_mm > 0.05 * _spacing(own[0]).min():
-            affine = own[0]
-            if not refused:
-                warnings.append(
-                    f"{path.name}: the header gives the position of its voxels in two ways that disagree by up to "
-                    f"{shift_mm:.3g} mm; the sform (without one, the qform) was used."
-                )
-    affine, sentence = _repaired(path, affine, size[2::-1])
-    names = [key for key in reader.GetMetaDataKeys() if key.startswith("Segment")]
+        reader = None  # ITK refuses sheared axes
+    if nifti is not None:
+        size, components = nifti.size, nifti.components
+        _check_dimensions(path, size)
+    elif reader is not None:
+        size, components = _layout(path, reader)
+        if stored is not None:
+            pixel = sitk.Image([1, 1, 1], reader.GetPixelID(), components if components > 1 else 0)
+            claimed_bytes = math.prod(size) * components * pixel.GetSizeOfPixelComponent()
+            _check_claim(path, size, claimed_bytes, stored[0], packed=stored[1])
+    shape, warnings = size[2::-1], []
+    own = [_array_order(a) for a in nifti.affines] if nifti is not None else []
+    affine = own[0] if reader is None else _itk_affine(path, reader)
+    if own and (shift_mm := min(_shift_mm(affine, a, shape) for a in own)) > 0.05 * _spacing(own[0]).min():
+        affine = own[0]
+        warnings.append(
+            f"{path.name}: the header gives the position of its voxels in two ways that disagree by up to "
+            f"{shift_mm:.3g} mm; the sform (without one, the qform) was used."
+        )
+    affine, sentence = _repaired(path, affine, shape)
+    texts = {} if reader is None else {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     return Header(
         files=(os.fspath(path),),
         size=size,
         affine=affine,
         components=components,
-        metadata={key: reader.GetMetaData(key) for key in names},
+        metadata={key: text for key, text in texts.items() if key.startswith("Segment")},
         warnings=(*warnings, *([sentence] if sentence else [])),
         nifti=nifti,
-        refused=refused,
     )
 
 
@@ -151,14 +152,8 @@ def read_voxels(header: Header) -> np.ndarray:
     path = Path(header.files[0])
     try:
         if header.nifti is not None:
-            _check_gzip(path, header.nifti)
-        if len(header.files) > 1:
-            image = sitk.ReadImage(list(header.files))
-        elif header.refused:
-            with _plain_copy(header.nifti, voxels=True) as copy:
-                image = sitk.ReadImage(copy)
-        else:
-            image = sitk.ReadImage(header.files[0])
+            return _nifti_voxels(path, header.nifti)
+        image = sitk.ReadImage(list(header.files) if len(header.files) > 1 else header.files[0])
         return sitk.GetArrayFromImage(image)
     except MemoryError:
         raise _too_large(path, header) from None
@@ -202,7 +197,8 @@ def write_image(
         # ITK writes NIfTI without noticing a full disk.
         header = read_header(temporary)
         if header.nifti is not None:
-            _check_gzip(temporary, header.nifti)
+            for _ in _nifti_chunks(temporary, header.nifti):
+                pass
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -294,12 +290,12 @@ def _repaired(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> tuple[n
     shift_mm, degrees = _shift_mm(affine, repaired, shape), math.degrees(math.asin(min(1.0, cosine)))
     if shift_mm <= 0.01 * spacing.min():
         return repaired, ""
-    change = f"by up to {degrees:.2g} degrees; they were turned to the nearest right angles, which moves voxels by up to"
+    change = f"by up to {degrees:.2g} degrees and were turned to right angles, which moves voxels by up to"
     if degrees > _STRONG_SHEAR_DEGREES:
         return repaired, (
-            f"{path.name} is strongly sheared (a tilted gantry, or an affine registration written into the header): its "
-            f"axes miss right angles {change} {shift_mm:.3g} mm, so shapes and positions are no longer right; "
-            "resample it to a regular grid first."
+            f"{path.name} is strongly sheared (by a tilted gantry, or an affine registration in its header): its axes "
+            f"miss right angles {change} {shift_mm:.3g} mm, so shapes and positions are wrong; resample it to a "
+            "regular grid first."
         )
     return repaired, f"{path.name}: the axes in its header miss right angles {change} {shift_mm:.2g} mm."
 
@@ -319,32 +315,42 @@ def _check_spacing(path: Path, spacing: np.ndarray) -> None:
         )
 
 
-def _check_layout(path: Path, reader: sitk.ImageFileReader) -> tuple[tuple[int, ...], int]:
+def _layout(path: Path, reader: sitk.ImageFileReader) -> tuple[tuple[int, ...], int]:
     """Size and components of a file that is 3D or 4D and has real values."""
-    size, pixel = tuple(reader.GetSize()), reader.GetPixelIDTypeAsString()
-    if len(size) not in (3, 4):
-        what = "flat (2D)" if len(size) == 2 else f"{len(size)}D"
-        raise InvresError(f"{path} is {what}, but a 3D volume is wanted.", hint="Give the whole volume, not a slice.")
+    size, pixel = tuple(reader.GetSize()), sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    _check_dimensions(path, size)
     if "complex" in pixel or "unknown" in pixel.lower():
-        raise InvresError(f"{path} has values of the kind '{pixel}', but plain numbers are wanted.")
+        raise _unplain(path, pixel)
     return size, reader.GetNumberOfComponents()
 
 
-def _check_stored(path: Path, size: tuple[int, ...], claimed_bytes: int) -> None:
-    """Refuses an NRRD or MetaImage header that claims more voxels than its file can hold, before they are allocated."""
+def _check_dimensions(path: Path, size: tuple[int, ...]) -> None:
+    if len(size) not in (3, 4):
+        what = "flat (2D)" if len(size) == 2 else f"{len(size)}D"
+        raise InvresError(f"{path} is {what}, but a 3D volume is wanted.", hint="Give the whole volume, not a slice.")
+
+
+def _unplain(path: Path, kind: str) -> InvresError:
+    return InvresError(
+        f"{path} has values of the kind '{kind}', but plain numbers are wanted.", hint="Export it as whole numbers."
+    )
+
+
+def _stored_by_text_header(path: Path) -> tuple[int, bool] | None:
+    """Bytes that an NRRD or MetaImage file has for its voxels, and whether they are packed; None if not known."""
     fields = _text_fields(path)
-    if fields.get("encoding") in ("bzip2", "bz2", "hex", "ascii", "text", "txt") or fields.get("binarydata") == "false":
-        return
+    if not fields or fields.get("encoding") in ("bzip2", "bz2", "hex", "ascii", "text", "txt"):
+        return None
     detached = fields.get("data file") or fields.get("datafile") or fields.get("elementdatafile", "LOCAL")
-    if "%" in detached or detached.split(" ")[0] == "LIST":
-        return
-    data = path if detached in ("LOCAL", "local") else path.parent / detached
+    if fields.get("binarydata") == "false" or "%" in detached or detached.split(" ")[0] == "LIST":
+        return None
+    data = path if detached.upper() == "LOCAL" else path.parent / detached
     if not data.exists():
         raise InvresError(
             f"{path} keeps its voxels in the file {detached}, which is not beside it.", hint="Copy both files together."
         )
-    raw = fields.get("encoding") == "raw" or (bool(fields.get("elementtype")) and fields.get("compresseddata") != "true")
-    _check_claim(path, size, claimed_bytes, data.stat().st_size, packed=not raw)
+    packed = fields.get("encoding", "raw") != "raw" or fields.get("compresseddata") == "true"
+    return data.stat().st_size, packed
 
 
 def _check_claim(path: Path, size: tuple[int, ...], claimed_bytes: int, stored_bytes: int, *, packed: bool) -> None:
@@ -398,42 +404,104 @@ def _read_nifti_header(path: Path) -> NiftiHeader | None:
         return None
     header_file = _partner(path, ".hdr") if bare.endswith(".img") else path
     try:
-        with _open_unzipped(header_file) as stream:
+        with _open_unpacked(header_file) as stream:
             raw = stream.read(348)
     except (OSError, EOFError, zlib.error):
         return None
     order = next((o for o in "<>" if len(raw) == 348 and struct.unpack_from(o + "i", raw)[0] == 348), None)
     if order is None:
         return None
-    magic = raw[344:347]
-    dimension, *size = struct.unpack_from(order + "8h", raw, 40)
-    data_file = path if magic == b"n+1" or bare.endswith(".img") else _partner(path, ".img")
+    is_nifti = raw[344:347] in (b"n+1", b"ni1")
+    data_file = path if raw[344:347] == b"n+1" or bare.endswith(".img") else _partner(path, ".img")
     if not data_file.exists():
         raise InvresError(
             f"{path} keeps its voxels in the file {data_file.name}, which is not beside it.",
             hint="Copy both files together.",
         )
+    dimension, *size = struct.unpack_from(order + "8h", raw, 40)
     if not 1 <= dimension <= 7 or min(size[:dimension]) < 1:
         raise InvresError(
             f"The header of {path} is damaged: it gives the sizes {size[: max(0, min(dimension, 7))]}, "
             "but every size must be 1 or more.",
             hint=_COPY_AGAIN,
         )
+    size = size[:dimension]
     pixdim = np.array(struct.unpack_from(order + "8f", raw, 76), dtype=float)
     _check_spacing(path, pixdim[1 : min(dimension, 3) + 1])
-    voxel_bytes = math.prod(size[:dimension]) * struct.unpack_from(order + "h", raw, 72)[0] // 8
-    offset_bytes = int(struct.unpack_from(order + "f", raw, 108)[0])
+    kind, bits = struct.unpack_from(order + "2h", raw, 70)
+    offset, slope, intercept = struct.unpack_from(order + "3f", raw, 108)
+    voxel_bytes = math.prod(size) * bits // 8
+    offset_bytes = max(int(offset), 352 if raw[344:347] == b"n+1" else 0)
     packed = _is_gzip(data_file)
     stored_bytes = data_file.stat().st_size - (0 if packed else offset_bytes)
-    _check_claim(path, tuple(size[:dimension]), voxel_bytes, stored_bytes, packed=packed)
+    _check_claim(path, tuple(size), voxel_bytes, stored_bytes, packed=packed)
+    if kind not in _NIFTI_TYPES and kind not in _NIFTI_COLOURS:
+        raise _unplain(path, f"NIfTI type {kind}")
+    components = _NIFTI_COLOURS.get(kind, 1)
+    if dimension == 5 and size[3] == 1 and size[4] > 1:  # where NIfTI puts the components of a vector
+        components = size.pop()
+    while len(size) > 3 and size[-1] == 1:
+        size.pop()
     affines = []
-    if magic in (b"n+1", b"ni1"):
-        qform_code, sform_code = struct.unpack_from(order + "2h", raw, 252)
-        if sform_code > 0:
-            affines.append(np.vstack([np.reshape(struct.unpack_from(order + "12f", raw, 280), (3, 4)), [0, 0, 0, 1]]))
-        if qform_code > 0:
-            affines.append(_qform(struct.unpack_from(order + "6f", raw, 256), pixdim))
-    return NiftiHeader(raw, order, data_file, offset_bytes, voxel_bytes, tuple(affines))
+    qform_code, sform_code = struct.unpack_from(order + "2h", raw, 252)
+    if is_nifti and sform_code > 0:
+        affines.append(np.vstack([np.reshape(struct.unpack_from(order + "12f", raw, 280), (3, 4)), [0, 0, 0, 1]]))
+    if is_nifti and qform_code > 0:
+        affines.append(_qform(struct.unpack_from(order + "6f", raw, 256), pixdim))
+    scaled = is_nifti and slope != 0 and math.isfinite(slope) and math.isfinite(intercept)
+    return NiftiHeader(
+        data_file=data_file,
+        offset_bytes=offset_bytes,
+        voxel_bytes=voxel_bytes,
+        size=tuple(size),
+        components=components,
+        dtype=np.dtype(order + _NIFTI_TYPES.get(kind, "u1")),
+        scale=(slope, intercept) if scaled and (slope, intercept) != (1, 0) else None,
+        affines=tuple(affines),
+    )
+
+
+_NIFTI_TYPES = {
+    **{2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8"},
+    **{256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"},
+}
+_NIFTI_COLOURS = {128: 3, 2304: 4}
+
+
+def _nifti_voxels(path: Path, nifti: NiftiHeader) -> np.ndarray:
+    """The scaled voxels (D, H, W) or (T, D, H, W).
+
+    ITK is not used: it reads NaN, and whatever is missing or damaged in the data, as 0 and says nothing.
+    """
+    stored = np.empty(nifti.voxel_bytes, dtype=np.uint8)
+    done = -nifti.offset_bytes
+    for chunk in _nifti_chunks(path, nifti):
+        first, last = max(0, done), min(stored.size, done + len(chunk))
+        if last > first:
+            stored[first:last] = np.frombuffer(chunk, np.uint8)[first - done : last - done]
+        done += len(chunk)
+    array = stored.view(nifti.dtype).reshape(nifti.size[::-1])
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if nifti.scale is not None:
+        slope, intercept = nifti.scale
+        array = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+        array = array * array.dtype.type(slope) + array.dtype.type(intercept)
+    return array
+
+
+def _nifti_chunks(path: Path, nifti: NiftiHeader) -> Iterator[bytes]:
+    """The unpacked data file to its end. Raises InvresError where it is cut short or fails its checksum."""
+    unpacked_bytes = 0
+    try:
+        with _open_unpacked(nifti.data_file) as stream:
+            while chunk := stream.read(1 << 20):
+                unpacked_bytes += len(chunk)
+                yield chunk
+        complete = unpacked_bytes >= nifti.offset_bytes + nifti.voxel_bytes
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        complete = False
+    if not complete:
+        raise InvresError(f"{path} is damaged or cut short: it cannot be unpacked to the end.", hint=_COPY_AGAIN)
 
 
 def _qform(quaternion: tuple[float, ...], pixdim: np.ndarray) -> np.ndarray:
@@ -465,41 +533,8 @@ def _is_gzip(path: Path) -> bool:
         return stream.read(2) == b"\x1f\x8b"
 
 
-def _open_unzipped(path: Path) -> BinaryIO | gzip.GzipFile:
+def _open_unpacked(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb")
-
-
-def _check_gzip(path: Path, nifti: NiftiHeader) -> None:
-    """Refuses compressed NIfTI data that is cut short or fails its checksum: ITK reads zeros there and says nothing."""
-    if not _is_gzip(nifti.data_file):
-        return
-    unzipped_bytes = 0
-    try:
-        with gzip.open(nifti.data_file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                unzipped_bytes += len(chunk)
-        complete = unzipped_bytes >= nifti.offset_bytes + nifti.voxel_bytes
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        complete = False
-    if not complete:
-        raise InvresError(f"{path} is damaged or cut short: it cannot be unpacked to the end.", hint=_COPY_AGAIN)
-
-
-@contextmanager
-def _plain_copy(nifti: NiftiHeader, *, voxels: bool) -> Iterator[str]:
-    """A temporary .nii with the same voxels and no orientation, for geometries that ITK refuses."""
-    raw = bytearray(nifti.raw)
-    struct.pack_into(nifti.byte_order + "f", raw, 108, 352.0)
-    struct.pack_into(nifti.byte_order + "2h", raw, 252, 0, 0)
-    raw[344:348] = b"n+1\0"
-    with tempfile.TemporaryDirectory(prefix="invres-") as folder:
-        copy = Path(folder) / "image.nii"
-        with open(copy, "wb") as target, _open_unzipped(nifti.data_file) as source:
-            target.write(bytes(raw) + bytes(4))
-            if voxels:
-                source.read(nifti.offset_bytes)
-                shutil.copyfileobj(source, target)
-        yield os.fspath(copy)
 
 
 # ---------------------------------------------------------------- DICOM
@@ -522,9 +557,10 @@ def _series_files(folder: Path) -> tuple[str, ...]:
     return next(iter(series.values()))
 
 
-def _series_of(path: Path, reader: sitk.ImageFileReader) -> tuple[str, ...]:
+def _series_of(path: Path) -> tuple[str, ...]:
     """All files of the series that the DICOM file `path` belongs to; itself where it is a volume of its own."""
-    if len(reader.GetSize()) == 3 and reader.GetSize()[2] > 1:
+    reader = _itk_information(os.fspath(path))
+    if reader.GetSize()[-1] > 1:
         return (os.fspath(path),)
     uid = reader.GetMetaData("0020|000e").strip("\0 ") if reader.HasMetaDataKey("0020|000e") else ""
     files = _files_of(path.parent, uid) if uid else ()
@@ -548,8 +584,8 @@ def _read_series(files: tuple[str, ...]) -> Header:
     try:
         readers = [_itk_information(file) for file in files]
     except RuntimeError:
-        raise InvresError(f"A DICOM file in {folder} is damaged: its header cannot be read.", hint=_COPY_AGAIN) from None
-    size, components = _check_layout(folder, readers[0])
+        raise InvresError(f"A DICOM file in {folder} has a damaged header.", hint=_COPY_AGAIN) from None
+    size, components = _layout(folder, readers[0])
     affine = _itk_affine(folder, readers[0])
     if len(files) == 1:
         affine, sentence = _repaired(folder, affine, size[2::-1])
@@ -560,21 +596,23 @@ def _read_series(files: tuple[str, ...]) -> Header:
             hint="Remove the slices that do not belong to it (a localizer, for example).",
         )
     origins = np.array([reader.GetOrigin() for reader in readers]) @ _LPS_TO_RAS
-    step = (origins[-1] - origins[0]) / (len(files) - 1)
-    gaps = np.diff(origins @ affine[:3, 0] / np.linalg.norm(affine[:3, 0]))
-    if np.abs(gaps).min() < 1e-3:
+    positions = origins @ affine[:3, 0] / np.linalg.norm(affine[:3, 0])
+    order = np.argsort(positions, kind="stable")  # GDCM falls back to file names where positions repeat
+    gaps = np.diff(positions[order])
+    if gaps.min() < 1e-3:
         raise InvresError(
             f"The DICOM series in {folder} has several slices at one position, so it is not one 3D volume.",
             hint="Export one volume of it (a time series or a diffusion series has many).",
         )
-    affine[:3, 0] = step
+    affine[:3, 0] = (origins[order[-1]] - origins[order[0]]) / (len(files) - 1)
+    affine[:3, 3] = origins[order[0]]
     warnings = []
-    if np.ptp(gaps) > 0.02 * np.abs(gaps).mean():
+    if np.ptp(gaps) > 0.02 * gaps.mean():
         warnings.append(
-            f"The slices of the DICOM series in {folder} are not evenly spaced ({np.abs(gaps).min():.3g} to "
-            f"{np.abs(gaps).max():.3g} mm); a slice may be missing, and positions inside are not right."
+            f"The slices of the DICOM series in {folder} are not evenly spaced ({gaps.min():.3g} to "
+            f"{gaps.max():.3g} mm); a slice may be missing, and positions inside are not right."
         )
-    affine, sentence = _repaired(folder, affine, (len(files), size[1], size[0]))
+    size = (size[0], size[1], len(files))
+    affine, sentence = _repaired(folder, affine, size[::-1])
     warnings += [sentence] if sentence else []
-    header = Header(files, size, affine, components, warnings=tuple(warnings))
-    return replace(header, size=(size[0], size[1], len(files)))
+    return Header(tuple(files[i] for i in order), size, affine, components, warnings=tuple(warnings))

@@ -274,7 +274,7 @@ def test_the_table_is_aligned_and_lists_the_three_worst_cases_first(folders):
     lines = summary_table(evaluate(predictions, references, TWO)).splitlines()
     heading, rule, liver, tumour = lines[:4]
     assert set(rule) == {"-"} and len({line.index("4") for line in (liver, tumour)} | {heading.index("n  ")}) == 1
-    start = lines.index("Lowest Dice:")
+    start = lines.index("Lowest Dice (mean over labels):")
     assert [line.split()[0] for line in lines[start + 1 :]] == ["poor", "fair", "good"]
     assert "worst tumour: Dice 0.000" in lines[start + 1]
 

@@ -1,7 +1,8 @@
 """Time of invres' augmentation for one patch against MONAI's dictionary transforms; run by hand, prints JSON.
 
-Both get the same patch, probabilities and ranges and take turns in one run. "default": the configuration's own probabilities;
-"everything": every switch at probability 1; "spatial": rotation, scale and elastic displacement only, at probability 1.
+Both get the same patch, probabilities and ranges and take turns in one run. "default": the configuration's own
+probabilities; "everything": every switch at probability 1; "spatial": rotation, scale and elastic displacement
+only, at probability 1.
 MONAI's chain is lazy (pending affine, flips and crop are resampled once); its elastic transform cannot be lazy.
 
     PYTHONPATH=Backend python Testing/Benchmarks/augmentation.py --patch 64 --repeats 15

@@ -35,13 +35,18 @@ def complete_config(
 
     Raises InvresError naming the entry whose length does not fit.
     """
-    channels = config.channels or channels
-    levels = len(channels)
-    if not config.blocks and levels != len(blocks):
-        blocks = (1,) * levels
+    if config.channels:
+        levels = len(config.channels)
+        channels, blocks, decoder_blocks = config.channels, (1,) * levels, (1,) * (levels - 1)
+    else:
+        levels = config.levels or len(channels)
+        if levels > len(channels):
+            raise InvresError(
+                f"network.levels is {levels}, but {config.name} has {len(channels)} by default.",
+                hint="Give the widths of all levels in network.channels.",
+            )
+        channels, blocks, decoder_blocks = channels[:levels], blocks[:levels], decoder_blocks[: levels - 1]
     blocks = config.blocks or blocks
-    if not config.decoder_blocks and levels - 1 != len(decoder_blocks):
-        decoder_blocks = (1,) * (levels - 1)
     decoder_blocks = config.decoder_blocks or decoder_blocks
     strides = config.strides or ((2, 2, 2),) * (levels - 1)
     for name, got, wanted in (

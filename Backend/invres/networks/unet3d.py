@@ -25,8 +25,8 @@ class UNet3D(SegmentationNetwork):
     """
 
     def __init__(self, config: NetworkConfig, engine: str = "auto"):
-        levels = len(config.channels or CHANNELS)
-        channels, _, _, strides = complete_config(config, CHANNELS, (1,) * levels, (1,) * (levels - 1))
+        ones = (1,) * len(CHANNELS)
+        channels, _, _, strides = complete_config(config, CHANNELS, ones, ones[1:])
         super().__init__(config, strides, channels[-1], engine)
         self.strides = strides
         inputs = (config.in_channels, *channels[:-1])

@@ -1,0 +1,187 @@
+"""The command line: `invres VERB ...`. Reads arguments, calls the verb, turns its outcome into an exit code.
+
+Exit codes: 0 done, 2 bad input or usage, 3 out of memory, 130 cancelled, 1 internal error.
+Nothing here imports torch, so that help, `describe` and `models list` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import InvresError, __version__
+from .config import ENGINES, NETWORKS
+from .events import JsonReporter, Reporter, TerminalReporter
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage like any other bad input: one sentence, and JSON where JSON was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} --help`.", code="usage")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    report: Reporter = JsonReporter() if "--json" in arguments else TerminalReporter()
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options, report)
+        return 0
+    except InvresError as error:
+        report.error(error.code, error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        report.error("cancelled", "Cancelled.")
+        return 130
+    except MemoryError:
+        report.error("out_of_memory", "Main memory ran out.", "Use a smaller patch or crop the volume.")
+        return 3
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            report.error("disk_full", f"The disk is full ({error.filename or ''}).", "Free some space and try again.")
+            return 2
+        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+            report.error("bad_input", f"{error.strerror}: {error.filename}.", "Check the path and its permissions.")
+            return 2
+        return _internal(report, error)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            report.error("out_of_memory", "The GPU's memory ran out.", "Use a smaller patch, batch size 1 or bf16.")
+            return 3
+        return _internal(report, error)
+
+
+def _internal(report: Reporter, error: BaseException) -> int:
+    traceback.print_exc()
+    hint = "This is a fault in InvResSegment; please report it with the lines above."
+    report.error("internal", f"{type(error).__name__}: {error}", hint)
+    return 1
+
+
+def _verb(name: str) -> Callable[[argparse.Namespace, Reporter], None]:
+    """The function `name` of the commands module, imported when it is called."""
+
+    def run(options: argparse.Namespace, report: Reporter) -> None:
+        from . import commands
+
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        getattr(commands, name)(options, report)
+
+    return run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="invres", description="Segments and trains on 3D medical images in little memory.")
+    parser.add_argument("--version", action="version", version=f"invres {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(verb: str, text: str, run: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(verb, help=text, description=text)
+        one.add_argument("--json", action="store_true", help="write events and the result as JSON lines on stdout")
+        one.set_defaults(run=_verb(run))
+        return one
+
+    one = add("segment", "Segments a volume with a model.", "segment")
+    one.add_argument("-m", "--model", required=True, help="name of a model, or path of a package")
+    one.add_argument(
+        "-i",
+        "--input",
+        required=True,
+        action="append",
+        metavar="[CHANNEL=]FILE",
+        help="image file or DICOM folder, once for each channel of the model (T1=a.nii.gz)",
+    )
+    one.add_argument("-o", "--output", required=True, type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha")
+    one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="also write FILE_label.nii.gz by label")
+    one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
+    one.add_argument("--mirror", type=int, nargs="*", default=[], metavar="AXIS", help="average mirrored predictions")
+    one.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="voxels")
+    _device(one)
+
+    one = add("train", "Trains a network on a data set.", "train")
+    one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
+    one.add_argument("-r", "--recipe", default="default", help="name or JSON file (default: default)")
+    one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    one.add_argument("-n", "--network", choices=NETWORKS, help="instead of the recipe's")
+    one.add_argument("-t", "--time", metavar="30m", help="time budget: 90s, 30m, 2h")
+    one.add_argument("--epochs", type=int)
+    one.add_argument("--seed", type=int)
+    one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
+    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
+    one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
+    one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
+    _device(one)
+
+    one = add("evaluate", "Scores segmentations against references.", "evaluate")
+    one.add_argument("-p", "--predictions", required=True, type=Path, help="folder or file")
+    one.add_argument("-r", "--references", required=True, type=Path, help="folder or file")
+    one.add_argument("-o", "--output", required=True, type=Path, help="metrics.json to write")
+    one.add_argument("-d", "--data", type=Path, help="data set whose label names and regions to use")
+    one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
+
+    one = add("check", "Examines a data set and says what will be done about each finding.", "check")
+    one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
+
+    one = add("plan", "Predicts the memory of training; needs no GPU and allocates nothing.", "plan")
+    one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
+    one.add_argument("--engine", choices=ENGINES, default="auto")
+    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    one.add_argument("--vae", action="store_true", help="with the VAE branch")
+    _size(one, 128)
+    one.add_argument("--batch", type=int, default=1)
+
+    one = add("describe", "Shows what a model needs and gives.", "describe")
+    one.add_argument("model", help="name of a model, or path of a package")
+
+    one = add("models", "Lists, verifies, imports or exports model packages.", "models")
+    one.add_argument("action", choices=("list", "verify", "import", "export"))
+    one.add_argument("model", nargs="?", help="name or path (not for list)")
+    one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
+    one.add_argument("--models-dir", type=Path, help="folder of your own models")
+
+    one = add("bench", "Measures memory, time or gradients of all networks and engines.", "bench")
+    one.add_argument("what", choices=("memory", "time", "gradients", "all"))
+    one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
+    one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")
+    one.add_argument("-o", "--output", type=Path, help="folder for a JSON and a Markdown file")
+    _size(one, 64)
+    _device(one, default="cpu")
+
+    one = add("demo", "Trains on synthetic contrasts and segments the real ICBM152 T1 volume.", "demo")
+    one.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
+    one.add_argument("-t", "--time", default="150s", metavar="150s", help="training time budget (default 150s)")
+    _device(one)
+    return parser
+
+
+def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+    parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 (default {default})")
+
+
+def _size(parser: argparse.ArgumentParser, side: int) -> None:
+    parser.add_argument("--channels", type=int, default=4, help="input channels (default 4)")
+    parser.add_argument("--classes", type=int, default=4, help="output channels (default 4)")
+    parser.add_argument(
+        "--patch", type=int, nargs=3, default=[side] * 3, metavar=("D", "H", "W"), help=f"voxels (default {side} each)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The manifest of a model package: all that is known of a model besides its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+
+from . import InvresError
+from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, to_dict
+
+__all__ = ["FORMAT_VERSION", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How the weights came about; counts and versions only, nothing about patients.
+
+    seconds: time spent training. software: name -> version.
+    """
+
+    recipe: str = ""
+    epochs: int = 0
+    iterations: int = 0
+    seconds: float = 0.0
+    training_cases: int = 0
+    validation_cases: int = 0
+    engine: str = ""
+    precision: str = ""
+    seed: int = 0
+    software: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.schema.json` describes its JSON form to other programs.
+
+    id: 32 hexadecimal digits, new for each saved package; parent: the id that this model was fine-tuned from, or "".
+    created: UTC, ISO 8601. patch: training window in voxels (D, H, W). sha256, weights_bytes: of model.safetensors.
+    metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
+
+    Raises InvresError for values that contradict one another or the format.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    id: str
+    version: str = "1.0.0"
+    created: str
+    description: str = ""
+    network: NetworkConfig
+    plan: PreparationPlan
+    scheme: LabelScheme
+    patch: tuple[int, int, int]
+    training: TrainingSummary = field(default_factory=TrainingSummary)
+    metrics: dict = field(default_factory=dict)
+    licence: str = ""
+    intended_use: str = "Research; not a medical device."
+    parent: str = ""
+    sha256: str
+    weights_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not self.name.isprintable():
+            raise InvresError(f"name must be printable text that is not empty, got {self.name!r}.")
+        for key, digits in (("id", 32), ("parent", 32), ("sha256", 64)):
+            value = getattr(self, key)
+            if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value) and not (key == "parent" and value == ""):
+                raise InvresError(f"{key} must be {digits} hexadecimal digits, got {value!r}.")
+        if min(self.patch) < 1:
+            raise InvresError(f"patch must be three sizes of 1 or more, got {list(self.patch)}.")
+        if min(self.plan.spacing_mm) <= 0:
+            raise InvresError(f"plan.spacing_mm must be three sizes above 0, got {list(self.plan.spacing_mm)}.")
+        if self.network.in_channels != len(self.plan.channels):
+            raise InvresError(
+                f"network.in_channels is {self.network.in_channels}, but plan names {len(self.plan.channels)} channels."
+            )
+        if self.network.out_channels != self.scheme.out_channels:
+            raise InvresError(
+                f"network.out_channels is {self.network.out_channels}, but the labels of scheme need "
+                f"{self.scheme.out_channels}."
+            )
+        # Scores of single cases would carry the names of patients; scores by label cannot.
+        strangers = [str(key) for key in self.metrics if key not in self.scheme.names]
+        if strangers:
+            raise InvresError(f"metrics has the entry {strangers[0]!r}, which is no label of scheme.")
+        for label, of_label in self.metrics.items():
+            if not isinstance(of_label, dict) or not all(isinstance(spread, dict) for spread in of_label.values()):
+                raise InvresError(f"metrics[{label!r}] must map each metric to its mean, sd, median, n and ci95.")
+
+
+def manifest_to_json(manifest: Manifest) -> bytes:
+    """The manifest as the bytes of a JSON file. Raises InvresError for numbers that JSON does not know."""
+    try:
+        text = json.dumps(to_dict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InvresError("A manifest may hold only finite numbers.", hint="Leave undefined scores out.") from None
+    return f"{text}\n".encode()
+
+
+def manifest_from_json(data: bytes) -> Manifest:
+    """The manifest in the bytes of a JSON file. Raises InvresError; its message goes on from "The manifest ..."."""
+    try:
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise InvresError("is not readable JSON.") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if type(version) is not int or version < 1:
+        raise InvresError("has no format_version.")
+    if version > FORMAT_VERSION:
+        raise InvresError(
+            f"has format {version}; this InvResSegment reads up to {FORMAT_VERSION}.", hint="Update InvResSegment."
+        )
+    required = [f.name for f in dataclasses.fields(Manifest) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InvresError(f"lacks {', '.join(missing)}.")
+    try:
+        return from_dict(Manifest, values, "manifest")
+    except InvresError as error:
+        raise InvresError(f"is wrong: {error.message}", hint=error.hint) from None
+    except OverflowError:
+        raise InvresError("holds a number too large to use.") from None
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")

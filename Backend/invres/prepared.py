@@ -1,0 +1,94 @@
+"""Prepared cases on disk: each case is prepared once for a run and read by memory map afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .cases import Case, Dataset
+from .config import PreparationPlan, to_dict
+from .events import SILENT, Reporter
+from .preprocessing import PreparedCase, prepare
+from .volume import Geometry
+
+__all__ = ["prepare_cases"]
+
+
+def prepare_cases(
+    dataset: Dataset, names: Sequence[str], plan: PreparationPlan, folder: Path, report: Reporter = SILENT
+) -> list[PreparedCase]:
+    """The named cases as network input, from `folder` where they were prepared before with the same files and plan.
+
+    Arrays are memory maps: the operating system keeps in memory what is used and fits.
+    Raises InvresError for a case that cannot be read or prepared.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = []
+    report.progress("prepare.cases", 0, len(names))
+    for count, name in enumerate(names, start=1):
+        case = dataset.case(name)
+        home = folder / _key(dataset, case, plan)
+        if not home.is_dir():
+            volumes, label = dataset.load(case, report)
+            _write(home, prepare(volumes, label, plan, dataset.scheme, name, report))
+        prepared.append(_read(home, name))
+        report.progress("prepare.cases", count, len(names))
+    return prepared
+
+
+def _key(dataset: Dataset, case: Case, plan: PreparationPlan) -> str:
+    """A folder name that changes with the files, the plan and the labels."""
+    files = [path for path in (*case.images, case.label) if path is not None]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = json.dumps([stamps, to_dict(plan), to_dict(dataset.scheme)])
+    safe = "".join(c if c.isalnum() and c.isascii() else "_" for c in case.name)[:60]
+    return f"{safe}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _write(home: Path, case: PreparedCase) -> None:
+    temporary = home.with_name(home.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        np.save(temporary / "image.npy", case.image)
+        if case.label is not None:
+            np.save(temporary / "label.npy", case.label)
+        grids = {"geometry": _to_json(case.geometry), "original": _to_json(case.original)}
+        (temporary / "grids.json").write_text(json.dumps(grids), encoding="utf-8")
+        os.rename(temporary, home)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _read(home: Path, name: str) -> PreparedCase:
+    grids = json.loads((home / "grids.json").read_text(encoding="utf-8"))
+    label = home / "label.npy"
+    return PreparedCase(
+        name,
+        np.load(home / "image.npy", mmap_mode="r"),
+        np.load(label, mmap_mode="r") if label.exists() else None,
+        _from_json(grids["geometry"]),
+        _from_json(grids["original"]),
+    )
+
+
+def _to_json(grid: Geometry) -> dict[str, object]:
+    values = {field.name: getattr(grid, field.name) for field in dataclasses.fields(grid)}
+    return {key: np.asarray(value).tolist() for key, value in values.items()}
+
+
+def _from_json(values: dict[str, list]) -> Geometry:
+    return Geometry(
+        shape=tuple(values["shape"]),  # type: ignore[arg-type]
+        spacing_mm=tuple(values["spacing_mm"]),  # type: ignore[arg-type]
+        origin_mm=tuple(values["origin_mm"]),  # type: ignore[arg-type]
+        direction=np.asarray(values["direction"]),
+    )

@@ -1,0 +1,313 @@
+"""The training loop: steps, schedule, validation, checkpoints, early stop; knows nothing of files with images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import Cancelled, InvresError
+from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from .config import LossWeights, TrainingConfig, to_dict
+from .events import SILENT, Reporter
+from .memory import LiveBytes
+from .networks import SegmentationNetwork
+from .sampling import BatchSource
+from .step import make_optimizer, training_step
+
+__all__ = ["StopRequest", "Trainer", "TrainingResult", "learning_rate_factor"]
+
+METRICS = "metrics.jsonl"
+MEASURED_STEPS = 2  # the second already has the optimizer's state
+
+Validation = Callable[[SegmentationNetwork], dict[str, float]]
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM inside `listening()`, or by hand; the loop saves and stops at the next step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, *_: Any) -> None:
+        if self.requested:  # asked twice: do not wait for the step
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def learning_rate_factor(config: TrainingConfig, iteration: int, progress: float) -> float:
+    """The factor on the learning rate. progress: 0 at the start, 1 at the planned end."""
+    if iteration < config.warmup_iterations:
+        return (iteration + 1) / config.warmup_iterations
+    progress = min(max(progress, 0.0), 1.0)
+    if config.schedule == "cosine":
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "poly":
+        return max(1 - progress, 1e-3) ** 0.9
+    return 1.0
+
+
+@dataclass
+class TrainingResult:
+    """weights: of the epoch with the best validation Dice (of the last epoch where nothing was validated)."""
+
+    weights: dict[str, torch.Tensor]
+    best_dice: float | None
+    best_epoch: int
+    epochs: int
+    iterations: int
+    seconds: float
+    peak_bytes: int
+    stopped_early: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a network on batches and keeps everything needed to go on after any interruption in `folder`.
+
+    batches: a pure function of the iteration (`sampling.BatchSource`), so that a checkpoint needs no sampler state.
+    validate: gives Dice by label name and their "mean" on full volumes, or None.
+    On the CPU an interrupted and resumed training ends with the very weights of an undisturbed one, provided that no
+    time budget steers the schedule.
+    """
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        batches: BatchSource,
+        config: TrainingConfig,
+        folder: Path,
+        regions: bool,
+        validate: Validation | None = None,
+        report: Reporter = SILENT,
+        stop: StopRequest | None = None,
+    ):
+        self.network = network
+        self.batches = batches
+        self.config = config
+        self.folder = folder
+        self.regions = regions
+        self.validate = validate
+        self.report = report
+        self.stop = stop or StopRequest()
+        self.device = next(network.parameters()).device
+        self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
+        scaled = config.precision == "fp16" and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler("cuda") if scaled else None
+        self.iteration = 0
+        self.elapsed_s = 0.0
+        self.peak_bytes = 0
+        self.history: list[dict[str, Any]] = []
+        self.epoch_losses: list[list[float]] = []
+        self.best_dice: float | None = None
+        self.best_epoch = 0
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self._started = 0.0
+        self._saved = 0.0
+
+    # --- interruption ---------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Goes on where the checkpoint in `folder` was written. Raises InvresError if it belongs to another training."""
+        state = load_checkpoint(self.folder, self.device)
+        if state["network"] != to_dict(self.network.config):
+            raise InvresError(
+                f"The checkpoint in {self.folder} belongs to another network.",
+                hint="Resume with the recipe it was started with, or train in a new folder.",
+            )
+        self.network.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        restore_random_state(state["random"], self.device)
+        self.iteration = state["iteration"]
+        self.elapsed_s = state["elapsed_s"]
+        self.history = state["history"]
+        self.epoch_losses = state["epoch_losses"]
+        self.best_dice, self.best_epoch = state["best_dice"], state["best_epoch"]
+        self.best_weights = state["best_weights"]
+        self.peak_bytes = state["peak_bytes"]
+        self._write_metrics()
+
+    def save(self) -> None:
+        """Writes a checkpoint; if the disk refuses, says so and goes on with the older one kept."""
+        state = {
+            "network": to_dict(self.network.config),
+            "weights": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "random": random_state(self.device),
+            "iteration": self.iteration,
+            "elapsed_s": self._elapsed(),
+            "history": self.history,
+            "epoch_losses": self.epoch_losses,
+            "best_dice": self.best_dice,
+            "best_epoch": self.best_epoch,
+            "best_weights": self.best_weights,
+            "peak_bytes": self.peak_bytes,
+        }
+        try:
+            save_checkpoint(self.folder, state)
+        except OSError as error:
+            self.report.warning(f"The checkpoint could not be saved ({error}); the one before it is kept.")
+        self._saved = time.monotonic()
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainingResult:
+        """Trains to the end of the epochs, of the time budget or of the patience, and returns the best weights.
+
+        Raises Cancelled, after saving, when a stop was requested.
+        """
+        config = self.config
+        self._started = self._saved = time.monotonic()
+        per_epoch, total = config.iterations_per_epoch, config.iterations_per_epoch * config.epochs
+        self.network.train()
+        early = False
+        self.report.progress("train", self.iteration, total)
+        while self.iteration < total and not early and not self._out_of_time():
+            self._one_step()
+            if self.iteration % per_epoch == 0 or self._out_of_time():
+                self._end_epoch()
+                early = self._impatient()
+            if self.stop.requested:
+                self.save()
+                raise Cancelled(
+                    f"Stopped after {self.iteration} of {total} iterations; everything is saved in {self.folder}.",
+                    hint="Go on with the same command and --resume.",
+                )
+            if time.monotonic() - self._saved > config.checkpoint_every_s:
+                self.save()
+        if self.epoch_losses:
+            self._end_epoch()
+        self.save()
+        return TrainingResult(
+            weights=self.best_weights or _cpu_copy(self.network),
+            best_dice=self.best_dice,
+            best_epoch=self.best_epoch,
+            epochs=len(self.history),
+            iterations=self.iteration,
+            seconds=self._elapsed(),
+            peak_bytes=self.peak_bytes,
+            stopped_early=early,
+            history=self.history,
+        )
+
+    def _one_step(self) -> None:
+        config = self.config
+        total = config.iterations_per_epoch * config.epochs
+        progress = self.iteration / total
+        if config.time_s > 0:
+            progress = max(progress, self._elapsed() / config.time_s)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(config, self.iteration, progress)
+        image, target = self.batches.batch(self.iteration)
+
+        def step(loss: LossWeights = config.loss) -> list[float]:
+            losses = training_step(
+                self.network,
+                self.optimizer,
+                image,
+                target,
+                self.regions,
+                loss,
+                config.precision,
+                self.scaler,
+                config.gradient_clip,
+            )
+            return [float("nan") if part is None else float(part) for part in losses]
+
+        # `iteration` counts steps of the whole training: a resumed one does not measure again.
+        values = self._measured(step, [image, target]) if self.iteration < MEASURED_STEPS else step()
+        self.epoch_losses.append(values)
+        self.iteration += 1
+        self.report.progress("train", self.iteration, total, loss=round(values[0], 5))
+
+    def _measured(self, step: Callable[[], list[float]], batch: list[torch.Tensor]) -> list[float]:
+        probe = LiveBytes()
+        held = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        probe.watch([*batch, *self.network.parameters(), *self.network.buffers(), *held])
+        with probe:
+            values = step()
+        self.peak_bytes = max(self.peak_bytes, probe.peak)
+        if self.iteration == MEASURED_STEPS - 1:
+            event: dict[str, Any] = {"event": "memory", "measured_bytes": self.peak_bytes}
+            if self.device.type == "cuda":
+                event["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            self.report.emit(event)
+        return values
+
+    def _end_epoch(self) -> None:
+        epoch = len(self.history) + 1
+        columns = list(zip(*self.epoch_losses, strict=True))
+        means = [sum(column) / len(column) for column in columns]
+        names = ("loss", "cross_entropy", "dice_loss", "reconstruction", "kullback_leibler")
+        entry: dict[str, Any] = {"epoch": epoch, "iteration": self.iteration}
+        entry |= {name: round(mean, 6) for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
+        entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(means[0]):
+            self.report.warning(f"The loss of epoch {epoch} was not finite in some steps, which were left out.")
+        self.epoch_losses = []
+        last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._out_of_time()
+        if self.validate is not None and (epoch % self.config.validate_every == 0 or last):
+            self.network.eval()
+            dice = self.validate(self.network)
+            self.network.train()
+            entry["dice"] = {name: round(value, 5) for name, value in dice.items()}
+            if self.best_dice is None or dice["mean"] > self.best_dice:
+                self.best_dice, self.best_epoch = dice["mean"], epoch
+                self.best_weights = _cpu_copy(self.network)
+        entry["seconds"] = round(self._elapsed(), 2)
+        self.history.append(entry)
+        self._write_metrics()
+        self.report.emit({"event": "epoch", **entry})
+
+    def _impatient(self) -> bool:
+        patience = self.config.early_stop_epochs
+        if not patience or self.best_dice is None or len(self.history) - self.best_epoch < patience:
+            return False
+        self.report.note(f"Stopped early: no better Dice in the last {patience} epochs.")
+        return True
+
+    def _elapsed(self) -> float:
+        return self.elapsed_s + (time.monotonic() - self._started if self._started else 0.0)
+
+    def _out_of_time(self) -> bool:
+        return 0 < self.config.time_s <= self._elapsed()
+
+    def _write_metrics(self) -> None:
+        """All epochs so far, one JSON object a line; written anew so that a resumed run has no line twice."""
+        path = self.folder / METRICS
+        temporary = path.with_name(METRICS + ".tmp")
+        try:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self.report.warning(f"{METRICS} could not be written ({error}).")
+
+
+def _cpu_copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}

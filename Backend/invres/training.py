@@ -1,0 +1,272 @@
+"""`invres train`: from a data set and a recipe to a model package in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import InvresError, __version__
+from .cases import Dataset, read_splits, split_by_count, split_cases
+from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
+from .curves import draw_curves
+from .events import SILENT, Reporter, format_bytes
+from .inference import SegmentOptions, choose_device, predict_probabilities
+from .memory import predict_training
+from .metrics import dice_by_label
+from .modelpackage import ModelPackage, save_package
+from .networks import SegmentationNetwork, build, with_patch
+from .prepared import prepare_cases
+from .preprocessing import PreparedCase, make_plan, scheme_targets
+from .sampling import CaseBatches
+from .trainer import StopRequest, Trainer, TrainingResult
+
+__all__ = ["TrainOptions", "software_versions", "train", "validator"]
+
+RUN = "run.json"
+MODEL = "model"
+VALIDATION_OVERLAP = 0.25  # between windows while training; less than for results, for speed
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What belongs to one run and not to a recipe.
+
+    fold: which of `folds` is validated on; validation_count > 0 takes that many cases instead of a fold.
+    """
+
+    device: str = "auto"
+    resume: bool = False
+    fold: int = 0
+    folds: int = 5
+    validation_count: int = 0
+    licence: str = ""
+
+
+def train(
+    dataset: Dataset,
+    recipe: Recipe,
+    output: Path,
+    options: TrainOptions = TrainOptions(),
+    report: Reporter = SILENT,
+    stop: StopRequest | None = None,
+) -> ModelPackage:
+    """Trains `recipe` on `dataset` in the folder `output`: run.json, checkpoint.pt, metrics.jsonl, curves.png, model/.
+
+    Raises InvresError for a folder with another run, unlabelled data, or configuration that does not fit;
+    Cancelled after a stop was requested (everything is saved).
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    device = choose_device(options.device)
+    labelled = [case.name for case in dataset.cases if case.label is not None]
+    if not labelled:
+        raise InvresError(f"The data set {dataset.name} has no labelled case.", hint="Training needs label files.")
+    if options.resume:
+        recipe, plan, names = _read_run(output, recipe, dataset)
+    else:
+        if (output / RUN).exists():
+            raise InvresError(
+                f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
+            )
+        names = _split(dataset, labelled, recipe.training.seed, options)
+        plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
+        recipe = _fitted(recipe, dataset, plan)
+        _write_run(output, recipe, plan, names, dataset)
+    scheme, config = dataset.scheme, recipe.training
+    torch.manual_seed(config.seed)
+    network = build(recipe.network, config.engine).to(device)
+    _announce_memory(recipe, network.engine, scheme, report)
+    cases = {name: prepare_cases(dataset, part, plan, output / "prepared", report) for name, part in _parts(names)}
+    batches = CaseBatches(cases["train"], scheme, config, recipe.augmentation, device)
+    validate = validator(cases["validation"], scheme, config, device)
+    trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
+    if options.resume and (output / "checkpoint.pt").exists():
+        trainer.resume()
+    result = trainer.run()
+    return save_package(
+        output / MODEL,
+        name=recipe.name,
+        network=recipe.network,
+        state_dict=result.weights,
+        plan=plan,
+        scheme=scheme,
+        patch=config.patch,
+        description=recipe.description,
+        training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
+        metrics=_metrics(cases["validation"], scheme, network, result, config, device),
+        licence=options.licence,
+    )
+
+
+class _WithCurves(Reporter):
+    """Passes events on and redraws the curves after each epoch."""
+
+    def __init__(self, report: Reporter, folder: Path):
+        super().__init__()
+        self._report, self._folder = report, folder
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self._report.emit(event)
+        if event["event"] == "epoch":
+            draw_curves(self._folder)
+
+
+def validator(cases: list[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device):  # type: ignore[no-untyped-def]
+    """A function from a network to the mean full-volume Dice of each label and their "mean"; None without cases."""
+    chosen = cases[: config.validation_cases] if config.validation_cases else cases
+    if not chosen:
+        return None
+
+    def validate(network: SegmentationNetwork) -> dict[str, float]:
+        scores = np.array([_dice(network, case, scheme, config, device) for case in chosen])
+        means = dict(zip(scheme.names, scores.mean(axis=0).tolist(), strict=True))
+        return {**means, "mean": float(scores.mean())}
+
+    return validate
+
+
+def _dice(
+    network: SegmentationNetwork, case: PreparedCase, scheme: LabelScheme, config: TrainingConfig, device: torch.device
+) -> list[float]:
+    """Dice of each label on the prepared grid."""
+    image = torch.from_numpy(np.array(case.image)).to(device)
+    options = SegmentOptions(overlap=VALIDATION_OVERLAP)
+    probabilities = predict_probabilities(network, image, config.patch, scheme.regions, options)
+    assert case.label is not None  # validation cases are labelled
+    reference = np.asarray(case.label)
+    targets = scheme_targets(reference, scheme)
+    if scheme.regions:
+        predicted = (probabilities > 0.5).cpu().numpy()
+    else:
+        best = probabilities.argmax(dim=0).cpu().numpy()
+        predicted = np.stack([best == index + 1 for index in range(len(scheme.labels))])
+    return dice_by_label(predicted & (reference >= 0), targets)
+
+
+def _metrics(
+    cases: list[PreparedCase],
+    scheme: LabelScheme,
+    network: SegmentationNetwork,
+    result: TrainingResult,
+    config: TrainingConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Dice of the best weights on every validation case: mean, sd and n by label, for the package."""
+    if not cases:
+        return {}
+    network.load_state_dict(result.weights)
+    network.eval()
+    scores = np.array([_dice(network, case, scheme, config, device) for case in cases])
+    return {
+        name: {"Dice": {"mean": float(column.mean()), "sd": float(column.std(ddof=1)) if len(column) > 1 else 0.0,
+                        "n": len(column)}}
+        for name, column in zip(scheme.names, scores.T, strict=True)
+    }
+
+
+def training_summary(
+    recipe: Recipe, result: TrainingResult, engine: str, training_cases: int, validation_cases: int
+) -> dict[str, Any]:
+    """The manifest's training fields."""
+    return {
+        "recipe": recipe.name,
+        "epochs": result.epochs,
+        "iterations": result.iterations,
+        "seconds": round(result.seconds, 1),
+        "training_cases": training_cases,
+        "validation_cases": validation_cases,
+        "engine": engine,
+        "precision": recipe.training.precision,
+        "seed": recipe.training.seed,
+        "software": software_versions(),
+    }
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
+    """The recipe with the network's channel counts taken from the data set."""
+    network = dataclasses.replace(
+        recipe.network, in_channels=len(plan.channels), out_channels=dataset.scheme.out_channels
+    )
+    return dataclasses.replace(recipe, network=with_patch(network, recipe.training.patch))
+
+
+def _announce_memory(recipe: Recipe, engine: str, scheme: LabelScheme, report: Reporter) -> None:
+    config = recipe.training
+    predicted = predict_training(
+        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision
+    )
+    report.emit({"event": "memory", "predicted_bytes": predicted.peak_bytes})
+    report.note(
+        f"{recipe.network.name} under the {engine} engine: a training step is predicted to need "
+        f"{format_bytes(predicted.peak_bytes)}."
+    )
+
+
+def _parts(names: tuple[tuple[str, ...], tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+    return [("train", names[0]), ("validation", names[1])]
+
+
+def _split(
+    dataset: Dataset, labelled: list[str], seed: int, options: TrainOptions
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if len(labelled) < len(dataset.cases):
+        dataset = dataclasses.replace(dataset, cases=tuple(c for c in dataset.cases if c.label is not None))
+    if options.validation_count:
+        return split_by_count(dataset, options.validation_count, seed)
+    known = dataset.root / "splits_final.json"
+    if known.is_file():
+        splits = read_splits(known, dataset)
+        if options.fold >= len(splits):
+            raise InvresError(f"splits_final.json has {len(splits)} folds, counted from 0; fold {options.fold} was asked.")
+        return splits[options.fold]
+    return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
+
+
+def _write_run(
+    output: Path, recipe: Recipe, plan: PreparationPlan, names: tuple[tuple[str, ...], tuple[str, ...]], dataset: Dataset
+) -> None:
+    content = {
+        "recipe": to_dict(recipe),
+        "plan": to_dict(plan),
+        "scheme": to_dict(dataset.scheme),
+        "split": {"train": list(names[0]), "validation": list(names[1])},
+    }
+    temporary = output / (RUN + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, output / RUN)
+
+
+def _read_run(
+    output: Path, asked: Recipe, dataset: Dataset
+) -> tuple[Recipe, PreparationPlan, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The run as it was started. `asked` may only lengthen it (epochs, time)."""
+    if not (output / RUN).is_file():
+        raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
+    content = json.loads((output / RUN).read_text(encoding="utf-8"))
+    recipe = from_dict(Recipe, content["recipe"], "run.json: recipe")
+    if asked.network.name != recipe.network.name:
+        raise InvresError(
+            f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
+            hint="Resume with the recipe it was started with, or train in a new folder.",
+        )
+    if content["scheme"] != to_dict(dataset.scheme):
+        raise InvresError(
+            f"The labels of {dataset.name} differ from those that the training in {output} was started with.",
+            hint="Resume with the data set it was started with.",
+        )
+    training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
+    plan = from_dict(PreparationPlan, content["plan"], "run.json: plan")
+    split = content["split"]
+    return dataclasses.replace(recipe, training=training), plan, (tuple(split["train"]), tuple(split["validation"]))

@@ -1,0 +1,53 @@
+# `make demo` sets up and runs the main job, `make test` sets up and runs every check, `make gpu` measures on a CUDA card.
+# PYTHON=python3.12 picks the interpreter (3.10 to 3.13) that .venv is made with; TORCH=torch==2.12.0 another torch.
+# `make gpu PYTHON=python3`, with PYTHON on the command line, installs nothing and uses that Python as it is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test gpu clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CHECKED := Backend InvResSegment Testing
+
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
+
+demo: .venv/demo.stamp
+	$(BIN)/invres demo --output out/demo
+
+test: .venv/test.stamp
+	$(BIN)/ruff check --config Backend/pyproject.toml $(CHECKED)
+	$(BIN)/ruff format --check --config Backend/pyproject.toml $(CHECKED)
+	$(BIN)/mypy --config-file Backend/pyproject.toml Backend/invres
+	$(BIN)/python -m pytest
+
+ifeq ($(origin PYTHON),command line)
+gpu:
+	PYTHONPATH=Backend $(PYTHON) -m invres bench all --device cuda --output Testing/Benchmarks/gpu
+else
+gpu: .venv/demo.stamp
+	$(BIN)/invres bench all --device cuda --output Testing/Benchmarks/gpu
+endif
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# Torch stands first, and its pin stays named, so that no dependency brings another one.
+.venv/torch.stamp: | $(BIN)/python
+	$(PIP) install "$(TORCH)"
+	touch $@
+
+.venv/demo.stamp .venv/test.stamp: .venv/%.stamp: .venv/torch.stamp Backend/pyproject.toml
+	$(PIP) install "$(TORCH)" --editable "Backend[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv out build .mypy_cache .pytest_cache .ruff_cache Backend/*.egg-info Backend/build
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,406 @@
+"""Data sets: every layout is recognised by itself, mistakes are told in one sentence, splits go by patient."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from invres import InvresError
+from invres.cases import (
+    read_dataset,
+    split_by_count,
+    split_cases,
+    write_dataset_json,
+    write_splits,
+)
+from invres.volume import Geometry, Volume, write_volume
+
+GRID = Geometry((5, 7, 6), (2.5, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3)[:, ::-1])
+
+
+def put(path, values=None, dtype=np.int16):
+    """A small volume file; label files get the given values. Analyze is written by SimpleITK itself."""
+    array = np.arange(np.prod(GRID.shape)).reshape(GRID.shape) if values is None else np.zeros(GRID.shape)
+    for index, value in enumerate(values or ()):
+        array[1, index] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".hdr":
+        import SimpleITK
+
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array.astype(dtype)), str(path.with_suffix(".img")))
+    else:
+        write_volume(path, Volume(array.astype(dtype), GRID))
+
+
+def nnunet(folder, labels=None, cases=("a", "b"), channels=("T1", "CT "), **more):
+    for case in cases:
+        for channel in range(len(channels)):
+            put(folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz")
+        put(folder / "labelsTr" / f"{case}.nii.gz", [1, 2])
+    description = {
+        "channel_names": {str(i): name for i, name in enumerate(channels)},
+        "labels": labels or {"background": 0, "core": 1, "shell": 2},
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+        **more,
+    }
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    return folder
+
+
+def listed(folder, patients):
+    """An nnU-Net data set that lists empty files: enough where no volume is opened."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for index, patient in enumerate(patients):
+        for kind in ("image", "label"):
+            (folder / f"{kind}{index:03d}.nii").touch()
+        entries[f"case{index:03d}"] = {
+            "images": [f"image{index:03d}.nii"],
+            "label": f"label{index:03d}.nii",
+            "patient": patient,
+        }
+    description = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "x": 1}, "dataset": entries}
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    return read_dataset(folder)
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_an_nnunet_folder_is_read_from_its_json_or_its_folder(tmp_path, by_file):
+    nnunet(tmp_path)
+    dataset = read_dataset(tmp_path / "dataset.json" if by_file else tmp_path)
+    assert dataset.layout == "nnU-Net v2"
+    assert dataset.modalities == ("MR", "CT")
+    assert [case.name for case in dataset.cases] == ["a", "b"]
+    assert [path.name for path in dataset.cases[1].images] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+    assert [(label.name, label.values, label.output_value) for label in dataset.scheme.labels] == [
+        ("core", (1,), 1),
+        ("shell", (2,), 2),
+    ]
+    volumes, label = dataset.load(dataset.cases[0])
+    assert len(volumes) == 2 and set(np.unique(label.array)) == {0, 1, 2}
+
+
+def test_nnunet_regions_keep_their_order_and_the_ignore_label(tmp_path):
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": "3", "ignore": 4}
+    scheme = read_dataset(nnunet(tmp_path, labels, regions_class_order=[1, 2, 3])).scheme
+    assert scheme.regions and scheme.ignore_value == 4
+    assert [(label.name, label.values, label.output_value) for label in scheme.labels] == [
+        ("whole", (1, 2, 3), 1),
+        ("core", (2, 3), 2),
+        ("enhancing", (3,), 3),
+    ]
+
+
+def test_label_values_with_gaps_and_as_text_are_taken_as_they_are(tmp_path):
+    scheme = read_dataset(nnunet(tmp_path, {"background": "0", "white": "250", "grey": 150})).scheme
+    assert [(label.name, label.values, label.output_value) for label in scheme.labels] == [
+        ("grey", (150,), 150),
+        ("white", (250,), 250),
+    ]
+
+
+def test_a_decathlon_folder_has_one_4d_file_per_case(tmp_path):
+    import nibabel
+
+    for name in ("a", "b"):
+        for kind, shape in (("imagesTr", (6, 7, 5, 2)), ("labelsTr", (6, 7, 5))):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            array = np.random.default_rng(0).integers(0, 3, shape).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / kind / f"{name}.nii.gz")
+    description = {
+        "name": "TINY",
+        "modality": {"1": "CT", "0": "MRI"},
+        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
+        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in "ba"],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "Medical Segmentation Decathlon" and dataset.modalities == ("MR", "CT")
+    assert [case.name for case in dataset.cases] == ["a", "b"]
+    assert dataset.scheme.names == ("Anterior", "Posterior")
+    volumes, label = dataset.load(dataset.cases[0])
+    assert len(volumes) == 2 and volumes[0].array.shape == label.array.shape == (5, 7, 6)
+    write_dataset_json(dataset, tmp_path / "again.json")
+    again = read_dataset(tmp_path / "again.json")
+    assert again.channels_in_one_file and [c.name for c in again.cases] == ["a", "b"]
+
+
+@pytest.mark.parametrize("sessions", [["ses-1", "ses-2"], [""]])
+@pytest.mark.parametrize("derived", [True, False])
+def test_bids_subjects_are_patients_and_names_come_from_the_table(tmp_path, sessions, derived):
+    for subject in ("sub-01", "sub-02"):
+        for session in sessions:
+            name = "_".join(part for part in (subject, session) if part)
+            anat = tmp_path / subject / session / "anat"
+            put(anat / f"{name}_T1w.nii.gz")
+            put(anat / f"{name}_FLAIR.nii.gz")
+            where = tmp_path / "derivatives" / "manual" / subject / session / "anat" if derived else anat
+            put(where / f"{name}_dseg.nii.gz", [3])
+    (tmp_path / "derivatives").mkdir(exist_ok=True)
+    (tmp_path / "manual_dseg.tsv").write_text("index\tname\n0\tBackground\n3\tLesion\n", encoding="utf-8")
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "BIDS derivatives" and dataset.channel_names == ("FLAIR", "T1w")
+    assert len(dataset.cases) == 2 * len(sessions) == len(dataset.labelled_cases)
+    assert {case.patient for case in dataset.cases} == {"sub-01", "sub-02"}
+    assert [(label.name, label.values) for label in dataset.scheme.labels] == [("Lesion", (3,))]
+
+
+@pytest.mark.parametrize("prefix", ["", "{}_"])
+@pytest.mark.parametrize("label", ["label", "seg", "Segmentation", "labels"])
+def test_a_folder_per_case_is_read_with_its_label_values(tmp_path, label, prefix):
+    for case in ("anna", "bert"):
+        for channel in ("T2", "T1"):
+            put(tmp_path / case / f"{prefix.format(case)}{channel}.nii.gz")
+    put(tmp_path / "bert" / f"{prefix.format('bert')}{label}.nrrd", [7, 2])
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "a folder per case" and dataset.channel_names == ("T1", "T2")
+    assert [case.label is None for case in dataset.cases] == [True, False]
+    assert [(entry.name, entry.values) for entry in dataset.scheme.labels] == [("label_2", (2,)), ("label_7", (7,))]
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("imagesTr", "labelsTr")])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_pair_of_folders_is_read_with_or_without_names(tmp_path, folders, named):
+    for case in ("a", "b"):
+        put(tmp_path / folders[0] / f"{case}.nii.gz")
+        put(tmp_path / folders[1] / f"{case}.nii.gz", [1, 4])
+    (tmp_path / folders[0] / "._a.nii.gz").write_bytes(b"macOS leftover")
+    if named:
+        (tmp_path / "labels.json").write_text('{"1": "anterior", "4": "posterior"}')
+    dataset = read_dataset(tmp_path)
+    assert len(dataset.cases) == 2 and dataset.channel_names == ("image",)
+    assert dataset.scheme.names == (("anterior", "posterior") if named else ("label_1", "label_4"))
+
+
+@pytest.mark.parametrize("ending", [".hdr", ".nii", ".nii.gz"])
+def test_iseg_is_known_by_its_file_names(tmp_path, ending):
+    for subject in (1, 2, 10):
+        for channel in ("T1", "T2"):
+            put(tmp_path / f"subject-{subject}-{channel}{ending}")
+        if subject != 10:
+            put(tmp_path / f"subject-{subject}-label{ending}", [10, 150, 250], np.uint8)
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "iSeg" and dataset.channel_names == ("T1", "T2")
+    assert [(label.name, label.values[0]) for label in dataset.scheme.labels] == [("CSF", 10), ("GM", 150), ("WM", 250)]
+    assert {case.name: case.label is not None for case in dataset.cases} == {
+        "subject-1": True,
+        "subject-10": False,
+        "subject-2": True,
+    }
+    volumes, label = dataset.load(dataset.cases[0])
+    assert len(volumes) == 2 and set(np.unique(label.array)) == {0, 10, 150, 250}
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_brats_has_four_channels_and_three_regions(tmp_path, ending):
+    for case, label in (("BraTS20_Training_001", "BraTS20_Training_001_seg"), ("BraTS20_Training_355", "W39_Segm")):
+        for channel in ("t1", "t1ce", "t2", "flair"):
+            put(tmp_path / case / f"{case}_{channel}{ending}")
+        put(tmp_path / case / f"{label}{ending}", [1, 2, 4])
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "BraTS 2020" and dataset.channel_names == ("T1", "T1ce", "T2", "FLAIR")
+    assert len(dataset.labelled_cases) == 2 and dataset.scheme.regions
+    assert [(label.values, label.output_value) for label in dataset.scheme.labels] == [
+        ((1, 2, 4), 2),
+        ((1, 4), 1),
+        ((4,), 4),
+    ]
+
+
+def test_kits_is_ct_and_its_test_cases_have_no_label(tmp_path):
+    put(tmp_path / "case_00000" / "imaging.nii.gz")
+    put(tmp_path / "case_00000" / "segmentation.nii.gz", [1, 2])
+    put(tmp_path / "case_00210" / "imaging.nii.gz")
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "KiTS19" and dataset.modalities == ("CT",)
+    assert dataset.scheme.names == ("kidney", "tumour")
+    assert [case.name for case in dataset.labelled_cases] == ["case_00000"]
+
+
+def break_json(folder):
+    (folder / "dataset.json").write_text("{not json")
+
+
+def break_nothing_known(folder):
+    (folder / "dataset.json").unlink()
+    for sub in ("imagesTr", "labelsTr"):
+        for file in (folder / sub).iterdir():
+            file.unlink()
+        (folder / sub).rmdir()
+
+
+def break_missing_label(folder):
+    (folder / "labelsTr" / "b.nii.gz").unlink()
+
+
+def break_missing_image(folder):
+    for file in (folder / "imagesTr").glob("b_*"):
+        file.unlink()
+
+
+def break_channel_count(folder):
+    (folder / "imagesTr" / "b_0001.nii.gz").unlink()
+
+
+def break_no_case(folder):
+    for file in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").iterdir()]:
+        file.unlink()
+
+
+def edit(folder, **changes):
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (break_json, "not readable JSON"),
+        (break_nothing_known, "No data set format was recognised"),
+        (break_missing_label, "label file .* does not exist"),
+        (break_missing_image, "b has 0 image files"),
+        (break_channel_count, r"b has 1 image files \(b_0000.nii.gz\)"),
+        (break_no_case, "has no training case"),
+        (lambda f: edit(f, channel_names={}), "must number the channels"),
+        (lambda f: edit(f, labels={"x": 1, "y": 1}), "value 1 stands for x and y"),
+        (lambda f: edit(f, labels={"x": 1.5}), "whole number"),
+        (lambda f: edit(f, labels={"x": [1, 2], "y": 2}), "regions_class_order"),
+        (lambda f: edit(f, dataset={"a": ["x.nii"]}), "list `images`"),
+        (lambda f: (f / "dataset.json").write_text("[1]"), "neither"),
+        (lambda f: (f / "dataset.json").write_text('{"labels": {"x": 1, "x": 2}}'), "'x' twice"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_a_next_step(tmp_path, break_it, words):
+    break_it(nnunet(tmp_path))
+    with pytest.raises(InvresError, match=words) as caught:
+        read_dataset(tmp_path)
+    assert caught.value.hint
+
+
+def test_a_path_that_is_no_data_set_is_told(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for path in (tmp_path / "notes.txt", tmp_path / "absent"):
+        with pytest.raises(InvresError, match="no data set"):
+            read_dataset(path)
+
+
+def test_a_case_name_given_twice_is_told(tmp_path):
+    for name in ("a.nii.gz", "a.nrrd"):
+        put(tmp_path / "images" / name)
+    with pytest.raises(InvresError, match="a occurs 2 times"):
+        read_dataset(tmp_path)
+
+
+def test_a_case_without_one_of_the_channels_is_told(tmp_path):
+    for case in ("a", "b", "c"):
+        put(tmp_path / case / "T1.nii.gz")
+        if case != "b":
+            put(tmp_path / case / "T2.nii.gz")
+    with pytest.raises(InvresError, match=r"b.T2\.nii\.gz of b does not exist"):
+        read_dataset(tmp_path)
+
+
+def test_two_images_of_one_channel_are_told(tmp_path):
+    for run in ("run-1", "run-2"):
+        put(tmp_path / "sub-1" / "anat" / f"sub-1_{run}_T1w.nii.gz")
+    with pytest.raises(InvresError, match="two T1w files"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_a_written_dataset_json_gives_the_same_data_set_back(tmp_path, regions):
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 5} if regions else None
+    dataset = read_dataset(nnunet(tmp_path / "söurce", labels, regions_class_order=[1, 2]))
+    target = tmp_path / "other" / "dataset.json"
+    target.parent.mkdir()
+    write_dataset_json(dataset, target)
+    again = read_dataset(target)
+    assert again.scheme == dataset.scheme and again.channel_names == dataset.channel_names
+    for mine, theirs in zip(again.cases, dataset.cases, strict=True):
+        assert mine.name == theirs.name and mine.label.resolve() == theirs.label.resolve()
+    assert [file.name for file in target.parent.iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 11])
+def test_folds_cover_each_case_once_and_never_share_a_patient(tmp_path, count):
+    patients = [f"p{index // 2}" for index in range(2 * count)]
+    dataset = listed(tmp_path, patients)
+    folds = min(5, count)
+    seen = []
+    for fold in range(folds):
+        train, validation = split_cases(dataset, seed=3, fold=fold)
+        assert train and validation
+        assert {dataset.case(n).patient for n in train}.isdisjoint(dataset.case(n).patient for n in validation)
+        assert len(train) + len(validation) == 2 * count
+        seen += validation
+    assert sorted(seen) == [case.name for case in dataset.cases]
+    with pytest.raises(InvresError, match=f"no fold {folds}"):
+        split_cases(dataset, fold=folds)
+    if count <= 4:
+        assert len({dataset.case(n).patient for n in validation}) == 1
+
+
+def test_splits_follow_the_seed(tmp_path):
+    dataset = listed(tmp_path, [f"p{i}" for i in range(20)])
+    assert split_cases(dataset, seed=1) == split_cases(dataset, seed=1) != split_cases(dataset, seed=2)
+
+
+def test_seed_12345_repeats_nnunets_split(tmp_path):
+    sklearn = pytest.importorskip("sklearn.model_selection")
+    dataset = listed(tmp_path, [f"p{i:02d}" for i in range(13)])
+    names = np.array([case.name for case in dataset.cases])
+    kfold = sklearn.KFold(n_splits=5, shuffle=True, random_state=12345)
+    for fold, (train, validation) in enumerate(kfold.split(names)):
+        assert split_cases(dataset, seed=12345, fold=fold) == (tuple(names[train]), tuple(names[validation]))
+
+
+def test_a_single_case_trains_and_validates_on_itself(tmp_path):
+    assert split_cases(listed(tmp_path, ["p"])) == (("case000",), ("case000",))
+
+
+def test_a_splits_file_is_used_as_it_is(tmp_path):
+    dataset = listed(tmp_path, ["p", "q", "r"])
+    (tmp_path / "splits_final.json").write_text('[{"train": ["case002"], "val": ["case000"]}]')
+    assert split_cases(dataset, seed=9) == (("case002",), ("case000",))
+    (tmp_path / "splits_final.json").write_text('[{"train": ["case002"], "val": ["gone"]}]')
+    with pytest.raises(InvresError, match="'gone'"):
+        split_cases(dataset)
+    (tmp_path / "splits_final.json").write_text('{"train": []}')
+    with pytest.raises(InvresError, match="must be a list"):
+        split_cases(dataset)
+
+
+def test_written_splits_are_the_splits(tmp_path):
+    dataset = listed(tmp_path, [f"p{i}" for i in range(7)])
+    before = [split_cases(dataset, seed=4, fold=fold) for fold in range(5)]
+    write_splits(dataset, tmp_path, seed=4)
+    assert [split_cases(dataset, seed=0, fold=fold) for fold in range(5)] == before
+
+
+def test_cases_without_a_label_are_never_split(tmp_path):
+    put(tmp_path / "a" / "T1.nii.gz")
+    dataset = read_dataset(tmp_path)
+    assert dataset.labelled_cases == () and dataset.scheme.labels == ()
+    with pytest.raises(InvresError, match="no case with a label"):
+        split_cases(dataset)
+
+
+def test_a_count_split_takes_whole_patients(tmp_path):
+    dataset = listed(tmp_path, ["p", "p", "q", "q", "r", "r"])
+    train, validation = split_by_count(dataset, 1, seed=0)
+    assert len(train) == 4 and len(validation) == 2
+    for count in (0, 6, 5):
+        with pytest.raises(InvresError, match="validation"):
+            split_by_count(dataset, count)
+
+
+def test_the_hippocampus_data_are_recognised_and_split(data_dir):
+    dataset = read_dataset(data_dir / "hippocampus_msd")
+    assert dataset.layout == "images and labels folders" and len(dataset.cases) == 200
+    assert [label.values for label in dataset.scheme.labels] == [(1,), (2,)]
+    train, validation = split_by_count(dataset, 40, seed=0)
+    assert (len(train), len(validation)) == (160, 40) and not set(train) & set(validation)
+    assert (train, validation) == split_by_count(dataset, 40, seed=0) != split_by_count(dataset, 40, seed=1)

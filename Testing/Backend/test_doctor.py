@@ -1,0 +1,212 @@
+"""The data doctor: each kind of trouble is found, named with its case, and never stops the check."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from invres.cases import Case, Dataset, read_dataset
+from invres.config import Label, LabelScheme
+from invres.doctor import check_dataset, findings_table
+from invres.events import Recorder
+from invres.volume import Geometry, Volume, write_volume
+
+GRID = Geometry((9, 11, 7), (2.0, 1.0, 1.0), (5.0, -3.0, 40.0), np.eye(3)[:, ::-1] * [1, -1, 1])
+SCHEME = LabelScheme((Label("x", (1,), 1), Label("y", (2,), 2)))
+
+
+def moved(grid, shift_mm):
+    return Geometry(grid.shape, grid.spacing_mm, tuple(np.add(grid.origin_mm, shift_mm)), grid.direction)
+
+
+class Builder:
+    """A data set of two channels that is healthy until a test changes one of its cases."""
+
+    def __init__(self, folder):
+        self.folder, self.cases = folder, []
+
+    def add(self, name, *, image=None, label=None, grid=GRID, second_grid=None, label_grid=None, labelled=True):
+        rng = np.random.default_rng(len(self.cases))
+        if image is None:
+            image = np.zeros(grid.shape, np.float32)
+            image[2:-2, 2:-2, 1:-1] = rng.uniform(10, 99, image[2:-2, 2:-2, 1:-1].shape)
+        if label is None:
+            label = np.zeros(grid.shape, np.uint8)
+            label[3, 3:6, 3], label[4, 3:6, 3] = 1, 2
+        files = [self.folder / f"{name}_{kind}.nii.gz" for kind in ("0000", "0001", "label")]
+        write_volume(files[0], Volume(image, grid))
+        write_volume(files[1], Volume(np.where(image == 0, 0, image + 1), second_grid or grid))
+        write_volume(files[2], Volume(label, label_grid or grid))
+        self.cases.append(Case(name, (files[0], files[1]), files[2] if labelled else None))
+        return files
+
+    def dataset(self, scheme=SCHEME, modalities=("MR", "MR")):
+        return Dataset("tiny", ("T1", "T2"), modalities, scheme, tuple(self.cases), self.folder, "test")
+
+
+@pytest.fixture
+def build(tmp_path):
+    builder = Builder(tmp_path)
+    builder.add("good1")
+    builder.add("good2")
+    return builder
+
+
+def codes(dataset, case):
+    return {(finding.severity, finding.code) for finding in check_dataset(dataset) if finding.case == case}
+
+
+def test_a_healthy_data_set_has_no_findings(build):
+    assert check_dataset(build.dataset()) == []
+    assert findings_table([]) == "No problem was found."
+
+
+def array(value, dtype=np.float32):
+    return np.full(GRID.shape, value, dtype)
+
+
+def with_nan():
+    image = np.random.default_rng(5).uniform(1, 9, GRID.shape).astype(np.float32)
+    image[0, 0, 0], image[1, 1, 1] = np.nan, np.inf
+    return image
+
+
+def label_of(*values, where=slice(3, 6)):
+    label = np.zeros(GRID.shape, np.uint8)
+    for index, value in enumerate(values):
+        label[3 + index, where, 3] = value
+    return label
+
+
+def outside_label():
+    label = np.zeros(GRID.shape, np.uint8)
+    label[0] = 1
+    return label
+
+
+TURNED = Geometry(GRID.shape, GRID.spacing_mm, GRID.origin_mm, GRID.direction * [1, -1, 1])
+BIG = Geometry((9, 11, 7), (6.0, 1.0, 1.0), GRID.origin_mm, GRID.direction)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"second_grid": TURNED}, ("error", "grid_mismatch")),
+        ({"second_grid": moved(GRID, (0.01, 0, 0))}, ("error", "grid_mismatch")),
+        ({"label_grid": TURNED}, ("error", "label_grid_mismatch")),
+        ({"label_grid": moved(GRID, (1.0, 0, 0))}, ("error", "label_shift")),
+        ({"label_grid": moved(GRID, (0, 2.0, -4.0))}, ("error", "label_shift")),
+        ({"label_grid": moved(GRID, (0.4, 0, 0))}, ("error", "label_grid_mismatch")),
+        ({"label_grid": moved(GRID, (1.4, 0, 0))}, ("error", "label_grid_mismatch")),
+        ({"label": label_of(1, 7)}, ("warning", "unknown_label_value")),
+        ({"label": label_of()}, ("warning", "empty_label")),
+        ({"label": outside_label()}, ("warning", "label_outside_image")),
+        ({"labelled": False}, ("note", "missing_label")),
+        ({"image": with_nan()}, ("warning", "not_finite")),
+        ({"image": array(0)}, ("error", "constant_image")),
+        ({"grid": BIG}, ("note", "spacing_outlier")),
+    ],
+)
+def test_each_trouble_is_found_in_its_case_alone(build, changes, expected):
+    build.add("bad", **changes)
+    findings = check_dataset(build.dataset())
+    assert expected in codes(build.dataset(), "bad")
+    assert {finding.case for finding in findings} == {"bad"}
+    for finding in findings:
+        assert "bad" in finding.message and finding.message.endswith(".") and finding.action.endswith(".")
+
+
+def test_a_label_origin_within_a_hundredth_of_a_millimetre_is_accepted(build):
+    build.add("near", label_grid=moved(GRID, (0.008, 0, 0)))
+    assert check_dataset(build.dataset()) == []
+
+
+def test_a_shift_is_told_in_voxels(build):
+    build.add("bad", label_grid=moved(GRID, (0, 2.0, -4.0)))
+    (finding,) = check_dataset(build.dataset())
+    # The file's second axis runs posterior: 2 mm anterior are -2 voxels; 4 mm inferior are -2 voxels of 2 mm.
+    assert "by -2, -2, 0 voxels" in finding.message
+
+
+def test_an_oblique_header_that_is_not_orthonormal_is_reported_as_repaired(build):
+    import nibabel
+
+    files = build.add("sheared")
+    for file in files:
+        loaded = nibabel.load(file)
+        affine = loaded.affine.copy()
+        affine[0, 1] += 0.02
+        voxels = np.asanyarray(loaded.dataobj).copy()
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), file)
+    assert ("warning", "header_repaired") in codes(build.dataset(), "sheared")
+
+
+def test_a_broken_case_does_not_stop_the_check(build):
+    files = build.add("cut")
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    build.add("gone")[1].unlink()
+    build.add("last", label=label_of())
+    recorder = Recorder()
+    findings = {(finding.case, finding.code) for finding in check_dataset(build.dataset(), recorder)}
+    assert findings == {("cut", "unreadable"), ("gone", "missing_file"), ("last", "empty_label")}
+    assert [event["done"] for event in recorder.events] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_doctor_lists_what_the_strict_reader_refuses(tmp_path):
+    build = Builder(tmp_path / "imagesTr")
+    for name in ("a", "b"):
+        files = build.add(name)
+        (tmp_path / "labelsTr").mkdir(exist_ok=True)
+        files[2].rename(tmp_path / "labelsTr" / f"{name}.nii.gz")
+    (tmp_path / "imagesTr" / "b_0001.nii.gz").unlink()
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"x": 1, "y": 2}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    found = [(f.case, f.code) for f in check_dataset(read_dataset(tmp_path, checked=False))]
+    assert found == [("b", "channel_count"), ("", "case_count")]
+
+
+@pytest.mark.parametrize("other_type", [np.float32, np.float64])
+def test_the_same_voxels_in_two_cases_are_found_and_a_leak_is_an_error(build, other_type):
+    image = np.random.default_rng(9).integers(1, 50, GRID.shape)
+    build.add("twin1", image=image.astype(np.float32))
+    build.add("twin2", image=image.astype(other_type))
+    (build.folder / "splits_final.json").write_text('[{"train": ["good1", "twin1"], "val": ["twin2"]}]')
+    (leak,) = check_dataset(build.dataset())
+    assert (leak.severity, leak.code) == ("error", "duplicate_leak") and "twin1 and twin2" in leak.message
+    (build.folder / "splits_final.json").write_text('[{"train": ["twin2", "twin1"], "val": ["good1"]}]')
+    (double,) = check_dataset(build.dataset())
+    assert (double.severity, double.code) == ("warning", "duplicate_case")
+
+
+def test_label_values_with_gaps_are_noted_as_renumbered(build):
+    scheme = LabelScheme((Label("x", (1,), 1), Label("y", (2,), 2), Label("z", (205,), 205)))
+    (finding,) = check_dataset(build.dataset(scheme))
+    assert (finding.code, finding.case, finding.severity) == ("labels_renumbered", "", "note")
+    assert "1, 2, 205" in finding.message
+
+
+def test_a_splits_file_with_unknown_names_is_found(build):
+    (build.folder / "splits_final.json").write_text('[{"train": ["good1"], "val": ["nobody"]}]')
+    (finding,) = check_dataset(build.dataset())
+    assert finding.code == "bad_split" and "nobody" in finding.message
+
+
+def test_hounsfield_units_in_a_channel_not_called_ct_are_noted(build):
+    image = np.full(GRID.shape, -1000.0, np.float32)
+    image[2:-2, 2:-2, 1:-1] = np.random.default_rng(3).uniform(0, 100, image[2:-2, 2:-2, 1:-1].shape)
+    build.add("scan", image=image)
+    assert ("note", "looks_like_ct") in codes(build.dataset(), "scan")
+    assert ("note", "looks_like_ct") not in codes(build.dataset(modalities=("CT", "CT")), "scan")
+
+
+def test_the_table_groups_cases_and_fits_a_terminal(build):
+    for index in range(7):
+        build.add(f"empty{index}", label=label_of())
+    build.add("bad", image=array(3))
+    table = findings_table(check_dataset(build.dataset()))
+    assert max(len(line) for line in table.splitlines()) <= 100
+    assert "empty0, empty1, empty2, empty3, empty4 and 2 more" in table and "4 more like these" in table
+    assert table.index("ERROR") < table.index("WARNING")
+    assert table.splitlines()[-1] == "2 errors, 7 warnings."

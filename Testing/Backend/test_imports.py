@@ -1,0 +1,209 @@
+"""Who may import whom, read from the syntax tree of every file: downward only, and light where that is promised."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "Backend" / "invres"
+MODULE = REPOSITORY / "InvResSegment"
+
+# Lowest first: a row may name only rows above it, so the table cannot hold a cycle. A folder is one row; the files in
+# it may import one another without a cycle. The package root (version, errors) is open to all and imports nothing.
+# A new file gets a row here.
+ALLOWED = {
+    "events": "",
+    "config": "",
+    "randomness": "",
+    "curves": "",
+    "metrics": "config",
+    "losses": "config",
+    "augmentation": "config randomness",
+    "synthesis": "augmentation config randomness",
+    "reversible": "",
+    "networks": "config reversible",
+    "volume_io": "events",
+    "segmentation_file": "config events volume_io",
+    "volume": "config events segmentation_file volume_io",
+    "dataset_json": "config events volume",
+    "layouts": "config dataset_json events volume",
+    "cases": "config dataset_json events layouts volume",
+    "restoring": "config events volume",
+    "preprocessing": "config events restoring volume",
+    "prepared": "cases config events preprocessing volume",
+    "doctor": "cases config dataset_json events preprocessing volume",
+    "evaluation": "config events metrics volume",
+    "packagefiles": "events",
+    "manifest": "config",
+    "modelpackage": "config events manifest networks packagefiles",
+    "step": "config losses networks",
+    "memory": "config events losses networks step",
+    "checkpoint": "config events",
+    "distributed": "config events",
+    "sampling": "augmentation config events preprocessing randomness synthesis",
+    "inference": "config events memory modelpackage networks preprocessing restoring volume",
+    "trainer": "checkpoint config distributed events losses memory networks sampling step",
+    "training": (
+        "cases checkpoint config curves distributed events inference losses memory metrics modelpackage networks "
+        "prepared preprocessing sampling step trainer"
+    ),
+    "worker": "config events inference modelpackage",
+    "benchmark": "config events losses memory networks reversible step",
+    "demo": (
+        "cases config dataset_json evaluation events inference metrics modelpackage preprocessing synthesis training "
+        "volume"
+    ),
+    "cli": (
+        "benchmark cases config curves demo doctor evaluation events inference memory metrics modelpackage networks "
+        "preprocessing training volume worker"
+    ),
+    "__main__": "cli",
+}
+BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))
+PANEL_FILES = sorted(MODULE.rglob("*.py"))
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`, which only a type checker follows."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield child
+        yield from _run_time_nodes(child)
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """A file's place in the package: ("networks", "vae"); a folder's own file is ("networks", "__init__")."""
+    return path.relative_to(PACKAGE).with_suffix("").parts
+
+
+def _own_imports(path: Path) -> set[tuple[str, ...]]:
+    """Files of the package that this one imports, as parts."""
+    folder = _parts(path)[:-1]
+    found = set()
+    for node in _run_time_nodes(_tree(path)):
+        names: list[list[str]] = []
+        if isinstance(node, ast.ImportFrom):
+            words = node.module.split(".") if node.module else []
+            if node.level:
+                words = [*folder[: len(folder) - node.level + 1], *words]
+            elif words[0] == "invres":
+                words = words[1:]
+            else:
+                continue
+            names = [[*words, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == "invres"]
+        for name in names:
+            # `from .a import b`: b is a file, or a name in file a or in folder a.
+            for parts in (name, name[:-1], [*name, "__init__"], [*name[:-1], "__init__"]):
+                if parts and PACKAGE.joinpath(*parts).with_suffix(".py").is_file():
+                    found.add(tuple(parts))
+                    break
+    return found
+
+
+def _imported_roots(path: Path) -> set[str]:
+    """First words of all absolute imports, wherever in the file they stand."""
+    roots = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def test_the_table_goes_downward_only():
+    rows = list(ALLOWED)
+    for index, (row, below) in enumerate(ALLOWED.items()):
+        assert set(below.split()) <= set(rows[:index]), f"{row} may import only rows above it"
+
+
+@pytest.mark.parametrize("path", BACKEND_FILES, ids=_name)
+def test_a_file_imports_only_what_its_row_allows(path):
+    parts = _parts(path)
+    if parts == ("__init__",):
+        assert not _own_imports(path)
+        return
+    row = parts[0]
+    assert row in ALLOWED, f"give {row} a row in ALLOWED"
+    imported = {target[0] for target in _own_imports(path)} - {"__init__", row if len(parts) > 1 else ""}
+    assert imported <= set(ALLOWED[row].split()), f"{row} must not import {imported - set(ALLOWED[row].split())}"
+
+
+def test_no_file_imports_itself_by_a_detour():
+    edges = {_parts(path): _own_imports(path) for path in BACKEND_FILES}
+    done: set[tuple[str, ...]] = set()
+
+    def visit(file: tuple[str, ...], trail: tuple[tuple[str, ...], ...]) -> None:
+        assert file not in trail, " -> ".join(".".join(step) for step in (*trail, file))
+        if file not in done:
+            for target in edges[file]:
+                visit(target, (*trail, file))
+            done.add(file)
+
+    for file in edges:
+        visit(file, ())
+
+
+def test_imports_are_read_from_the_syntax_tree_as_meant():
+    assert _own_imports(PACKAGE / "networks" / "__init__.py") >= {("config",), ("networks", "base")}
+    assert _own_imports(PACKAGE / "networks" / "base.py") >= {("__init__",), ("config",), ("reversible", "__init__")}
+    assert _own_imports(PACKAGE / "modelpackage.py") >= {("networks", "__init__"), ("manifest",), ("packagefiles",)}
+
+
+@pytest.mark.parametrize("path", BACKEND_FILES, ids=_name)
+def test_the_backend_knows_nothing_of_slicer(path):
+    assert not _imported_roots(path) & {"slicer", "vtk", "vtkmodules", "qt", "ctk", "PySide6", "PyQt5"}
+
+
+@pytest.mark.parametrize("path", PANEL_FILES, ids=_name)
+def test_the_panel_knows_nothing_of_torch_and_the_backend(path):
+    assert not _imported_roots(path) & {"torch", "invres", "monai", "torchvision"}
+
+
+@pytest.mark.parametrize("path", BACKEND_FILES, ids=_name)
+def test_only_the_command_line_prints(path):
+    prints = [
+        node.lineno
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not prints or path.stem.startswith("cli"), f"print in lines {prints}"
+
+
+@pytest.mark.parametrize("path", BACKEND_FILES, ids=_name)
+def test_nothing_is_unpickled(path):
+    assert not _imported_roots(path) & UNPICKLERS
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if ast.unparse(node.func) == "torch.load":
+                assert options.get("weights_only") == "True", f"torch.load in line {node.lineno}"
+            assert options.get("allow_pickle", "False") == "False", f"allow_pickle in line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", ["cli", "config", "modelpackage"])
+def test_what_must_answer_at_once_imports_no_torch(module):
+    if not (PACKAGE / f"{module}.py").is_file():
+        pytest.skip(f"invres.{module} is not written yet")
+    code = f"import sys, invres.{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -1,0 +1,380 @@
+"""Preparation: what the network sees has the plan's grid and intensities, and results return on the file's own grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from invres import InvresError
+from invres.cases import Case, Dataset
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
+from invres.events import Recorder
+from invres.preprocessing import (
+    inside_values,
+    make_plan,
+    prepare,
+    restore_probabilities,
+    restore_volume,
+    scheme_targets,
+)
+from invres.volume import Geometry, Volume, write_volume
+
+RAS = np.eye(3)[:, ::-1]  # columns: superior, anterior, right
+PLAIN = LabelScheme((Label("a", (10,), 10), Label("b", (150,), 150), Label("c", (250,), 250)))
+REGIONS = LabelScheme((Label("whole", (1, 2, 4), 2), Label("core", (1, 4), 1), Label("hot", (4,), 4)), regions=True)
+
+
+def rotation(degrees, axis=(1.0, 2.0, 3.0)):
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_rotvec(np.radians(degrees) * np.array(axis) / np.linalg.norm(axis)).as_matrix()
+
+
+GRIDS = {
+    "canonical": Geometry((9, 12, 7), (1.0, 1.0, 1.0), (0, 0, 0), RAS),
+    "flipped": Geometry((9, 12, 7), (3.0, 0.7, 0.7), (4.2, -91, 13), RAS * [-1, 1, -1]),
+    "sagittal": Geometry((7, 9, 11), (1.2, 0.9, 0.9), (-3, 7, 1), RAS[:, [2, 0, 1]] * [1, -1, -1]),
+    "oblique": Geometry((11, 8, 13), (2.5, 0.43, 0.43), (17.3, 2, -50), rotation(28) @ RAS * [1, -1, 1]),
+    "diagonal": Geometry((7, 11, 9), (1.0, 1.0, 2.0), (1, 2, 3), rotation(44.99, (0, 0, 1)) @ RAS),
+}
+
+
+def pair(grid, values, margin=2):
+    """An image that is zero in a margin, and a label inside it."""
+    rng = np.random.default_rng(1)
+    image = np.zeros(grid.shape, dtype=np.float32)
+    label = np.zeros(grid.shape, dtype=np.int16)
+    inner = (slice(margin, -1),) * 3
+    image[inner] = rng.uniform(50, 100, image[inner].shape)
+    label[inner] = rng.choice([0, *values], label[inner].shape)
+    return Volume(image, grid), Volume(label, grid)
+
+
+def plan_for(spacing, modality="MR", crop=True, channels=1, **ct):
+    return PreparationPlan(tuple(ChannelPlan(f"c{i}", modality, **ct) for i in range(channels)), spacing, crop)
+
+
+def one_hot(prepared, scheme):
+    if scheme.regions:
+        return scheme_targets(prepared.label, scheme).astype(np.float32)
+    return np.stack([prepared.label == k for k in range(scheme.out_channels)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("scheme", [PLAIN, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("crop", [True, False])
+def test_labels_prepared_and_restored_are_the_same_bit_for_bit(name, scheme, crop):
+    grid = GRIDS[name]
+    image, label = pair(grid, [v for values in inside_values(scheme) for v in values])
+    plan = plan_for(grid.canonical().spacing_mm, crop=crop)
+    prepared = prepare([image], label, plan, scheme)
+    assert prepared.image.dtype == np.float32 and prepared.label.dtype == np.int16
+    assert prepared.image.shape[1:] == prepared.label.shape == prepared.geometry.shape
+    assert prepared.label.size < label.array.size if crop else prepared.label.size == label.array.size
+    restored = restore_probabilities(one_hot(prepared, scheme), prepared.geometry, prepared.original, scheme)
+    assert restored.dtype == np.uint8 and restored.flags.c_contiguous
+    np.testing.assert_array_equal(restored, label.array)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("spacing", [(0.8, 0.8, 0.8), (1.7, 1.3, 0.6), (3.1, 2.2, 2.7)])
+def test_another_spacing_returns_on_the_original_grid_at_the_same_place(name, spacing):
+    """A map that is linear in world coordinates survives linear interpolation, wherever both grids have voxels."""
+    grid = replace(GRIDS[name], shape=tuple(3 * size + 1 for size in GRIDS[name].shape))
+    image, _ = pair(grid, [1])
+    prepared = prepare([image], None, plan_for(spacing), PLAIN)
+    np.testing.assert_allclose(prepared.geometry.spacing_mm, spacing)
+    slope = np.array([0.3, -0.2, 0.5])
+
+    def ramp(geometry):
+        index = np.moveaxis(np.indices(geometry.shape), 0, -1)
+        return ((index @ geometry.affine[:3, :3].T + geometry.affine[:3, 3]) @ slope).astype(np.float32)
+
+    restored = restore_volume(ramp(prepared.geometry), prepared.geometry, grid, outside=np.nan)
+    assert restored.shape == grid.shape
+    crop = image.array != 0
+    assert np.isfinite(restored[crop]).all(), "a voxel of the crop was lost"
+    centres = np.moveaxis(np.indices(grid.shape), 0, -1) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    inner = (centres - prepared.geometry.affine[:3, 3]) @ np.linalg.inv(prepared.geometry.affine[:3, :3]).T
+    inside = ((inner >= 0) & (inner <= np.array(prepared.geometry.shape) - 1)).all(axis=-1)
+    assert inside.any()
+    np.testing.assert_allclose(restored[inside], ramp(grid)[inside], atol=2e-4)
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (1.2, 1.1, 0.9), (2.0, 2.0, 2.0)])
+def test_outside_the_crop_is_background(spacing):
+    grid = Geometry((15, 17, 13), (1.0, 1.0, 1.0), (0, 0, 0), RAS * [1, -1, 1])
+    image, _ = pair(grid, [10], margin=4)
+    prepared = prepare([image], None, plan_for(spacing), PLAIN)
+    probabilities = np.zeros((4, *prepared.geometry.shape), dtype=np.float32)
+    probabilities[2] = 1
+    restored = restore_probabilities(probabilities, prepared.geometry, grid, PLAIN)
+    np.testing.assert_array_equal(restored, np.where(image.array != 0, 150, 0))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_equal_spacing_restores_every_value_exactly(name):
+    """Zeros beside huge values: the least rounding of a voxel position would show."""
+    grid = GRIDS[name]
+    image, _ = pair(grid, [10])
+    prepared = prepare([image], None, plan_for(grid.canonical().spacing_mm), PLAIN)
+    values = np.where(np.indices(prepared.geometry.shape).sum(axis=0) % 2, np.float32(1e30), np.float32(0))
+    restored = Volume(restore_volume(values, prepared.geometry, grid, outside=-1), grid).canonical().array
+    start = np.argwhere(restored != -1).min(axis=0)
+    box = tuple(slice(first, first + size) for first, size in zip(start, values.shape, strict=True))
+    np.testing.assert_array_equal(restored[box], values)
+    assert (restored == -1).sum() == restored.size - values.size
+
+
+def test_restoring_in_slabs_changes_nothing(monkeypatch):
+    from invres import restoring
+
+    grid = GRIDS["oblique"]
+    image, _ = pair(grid, [10])
+    prepared = prepare([image], None, plan_for((1.1, 0.9, 0.7)), PLAIN)
+    probabilities = np.random.default_rng(0).random((4, *prepared.geometry.shape), dtype=np.float32)
+    whole = restore_probabilities(probabilities, prepared.geometry, grid, PLAIN)
+    monkeypatch.setattr(restoring, "SLAB_VOXELS", 1)
+    np.testing.assert_array_equal(restore_probabilities(probabilities, prepared.geometry, grid, PLAIN), whole)
+
+
+def test_restoring_needs_little_memory():
+    """NumPy reports its arrays to tracemalloc: the result and slabs, not one map of each class on the fine grid."""
+    import tracemalloc
+
+    grid = Geometry((128, 128, 128), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    small = grid.with_spacing((4.0, 4.0, 4.0))
+    scheme = LabelScheme(tuple(Label(f"l{i}", (i,), i) for i in range(1, 20)))
+    probabilities = np.random.default_rng(0).random((20, *small.shape), dtype=np.float32)
+    tracemalloc.start()
+    restore_probabilities(probabilities, small, grid, scheme)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 4 * 4 * np.prod(grid.shape)
+
+
+@pytest.mark.parametrize(("highest", "dtype"), [(255, np.uint8), (256, np.uint16), (70000, np.uint32)])
+def test_the_result_type_holds_the_output_values(highest, dtype):
+    grid = GRIDS["canonical"]
+    scheme = LabelScheme((Label("x", (highest,), highest),))
+    probabilities = np.zeros((2, *grid.shape), np.float32)
+    probabilities[1] = 1
+    restored = restore_probabilities(probabilities, grid, grid, scheme)
+    assert restored.dtype == dtype and (restored == highest).all()
+
+
+def test_later_regions_overwrite_earlier_ones_above_a_half():
+    grid = GRIDS["canonical"]
+    probabilities = np.zeros((3, *grid.shape), np.float32)
+    probabilities[0] = 0.9
+    probabilities[1, :4] = 0.6
+    probabilities[2, :2] = 0.51
+    probabilities[2, 2:4] = 0.5
+    restored = restore_probabilities(probabilities, grid, grid, REGIONS)
+    assert (restored[:2] == 4).all() and (restored[2:4] == 1).all() and (restored[4:] == 2).all()
+
+
+def test_regions_become_overlapping_targets_and_ignored_voxels_are_in_none():
+    scheme = LabelScheme(REGIONS.labels, regions=True, ignore_value=9)
+    grid = GRIDS["canonical"]
+    label = np.zeros(grid.shape, np.uint8)
+    label[0], label[1], label[2], label[3] = 1, 2, 4, 9
+    image = Volume(np.random.default_rng(0).random(grid.shape) + 1, grid)
+    prepared = prepare([image], Volume(label, grid), plan_for((1.0, 1.0, 1.0)), scheme)
+    assert [int(prepared.label[d, 0, 0]) for d in range(5)] == [1, 2, 3, -1, 0]
+    targets = scheme_targets(prepared.label, scheme)
+    assert targets.dtype == bool
+    assert targets[:, :5, 0, 0].T.tolist() == [
+        [True, True, False],
+        [True, False, False],
+        [True, True, True],
+        [False, False, False],
+        [False, False, False],
+    ]
+
+
+def test_a_resampled_label_keeps_its_values_and_its_ignored_part():
+    grid = Geometry((12, 14, 13), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    scheme = LabelScheme(PLAIN.labels, ignore_value=255)
+    label = np.zeros(grid.shape, np.uint8)
+    label[:4], label[4:8], label[8:] = 10, 250, 255
+    image = Volume(np.random.default_rng(0).random(grid.shape) + 1, grid)
+    prepared = prepare([image], Volume(label, grid), plan_for((0.5, 1.0, 1.4)), scheme)
+    assert set(np.unique(prepared.label)) == {1, 3, -1}
+    assert (prepared.label[:7] == 1).all() and (prepared.label[9:15] == 3).all() and (prepared.label[17:] == -1).all()
+
+
+def test_unknown_label_values_become_background_with_a_warning():
+    grid = GRIDS["flipped"]
+    image, label = pair(grid, [10, 77])
+    recorder = Recorder()
+    prepared = prepare([image], label, plan_for(grid.canonical().spacing_mm), PLAIN, "eve", recorder)
+    assert set(np.unique(prepared.label)) == {0, 1}
+    assert ["77" in event["message"] and "eve" in event["message"] for event in recorder.events] == [True]
+
+
+def test_mr_with_an_empty_background_is_scored_inside_its_mask_with_holes_closed():
+    grid = Geometry((20, 20, 20), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    array = np.zeros(grid.shape, np.float32)
+    inside = ((np.indices(grid.shape) - 9.5) ** 2).sum(axis=0) < 64
+    array[inside] = np.random.default_rng(0).normal(500, 40, int(inside.sum()))
+    array[9:11, 9:11, 9:11] = 0
+    prepared = prepare([Volume(array, grid)], None, plan_for((1.0, 1.0, 1.0), crop=False), PLAIN)
+    assert prepared.image[0][inside].mean() == pytest.approx(0, abs=1e-4)
+    assert prepared.image[0][inside].std() == pytest.approx(1, abs=1e-4)
+    assert (prepared.image[0][~inside] == 0).all()
+    assert (prepared.image[0, 9:11, 9:11, 9:11] < -3).all()
+
+
+def test_mr_without_an_empty_background_is_scored_over_all_voxels():
+    grid = GRIDS["canonical"]
+    array = np.random.default_rng(0).normal(500, 40, grid.shape)
+    array[0, 0, 0] = 0
+    prepared = prepare([Volume(array, grid)], None, plan_for((1.0, 1.0, 1.0)), PLAIN)
+    assert prepared.image.mean() == pytest.approx(0, abs=1e-4) and prepared.image.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_an_image_with_one_value_inside_its_mask_stays_finite():
+    grid = GRIDS["canonical"]
+    array = np.zeros(grid.shape, np.uint8)
+    array[3:5, 3:5, 3:5] = 1
+    prepared = prepare([Volume(array, grid)], None, plan_for((1.0, 1.0, 1.0), crop=False), PLAIN)
+    assert np.isfinite(prepared.image).all()
+
+
+def test_ct_is_clipped_and_scaled_by_the_plan_and_not_cropped():
+    grid = GRIDS["canonical"]
+    array = np.zeros(grid.shape, np.int16)
+    array[2, 2, 2], array[3, 3, 3] = -1000, 3000
+    plan = plan_for((1.0, 1.0, 1.0), "CT", crop=False, clip=(-100.0, 300.0), mean=50.0, std=25.0)
+    prepared = prepare([Volume(array, grid)], None, plan, PLAIN)
+    assert prepared.image.shape == (1, *grid.shape)
+    assert prepared.image.min() == -6 and prepared.image.max() == 10 and prepared.image[0, 0, 0, 0] == -2
+
+
+def test_strong_downsampling_does_not_alias():
+    """Stripes one voxel wide vanish at a quarter of the resolution; without smoothing they would survive."""
+    grid = Geometry((40, 8, 8), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    array = np.full(grid.shape, 100.0, np.float32)
+    array[::2] += 40
+    array[:, :, :4] += 10
+    plan = plan_for((5.0, 1.0, 1.0), "CT", crop=False)
+    stripes = prepare([Volume(array, grid)], None, plan, PLAIN).image[0]
+    assert stripes.shape == (8, 8, 8)
+    assert np.ptp(stripes[1:-1], axis=0).max() < 3
+    assert stripes[3, 4, 0] - stripes[3, 4, 7] == pytest.approx(10, abs=0.1)
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_an_empty_or_constant_volume_is_refused(value):
+    grid = GRIDS["canonical"]
+    image, _ = pair(grid, [10])
+    empty = Volume(np.full(grid.shape, value, np.int16), grid)
+    with pytest.raises(InvresError, match="nothing to segment in the c1 volume of the case eve") as caught:
+        prepare([image, empty], None, plan_for((1.0, 1.0, 1.0), channels=2), PLAIN, "eve")
+    assert caught.value.hint
+
+
+def test_a_wrong_number_of_volumes_is_refused():
+    image, _ = pair(GRIDS["canonical"], [10])
+    for volumes in ([], [image, image]):
+        with pytest.raises(InvresError, match=rf"{len(volumes)} volumes, but 1 are wanted \(c0\)"):
+            prepare(volumes, None, plan_for((1.0, 1.0, 1.0)), PLAIN)
+
+
+def test_different_grids_are_refused_with_the_difference():
+    grid = Geometry((9, 12, 7), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    thick = Geometry((9, 12, 7), (2.0, 1.0, 1.0), (0, 0, 0), RAS)
+    image, label = pair(grid, [10])
+    with pytest.raises(InvresError, match=r"c0 and c1 .* different grids \(spacing") as caught:
+        prepare([image, Volume(image.array, thick)], None, plan_for((1.0, 1.0, 1.0), channels=2), PLAIN)
+    assert "invres check" in caught.value.hint
+    with pytest.raises(InvresError, match=r"label .* another grid"):
+        prepare([image], Volume(label.array, thick), plan_for((1.0, 1.0, 1.0)), PLAIN)
+
+
+@pytest.mark.parametrize(("shift_mm", "accepted"), [(0.009, True), (0.02, False)])
+def test_a_label_may_differ_by_a_hundredth_of_a_millimetre(shift_mm, accepted):
+    grid = GRIDS["diagonal"]
+    image, label = pair(grid, [10])
+    moved = Geometry(grid.shape, grid.spacing_mm, tuple(np.add(grid.origin_mm, (shift_mm, 0, 0))), grid.direction)
+    plan = plan_for(grid.canonical().spacing_mm)
+    if accepted:
+        prepare([image], Volume(label.array, moved), plan, PLAIN)
+    else:
+        with pytest.raises(InvresError, match="another grid"):
+            prepare([image], Volume(label.array, moved), plan, PLAIN)
+
+
+def test_a_label_header_rounded_across_the_diagonal_keeps_the_axis_order_of_its_image():
+    """At 45 degrees the least difference of two headers would choose another canonical order of axes."""
+    grid = GRIDS["diagonal"]
+    other = Geometry(grid.shape, grid.spacing_mm, grid.origin_mm, rotation(45.01, (0, 0, 1)) @ RAS)
+    assert grid.same_as(other, tolerance_mm=1e-2) and grid.canonical().shape != other.canonical().shape
+    image, label = pair(grid, [10])
+    plan = plan_for(grid.canonical().spacing_mm)
+    expected = prepare([image], label, plan, PLAIN).label
+    np.testing.assert_array_equal(prepare([image], Volume(label.array, other), plan, PLAIN).label, expected)
+
+
+def test_channels_stored_with_other_axis_orders_are_one_grid():
+    grid = GRIDS["canonical"]
+    image, _ = pair(grid, [10])
+    turned_grid = Geometry(
+        (grid.shape[2], grid.shape[0], grid.shape[1]),
+        (1.0, 1.0, 1.0),
+        (0.0, 0.0, float(grid.shape[0] - 1)),
+        np.stack([RAS[:, 2], -RAS[:, 0], RAS[:, 1]], axis=1),
+    )
+    turned = Volume(np.ascontiguousarray(image.array[::-1].transpose(2, 0, 1)), turned_grid)
+    prepared = prepare([image, turned], None, plan_for((1.0, 1.0, 1.0), channels=2), PLAIN)
+    np.testing.assert_array_equal(prepared.image[0], prepared.image[1])
+
+
+def dataset_on_disk(folder, spacings, modality):
+    cases = []
+    for index, spacing in enumerate(spacings):
+        grid = Geometry((6, 7, 8), spacing, (0, 0, 0), RAS)
+        array = np.full(grid.shape, -1000, np.int16)
+        label = np.zeros(grid.shape, np.uint8)
+        label[2:5, 2:5, 2:5] = 1
+        array[label == 1] = np.random.default_rng(index).integers(30, 71, 27)
+        for name, voxels in (("image", array), ("label", label)):
+            write_volume(folder / f"{index}_{name}.nii.gz", Volume(voxels, grid))
+        cases.append(Case(str(index), (folder / f"{index}_image.nii.gz",), folder / f"{index}_label.nii.gz"))
+    scheme = LabelScheme((Label("x", (1,), 1),))
+    return Dataset("tiny", ("c",), (modality,), scheme, tuple(cases), folder, "test")
+
+
+def test_the_plan_takes_the_median_spacing_and_the_ct_figures_of_the_labelled_voxels(tmp_path):
+    spacings = [(5.0, 0.7, 0.7), (3.0, 0.8, 0.8), (2.0, 0.9, 0.9)]
+    dataset = dataset_on_disk(tmp_path, spacings, "CT")
+    plan = make_plan(dataset, dataset.cases)
+    np.testing.assert_allclose(plan.spacing_mm, (3.0, 0.8, 0.8), atol=1e-5)
+    channel = plan.channels[0]
+    assert 30 <= channel.clip[0] < 33 and 68 < channel.clip[1] <= 70
+    assert 40 < channel.mean < 60 and 8 < channel.std < 15 and not plan.crop_to_nonzero
+    assert make_plan(dataset, ["0", "2"], spacing_mm=(1.0, 1.0, 1.0)).spacing_mm == (1.0, 1.0, 1.0)
+
+
+def test_the_plan_of_mr_reads_headers_alone_and_needs_a_case(tmp_path):
+    dataset = dataset_on_disk(tmp_path, [(5.0, 0.7, 0.7)], "MR")
+    plan = make_plan(dataset, dataset.cases)
+    assert plan.channels == (ChannelPlan("c", "MR"),) and plan.crop_to_nonzero
+    with pytest.raises(InvresError, match="no training case"):
+        make_plan(dataset, [])
+
+
+def test_a_real_hippocampus_label_survives_its_plan(data_dir):
+    from invres.cases import read_dataset
+
+    dataset = read_dataset(data_dir / "hippocampus_msd")
+    case = dataset.cases[0]
+    volumes, label = dataset.load(case)
+    plan = make_plan(dataset, dataset.cases[:3])
+    prepared = prepare(volumes, label, plan, dataset.scheme, case.name)
+    probabilities = one_hot(prepared, dataset.scheme)
+    restored = restore_probabilities(probabilities, prepared.geometry, prepared.original, dataset.scheme)
+    np.testing.assert_array_equal(restored, label.array)
