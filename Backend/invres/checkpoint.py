@@ -37,8 +37,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Opening it never runs code.
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, all of it on the CPU. Opening it never runs code.
 
     Raises InvresError if there is none, or if it is damaged.
     """
@@ -49,12 +49,15 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
             hint="Give the folder of an earlier training, or leave --resume out.",
         )
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(type(state).__name__)
     except Exception as error:
         raise InvresError(
-            f"The checkpoint {path} cannot be read: {type(error).__name__}.",
-            hint="It may have been changed by another program; start the training again in a new folder.",
+            f"The checkpoint {path} is damaged or is none of InvResSegment's ({type(error).__name__}).",
+            hint="Train again in a new folder; the damaged file cannot be mended.",
         ) from error
+    return state
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from .modelpackage import (
     find_package,
     import_package,
     list_packages,
-    open_package,
     verify_package,
 )
 
@@ -236,8 +235,7 @@ def demo(options: argparse.Namespace, report: Reporter) -> None:
 
 def _package(model: str, folder: Path | None = None) -> ModelPackage:
     """A model by path or by name."""
-    path = Path(model)
-    return open_package(path) if path.exists() else find_package(model, [bundled_models_dir(), folder or user_models_dir()])
+    return find_package(model, [bundled_models_dir(), folder or user_models_dir()])
 
 
 def _recipe(name: str) -> Recipe:

@@ -107,7 +107,7 @@ class AugmentationConfig:
     """
 
     spatial_probability: float = 0.5
-    rotation_degrees: Triple = (15, 15, 15)
+    rotation_degrees: tuple[float, float, float] = (15.0, 15.0, 15.0)
     scale: tuple[float, float] = (0.8, 1.25)
     elastic_probability: float = 0.2
     elastic_voxels: float = 2.0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from .files import written_whole
 
 __all__ = ["draw_curves"]
 
@@ -35,7 +36,6 @@ def draw_curves(folder: Path) -> Path | None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    temporary = folder / "curves.tmp.png"
-    figure.savefig(temporary)
-    os.replace(temporary, folder / "curves.png")
+    with written_whole(folder / "curves.png") as temporary:
+        figure.savefig(temporary)
     return folder / "curves.png"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from . import InvresError
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter
+from .files import written_whole
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .volume import Volume, read_volume
 
@@ -99,19 +98,11 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """
     path = Path(path)
     text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InvresError(f"The metrics cannot be written to {path}: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def summary_table(metrics: dict[str, Any]) -> str:

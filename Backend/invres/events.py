@@ -35,18 +35,22 @@ class Reporter:
     """Receives what happens. The base class is silent; subclasses override `emit`."""
 
     def __init__(self) -> None:
-        self._stage = ""
-        self._stage_start = 0.0
+        self._stage = ("", 0)
+        self._stage_start = (0.0, 0)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Takes one event: a dictionary with the key "event"."""
 
     def progress(self, stage: str, done: int, total: int, **fields: Any) -> None:
-        """`done` of `total` units of `stage` are finished; the time left is extrapolated from the stage's start."""
+        """`done` of `total` units of `stage` are finished; the time left is extrapolated from the stage's start.
+
+        A stage may start with work done before (a resumed training): that tells nothing about the speed.
+        """
         now = time.monotonic()
-        if stage != self._stage or done == 0:
-            self._stage, self._stage_start = stage, now
-        eta_s = (now - self._stage_start) / done * (total - done) if done else None
+        if (stage, total) != self._stage or done == 0:
+            self._stage, self._stage_start = (stage, total), (now, done)
+        start, before = self._stage_start
+        eta_s = (now - start) / (done - before) * (total - done) if done > before else None
         self.emit(
             {
                 "event": "progress",
@@ -105,24 +109,27 @@ class JsonReporter(Reporter):
 
 
 class TerminalReporter(Reporter):
-    """A progress bar on a terminal, a line for each tenth of the work elsewhere; sentences for the rest."""
+    """A progress bar on a terminal, a line now and then elsewhere; sentences for the rest."""
 
     BAR_CELLS = 28
-    _LABELS = {"warning": "Warning: ", "error": "Error: ", "note": ""}
+    LINE_EVERY_S = 10.0  # where there is no terminal to redraw a bar on
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._line_open = False
-        self._last_tenth: tuple[str, int] = ("", -1)
+        self._last_line_s = 0.0
 
     def emit(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "progress":
             self._draw(event)
-        elif kind in self._LABELS:
-            self.line(self._LABELS[kind] + f"{event['message']} {event.get('hint', '')}".strip())
+        elif kind == "epoch":
+            self.line(_epoch_line(event))
+        elif kind in ("warning", "error", "note"):
+            label = "" if kind == "note" else f"{kind.capitalize()}: "
+            self.line(label + f"{event['message']} {event.get('hint', '')}".strip())
 
     def line(self, text: str) -> None:
         """A whole line, after closing an open bar."""
@@ -135,7 +142,7 @@ class TerminalReporter(Reporter):
     def _draw(self, event: dict[str, Any]) -> None:
         done, total = event["done"], max(1, event["total"])
         left = f", {format_seconds(event['eta_s'])} left" if event["eta_s"] and done < total else ""
-        extra = "".join(f", {key} {event[key]:.4g}" for key in ("loss", "dice") if event.get(key) is not None)
+        extra = f", loss {event['loss']:.4g}" if event.get("loss") is not None else ""
         text = f"{event['stage']}  {done}/{total}{left}{extra}"
         if self._live:
             filled = round(self.BAR_CELLS * min(done, total) / total)
@@ -143,6 +150,16 @@ class TerminalReporter(Reporter):
             self._stream.write(f"\r\x1b[K{bar}  {text}" + ("\n" if done >= total else ""))
             self._line_open = done < total
             self._stream.flush()
-        elif self._last_tenth != (tenth := (event["stage"], 10 * done // total)):
-            self._last_tenth = tenth
+        elif (now := time.monotonic()) - self._last_line_s > self.LINE_EVERY_S:
+            self._last_line_s = now
             self.line(text)
+
+
+def _epoch_line(event: dict[str, Any]) -> str:
+    parts = [f"epoch {event['epoch']}"]
+    if "loss" in event:
+        parts.append(f"loss {event['loss']:.4f}")
+    if dice := event.get("dice"):
+        labels = ", ".join(f"{name} {value:.3f}" for name, value in dice.items() if name != "mean")
+        parts.append(f"Dice {dice['mean']:.3f} ({labels})")
+    return "  ".join([*parts, format_seconds(event["seconds"])])

@@ -119,7 +119,7 @@ def score_masks(
 
 
 def dice_by_label(predicted: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Dice (eq. 7) alone, of pairs of masks, bool (R, D, H, W); 1 where both are empty. For validation while training."""
+    """Dice (eq. 7) alone, of pairs of masks, bool (R, D, H, W); 1 where both are empty. For validation in training."""
     scores = []
     for one, other in zip(predicted, reference, strict=True):
         total = int(one.sum()) + int(other.sum())

@@ -234,7 +234,7 @@ def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike
     Raises InvresError as `open_package`, and for weights that fail their hash.
     """
     package = open_package(source)
-    slug = re.sub(r"[^\w.-]+", "-", package.name.lower()).strip("-.")[:60] or "model"
+    slug = re.sub(r"[^\w-]+", "-", package.name.lower()).strip("-")[:60] or "model"
     target = _absolute(models_dir) / slug
     if package.path == target:
         return package

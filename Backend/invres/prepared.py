@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import InvresError
 from .cases import Case, Dataset
 from .config import PreparationPlan, to_dict
 from .events import SILENT, Reporter
@@ -63,9 +64,14 @@ def _write(home: Path, case: PreparedCase) -> None:
         grids = {"geometry": _to_json(case.geometry), "original": _to_json(case.original)}
         (temporary / "grids.json").write_text(json.dumps(grids), encoding="utf-8")
         os.rename(temporary, home)
-    except OSError:
+    except OSError as error:
+        raise InvresError(
+            f"The prepared case {case.name} could not be written to {home.parent} ({error.strerror or error}).",
+            hint="Free some space and try again.",
+            code="write_failed",
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _read(home: Path, name: str) -> PreparedCase:

@@ -1,4 +1,4 @@
-"""The way from files to network input and back: orientation, crop, spacing, intensities, and the exact return.
+"""The way from files to network input: orientation, crop, spacing, intensities, label numbers.
 
 Labels inside: file values are renumbered to 0..n (0 = background, -1 = ignore). For labels that exclude one another
 n is the label's place in the scheme plus one. For regions n is the place, plus one, of the file value among all file
@@ -17,7 +17,6 @@ from scipy import ndimage
 from . import InvresError
 from .config import ChannelPlan, LabelScheme, PreparationPlan
 from .events import SILENT, Reporter
-from .restoring import restore_probabilities, restore_volume
 from .volume import Geometry, Volume, resample
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ __all__ = [
     "make_plan",
     "nonzero_box",
     "prepare",
-    "restore_probabilities",
-    "restore_volume",
     "scheme_targets",
     "target_table",
 ]

@@ -11,7 +11,8 @@ import numpy as np
 from . import InvresError
 from .config import Label, LabelScheme
 from .events import Reporter
-from .volume_io import corners, write_image
+from .image_header import array_order, corners
+from .volume_io import write_image
 
 if TYPE_CHECKING:
     from .volume import Volume
@@ -119,7 +120,7 @@ def reference_grid(
     first, last = np.array(numbers[16::2]), np.array(numbers[17::2])
     matrix = np.reshape(numbers[:16], (4, 4))
     matrix[:3, 3] += matrix[:3, :3] @ first
-    whole, whole_shape = matrix[:, [2, 1, 0, 3]], tuple((last - first + 1).astype(int)[::-1].tolist())
+    whole, whole_shape = array_order(matrix), tuple((last - first + 1).astype(int)[::-1].tolist())
     if min(whole_shape) < 1 or abs(np.linalg.det(whole)) < 1e-12:
         return stored
     ends = np.linalg.solve(whole, np.c_[corners(affine, tuple(shape)), np.ones(8)].T).T[:, :3]
@@ -133,7 +134,7 @@ def reference_grid(
 def _segment_fields(labels: tuple[Label, ...], shape: tuple[int, ...], affine: np.ndarray) -> dict[str, str]:
     """The text fields that vtkMRMLSegmentationStorageNode writes, for one layer on the whole grid."""
     extent = [number for size in reversed(shape) for number in (0, size - 1)]
-    matrix = affine[:, [2, 1, 0, 3]]
+    matrix = array_order(affine)
     geometry = "".join(f"{number:.17g};" for number in [*matrix.ravel().tolist(), *extent])
     fields = {
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +46,11 @@ template's own brain mask within 3 %; a full voxel would spill over it."""
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """How images are synthesised (Billot et al., arXiv 2107.09559; values of its published training script).
+    """How images are synthesised (Billot et al., arXiv 2107.09559).
+
+    Values marked as chosen are ours. The others are those of the authors' SynthSeg code as last published
+    (`SynthSeg/training.py` and `scripts/tutorials/3-training.py`); its earlier revisions had scale 0.15,
+    elastic_voxels 3 and bias_field 0.5.
 
     Space (lengths in voxels, which are 1 mm in the source): each axis scaled by 1 +- scale, rotated by
     +- rotation_degrees, sheared by +- shear; elastic displacement with a standard deviation up to elastic_voxels at
@@ -56,8 +59,9 @@ class SynthesisConfig:
     Contrast (0..255): mean and standard deviation of each label uniform in the pairs given; blur_voxels is the
     largest sigma of the partial-volume blur (chosen; the source blurs with the acquisition only).
     Artefacts: bias_field (log factor at 4 control points per axis) up to this standard deviation; gamma exp(N(0,
-    gamma_std^2)); with low_resolution_probability (source: always) either voxels enlarged by up to
-    low_resolution along all axes or slices thickened by up to thick_slices along one; noise_std up to this (chosen).
+    gamma_std^2)) (chosen; source: 0.5); with low_resolution_probability (chosen; source: nearly always) either
+    voxels enlarged by up to low_resolution along all axes or slices thickened by up to thick_slices along one
+    (chosen: alike often; the source prefers slices); noise_std up to this (chosen).
     Background (label 0; probabilities chosen): exactly zero, as after masking, or a texture like any other label,
     otherwise dark noisy air.
 
@@ -191,7 +195,7 @@ def synthesise_from_probabilities(
 
 def input_patch(config: SynthesisConfig, patch: Triple) -> Triple:
     """The size of the label patch to cut so that the deformation brings in real voxels; at most 1.5 times `patch`."""
-    angle = math.ceil(config.rotation_degrees)
+    angle = config.rotation_degrees
     reach = AugmentationConfig(
         spatial_probability=1.0,
         rotation_degrees=(angle, angle, angle),

@@ -131,8 +131,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Goes on where the checkpoint in `folder` was written. Raises InvresError if it belongs to another training."""
-        state = load_checkpoint(self.folder, self.device)
-        if state["network"] != to_dict(self.network.config):
+        state = load_checkpoint(self.folder)
+        if state.get("network") != to_dict(self.network.config):
             raise InvresError(
                 f"The checkpoint in {self.folder} belongs to another network.",
                 hint="Resume with the recipe it was started with, or train in a new folder.",
@@ -186,7 +186,7 @@ class Trainer:
         per_epoch, total = config.iterations_per_epoch, config.iterations_per_epoch * config.epochs
         self.network.train()
         early = False
-        self.report.progress("train", self.iteration, total)
+        self._report_progress()
         while self.iteration < total and not early and not self._out_of_time():
             self._one_step()
             if self.iteration % per_epoch == 0 or self._out_of_time():
@@ -243,7 +243,16 @@ class Trainer:
         values = self._measured(step, [image, target]) if self.iteration < MEASURED_STEPS else step()
         self.epoch_losses.append(values)
         self.iteration += 1
-        self.report.progress("train", self.iteration, total, loss=round(values[0], 5))
+        self._report_progress(loss=round(values[0], 5) if math.isfinite(values[0]) else None)
+
+    def _report_progress(self, **fields: Any) -> None:
+        """In seconds of the time budget where there is one and it will end first, else in iterations."""
+        total = self.config.iterations_per_epoch * self.config.epochs
+        elapsed, budget = self._elapsed(), self.config.time_s
+        if budget > 0 and elapsed / budget >= self.iteration / total:
+            self.report.progress("train", int(min(elapsed, budget)), math.ceil(budget), iteration=self.iteration, **fields)
+        else:
+            self.report.progress("train", self.iteration, total, iteration=self.iteration, **fields)
 
     def _measured(self, step: Callable[[], list[float]], batch: list[torch.Tensor]) -> list[float]:
         probe = LiveBytes()

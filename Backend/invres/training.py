@@ -93,7 +93,7 @@ def train(
     return save_package(
         output / MODEL,
         name=recipe.name,
-        network=recipe.network,
+        network=network.config,
         state_dict=result.weights,
         plan=plan,
         scheme=scheme,

@@ -18,8 +18,9 @@ import SimpleITK as sitk
 
 from . import InvresError
 from .events import SILENT, Reporter
+from .image_header import Header, corners
 from .segmentation_file import flatten_segments, reference_grid, write_segmentation
-from .volume_io import WRITABLE_ENDINGS, Header, corners, read_header, read_voxels, to_sitk, write_image
+from .volume_io import WRITABLE_ENDINGS, read_header, read_voxels, to_sitk, write_image
 
 __all__ = [
     "WRITABLE_ENDINGS",

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from invres import InvresError
 from invres.augmentation import (
     apply_bias_field,
@@ -21,7 +22,7 @@ from invres.augmentation import (
     sample_labels,
     sampling_grid,
 )
-from invres.config import AugmentationConfig
+from invres.config import AugmentationConfig, from_dict
 from invres.randomness import smooth_field
 
 SWITCHES = ("spatial", "elastic", "gamma", "noise", "bias_field", "brightness", "low_resolution")
@@ -245,6 +246,12 @@ def test_the_input_patch_is_the_patch_without_spatial_changes_and_capped_for_the
     wild = dataclasses.replace(AugmentationConfig(), rotation_degrees=(180, 180, 180), scale=(0.5, 2.0))
     for big, small in zip(input_patch(wild, PATCH), PATCH, strict=True):
         assert (big - small) % 2 == 0 and small < big <= 1.5 * small + 2
+
+
+def test_rotations_in_a_recipe_may_be_whole_or_broken_numbers():
+    config = from_dict(AugmentationConfig, {"rotation_degrees": [7.5, 0, 15]})
+    assert config.rotation_degrees == (7.5, 0.0, 15.0)
+    assert all(isinstance(limit, float) for limit in (*config.rotation_degrees, *AugmentationConfig().rotation_degrees))
 
 
 def test_a_single_precision_image_stays_so_and_a_double_one_is_not_lowered():

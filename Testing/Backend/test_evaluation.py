@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+
 from invres import InvresError
 from invres.config import Label, LabelScheme
 from invres.evaluation import case_name, evaluate, summary_table, write_metrics

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from monai.losses import DiceCELoss, DiceLoss
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from invres import InvresError, losses
 from invres.config import LossWeights
 from invres.losses import regularisation_loss, segmentation_loss, total_loss
-from monai.losses import DiceCELoss, DiceLoss
-from torch.utils._python_dispatch import TorchDispatchMode
 
 WEIGHTS = LossWeights()
 SHAPE = (5, 3, 7)

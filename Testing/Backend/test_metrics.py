@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from scipy import ndimage
+
 from invres import InvresError
 from invres.config import Label, LabelScheme
 from invres.metrics import EMPTY_DISTANCE_MM, score_case, score_masks, surface, surface_distances
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-from scipy import ndimage
 
 SPACING_MM = (3.0, 0.7, 1.1)
 

@@ -623,10 +623,10 @@ def test_importing_replaces_the_same_model_and_keeps_another_of_the_same_name(tm
     assert imported.manifest == first.manifest
 
 
-@pytest.mark.parametrize("name", ["../../evil", "..", "a/b", "C:\\x", "   .", "海馬" * 60])
+@pytest.mark.parametrize("name", ["../../evil", "..", "a/b", "C:\\x", "...", "kidney.invres", "海馬" * 60])
 def test_an_imported_model_stays_inside_the_models_folder_whatever_its_name(tmp_path, name):
     imported = import_package(_save(tmp_path / "x.invres", name=name).path, tmp_path / "models")
-    assert imported.path.parent == tmp_path / "models"
+    assert imported.path.parent == tmp_path / "models" and imported.path.is_dir()
     assert sorted(os.listdir(tmp_path)) == ["models", "x.invres"]
 
 

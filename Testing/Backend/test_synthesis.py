@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from invres import InvresError
 from invres.config import from_dict, to_dict
 from invres.synthesis import (

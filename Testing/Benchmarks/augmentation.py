@@ -20,9 +20,10 @@ import warnings
 
 import monai
 import torch
+from monai import transforms as mt
+
 from invres.augmentation import augment, input_patch
 from invres.config import AugmentationConfig
-from monai import transforms as mt
 
 INTENSITY = ("gamma", "noise", "bias_field", "brightness", "low_resolution")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -30,9 +31,10 @@ class NetworkOutput(NamedTuple):
 
 def complete_config(
     config: NetworkConfig, channels: tuple[int, ...], blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Triple, ...]]:
-    """Fills empty tuples with the architecture's defaults and checks the lengths.
+) -> NetworkConfig:
+    """The configuration with every empty tuple filled in: from the architecture's defaults given here, or ones.
 
+    What is saved with weights is the filled one, so that a changed default never orphans a model.
     Raises InvresError naming the entry whose length does not fit.
     """
     if config.channels:
@@ -46,28 +48,29 @@ def complete_config(
                 hint="Give the widths of all levels in network.channels.",
             )
         channels, blocks, decoder_blocks = channels[:levels], blocks[:levels], decoder_blocks[: levels - 1]
-    blocks = config.blocks or blocks
-    decoder_blocks = config.decoder_blocks or decoder_blocks
-    strides = config.strides or ((2, 2, 2),) * (levels - 1)
-    for name, got, wanted in (
-        ("blocks", blocks, levels),
-        ("decoder_blocks", decoder_blocks, levels - 1),
-        ("strides", strides, levels - 1),
-    ):
-        if len(got) != wanted:
-            raise InvresError(
-                f"network.{name} has {len(got)} entries, but {levels} levels (network.channels) need {wanted}."
-            )
-    if levels < 2 or min(channels) < 1 or min(blocks) < 0 or min(decoder_blocks) < 0:
+    full = dataclasses.replace(
+        config,
+        levels=levels,
+        channels=channels,
+        blocks=config.blocks or blocks,
+        decoder_blocks=config.decoder_blocks or decoder_blocks,
+        strides=config.strides or ((2, 2, 2),) * (levels - 1),
+    )
+    for name, wanted in (("blocks", levels), ("decoder_blocks", levels - 1), ("strides", levels - 1)):
+        got = len(getattr(full, name))
+        if got != wanted:
+            raise InvresError(f"network.{name} has {got} entries, but {levels} levels (network.channels) need {wanted}.")
+    if levels < 2 or min(full.channels) < 1 or min(full.blocks) < 0 or min(full.decoder_blocks) < 0:
         raise InvresError("network.channels needs two levels or more, and no width or block count below zero.")
-    if any(s not in (1, 2) for stride in strides for s in stride):
+    if any(s not in (1, 2) for stride in full.strides for s in stride):
         raise InvresError("network.strides may hold only 1 and 2.")
-    return channels, blocks, decoder_blocks, strides
+    return full
 
 
 class SegmentationNetwork(nn.Module):
     """Base class. `forward(x)` takes (N, C, D, H, W) of any size and returns a `NetworkOutput`.
 
+    config: complete, as `complete_config` gives it.
     engine: the memory strategy used when gradients are wanted; may be changed at any time.
     engines: the strategies that this network has.
     """
@@ -75,13 +78,14 @@ class SegmentationNetwork(nn.Module):
     engines: tuple[str, ...] = ("stored", "checkpoint")
     automatic_engine = "stored"
 
-    def __init__(self, config: NetworkConfig, strides: tuple[Triple, ...], bottom_channels: int, engine: str):
+    def __init__(self, config: NetworkConfig, engine: str):
         super().__init__()
         self.config = config
+        strides = config.strides
         self.divisor: Triple = tuple(math.prod(s[axis] for s in strides) for axis in range(3))  # type: ignore[assignment]
         self.vae: VAEBranch | None = None
         if config.vae is not None:
-            self.vae = VAEBranch(config.vae, bottom_channels, config.in_channels, strides)
+            self.vae = VAEBranch(config.vae, config.channels[-1], config.in_channels, strides)
         self.engine = engine
 
     @property
@@ -139,18 +143,10 @@ class ProgramNetwork(SegmentationNetwork):
     engines = ("stored", "checkpoint", "memcnn", "reversible")
     automatic_engine = "reversible"
 
-    def __init__(
-        self,
-        config: NetworkConfig,
-        channels: tuple[int, ...],
-        strides: tuple[Triple, ...],
-        steps: list[Step],
-        tap: int,
-        engine: str,
-    ):
-        super().__init__(config, strides, channels[-1], engine)
-        half = channels[0] // 2
-        self.stem = nn.Conv3d(config.in_channels, channels[0], config.kernel, padding=config.kernel // 2)
+    def __init__(self, config: NetworkConfig, steps: list[Step], tap: int, engine: str):
+        super().__init__(config, engine)
+        half = config.channels[0] // 2
+        self.stem = nn.Conv3d(config.in_channels, config.channels[0], config.kernel, padding=config.kernel // 2)
         self.program = Program(steps, tap=tap, private=True)
         # One convolution for each half: the same as one over both, without joining them first.
         self.heads = nn.ModuleList(nn.Conv3d(half, config.out_channels, 1, bias=index == 0) for index in range(2))

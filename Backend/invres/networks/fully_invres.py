@@ -29,7 +29,8 @@ class FullyInvRes(ProgramNetwork):
     """
 
     def __init__(self, config: NetworkConfig, engine: str = "auto"):
-        channels, blocks, decoder_blocks, strides = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        channels, strides = config.channels, config.strides
         moved = []
         for level, stride in enumerate(strides):
             phases = math.prod(stride)
@@ -47,15 +48,15 @@ class FullyInvRes(ProgramNetwork):
             steps.extend(Couple(CouplingFunction(half, config), CouplingFunction(half, config)) for _ in range(count))
 
         for level, stride in enumerate(strides):
-            couple(level, blocks[level])
+            couple(level, config.blocks[level])
             steps.append(SqueezeDown(moved[level], stride))
             if config.learnable_resampling:
                 steps.append(Mix(channels[level + 1] // 2, math.prod(stride)))
-        couple(len(strides), blocks[-1])
+        couple(len(strides), config.blocks[-1])
         tap = len(steps) - 1
         for level, stride in reversed(list(enumerate(strides))):
             if config.learnable_resampling:
                 steps.append(Mix(channels[level + 1] // 2, math.prod(stride), transpose=True))
             steps.append(SqueezeUp(moved[level], stride))
-            couple(level, decoder_blocks[level])
-        super().__init__(config, channels, strides, steps, tap, engine)
+            couple(level, config.decoder_blocks[level])
+        super().__init__(config, steps, tap, engine)

@@ -27,7 +27,8 @@ class PartiallyInvRes(ProgramNetwork):
     """
 
     def __init__(self, config: NetworkConfig, engine: str = "auto"):
-        channels, blocks, decoder_blocks, strides = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        channels, strides = config.channels, config.strides
         if config.learnable_resampling:
             raise InvresError(
                 "network.learnable_resampling belongs to fully_invres; partially_invres pools and interpolates.",
@@ -42,11 +43,11 @@ class PartiallyInvRes(ProgramNetwork):
             steps.extend(Couple(CouplingFunction(half, config), CouplingFunction(half, config)) for _ in range(count))
 
         for level, stride in enumerate(strides):
-            couple(level, blocks[level])
+            couple(level, config.blocks[level])
             steps.append(Branch(Pool(channels[level], channels[level + 1], stride)))
-        couple(len(strides), blocks[-1])
+        couple(len(strides), config.blocks[-1])
         tap = len(steps) - 1
         for level, stride in reversed(list(enumerate(strides))):
             steps.append(AddFromBelow(Interpolate(channels[level + 1], channels[level], stride)))
-            couple(level, decoder_blocks[level])
-        super().__init__(config, channels, strides, steps, tap, engine)
+            couple(level, config.decoder_blocks[level])
+        super().__init__(config, steps, tap, engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,25 +28,24 @@ class UNet3D(SegmentationNetwork):
 
     def __init__(self, config: NetworkConfig, engine: str = "auto"):
         ones = (1,) * len(CHANNELS)
-        channels, _, _, strides = complete_config(config, CHANNELS, ones, ones[1:])
-        super().__init__(config, strides, channels[-1], engine)
-        self.strides = strides
+        config = complete_config(config, CHANNELS, ones, ones[1:])
+        super().__init__(config, engine)
+        channels = config.channels
         inputs = (config.in_channels, *channels[:-1])
         self.encoder = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, channels, strict=True))
-        pairs = zip(channels[:-1], channels[1:], strict=True)
-        self.decoder = nn.ModuleList(DoubleConv(fine + coarse, fine, config) for fine, coarse in pairs)
+        self.decoder = nn.ModuleList(DoubleConv(fine + coarse, fine, config) for fine, coarse in pairwise(channels))
         self.head = nn.Conv3d(channels[0], config.out_channels, 1)
 
     def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
-                x = functional.max_pool3d(x, self.strides[level - 1])
+                x = functional.max_pool3d(x, self.config.strides[level - 1])
             x = self._level(block, x)
             skips.append(x)
         features = skips.pop()
         for level in reversed(range(len(self.decoder))):
-            scale = tuple(float(s) for s in self.strides[level])
+            scale = tuple(float(s) for s in self.config.strides[level])
             x = functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
             x = self._level(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
         return self.head(x), features if wants_features else None

@@ -1,0 +1,32 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["written_whole"]
+
+
+@contextmanager
+def written_whole(path: Path, ending: str | None = None) -> Iterator[Path]:
+    """A temporary file name beside `path`; what the block writes there takes the place of `path` when it ends well.
+
+    ending: of the temporary name, by which writers choose a format; that of `path` if None. A missing folder is made.
+    On any error the temporary file is removed and an older `path` stays as it was.
+    Raises OSError where the disk refuses.
+    """
+    # Short, as the full name may be as long as names can be.
+    temporary = path.parent / f".{secrets.token_hex(6)}{path.suffix if ending is None else ending}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,48 @@
+"""A file appears whole or not at all, and nothing is left beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from invres.files import written_whole
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "v.1.2.nii.gz", "no_ending", "x" * 250 + ".json"])
+def test_the_file_appears_under_its_name_in_a_folder_that_is_made(tmp_path, name):
+    path = tmp_path / "new" / "folder" / name
+    with written_whole(path) as temporary:
+        temporary.write_text("all", encoding="utf-8")
+        assert not path.exists() and temporary.parent == path.parent and temporary.suffix == path.suffix
+    assert path.read_text(encoding="utf-8") == "all"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_temporary_name_has_the_ending_asked_for(tmp_path):
+    with written_whole(tmp_path / "image.nii.gz", ".nii.gz") as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.touch()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("not finite"), KeyboardInterrupt()], ids=repr)
+def test_an_error_on_the_way_leaves_the_older_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "metrics.json"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(type(error)), written_whole(path) as temporary:
+        temporary.write_text("ha", encoding="utf-8")
+        raise error
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "metrics.json"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_way_is_an_error_and_stays(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.mkdir()
+    with pytest.raises(OSError), written_whole(path) as temporary:
+        temporary.touch()
+    assert list(tmp_path.iterdir()) == [path]
