@@ -16,7 +16,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Writes `state` (tensors, numbers, texts, lists, dictionaries) whole or not at all; the older one stays until then.
+    """Writes `state` (tensors, numbers, texts, lists, dictionaries) whole or not at all.
 
     Raises OSError when the disk refuses; the older checkpoint is then still there.
     """

@@ -51,16 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            report.error("disk_full", f"The disk is full ({error.filename or ''}).", "Free some space and try again.")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f", {error.filename} could not be written" if error.filename else ""
+            report.error("disk_full", f"The disk is full{where}.", "Free some space and try again.")
             return 2
-        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-            report.error("bad_input", f"{error.strerror}: {error.filename}.", "Check the path and its permissions.")
+        if error.errno is not None and error.filename is not None:
+            message = f"{error.filename} cannot be used: {(error.strerror or type(error).__name__).lower()}."
+            report.error("bad_input", message, "Check the path and that you may read and write there.")
             return 2
         return _internal(report, error)
     except Exception as error:
+        # By name and text: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
         if type(error).__name__ == "OutOfMemoryError":
             report.error("out_of_memory", "The GPU's memory ran out.", "Use a smaller patch, batch size 1 or bf16.")
+            return 3
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            report.error("out_of_memory", "Main memory ran out.", "Use a smaller patch or crop the volume.")
             return 3
         return _internal(report, error)
 

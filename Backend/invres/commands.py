@@ -54,7 +54,10 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         if not separator or Path(text).exists():
             channel, path = "", text
         if channel in inputs:
-            raise InvresError(f"The channel {channel or '(unnamed)'} is given twice.", hint="Give each channel once.")
+            raise InvresError(
+                f"The channel {channel} is given twice." if channel else "Two inputs have no channel name.",
+                hint="Give each channel once, with its name: --input T1=FILE --input T2=FILE.",
+            )
         inputs[channel] = Path(path)
     choices = SegmentOptions(options.device, options.overlap, tuple(options.mirror), tuple(options.window))
     found = run(package, inputs, options.output, choices, options.probabilities, report)
@@ -73,15 +76,12 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .training import train as run
 
     dataset = read_dataset(options.data)
-    choices = TrainOptions(
-        options.device, options.resume, options.fold, 5, options.validation_count, options.licence
-    )
+    choices = TrainOptions(options.device, options.resume, options.fold, 5, options.validation_count, options.licence)
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, report, stop)
     _say(report, f"Model: {package.path}")
     for name, values in package.manifest.metrics.items():
-        dice = values["Dice"]
-        _say(report, f"  {name}: Dice {dice['mean']:.4f} ± {dice['sd']:.4f} (n = {dice['n']}, validation)")
+        _say(report, f"  {name}: Dice {_spread(values['Dice'])} in validation")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
 
 
@@ -118,15 +118,14 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
 def plan(options: argparse.Namespace, report: Reporter) -> None:
     from .memory import predict_training
 
+    _check_sizes(options)
     config = NetworkConfig(
         name=options.network,
         in_channels=options.channels,
         out_channels=options.classes,
         vae=VAEConfig() if options.vae else None,
     )
-    found = predict_training(
-        config, tuple(options.patch), options.batch, options.engine, precision=options.precision
-    )
+    found = predict_training(config, tuple(options.patch), options.batch, options.engine, precision=options.precision)
     size = "x".join(map(str, options.patch))
     _say(
         report,
@@ -154,7 +153,7 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
     ]
     for name, values in manifest.metrics.items():
         if dice := values.get("Dice"):
-            lines.append(f"  Dice       {name}: {dice['mean']:.4f} ± {dice['sd']:.4f} (n = {dice['n']})")
+            lines.append(f"  Dice       {name}: {_spread(dice)}")
     _say(report, "\n".join(lines))
     report.result(path=str(package.path), manifest=to_dict(manifest))
 
@@ -190,6 +189,7 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
 def bench(options: argparse.Namespace, report: Reporter) -> None:
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
 
+    _check_sizes(options)
     patch = tuple(options.patch)
     size = (patch, options.channels, options.classes)
     device = "cuda:0" if options.device == "cuda" else options.device
@@ -213,7 +213,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         section("time", f"Median seconds of a training step ({words})", rows, ["network", "engine", "seconds", "ratio"])
     if options.what in ("gradients", "all"):
         small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
-        rows = bench_gradients(*small, report)  # type: ignore[arg-type]
+        rows = bench_gradients(*small, report)
         columns = ["network", "engine", "dtype", "relative_error"]
         section("gradients", "Largest relative gradient difference to `stored`", rows, columns)
     text = f"{results['machine']}, {results['date']}\n\n" + "\n".join(texts)
@@ -233,9 +233,22 @@ def demo(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**found)
 
 
+def _spread(values: dict[str, Any]) -> str:
+    """Mean, standard deviation and number of cases, as far as a manifest has them."""
+    mean, sd = (f"{value:.4f}" if isinstance(value := values.get(key), (int, float)) else "" for key in ("mean", "sd"))
+    return f"{mean or 'not known'}{f' ± {sd}' if sd else ''} (n = {values.get('n', 'not known')})"
+
+
 def _package(model: str, folder: Path | None = None) -> ModelPackage:
     """A model by path or by name."""
     return find_package(model, [bundled_models_dir(), folder or user_models_dir()])
+
+
+def _check_sizes(options: argparse.Namespace) -> None:
+    if min(options.patch) < 1:
+        raise InvresError(f"--patch must be three sizes of 1 voxel or more, got {options.patch}.")
+    if vars(options).get("batch", 1) < 1:
+        raise InvresError(f"--batch must be 1 or more, got {options.batch}.")
 
 
 def _recipe(name: str) -> Recipe:

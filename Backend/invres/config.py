@@ -86,6 +86,8 @@ class NetworkConfig:
             raise InvresError(f"network.levels must be 2 or more (or 0 for the default), got {self.levels}.")
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
+        if not 0 <= self.dropout < 1:
+            raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,12 @@ class AugmentationConfig:
     low_resolution: tuple[float, float] = (1.0, 2.0)
 
 
+_NOT_NEGATIVE = (
+    *("time_s", "warmup_iterations", "weight_decay", "gradient_clip"),
+    *("validation_cases", "early_stop_epochs", "checkpoint_every_s", "seed"),
+)
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """One training. Sizes in voxels (D, H, W), times in seconds.
@@ -159,6 +167,13 @@ class TrainingConfig:
         for key in ("batch_size", "iterations_per_epoch", "epochs", "validate_every"):
             if getattr(self, key) < 1:
                 raise InvresError(f"training.{key} must be 1 or more, got {getattr(self, key)}.")
+        for key in _NOT_NEGATIVE:
+            if not getattr(self, key) >= 0:
+                raise InvresError(f"training.{key} must be 0 or more, got {getattr(self, key)}.")
+        if self.seed >= 2**32:
+            raise InvresError(f"training.seed must be below 2^32, got {self.seed}.")
+        if not 0 <= self.foreground_fraction <= 1:
+            raise InvresError(f"training.foreground_fraction must be from 0 to 1, got {self.foreground_fraction}.")
         if min(self.patch) < 1:
             raise InvresError(f"training.patch must be three sizes of 1 or more, got {list(self.patch)}.")
         if not self.learning_rate > 0:
@@ -251,7 +266,8 @@ class Recipe:
     def read(path: Path) -> Recipe:
         """Reads a recipe file. Raises InvresError for unreadable JSON, unknown keys and wrong types."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            # Editors on Windows put a byte order mark in front.
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise InvresError(f"There is no recipe file {path}.") from None
         except (OSError, ValueError) as error:

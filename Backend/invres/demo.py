@@ -134,15 +134,15 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
     )
     text = "\n".join(
         [
-            "Dice of the real T1 against the template's own tissue maps (CSF = inside the brain, neither grey nor white):",
+            "Dice of the real T1 against its own tissue maps (CSF: inside the brain, neither grey nor white):",
             *(f"  {name:13} {value:.3f}" for name, value in dice.items()),
             f"Training: {result.iterations} iterations of {'x'.join(map(str, config.patch))} voxels in "
-            f"{format_seconds(result.seconds)}, synthetic images only; the template's anatomy was seen, its T1 was not.",
+            f"{format_seconds(result.seconds)}, synthetic images only; the anatomy was seen, the T1 was not.",
             f"Peak memory of a training step: predicted {format_bytes(predicted.peak_bytes)}, measured "
             f"{format_bytes(result.peak_bytes)} (the same network with stored activations: "
             f"{format_bytes(stored.peak_bytes)}).",
-            f"Segmentation of {'x'.join(map(str, t1.array.shape))} voxels: {format_seconds(summary['seconds']['total'])} "
-            f"on {summary['device']}.",
+            f"Segmentation of {'x'.join(map(str, t1.array.shape))} voxels: "
+            f"{format_seconds(summary['seconds']['total'])} on {summary['device']}.",
             "Files:",
             f"  {segmentation}  (open it in 3D Slicer)",
             f"  {output / 'icbm152_t1_labels.nii.gz'}",

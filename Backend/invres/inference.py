@@ -21,7 +21,7 @@ from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .preprocessing import PreparedCase, prepare
 from .restoration import restore_probabilities, restore_volume
-from .volume import Volume, read_volume, write_segmentation, write_volume
+from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
 
 __all__ = ["SegmentOptions", "choose_device", "load_network", "predict_probabilities", "segment", "segment_volumes"]
 
@@ -213,17 +213,19 @@ def segment(
     report: Reporter = SILENT,
     network: SegmentationNetwork | None = None,
 ) -> dict[str, Any]:
-    """Segments files into a file. inputs: channel name -> image file or DICOM folder.
+    """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
 
     probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
     network: an already loaded one (else it is loaded on `options.device`).
-    Returns a summary: seconds by stage, volumes in mL, paths. Raises InvresError for inputs that do not fit the model.
+    Returns a summary: seconds by stage, volumes in mL (of each region as a whole, also where the written label map
+    shows another region on top of it), paths. Raises InvresError for inputs that do not fit the model.
     """
     start = time.perf_counter()
     manifest = package.manifest
-    names = [channel.name for channel in manifest.plan.channels]
-    paths = _match_channels(names, inputs, package.name)
-    volumes = [read_volume(path, report=report) for path in paths]
+    for path in (output, probabilities_path):
+        if path is not None:
+            _check_writable(path)
+    volumes = _read_inputs([channel.name for channel in manifest.plan.channels], inputs, package.name, report)
     read_s = time.perf_counter() - start
     if network is None:
         network = load_network(package, choose_device(options.device))
@@ -240,12 +242,10 @@ def segment(
             target = _beside(probabilities_path, name)
             write_volume(target, Volume(whole, prepared.original))
             written.append(str(target))
-    voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
-    counts = {label.name: int((labels.array == label.output_value).sum()) for label in manifest.scheme.labels}
     return {
         "output": str(output),
         "probabilities": written,
-        "volumes_ml": {name: round(count * voxel_ml, 3) for name, count in counts.items()},
+        "volumes_ml": _volumes_ml(labels, probabilities, prepared, manifest.scheme),
         "seconds": {
             "read": round(read_s, 2),
             "load": round(loaded_s, 2),
@@ -258,24 +258,58 @@ def segment(
     }
 
 
-def _match_channels(names: list[str], inputs: Mapping[str, Path], model: str) -> list[Path]:
-    """The input paths in the model's channel order; a single unnamed input serves a model of one channel."""
-    if len(names) == 1 and list(inputs) == [""]:
-        return [inputs[""]]
-    wanted = {name.casefold(): name for name in names}
+def _read_inputs(names: list[str], inputs: Mapping[str, Path], model: str, report: Reporter) -> list[Volume]:
+    """One volume for each of the model's channels, in its order; names are matched whatever their case."""
+    each = " ".join(f"--input {name}=FILE" for name in names)
+    if list(inputs) == [""]:
+        volumes = read_channels(inputs[""], report=report)
+        if len(volumes) != len(names):
+            raise InvresError(
+                f"The model {model} takes {_counted(names)}; {inputs['']} holds {len(volumes)} volume"
+                f"{'' if len(volumes) == 1 else 's'}.",
+                hint=f"Give each channel once: {each}." if len(names) > 1 else "Give a 3D volume.",
+            )
+        return volumes
     given = {key.casefold(): path for key, path in inputs.items()}
-    if set(wanted) != set(given):
+    if len(given) < len(inputs) or given.keys() != {name.casefold() for name in names}:
+        got = ", ".join(name or "a file without a channel name" for name in inputs)
+        raise InvresError(f"The model {model} takes {_counted(names)}; got {got}.", hint=f"Give each once: {each}.")
+    return [read_volume(given[name.casefold()], report=report) for name in names]
+
+
+def _counted(names: list[str]) -> str:
+    return f"the channel {names[0]}" if len(names) == 1 else f"the {len(names)} channels {', '.join(names)}"
+
+
+def _volumes_ml(
+    labels: Volume, probabilities: np.ndarray, prepared: PreparedCase, scheme: LabelScheme
+) -> dict[str, float]:
+    """Millilitres of each label or region on the original grid."""
+    voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
+    volumes = {}
+    for index, label in enumerate(scheme.labels):
+        if scheme.regions:
+            # Counted before regions overwrite one another in the label map.
+            inside = restore_volume(probabilities[index], prepared.geometry, prepared.original) > 0.5
+        else:
+            inside = labels.array == label.output_value
+        volumes[label.name] = round(int(inside.sum()) * voxel_ml, 3)
+    return volumes
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses, before the work, a name that could not be written after it."""
+    if not path.name.lower().endswith(WRITABLE_ENDINGS):
         raise InvresError(
-            f"The model {model} takes the channels {', '.join(names)}; got {', '.join(k or '(unnamed)' for k in inputs)}.",
-            hint="Give each once: " + " ".join(f"--input {name}=FILE" for name in names) + ".",
+            f"{path.name} cannot be written: the allowed endings are {', '.join(WRITABLE_ENDINGS)} and .seg.nrrd.",
+            hint="Choose one of these endings.",
         )
-    return [given[name.casefold()] for name in names]
+    if path.is_dir():
+        raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
 
 
 def _beside(path: Path, name: str) -> Path:
     """FOLDER/base_name.ending for FOLDER/base.ending, with the name made safe for file systems."""
-    ending = next((e for e in (".nii.gz", ".nii", ".nrrd", ".mha") if path.name.lower().endswith(e)), None)
-    if ending is None:
-        raise InvresError(f"Probabilities are written as .nii.gz, .nii, .nrrd or .mha, got {path.name}.")
+    ending = max((e for e in WRITABLE_ENDINGS if path.name.lower().endswith(e)), key=len)
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     return path.with_name(f"{path.name[: -len(ending)]}_{safe}{ending}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ Triple = tuple[int, int, int]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context that follows the bytes of all live tensor storages: `current`, `peak`, and `peak_op` where it was reached.
+    """Context that follows the bytes of all live tensor storages: `current`, `peak`, and `peak_op` that reached it.
 
     Tensors made before the context are counted if given to `watch`. Works with real and with fake tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.current = 0
+        self._bytes = 0
         self.peak = 0
         self.peak_op = ""
         self._known: dict[int, tuple[Any, int]] = {}
@@ -43,6 +44,11 @@ class LiveBytes(TorchDispatchMode):
         """Counts these tensors' storages too, each once."""
         for tensor in tensors:
             self._count(tensor, "")
+
+    @property
+    def current(self) -> int:
+        self._recount()
+        return self._bytes
 
     def reset_peak(self) -> None:
         self.peak, self.peak_op = self.current, ""
@@ -56,17 +62,25 @@ class LiveBytes(TorchDispatchMode):
             reference, counted = known
             if counted == size:
                 return
-            self.current += size - counted  # resized in place, as memcnn does
+            self._bytes += size - counted
             self._known[key] = (reference, size)
         else:
-            self._known[key] = (weakref.ref(storage, lambda _, key=key: self._forget(key)), size)
-            self.current += size
-        if self.current > self.peak:
-            self.peak, self.peak_op = self.current, name
+            self._known[key] = (weakref.ref(storage, partial(self._forget, key)), size)
+            self._bytes += size
+        if self._bytes > self.peak and self.current > self.peak:
+            self.peak, self.peak_op = self._bytes, name
 
-    def _forget(self, key: int) -> None:
+    def _recount(self) -> None:
+        """Storages may have been resized where no operator is seen: memcnn empties its inputs so."""
+        for key, (reference, counted) in list(self._known.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != counted:
+                self._bytes += storage.nbytes() - counted
+                self._known[key] = (reference, storage.nbytes())
+
+    def _forget(self, key: int, _: Any) -> None:
         _, size = self._known.pop(key)
-        self.current -= size
+        self._bytes -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -94,7 +108,11 @@ class TrainingMemory:
 
 
 def predict_training(
-    config: NetworkConfig, patch: Triple, batch_size: int = 1, engine: str = "auto", regions: bool = False,
+    config: NetworkConfig,
+    patch: Triple,
+    batch_size: int = 1,
+    engine: str = "auto",
+    regions: bool = False,
     precision: str = "fp32",
 ) -> TrainingMemory:
     """The peak of one training step, by running it on fake tensors: no memory is allocated, nothing is computed.
@@ -106,8 +124,13 @@ def predict_training(
 
 
 def measure_training(
-    config: NetworkConfig, patch: Triple, batch_size: int = 1, engine: str = "auto", regions: bool = False,
-    precision: str = "fp32", device: str = "cpu",
+    config: NetworkConfig,
+    patch: Triple,
+    batch_size: int = 1,
+    engine: str = "auto",
+    regions: bool = False,
+    precision: str = "fp32",
+    device: str = "cpu",
 ) -> TrainingMemory:
     """The peak of one training step (the second, when Adam's state exists) on random data, in live tensor bytes."""
     with torch.device(device):

@@ -52,7 +52,9 @@ def draw_overlay(
             axis.imshow(picture, aspect=vertical / horizontal, interpolation="nearest")
             axis.set_axis_off()
             axis.text(0.02, 0.5, plane.left, transform=axis.transAxes, color="white", va="center", fontsize=9)
-            axis.text(0.98, 0.5, plane.right, transform=axis.transAxes, color="white", va="center", ha="right", fontsize=9)
+            axis.text(
+                0.98, 0.5, plane.right, transform=axis.transAxes, color="white", va="center", ha="right", fontsize=9
+            )
         row[1].set_title(caption, color="white", fontsize=10)
     figure.suptitle(title, color="white", fontsize=12)
     patches = [Patch(color=tuple(colours[label.output_value]), label=label.name) for label in scheme.labels]

@@ -93,8 +93,8 @@ def _to_json(grid: Geometry) -> dict[str, object]:
 
 def _from_json(values: dict[str, list]) -> Geometry:
     return Geometry(
-        shape=tuple(values["shape"]),  # type: ignore[arg-type]
-        spacing_mm=tuple(values["spacing_mm"]),  # type: ignore[arg-type]
-        origin_mm=tuple(values["origin_mm"]),  # type: ignore[arg-type]
+        shape=tuple(values["shape"]),
+        spacing_mm=tuple(values["spacing_mm"]),
+        origin_mm=tuple(values["origin_mm"]),
         direction=np.asarray(values["direction"]),
     )

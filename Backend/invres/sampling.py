@@ -39,6 +39,7 @@ class CaseBatches:
     Every case is used once before any is used again. A patch is centred on a voxel of a randomly chosen label of the
     case with probability `config.foreground_fraction`, else anywhere. Where it reaches beyond the volume the border
     is repeated and the target ignored. The next batch is cut by a thread while the device works on this one.
+    unlabelled: names of cases whose label is background throughout.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CaseBatches:
         self.patch_in = input_patch(augmentation, config.patch)
         self._regions = torch.from_numpy(target_table(scheme)).to(device) if scheme.regions else None
         self._centres = [_label_voxels(case) for case in cases]
+        self.unlabelled = [case.name for case, found in zip(cases, self._centres, strict=True) if not found]
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._next: tuple[int, Future[tuple[np.ndarray, np.ndarray]]] | None = None
 

@@ -25,7 +25,7 @@ from .networks import SegmentationNetwork
 from .sampling import BatchSource
 from .step import make_optimizer, training_step
 
-__all__ = ["StopRequest", "Trainer", "TrainingResult", "learning_rate_factor"]
+__all__ = ["StopRequest", "Trainer", "TrainingResult", "Validation", "learning_rate_factor"]
 
 METRICS = "metrics.jsonl"
 MEASURED_STEPS = 2  # the second already has the optimizer's state
@@ -130,7 +130,7 @@ class Trainer:
     # --- interruption ---------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Goes on where the checkpoint in `folder` was written. Raises InvresError if it belongs to another training."""
+        """Goes on where the checkpoint in `folder` was written. Raises InvresError if it is of another network."""
         state = load_checkpoint(self.folder)
         if state.get("network") != to_dict(self.network.config):
             raise InvresError(
@@ -250,9 +250,10 @@ class Trainer:
         total = self.config.iterations_per_epoch * self.config.epochs
         elapsed, budget = self._elapsed(), self.config.time_s
         if budget > 0 and elapsed / budget >= self.iteration / total:
-            self.report.progress("train", int(min(elapsed, budget)), math.ceil(budget), iteration=self.iteration, **fields)
+            done, of = int(min(elapsed, budget)), math.ceil(budget)
         else:
-            self.report.progress("train", self.iteration, total, iteration=self.iteration, **fields)
+            done, of = self.iteration, total
+        self.report.progress("train", done, of, iteration=self.iteration, **fields)
 
     def _measured(self, step: Callable[[], list[float]], batch: list[torch.Tensor]) -> list[float]:
         probe = LiveBytes()

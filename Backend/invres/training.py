@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import InvresError, __version__
-from .cases import Dataset, read_splits, split_by_count, split_cases
+from .cases import Dataset, split_by_count, split_cases
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
@@ -26,10 +26,11 @@ from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, scheme_targets
 from .sampling import CaseBatches
-from .trainer import StopRequest, Trainer, TrainingResult
+from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = ["TrainOptions", "software_versions", "train", "validator"]
 
+Split = tuple[tuple[str, ...], tuple[str, ...]]
 RUN = "run.json"
 MODEL = "model"
 VALIDATION_OVERLAP = 0.25  # between windows while training; less than for results, for speed
@@ -63,13 +64,15 @@ def train(
     Raises InvresError for a folder with another run, unlabelled data, or configuration that does not fit;
     Cancelled after a stop was requested (everything is saved).
     """
+    if output.exists() and not output.is_dir():
+        raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
     device = choose_device(options.device)
     labelled = [case.name for case in dataset.cases if case.label is not None]
     if not labelled:
         raise InvresError(f"The data set {dataset.name} has no labelled case.", hint="Training needs label files.")
     if options.resume:
-        recipe, plan, names = _read_run(output, recipe, dataset)
+        recipe, plan, names = _read_run(output, recipe, dataset, report)
     else:
         if (output / RUN).exists():
             raise InvresError(
@@ -78,14 +81,20 @@ def train(
         names = _split(dataset, labelled, recipe.training.seed, options)
         plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
         recipe = _fitted(recipe, dataset, plan)
-        _write_run(output, recipe, plan, names, dataset)
+    if set(names[0]) & set(names[1]):
+        report.warning("There is only one patient, so the Dice is measured on the training case itself; expect less.")
     scheme, config = dataset.scheme, recipe.training
     torch.manual_seed(config.seed)
     network = build(recipe.network, config.engine).to(device)
     _announce_memory(recipe, network.engine, scheme, report)
-    cases = {name: prepare_cases(dataset, part, plan, output / "prepared", report) for name, part in _parts(names)}
-    batches = CaseBatches(cases["train"], scheme, config, recipe.augmentation, device)
-    validate = validator(cases["validation"], scheme, config, device)
+    prepared = output / "prepared"
+    training_cases, validation_cases = (prepare_cases(dataset, part, plan, prepared, report) for part in names)
+    batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
+    _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
+    if not options.resume:
+        # Not before every case was read: after a mistake in the data the same command is given again.
+        _write_run(output, recipe, plan, names, dataset)
+    validate = validator(validation_cases, scheme, config, device)
     trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
     if options.resume and (output / "checkpoint.pt").exists():
         trainer.resume()
@@ -100,7 +109,7 @@ def train(
         patch=config.patch,
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
-        metrics=_metrics(cases["validation"], scheme, network, result, config, device),
+        metrics=_metrics(validation_cases, scheme, network, result, config, device),
         licence=options.licence,
     )
 
@@ -115,10 +124,15 @@ class _WithCurves(Reporter):
     def emit(self, event: dict[str, Any]) -> None:
         self._report.emit(event)
         if event["event"] == "epoch":
-            draw_curves(self._folder)
+            try:
+                draw_curves(self._folder)
+            except OSError as error:
+                self._report.warning(f"The curves could not be drawn ({error.strerror or error}).")
 
 
-def validator(cases: list[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device):  # type: ignore[no-untyped-def]
+def validator(
+    cases: list[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device
+) -> Validation | None:
     """A function from a network to the mean full-volume Dice of each label and their "mean"; None without cases."""
     chosen = cases[: config.validation_cases] if config.validation_cases else cases
     if not chosen:
@@ -165,8 +179,13 @@ def _metrics(
     network.eval()
     scores = np.array([_dice(network, case, scheme, config, device) for case in cases])
     return {
-        name: {"Dice": {"mean": float(column.mean()), "sd": float(column.std(ddof=1)) if len(column) > 1 else 0.0,
-                        "n": len(column)}}
+        name: {
+            "Dice": {
+                "mean": float(column.mean()),
+                "sd": float(column.std(ddof=1)) if len(column) > 1 else None,
+                "n": len(column),
+            }
+        }
         for name, column in zip(scheme.names, scores.T, strict=True)
     }
 
@@ -214,29 +233,28 @@ def _announce_memory(recipe: Recipe, engine: str, scheme: LabelScheme, report: R
     )
 
 
-def _parts(names: tuple[tuple[str, ...], tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
-    return [("train", names[0]), ("validation", names[1])]
+def _check_labelled(unlabelled: list[str], cases: int, dataset: Dataset, report: Reporter) -> None:
+    if len(unlabelled) == cases:
+        raise InvresError(
+            f"No training case of {dataset.name} has a labelled voxel ({', '.join(dataset.scheme.names)}).",
+            hint="Check the label files and the label values in dataset.json with `invres check`.",
+        )
+    if unlabelled:
+        report.warning(
+            f"{len(unlabelled)} of {cases} training cases have an empty label and teach background only: "
+            f"{', '.join(unlabelled[:5])}{' and more' if len(unlabelled) > 5 else ''}."
+        )
 
 
-def _split(
-    dataset: Dataset, labelled: list[str], seed: int, options: TrainOptions
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptions) -> Split:
     if len(labelled) < len(dataset.cases):
         dataset = dataclasses.replace(dataset, cases=tuple(c for c in dataset.cases if c.label is not None))
     if options.validation_count:
         return split_by_count(dataset, options.validation_count, seed)
-    known = dataset.root / "splits_final.json"
-    if known.is_file():
-        splits = read_splits(known, dataset)
-        if options.fold >= len(splits):
-            raise InvresError(f"splits_final.json has {len(splits)} folds, counted from 0; fold {options.fold} was asked.")
-        return splits[options.fold]
     return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
 
 
-def _write_run(
-    output: Path, recipe: Recipe, plan: PreparationPlan, names: tuple[tuple[str, ...], tuple[str, ...]], dataset: Dataset
-) -> None:
+def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split, dataset: Dataset) -> None:
     content = {
         "recipe": to_dict(recipe),
         "plan": to_dict(plan),
@@ -248,25 +266,42 @@ def _write_run(
     os.replace(temporary, output / RUN)
 
 
-def _read_run(
-    output: Path, asked: Recipe, dataset: Dataset
-) -> tuple[Recipe, PreparationPlan, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The run as it was started. `asked` may only lengthen it (epochs, time)."""
+def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
+    """The run as it was started. `asked` may only lengthen it (epochs, time); other wishes give a warning."""
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
-    content = json.loads((output / RUN).read_text(encoding="utf-8"))
-    recipe = from_dict(Recipe, content["recipe"], "run.json: recipe")
+    try:
+        content = json.loads((output / RUN).read_text(encoding="utf-8"))
+        recipe = from_dict(Recipe, content["recipe"], "run.json: recipe")
+        plan = from_dict(PreparationPlan, content["plan"], "run.json: plan")
+        scheme, names = content["scheme"], (tuple(content["split"]["train"]), tuple(content["split"]["validation"]))
+    except (ValueError, KeyError, TypeError):
+        raise InvresError(f"{output / RUN} is damaged.", hint="Train again in a new folder.") from None
     if asked.network.name != recipe.network.name:
         raise InvresError(
             f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
             hint="Resume with the recipe it was started with, or train in a new folder.",
         )
-    if content["scheme"] != to_dict(dataset.scheme):
+    if scheme != to_dict(dataset.scheme):
         raise InvresError(
             f"The labels of {dataset.name} differ from those that the training in {output} was started with.",
             hint="Resume with the data set it was started with.",
         )
     training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
-    plan = from_dict(PreparationPlan, content["plan"], "run.json: plan")
-    split = content["split"]
-    return dataclasses.replace(recipe, training=training), plan, (tuple(split["train"]), tuple(split["validation"]))
+    recipe = dataclasses.replace(recipe, training=training)
+    if other := _differences(to_dict(recipe), to_dict(_fitted(asked, dataset, plan))):
+        report.warning(
+            f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
+        )
+    return recipe, plan, names
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
+    """The keys, as "training.patch", whose values differ; names and descriptions do not count."""
+    found = []
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other.get(key), dict):
+            found += _differences(value, other[key], f"{where}{key}.")
+        elif value != other.get(key) and key not in ("name", "description"):
+            found.append(f"{where}{key}")
+    return found

@@ -59,7 +59,9 @@ def complete_config(
     for name, wanted in (("blocks", levels), ("decoder_blocks", levels - 1), ("strides", levels - 1)):
         got = len(getattr(full, name))
         if got != wanted:
-            raise InvresError(f"network.{name} has {got} entries, but {levels} levels (network.channels) need {wanted}.")
+            raise InvresError(
+                f"network.{name} has {got} entries, but {levels} levels (network.channels) need {wanted}."
+            )
     if levels < 2 or min(full.channels) < 1 or min(full.blocks) < 0 or min(full.decoder_blocks) < 0:
         raise InvresError("network.channels needs two levels or more, and no width or block count below zero.")
     if any(s not in (1, 2) for stride in full.strides for s in stride):
@@ -97,8 +99,7 @@ class SegmentationNetwork(nn.Module):
         name = self.automatic_engine if name == "auto" else name
         if name not in self.engines:
             raise InvresError(
-                f"{self.config.name} does not run under the engine {name!r}; its engines are "
-                f"{', '.join(self.engines)}."
+                f"{self.config.name} does not run under the engine {name!r}; its engines are {', '.join(self.engines)}."
             )
         self._engine = name
 
@@ -109,6 +110,12 @@ class SegmentationNetwork(nn.Module):
                 hint="Give one volume for each of its channels.",
             )
         size = x.shape[2:]
+        if self.config.norm == "instance" and all(n <= d for n, d in zip(size, self.divisor, strict=True)):
+            raise InvresError(
+                f"Windows of {'x'.join(map(str, size))} voxels shrink to a single voxel in the deepest of the "
+                f"{self.config.levels} levels of {self.config.name}, where instance norm needs two or more.",
+                hint=f"Take a patch above {max(self.divisor)} voxels along one axis, or fewer network.levels.",
+            )
         logits, features = self.compute(self._pad(x), wants_features=self.vae is not None and self.training)
         logits = logits[:, :, : size[0], : size[1], : size[2]]
         if self.vae is None or features is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..config import NetworkConfig
+from ..reversible.recompute import frozen_statistics
 from .base import SegmentationNetwork, complete_config
 from .blocks import DoubleConv
 
@@ -52,5 +54,6 @@ class UNet3D(SegmentationNetwork):
 
     def _level(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.engine == "checkpoint" and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
+            contexts = (nullcontext(), frozen_statistics(block))
+            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
         return block(x)

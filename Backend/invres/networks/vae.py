@@ -41,7 +41,9 @@ class VAEBranch(nn.Module):
         super().__init__()
         total = tuple(math.prod(s[axis] for s in strides) for axis in range(3))
         if min(config.patch) < 1:
-            raise InvresError("network.vae.patch is missing.", hint="Give the training patch, for example [64, 64, 64].")
+            raise InvresError(
+                "network.vae.patch is missing.", hint="Give the training patch, for example [64, 64, 64]."
+            )
         self.patch = config.patch
         bottom = tuple(math.ceil(p / t) for p, t in zip(config.patch, total, strict=True))
         reduced = tuple(math.ceil(b / 2) for b in bottom)
@@ -54,12 +56,12 @@ class VAEBranch(nn.Module):
         self.decode = nn.Linear(config.latent, config.reduced_channels * math.prod(reduced))
         width = FINEST_WIDTH * 2 ** (len(strides) - 1)
         self.widen = nn.Conv3d(config.reduced_channels, width, 1)
-        self.levels = nn.ModuleList()
+        self.narrow, self.blocks = nn.ModuleList(), nn.ModuleList()
         self.strides = strides[::-1]
         for _ in self.strides[:-1]:
-            narrow = width // 2
-            self.levels.append(nn.ModuleList([nn.Conv3d(width, narrow, 1), _ResidualBlock(narrow)]))
-            width = narrow
+            self.narrow.append(nn.Conv3d(width, width // 2, 1))
+            width //= 2
+            self.blocks.append(_ResidualBlock(width))
         self.head = nn.Conv3d(width, image_channels * math.prod(self.strides[-1]), 1)
 
     def forward(self, features: torch.Tensor) -> VAEOutput:
@@ -78,7 +80,7 @@ class VAEBranch(nn.Module):
         sample = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
         x = functional.relu(self.decode(sample)).reshape(-1, x.shape[1], *self.reduced)
         x = functional.interpolate(self.widen(x), size=self.bottom, mode="trilinear", align_corners=False)
-        for stride, (narrow, block) in zip(self.strides[:-1], self.levels, strict=True):  # type: ignore[misc]
+        for stride, narrow, block in zip(self.strides[:-1], self.narrow, self.blocks, strict=True):
             scale = tuple(float(s) for s in stride)
             x = block(functional.interpolate(narrow(x), scale_factor=scale, mode="trilinear", align_corners=False))
         d, h, w = self.patch

@@ -80,6 +80,7 @@ class _ReversibleProgram(torch.autograd.Function):
         ctx.finals = [t.detach() for t in outputs]
         ctx.stash = state.stash
         ctx.versions = [t._version for t in ctx.finals]
+        ctx.parameter_versions = [p._version for p in ctx.parameters]
         return (*outputs, *tapped)
 
     @staticmethod
@@ -95,6 +96,11 @@ class _ReversibleProgram(torch.autograd.Function):
             raise RuntimeError(
                 "The output of a reversible program was changed in place before backward, so its input cannot be "
                 "recomputed. Change a copy instead (y = y + 1, not y += 1)."
+            )
+        if [p._version for p in ctx.parameters] != ctx.parameter_versions:
+            raise RuntimeError(
+                "A parameter of a reversible program was changed in place between forward and backward, so its input "
+                "cannot be recomputed. Run backward before the optimizer's step."
             )
         state = State(finals, owned=ctx.private)
         state.stash = ctx.stash

@@ -83,7 +83,7 @@ def _run_checkpoint(steps: list[Step], stack: Stack) -> Stack:
                 tensors = step(tensors)
             return tensors
 
-        def contexts(segment: nn.ModuleList = segment):  # type: ignore[no-untyped-def]
+        def contexts(segment: nn.ModuleList = segment):
             return nullcontext(), frozen_statistics(segment)
 
         stack = checkpoint(run, *stack, use_reentrant=False, context_fn=contexts)

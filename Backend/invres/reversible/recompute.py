@@ -57,15 +57,22 @@ def draws_random_numbers(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
 
 
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm layers normalise by the batch but leave their running statistics alone: they were updated once."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    active = [m for m in layers if m.training and m.track_running_stats]
-    for layer in active:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in active:
-            layer.track_running_stats = True
+class frozen_statistics:
+    """BatchNorm layers update copies of their running statistics, which are thrown away: they were updated once.
+
+    Copies, because `checkpoint` wants the same tensors saved as in the first evaluation. May be entered again and again.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        active = [layer for layer in self._layers if layer.training]
+        self._buffers = [(layer, *item) for layer in active for item in layer.named_buffers(recurse=False)]
+        for layer, name, buffer in self._buffers:
+            setattr(layer, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for layer, name, buffer in self._buffers:
+            setattr(layer, name, buffer)

@@ -48,9 +48,10 @@ class State:
         return self.tensors[index]
 
     def push(self, value: torch.Tensor) -> None:
-        """Puts a fresh tensor on top."""
-        # Views of one storage share a version counter: changing one would look to autograd like changing the other.
-        self.tensors.append(value.clone() if value._is_view() else value)
+        """Puts a tensor on top; copied if it shares memory with another, which changing it in place would change."""
+        storage = value.untyped_storage()._cdata
+        shared = value._is_view() or any(t.untyped_storage()._cdata == storage for t in self.tensors)
+        self.tensors.append(value.clone() if shared else value)
         self._owned.append(True)
 
     def pop(self) -> torch.Tensor:

@@ -112,16 +112,21 @@ class Couple(Step):
         state.add(-1, self.n2(state[-2]))
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
-        for target, source, function in ((-1, -2, self.n2), (-2, -1, self.n1)):
-            (gradient,) = evaluate_and_differentiate(
-                function,
-                [state[source]],
-                [gradients[target]],
-                sink,
-                lambda out, target=target: state.add(target, out[0], sign=-1),
-            )
-            gradients.add(source, gradient)
-            del gradient  # or it would still be alive while the next function is differentiated
+        self._retreat_half(state, gradients, sink, self.n2, target=-1, source=-2)
+        self._retreat_half(state, gradients, sink, self.n1, target=-2, source=-1)
+
+    @staticmethod
+    def _retreat_half(
+        state: State, gradients: State, sink: GradientSink, function: nn.Module, target: int, source: int
+    ) -> None:
+        """Undoes target += function(source); its own frame lets go of every map before the other half starts."""
+
+        def subtract(outputs: Sequence[torch.Tensor]) -> None:
+            state.add(target, outputs[0], sign=-1)
+
+        sources, after = [state[source]], [gradients[target]]
+        (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)
+        gradients.add(source, gradient)
 
 
 class Branch(Step):
