@@ -42,6 +42,9 @@ SAME_SPACING = 1e-3
 SMOOTH_ABOVE = 1.5
 # Above this part of non-zero voxels an image has no empty background worth a mask.
 MASK_BELOW = 0.75
+# Empty background keeps the darkness that scaling gives it, but an image of little contrast must not push it so far
+# that it dominates the network's statistics. The same number stands in `synthesis`.
+DARKEST = -4.0
 # CT figures settle long before this many cases and voxels of each.
 CT_CASES = 50
 CT_VOXELS = 10_000
@@ -144,8 +147,8 @@ def prepare(
 
     Canonical orientation, crop to the box where any channel differs from zero (if the plan says so), linear
     resampling to the plan's spacing (Gaussian smoothing first where it shrinks more than 1.5-fold), intensities: MR
-    z-scored inside the non-zero mask if that is below 75 % of the crop (outside stays 0) and over all voxels
-    otherwise; CT clipped and scaled by the plan.
+    z-scored by the non-zero mask if that is below 75 % of the crop (outside stays dark: 0 there would be the tissue's
+    mean) and by all voxels otherwise; CT clipped and scaled by the plan.
 
     Volumes are finite, as `read_volume` makes them. original is the grid of the first volume as given.
     Raises InvresError for a wrong number of channels, volumes on different grids, a label on another grid (origins
@@ -260,7 +263,7 @@ def _normalise(image: np.ndarray, channels: Sequence[ChannelPlan]) -> None:
             inside = plane[mask].astype(np.float64)
             plane -= inside.mean()
             plane /= max(float(inside.std()), 1e-8)
-            plane[~mask] = 0
+            np.maximum(plane, DARKEST, out=plane, where=~mask)
 
 
 def _body(image: np.ndarray) -> np.ndarray:

@@ -36,6 +36,9 @@ __all__ = [
 
 Triple = tuple[int, int, int]
 
+DARKEST = -4.0
+"""Of an empty background, in standard deviations; the same number stands in `preprocessing`."""
+
 CONTRASTS = 4096
 """Entries of the contrast table; labels are looked up modulo this. FreeSurfer's usual values fit."""
 
@@ -65,6 +68,8 @@ class SynthesisConfig:
     Background (label 0; probabilities chosen): exactly zero, as after masking, or a texture like any other label,
     otherwise dark noisy air.
 
+    ladder: labels whose means rise in this order, one in each equal part of `mean`'s range; for example CSF, grey
+    matter, white matter as under any T1 weighting. Empty: every label is drawn by itself.
     groups: labels that share one contrast, for example left and right of a structure.
     targets: labels that are returned; all others only shape the image and come back as 0. Empty: all.
     strip_probability: how often everything but the targets is removed from the image, as by skull stripping.
@@ -86,6 +91,7 @@ class SynthesisConfig:
     noise_std: float = 10.0
     zero_background_probability: float = 0.4
     textured_background_probability: float = 0.2
+    ladder: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     targets: tuple[int, ...] = ()
     strip_probability: float = 0.0
@@ -287,6 +293,11 @@ def _draw_contrasts(config: SynthesisConfig, generator: torch.Generator, device:
     """
     bounds = torch.tensor((config.mean, config.std))
     table = bounds[:, :1] + (bounds[:, 1:] - bounds[:, :1]) * torch.rand((2, CONTRASTS), generator=generator)
+    if config.ladder:
+        rungs = (torch.arange(len(config.ladder)) + torch.rand(len(config.ladder), generator=generator)) / len(
+            config.ladder
+        )
+        table[0, list(config.ladder)] = bounds[0, 0] + (bounds[0, 1] - bounds[0, 0]) * rungs
     for group in config.groups:
         table[:, list(group)] = table[:, group[0], None]
     if not happens(generator, config.textured_background_probability):
@@ -350,10 +361,16 @@ def _blur(image: Tensor, sigma_voxels: float) -> Tensor:
 
 
 def _standardise(image: Tensor, inside: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 where `inside`, 0 elsewhere. Without boolean indexing: that would wait."""
+    """Mean 0 and standard deviation 1 where `inside`; elsewhere what zero becomes by that. As `preprocessing.prepare`.
+
+    Without boolean indexing: the device would have to be waited for.
+    """
+    image = image * inside
     count = inside.sum().clamp_min(1)
-    centred = (image - (image * inside).sum() / count) * inside
-    return centred / (centred.square().sum() / count).sqrt().clamp_min(1e-6)
+    mean = image.sum() / count
+    std = (((image - mean) * inside).square().sum() / count).sqrt().clamp_min(1e-6)
+    scaled = (image - mean) / std
+    return torch.where(inside, scaled, scaled.clamp_min(DARKEST))
 
 
 def _check_patch(array: Tensor, patch: Triple) -> None:

@@ -307,3 +307,29 @@ def test_the_shipped_template_gives_a_plausible_brain():
 def test_a_mistake_is_named(call, words):
     with pytest.raises(InvresError, match=words):
         call()
+
+
+def test_a_ladder_orders_random_contrasts():
+    labels = torch.zeros((1, 1, 9, 9, 9), dtype=torch.int16)
+    labels[..., :3], labels[..., 3:6], labels[..., 6:] = 4, 7, 2
+    quiet = dataclasses.replace(
+        SynthesisConfig(),
+        ladder=(4, 7, 2),
+        scale=0,
+        rotation_degrees=0,
+        shear=0,
+        elastic_voxels=0,
+        std=(0, 0),
+        blur_voxels=0,
+        bias_field=0,
+        gamma_std=0,
+        low_resolution_probability=0,
+        noise_std=0,
+    )
+    gaps = set()
+    for seed in range(12):
+        image, _ = synthesise(labels, quiet, torch.Generator().manual_seed(seed), (9, 9, 9))
+        first, middle, last = (float(image[labels == value].mean()) for value in (4, 7, 2))
+        assert first < middle < last
+        gaps.add(round((middle - first) / (last - middle), 3))
+    assert len(gaps) == 12

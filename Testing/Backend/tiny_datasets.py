@@ -43,10 +43,10 @@ def places(grid: Geometry) -> np.ndarray:
 
 
 def phantom(grid: Geometry, channels: int = 1, seed: int = 0) -> tuple[list[Volume], Volume]:
-    """Images and a label map: a body with zeros around it, in it the balls 1 (above) and 2 (below, with a core 3)."""
+    """Images and a label map: tissue with zeros around it, in it the balls 1 (above) and 2 (below, with a core 3)."""
     d, h, w = places(grid)
     rng = np.random.default_rng(seed)
-    body = d**2 + h**2 + w**2 < 1.6
+    body = np.maximum(np.abs(d), np.maximum(np.abs(h), np.abs(w))) < 0.93
     label = np.zeros(grid.shape, dtype=np.uint8)
     label[(2 * (d - 0.45)) ** 2 + (1.6 * h) ** 2 + (1.6 * (w - 0.2)) ** 2 < 1] = 1
     label[(2 * (d + 0.45)) ** 2 + (1.4 * h) ** 2 + (1.4 * w) ** 2 < 1] = 2

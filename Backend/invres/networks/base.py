@@ -39,6 +39,8 @@ def complete_config(
     """
     if config.channels:
         levels = len(config.channels)
+        if levels < 2:
+            raise InvresError(f"network.channels needs two levels or more, got {list(config.channels)}.")
         channels, blocks, decoder_blocks = config.channels, (1,) * levels, (1,) * (levels - 1)
     else:
         levels = config.levels or len(channels)
@@ -62,8 +64,8 @@ def complete_config(
             raise InvresError(
                 f"network.{name} has {got} entries, but {levels} levels (network.channels) need {wanted}."
             )
-    if levels < 2 or min(full.channels) < 1 or min(full.blocks) < 0 or min(full.decoder_blocks) < 0:
-        raise InvresError("network.channels needs two levels or more, and no width or block count below zero.")
+    if min(full.channels) < 1 or min(full.blocks) < 0 or min(full.decoder_blocks) < 0:
+        raise InvresError("network.channels must be 1 or more each, blocks and decoder_blocks 0 or more each.")
     if any(s not in (1, 2) for stride in full.strides for s in stride):
         raise InvresError("network.strides may hold only 1 and 2.")
     return full

@@ -7,7 +7,6 @@ machinery (DDP's hooks, `autograd.grad`, frozen parameters, accumulation over st
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .recompute import AutocastState, RandomState, draws_random_numbers, frozen_statistics
+from .recompute import AutocastState, frozen_statistics
 from .state import State
 from .steps import GradientSink, Step
 
@@ -64,12 +63,9 @@ class _ReversibleProgram(torch.autograd.Function):
         ctx.steps, ctx.tap, ctx.private, ctx.count = steps, tap, private, count
         ctx.parameters = tensors[count:]
         ctx.autocast = AutocastState.of(tensors[0])
-        ctx.random_states = {}
         ctx.set_materialize_grads(False)
         state, tapped = State(tensors[:count]), []
         for index, step in enumerate(steps):
-            if draws_random_numbers(step):
-                ctx.random_states[index] = RandomState.now(tensors[0].device)
             step.advance(state)
             if index == tap:
                 tapped = [state[-2].clone(), state[-1].clone()]
@@ -78,7 +74,7 @@ class _ReversibleProgram(torch.autograd.Function):
         # Kept as aliases, not with save_for_backward: autograd would hold those alive until backward has ended,
         # while here every tensor goes as soon as it has been inverted. The version check below stands in for its guard.
         ctx.finals = [t.detach() for t in outputs]
-        ctx.stash = state.stash
+        ctx.stash, ctx.random_states = state.stash, state.random_states
         ctx.versions = [t._version for t in ctx.finals]
         ctx.parameter_versions = [p._version for p in ctx.parameters]
         return (*outputs, *tapped)
@@ -103,7 +99,7 @@ class _ReversibleProgram(torch.autograd.Function):
                 "cannot be recomputed. Run backward before the optimizer's step."
             )
         state = State(finals, owned=ctx.private)
-        state.stash = ctx.stash
+        state.stash, state.random_states = ctx.stash, ctx.random_states
         of_finals, tapped = incoming[: len(finals)], incoming[len(finals) :]
         gradients = State(
             [torch.zeros_like(t) if g is None else g.to(t.dtype) for t, g in zip(finals, of_finals, strict=True)],
@@ -117,9 +113,7 @@ class _ReversibleProgram(torch.autograd.Function):
                     if gradient is not None:
                         gradients.add(position, gradient)
             step = ctx.steps[index]
-            random_state = ctx.random_states.get(index)
-            same_numbers = contextlib.nullcontext() if random_state is None else random_state.restored()
-            with ctx.autocast.restored(), frozen_statistics(step), same_numbers:
+            with ctx.autocast.restored(), frozen_statistics(step):
                 step.retreat(state, gradients, sink)
         needed = ctx.needs_input_grad[4:]
         of_inputs = [g if wanted else None for g, wanted in zip(gradients.tensors, needed, strict=False)]

@@ -60,7 +60,7 @@ def draws_random_numbers(module: nn.Module) -> bool:
 class frozen_statistics:
     """BatchNorm layers update copies of their running statistics, which are thrown away: they were updated once.
 
-    Copies, because `checkpoint` wants the same tensors saved as in the first evaluation. May be entered again and again.
+    Copies, because `checkpoint` wants the same tensors saved as in the first evaluation. May be entered repeatedly.
     """
 
     def __init__(self, module: nn.Module):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import nn
+
+from .recompute import RandomState, draws_random_numbers
 
 __all__ = ["State"]
 
@@ -20,6 +25,7 @@ class State:
         self.tensors = list(tensors)
         self._owned = [owned] * len(self.tensors)
         self.stash: list[torch.Tensor] = []
+        self.random_states: list[RandomState | None] = []
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.tensors[index]
@@ -58,3 +64,14 @@ class State:
         """Takes the top tensor off."""
         self._owned.pop()
         return self.tensors.pop()
+
+    def evaluate(self, module: nn.Module, *sources: torch.Tensor) -> Any:
+        """module(*sources), noting where the random generators stood if the module draws from them."""
+        draws = draws_random_numbers(module)
+        self.random_states.append(RandomState.now(sources[0].device) if draws else None)
+        return module(*sources)
+
+    def same_numbers(self) -> AbstractContextManager[None]:
+        """Inside it, the last module that `evaluate` ran draws the same numbers again; each call goes one back."""
+        random_state = self.random_states.pop()
+        return nullcontext() if random_state is None else random_state.restored()

@@ -108,8 +108,8 @@ class Couple(Step):
         return (*beneath, x1, x2)
 
     def advance(self, state: State) -> None:
-        state.add(-2, self.n1(state[-1]))
-        state.add(-1, self.n2(state[-2]))
+        state.add(-2, state.evaluate(self.n1, state[-1]))
+        state.add(-1, state.evaluate(self.n2, state[-2]))
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         self._retreat_half(state, gradients, sink, self.n2, target=-1, source=-2)
@@ -125,7 +125,8 @@ class Couple(Step):
             state.add(target, outputs[0], sign=-1)
 
         sources, after = [state[source]], [gradients[target]]
-        (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)
+        with state.same_numbers():
+            (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)
         gradients.add(source, gradient)
 
 
@@ -141,14 +142,15 @@ class Branch(Step):
 
     def advance(self, state: State) -> None:
         dtype = state[-1].dtype
-        for part in self.module(state[-2], state[-1]):
+        for part in state.evaluate(self.module, state[-2], state[-1]):
             state.push(part.to(dtype))
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         for _ in range(2):
             state.pop()
         g2, g1 = gradients.pop(), gradients.pop()
-        found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], [g1, g2], sink)
+        with state.same_numbers():
+            found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], [g1, g2], sink)
         gradients.add(-2, found[0])
         gradients.add(-1, found[1])
 
@@ -168,7 +170,7 @@ class AddFromBelow(Step):
     def advance(self, state: State) -> None:
         u2, u1 = state.pop(), state.pop()
         state.stash += [u1, u2]
-        for index, part in zip((-2, -1), self.module(u1, u2), strict=True):
+        for index, part in zip((-2, -1), state.evaluate(self.module, u1, u2), strict=True):
             state.add(index, part)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
@@ -178,7 +180,9 @@ class AddFromBelow(Step):
             state.add(-2, parts[0], sign=-1)
             state.add(-1, parts[1], sign=-1)
 
-        g1, g2 = evaluate_and_differentiate(self.module, [u1, u2], [gradients[-2], gradients[-1]], sink, subtract)
+        after = [gradients[-2], gradients[-1]]
+        with state.same_numbers():
+            g1, g2 = evaluate_and_differentiate(self.module, [u1, u2], after, sink, subtract)
         for half, gradient in ((u1, g1), (u2, g2)):
             state.push(half)
             gradients.push(gradient.to(half.dtype))

@@ -1,0 +1,107 @@
+"""`invres bench`: complete rows, ratios to the first row of the same run, gradients that agree, a readable table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from invres import benchmark
+from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
+from invres.config import NETWORKS
+from invres.events import Recorder
+from invres.networks import build
+from invres.reversible.steps import Couple
+
+PATCH = (17, 9, 12)
+PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """The same networks two levels deep: what is measured differs, the rows do not."""
+    complete = benchmark.NetworkConfig
+    monkeypatch.setattr(benchmark, "NetworkConfig", lambda **values: complete(channels=(4, 16), **values))
+
+
+def assert_progress_is_complete(recorder, stages=1):
+    steps = [e for e in recorder.events if e["event"] == "progress"]
+    ends = [e for e in steps if e["done"] == e["total"]]
+    assert len(ends) == stages and ends[-1] is steps[-1]
+    assert all(0 <= e["done"] <= e["total"] for e in steps)
+
+
+def test_the_engine_table_lists_every_engine_of_every_network():
+    for name, engines in ENGINE_TABLE.items():
+        assert engines == build(benchmark.NetworkConfig(name=name, levels=2)).engines
+    assert tuple(ENGINE_TABLE) == NETWORKS
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_memory_has_a_row_for_every_network_and_engine(small_networks, measure):
+    recorder = Recorder()
+    rows = bench_memory(PATCH, 2, 3, measure=measure, report=recorder)
+    assert [(row["network"], row["engine"]) for row in rows] == PAIRS
+    assert (rows[0]["ratio"], rows[0]["activation_ratio"]) == (1.0, 1.0)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["peak_bytes"] / rows[0]["peak_bytes"])
+        assert row["activation_ratio"] == pytest.approx(row["activation_bytes"] / rows[0]["activation_bytes"])
+        assert row["peak_bytes"] > row["activation_bytes"] > 0
+        assert "cuda_max_allocated_bytes" not in row
+    ratio = {(row["network"], row["engine"]): row["ratio"] for row in rows}
+    assert ratio["fully_invres", "reversible"] < ratio["fully_invres", "memcnn"] < 1
+    assert_progress_is_complete(recorder)
+
+
+def test_time_compares_the_engines_of_each_network(small_networks):
+    recorder = Recorder()
+    rows = bench_time(PATCH, 2, 3, rounds=2, report=recorder)
+    assert [(row["network"], row["engine"]) for row in rows] == PAIRS
+    stored = {row["network"]: row["seconds"] for row in rows if row["engine"] == "stored"}
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["ratio"] == pytest.approx(row["seconds"] / stored[row["network"]])
+    assert all(row["ratio"] == 1 for row in rows if row["engine"] == "stored")
+    assert_progress_is_complete(recorder, stages=len(NETWORKS))
+
+
+def test_gradients_agree_under_every_engine(small_networks):
+    recorder = Recorder()
+    rows = bench_gradients(PATCH, 2, 3, report=recorder)
+    invertible = [(name, engine) for name, engine in PAIRS if name != "unet3d"]
+    for dtype, limit in (("float64", 1e-9), ("float32", 1e-4)):
+        errors = {(row["network"], row["engine"]): row["relative_error"] for row in rows if row["dtype"] == dtype}
+        assert list(errors) == invertible
+        assert max(errors.values()) < limit, errors
+        assert all(error == 0 for (_, engine), error in errors.items() if engine == "stored")
+        assert all(error > 0 for (_, engine), error in errors.items() if engine == "reversible"), "recomputed, not kept"
+    assert_progress_is_complete(recorder)
+
+
+def test_wrong_gradients_are_reported_as_such(small_networks, monkeypatch):
+    """A recomputation of another function than the one that ran must show in the rows."""
+    original = Couple._retreat_half
+
+    def wrong(state, gradients, sink, function, target, source):
+        original(state, gradients, sink, function, target, source)
+        gradients.tensors[source].mul_(1.001)
+
+    monkeypatch.setattr(Couple, "_retreat_half", staticmethod(wrong))
+    rows = bench_gradients(PATCH, 1, 2)
+    assert all((row["relative_error"] > 1e-4) == (row["engine"] == "reversible") for row in rows), rows
+
+
+def test_a_table_renders_bytes_figures_and_gaps_in_aligned_columns():
+    rows = [
+        {"network": "unet3d", "peak_bytes": 3 * 2**30, "ratio": 1.0, "relative_error": 1.21e-16},
+        {"network": "fully_invres", "peak_bytes": 512, "ratio": 0.12345, "seconds": 2},
+    ]
+    assert table(rows, ("network", "peak_bytes", "ratio", "relative_error", "seconds")).splitlines() == [
+        "| network      | peak_bytes | ratio | relative_error | seconds |",
+        "| ------------ | ---------- | ----- | -------------- | ------- |",
+        "| unet3d       | 3.00 GiB   | 1.000 | 1.2e-16        |         |",
+        "| fully_invres | 512 B      | 0.123 |                | 2       |",
+    ]
+
+
+def test_the_machine_is_named_in_words():
+    assert describe_machine("cpu") == f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,652 @@
+"""The command line: exit codes, JSON lines, and one plain sentence with the next step for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from tiny_datasets import (
+    BACKEND,
+    GRIDS,
+    files_up_to,
+    invres,
+    leftovers,
+    phantom,
+    write_dataset,
+    write_recipe,
+)
+
+from invres import __version__, commands
+from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.modelpackage import save_package
+from invres.networks import build
+from invres.volume import Geometry, Volume, read_volume, write_volume
+
+VERBS = ("segment", "train", "evaluate", "check", "plan", "describe", "models", "bench", "demo")
+SCHEME = LabelScheme((Label("upper", (1,), 1), Label("lower", (2,), 2), Label("core", (3,), 3)))
+
+
+def save(path, channels=("T1", "T2"), **fields):
+    config = NetworkConfig(channels=(4, 16), in_channels=len(channels), out_channels=4)
+    torch.manual_seed(3)
+    network = build(config)
+    plan = PreparationPlan(tuple(ChannelPlan(name) for name in channels), (2.5, 1.1, 0.8))
+    return save_package(
+        path,
+        **{
+            "name": "Phantom",
+            "network": network.config,
+            "state_dict": network.state_dict(),
+            "plan": plan,
+            "scheme": SCHEME,
+            "patch": (16, 16, 16),
+            **fields,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a package for two channels, a package for one, and the images of a case."""
+    folder = tmp_path_factory.mktemp("place")
+    save(folder / "model")
+    save(folder / "single", channels=("T1",))
+    images, label = phantom(GRIDS[0], 2)
+    for name, volume in (("t1", images[0]), ("t2", images[1]), ("label", label)):
+        write_volume(folder / f"{name}.nii.gz", volume)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("phantoms"), cases=2, channels=("T1",))
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Runs a command that must fail with one sentence and a next step, and must leave nothing; gives both."""
+
+    def run(*arguments, code=2, output=tmp_path):
+        before = sorted(output.rglob("*"))
+        told = []
+        for flags in ((), ("--json",)):
+            outcome = invres(*arguments, *flags)
+            assert outcome.code == code, outcome
+            assert "Traceback" not in outcome.err
+            assert "result" not in [event["event"] for event in outcome.events] if flags else True
+            told.append(outcome)
+        people, programs = told
+        error = programs.events[-1]
+        assert error["event"] == "error" and error["code"] not in ("", "internal")
+        message, hint = error["message"], error["hint"]
+        assert people.out == "" and people.err.splitlines()[-1] == f"Error: {message} {hint}".strip()
+        assert message.endswith(".") and "\n" not in message and message[0] == message[0].upper()
+        assert len(message) < 400
+        assert not any(word in message for word in ("None", "NoneType", "object at 0x", "Errno", "dtype"))
+        assert sorted(output.rglob("*")) == before and leftovers(output) == []
+        return message, hint
+
+    return run
+
+
+# --- the shape of commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb):
+    outcome = invres(verb, "--help")
+    assert outcome.code == 0 and outcome.err == ""
+    assert outcome.out.startswith(f"usage: invres {verb}") and "--json" in outcome.out
+    assert outcome.out.isascii() and "None" not in outcome.out
+
+
+def test_help_names_every_verb():
+    outcome = invres("--help")
+    assert outcome.code == 0
+    assert all(f"\n    {verb} " in outcome.out for verb in VERBS)
+    assert set(commands.__all__) == set(VERBS)
+
+
+def test_the_version_is_told():
+    assert invres("--version").out == f"invres {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "The following arguments are required: VERB."),
+        (("sgment",), "invalid choice: 'sgment'"),
+        (("segment",), "The following arguments are required: -m/--model, -i/--input, -o/--output."),
+        (("train", "-d", "x", "-o", "y", "--epochs", "many"), "Argument --epochs: invalid int value: 'many'."),
+        (("describe", "x", "--colour"), "Unrecognized arguments: --colour."),
+        (("segment", "-m", "a", "-i", "b", "-o", "c", "--window", "8", "8"), "expected 3 arguments"),
+        (("train", "-d", "x", "-o", "y", "--time", "-5m"), "expected one argument"),
+        (("plan", "--engine", "magic"), "invalid choice: 'magic'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_with_exit_code_2(arguments, told):
+    outcome = invres(*arguments)
+    assert outcome.code == 2 and outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("Error: ") and told in line and "--help`." in line
+    as_json = invres(*arguments, "--json")
+    assert as_json.code == 2 and as_json.err == ""
+    if arguments:
+        (event,) = as_json.events
+        assert event["code"] == "usage" and told in event["message"]
+
+
+def python(code):
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["describe", "MODEL", "--json"], ["models", "list"], ["describe", "-"]],
+)
+def test_what_answers_at_once_imports_nothing_heavy(place, arguments):
+    arguments = [str(place / "model") if argument == "MODEL" else argument for argument in arguments]
+    code = (
+        "import sys\nfrom invres.cli import main\n"
+        f"try: code = main({arguments!r})\nexcept SystemExit as end: code = end.code or 0\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'monai', 'SimpleITK', 'skimage', 'matplotlib'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)\nsys.exit(9 if heavy else code)"
+    )
+    found = python(code)
+    assert found.returncode == (2 if arguments[-1] == "-" else 0), found.stderr
+
+
+def test_a_reader_that_goes_away_makes_no_traceback(place):
+    command = [sys.executable, "-m", "invres", "describe", str(place / "model"), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert found.returncode == 1 and found.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "name"),
+    [
+        (KeyboardInterrupt(), 130, "cancelled"),
+        (MemoryError(), 3, "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 3, "out_of_memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"), 3, "out_of_memory"),
+        (OSError(28, "No space left on device", "/a/b"), 2, "disk_full"),
+        (OSError(28, "No space left on device"), 2, "disk_full"),
+        (OSError(30, "Read-only file system", "/a/b"), 2, "bad_input"),
+        (FileExistsError(17, "File exists", "/a/b"), 2, "bad_input"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_fault_of_the_program(monkeypatch, error, code, name):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(commands, "describe", refuse)
+    outcome = invres("describe", "x", "--json")
+    assert outcome.code == code and outcome.err == ""
+    (event,) = outcome.events
+    assert event["code"] == name and event["message"].endswith(".") and "Errno" not in event["message"]
+    assert name == "cancelled" or event["hint"]
+
+
+def test_a_fault_of_the_program_is_exit_code_1_with_its_lines(monkeypatch):
+    def fail(*_):
+        raise ValueError("inside")
+
+    monkeypatch.setattr(commands, "describe", fail)
+    outcome = invres("describe", "x", "--json")
+    assert outcome.code == 1 and "Traceback" in outcome.err and "inside" in outcome.err
+    (event,) = outcome.events
+    assert event["code"] == "internal" and "ValueError: inside" in event["message"] and "report it" in event["hint"]
+
+
+# --- JSON lines ----------------------------------------------------------------------------------------------------
+
+
+def test_every_command_that_succeeds_ends_with_one_result(place, data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1)
+    model, segmentation = tmp_path / "run/model", tmp_path / "predictions/label.nii.gz"
+    inputs = ["-i", f"T1={place}/t1.nii.gz"]
+    reference = place / "label.nii.gz"
+    for arguments in (
+        ["check", "-d", data],
+        ["plan", "-n", "unet3d", "--patch", 16, 16, 16],
+        ["plan", "--vae", "--patch", 32, 32, 32, "--precision", "bf16"],
+        ["train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--time", "30s", "--seed", 5],
+        ["describe", model],
+        ["models", "export", model, "-o", tmp_path / "m.invres"],
+        ["models", "import", tmp_path / "m.invres", "--models-dir", tmp_path / "mine"],
+        ["models", "list", "--models-dir", tmp_path / "mine"],
+        ["models", "verify", "tiny", "--models-dir", tmp_path / "mine"],
+        [
+            "segment",
+            "-m",
+            model,
+            *inputs,
+            "-o",
+            segmentation,
+            "--mirror",
+            0,
+            2,
+            "--overlap",
+            0.25,
+            "--window",
+            24,
+            24,
+            24,
+        ],
+        ["evaluate", "-p", segmentation, "-r", reference, "-o", tmp_path / "metrics.json", "-d", data],
+    ):
+        as_json = invres(*arguments, "--json")
+        assert as_json.code == 0, as_json
+        assert as_json.err == ""
+        kinds = [event["event"] for event in as_json.events]
+        assert kinds[-1] == "result" and kinds.count("result") == 1 and "error" not in kinds
+        if arguments[0] != "train":
+            for_people = invres(*arguments)
+            assert for_people.code == 0 and for_people.out.strip(), arguments
+            assert not for_people.out.startswith("{")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_model_is_described_for_people(tmp_path):
+    metrics = {
+        "upper": {"Dice": {"mean": 0.91234, "sd": 0.05, "n": 7}},
+        "lower": {"Dice": {"mean": 0.8, "sd": None, "n": 1}},
+        "core": {"Dice": {"mean": None, "sd": None, "n": 0}},
+    }
+    save(tmp_path / "model", metrics=metrics, description="For tests.", licence="CC0")
+    outcome = invres("describe", tmp_path / "model")
+    assert outcome.code == 0, outcome.err
+    for line in (
+        "Phantom 1.0.0: For tests.",
+        "  channels   T1 (MR), T2 (MR)",
+        "  labels     upper = 1, lower = 2, core = 3",
+        "  spacing    2.5 x 1.1 x 0.8 mm (superior, anterior, right)",
+        "  licence    CC0",
+        "  Dice       upper: 0.9123 ± 0.0500 (n = 7)",
+        "  Dice       lower: 0.8000 (n = 1)",
+        "  Dice       core: not known (n = 0)",
+    ):
+        assert line in outcome.out.splitlines()
+
+
+def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", epochs=9, iterations_per_epoch=1)
+    arguments = ["-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--validation-count", 1]
+    outcome = invres("train", *arguments, "--epochs", 2, "--seed", 11, "--engine", "stored", "--licence", "CC0")
+    assert outcome.code == 0, outcome.err
+    training = json.loads((tmp_path / "run/run.json").read_text())["recipe"]["training"]
+    assert (training["epochs"], training["seed"], training["engine"], training["time_s"]) == (2, 11, "stored", 0)
+    assert "Model: " in outcome.out and "in validation" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("45", 45), ("1.5 h", 5400), (" 2M ", 120)]
+)
+def test_times_are_read_as_people_write_them(text, seconds):
+    assert commands._seconds(text) == seconds
+
+
+# --- mistakes when segmenting --------------------------------------------------------------------------------------
+
+
+def nifti_with(path, **fields):
+    """A NIfTI file of 5 x 6 x 7 zeros with header fields written over."""
+    image = sitk.GetImageFromArray(np.zeros((7, 6, 5), np.int16))
+    sitk.WriteImage(image, str(path))
+    raw = bytearray(path.read_bytes())
+    for offset, form, values in fields.values():
+        struct.pack_into(form, raw, offset, *values)
+    path.write_bytes(raw)
+    return path
+
+
+def make_bad_input(kind, path):
+    if kind == "not an image":
+        path.write_text("I am a letter.")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut short":
+        write_volume(path, phantom(GRIDS[0])[0][0])
+        path.write_bytes(path.read_bytes()[:3000])
+    elif kind == "2D":
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 6), np.int16)), str(path))
+    elif kind == "4D":
+        volumes = [sitk.GetImageFromArray(np.zeros((7, 6, 5), np.int16))] * 3
+        sitk.WriteImage(sitk.JoinSeries(volumes), str(path))
+    elif kind == "colour":
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 6, 5, 3), np.uint8), isVector=True), str(path))
+    elif kind == "zero spacing":
+        nifti_with(path, pixdim=(80, "<3f", (1.0, 0.0, 1.0)))
+    elif kind == "negative spacing":
+        nifti_with(path, pixdim=(80, "<3f", (1.0, -2.0, 1.0)))
+    elif kind == "huge header":
+        nifti_with(path, dim=(40, "<4h", (3, 30000, 30000, 30000)))
+    elif kind == "one value":
+        write_volume(
+            path, Volume(np.full((7, 6, 5), 3.0, np.float32), Geometry((7, 6, 5), (1, 1, 1), (0, 0, 0), np.eye(3)))
+        )
+    elif kind == "folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "told"),
+    [
+        ("missing", ".nii.gz", "There is no file"),
+        ("not an image", ".nii.gz", "is not an image that can be read"),
+        ("not an image", ".nrrd", "is not an image that can be read"),
+        ("empty", ".nii", "is empty"),
+        ("cut short", ".nii.gz", "damaged or cut short"),
+        ("cut short", ".nrrd", "damaged or cut short"),
+        ("2D", ".nii", "is flat (2D), but a 3D volume is wanted"),
+        ("2D", ".png", "is flat (2D), but a 3D volume is wanted"),
+        ("4D", ".nii", "takes the channel T1; "),
+        ("colour", ".nrrd", "has 3 values per voxel"),
+        ("zero spacing", ".nii", "a voxel size of 1 x 0 x 1 mm, but every size must be above 0"),
+        ("negative spacing", ".nii", "a voxel size of 1 x -2 x 1 mm, but every size must be above 0"),
+        ("huge header", ".nii", "damaged or cut short: its header claims 30000 x 30000 x 30000 voxels"),
+        ("one value", ".nii", "There is nothing to segment in the T1 volume"),
+        ("folder", "", "has no DICOM images"),
+    ],
+)
+def test_an_input_that_is_no_volume_is_told(place, refused, tmp_path, kind, ending, told):
+    path = tmp_path / f"input{ending}"
+    make_bad_input(kind, path)
+    command = ["segment", "-m", place / "single", "-i", path, "-o", tmp_path / "out.seg.nrrd", "--device", "cpu"]
+    message, hint = refused(*command)
+    assert told in message
+    assert hint or kind == "4D"
+    if kind not in ("one value",):
+        assert path.name in message, "the file is named"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        (["T1=t1"], "The model Phantom takes the 2 channels T1, T2; got T1."),
+        (["T1=t1", "FLAIR=t2"], "takes the 2 channels T1, T2; got T1, FLAIR."),
+        (["T1=t1", "T1=t2"], "The channel T1 is given twice."),
+        (["t1", "t2"], "Two inputs have no channel name."),
+        (["t1"], "holds 1 volume."),
+    ],
+)
+def test_wrong_channels_are_told_with_how_to_give_them(place, refused, tmp_path, inputs, told):
+    named = [text.replace("=t", f"={place}/t") if "=" in text else f"{place}/{text}" for text in inputs]
+    flags = [f"--input={text}.nii.gz" for text in named]
+    message, hint = refused("segment", "-m", place / "model", *flags, "-o", tmp_path / "o.nrrd", "--device", "cpu")
+    assert told in message and "--input T1=FILE --input T2=FILE" in hint
+
+
+def test_channels_on_different_grids_are_told_with_the_difference(place, refused, tmp_path):
+    grid = Geometry((20, 17, 23), (2.5, 1.1, 0.9), GRIDS[0].origin_mm, GRIDS[0].direction)
+    write_volume(tmp_path / "t2.nii.gz", phantom(grid)[0][0])
+    inputs = ["-i", f"T1={place}/t1.nii.gz", "-i", f"T2={tmp_path}/t2.nii.gz"]
+    message, hint = refused("segment", "-m", place / "model", *inputs, "-o", tmp_path / "o.nrrd", "--device", "cpu")
+    assert message.startswith("The volumes T1 and T2 of this case lie on different grids")
+    assert "spacing 2.5x1.1x0.8 mm against 2.5x1.1x0.9 mm" in message
+    assert "Resample T2 to the grid of T1" in hint
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--device", "gpu"], "There is no device 'gpu'; the devices are auto, cpu and cuda:0."),
+        (["--device", "cuda:7"], "torch sees"),
+        (["--device", "meta"], "There is no device 'meta'"),
+        (["--overlap", "1"], "The overlap must be at least 0 and below 1"),
+        (["--overlap", "nan"], "The overlap must be at least 0 and below 1"),
+        (["--mirror", "3"], "Mirror axes are 0, 1 and 2"),
+        (["--mirror", "1", "1"], "Mirror axes are 0, 1 and 2 (D, H, W), each once"),
+        (["--window", "0", "0", "9"], "The window must be three sizes of 1 voxel or more, got [0, 0, 9]."),
+        (["--window", "2", "2", "2"], "shrink to a single voxel"),
+        (["--output", "o.docx"], "the allowed endings are .nii, .nii.gz, .nrrd, .mha and .seg.nrrd"),
+        (["--probabilities", "p"], "p cannot be written: the allowed endings are"),
+    ],
+)
+def test_wrong_wishes_for_segmenting_are_told(place, refused, tmp_path, flags, told):
+    command = [
+        "segment",
+        "-m",
+        place / "single",
+        "-i",
+        place / "t1.nii.gz",
+        "-o",
+        tmp_path / "o.nrrd",
+        "--device",
+        "cpu",
+    ]
+    message, _ = refused(*command, *flags)
+    assert told in message
+
+
+def test_a_full_disk_while_the_segmentation_is_written_is_told(place, tmp_path):
+    output = tmp_path / "o.seg.nrrd"
+    with files_up_to(300):
+        outcome = invres("segment", "-m", place / "single", "-i", place / "t1.nii.gz", "-o", output, "--device", "cpu")
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert f"{output} could not be written" in outcome.err and "Check the free space" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_memory_than_there_is_gives_exit_code_3(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", patch=[40_000, 40_000, 40_000])
+    outcome = invres("train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
+    assert outcome.code == 3 and outcome.err == ""
+    assert outcome.events[-1]["code"] == "out_of_memory" and "smaller patch" in outcome.events[-1]["hint"]
+
+
+# --- mistakes with models ------------------------------------------------------------------------------------------
+
+
+def bad_model(kind, path, good):
+    if kind == "pickle file":
+        path = path.with_suffix(".pth")
+        path.write_bytes(pickle.dumps({}))
+    elif kind == "pickle in a folder":
+        path.mkdir()
+        (path / "manifest.json").write_bytes((good / "manifest.json").read_bytes())
+        (path / "model.pkl").write_bytes(pickle.dumps({}))
+    elif kind in ("path traversal", "pickle in a zip", "pickle as weights"):
+        path = path.with_suffix(".invres")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(good / "manifest.json", "manifest.json")
+            if kind == "pickle as weights":
+                archive.writestr("model.safetensors", pickle.dumps({"a": 1}))
+            else:
+                archive.write(good / "model.safetensors", "model.safetensors")
+                archive.writestr("../evil.txt" if kind == "path traversal" else "model.pt", "evil")
+    elif kind == "cut short":
+        path.mkdir()
+        (path / "manifest.json").write_bytes((good / "manifest.json").read_bytes())
+        (path / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:-10])
+    elif kind == "not a package":
+        path.mkdir()
+        (path / "readme.txt").write_text("nothing")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("missing", "There is no model package"),
+        ("pickle file", "is refused: such a file is a pickle, which could run code"),
+        ("pickle in a folder", "is refused: 'model.pkl' is a pickle"),
+        ("pickle in a zip", "is refused: its entry 'model.pt' is a pickle"),
+        ("pickle as weights", "is refused: its model.safetensors is a pickle"),
+        ("path traversal", "is refused: its entry '../evil.txt' leads out of the package"),
+        ("cut short", "truncated or damaged"),
+        ("not a package", "is no model package: it lacks manifest.json"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["describe", "segment", "import"])
+def test_a_model_that_cannot_be_trusted_is_refused(place, refused, tmp_path, verb, kind, told):
+    path = bad_model(kind, tmp_path / "bad", place / "single")
+    command = {
+        "describe": ["describe", path],
+        "segment": ["segment", "-m", path, "-i", place / "t1.nii.gz", "-o", tmp_path / "o.nrrd"],
+        "import": ["models", "import", path, "--models-dir", tmp_path / "mine"],
+    }[verb]
+    message, hint = refused(*command)
+    assert told in message and hint
+    assert not (tmp_path.parent / "evil.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["describe", "Phantm"], "There is no model 'Phantm'"),
+        (["models", "verify"], "`invres models verify` needs a model"),
+        (["models", "export", "MODEL"], "needs --output FILE.invres"),
+        (["models", "export", "MODEL", "-o", "OUT.zip"], "An exported model ends in .invres"),
+        (["models", "import"], "`invres models import` needs a model"),
+    ],
+)
+def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, told):
+    replaced = {"MODEL": place / "model", "OUT.zip": tmp_path / "out.zip"}
+    message, _ = refused(*(replaced.get(argument, argument) for argument in arguments))
+    assert told in message
+
+
+# --- mistakes when training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told", "hint"),
+    [
+        (["-r", "hipocampus"], "There is no recipe 'hipocampus'; the recipes are default, hippocampus", ""),
+        (["-r", "missing.json"], "There is no recipe file missing.json", ""),
+        (["-r", "UNKNOWN"], "training has the unknown key 'epoch'", "Did you mean 'epochs'?"),
+        (["-r", "BROKEN"], "is not readable JSON", ""),
+        (["-n", "unet3d", "-r", "WIDTHS"], "fixes the widths of fully_invres and cannot serve unet3d", "network"),
+        (["-n", "unet3d", "--engine", "reversible"], "unet3d does not run under the engine 'reversible'", ""),
+        (["--device", "gpu"], "There is no device 'gpu'", ""),
+        (["--resume"], "There is no training in", "--resume"),
+        (["--time=-5m"], "A time is given as 90s, 30m or 2h, got '-5m'.", ""),
+        (["--time", "0"], "A time is given as 90s, 30m or 2h, got '0'.", ""),
+        (["--time", "soon"], "A time is given as 90s, 30m or 2h, got 'soon'.", ""),
+        (["--epochs", "0"], "training.epochs must be 1 or more, got 0.", ""),
+        (["--seed", "-1"], "training.seed must be 0 or more, got -1.", ""),
+        (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
+        (["--fold", "5"], "There is no fold 5; the data set has the folds 0 to 1.", ""),
+        (["--fold", "-1"], "There is no fold -1", ""),
+        (["--validation-count", "2"], "must be 1 to 1 for 2 labelled cases, got 2", ""),
+        (["-d", "NOWHERE"], "There is no data set at", ""),
+        (["-d", "RECIPES"], "No data set format was recognised", ""),
+    ],
+)
+def test_wrong_wishes_for_training_are_told(data, refused, tmp_path, flags, told, hint):
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "unknown.json").write_text('{"training": {"epoch": 3}}')
+    (recipes / "broken.json").write_text("{")
+    places = {
+        "UNKNOWN": recipes / "unknown.json",
+        "BROKEN": recipes / "broken.json",
+        "WIDTHS": write_recipe(recipes / "widths.json"),
+        "NOWHERE": tmp_path / "nowhere",
+        "RECIPES": recipes,
+    }
+    flags = [places.get(flag, flag) for flag in flags]
+    run = tmp_path / "run"
+    run.mkdir()
+    message, next_step = refused("train", "-d", data, "-o", run, *flags)
+    assert told in message and hint in next_step
+
+
+def test_a_file_in_the_place_of_the_run_is_told(data, refused, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    message, hint = refused("train", "-d", data, "-o", tmp_path / "run")
+    assert "run is a file, but training needs a folder" in message and "--output" in hint
+    message, _ = refused("train", "-d", data, "-o", tmp_path / "run" / "below")
+    assert "cannot be used: not a directory" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("label on another grid", "lies on another grid than its image"),
+        ("image of one value", "There is nothing to segment in the T1 volume of the case patient00"),
+        ("fractional label", "is no label map: labels are whole numbers"),
+        ("missing file", "does not exist"),
+        ("one channel too many", "has 2 image files"),
+        ("4D image", "has 3 image volumes"),
+    ],
+)
+def test_a_data_set_with_a_mistake_is_told_with_the_case(refused, tmp_path, kind, told):
+    folder = write_dataset(tmp_path / "data", cases=2, channels=("T1",))
+    image, label = folder / "imagesTr/patient00_0000.nii.gz", folder / "labelsTr/patient00.nii.gz"
+    if kind == "label on another grid":
+        volume = read_volume(label, kind="labels")
+        moved = Geometry(volume.array.shape, (2.5, 1.1, 0.8), (3.0, -7.5, 13.0), volume.geometry.direction)
+        write_volume(label, Volume(volume.array, moved))
+    elif kind == "image of one value":
+        volume = read_volume(image)
+        write_volume(image, Volume(np.zeros_like(volume.array), volume.geometry))
+    elif kind == "fractional label":
+        volume = read_volume(label, kind="labels")
+        write_volume(label, Volume(volume.array * 0.5 + 0.1, volume.geometry))
+    elif kind == "missing file":
+        label.unlink()
+    elif kind == "one channel too many":
+        description = json.loads((folder / "dataset.json").read_text())
+        description["dataset"]["patient00"]["images"] *= 2
+        (folder / "dataset.json").write_text(json.dumps(description))
+    elif kind == "4D image":
+        sitk.WriteImage(sitk.JoinSeries([sitk.ReadImage(str(image))] * 3), str(image))
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1)
+    command = ["train", "-d", folder, "-r", recipe, "--device", "cpu"]
+    run = tmp_path / "run"
+    (run / "prepared").mkdir(parents=True)
+    message, hint = refused(*command, "-o", run, output=folder)
+    assert told in message and hint
+    assert "patient00" in message
+    assert not (run / "run.json").exists() and not (run / "checkpoint.pt").exists()
+    checked = invres("check", "-d", folder, "--json")
+    assert checked.code == 0
+    findings = checked.of("result")[0]["findings"]
+    assert any(finding["severity"] == "error" and finding["case"] == "patient00" for finding in findings)
+
+
+def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
+    folder = write_dataset(tmp_path / "data", cases=2, channels=("T1",))
+    for name in ("patient00", "patient01"):
+        volume = read_volume(folder / f"labelsTr/{name}.nii.gz", kind="labels")
+        volume.array[volume.array == 3] = 77
+        write_volume(folder / f"labelsTr/{name}.nii.gz", volume)
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1)
+    outcome = invres("train", "-d", folder, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    warnings = [event["message"] for event in outcome.of("warning")]
+    assert len([text for text in warnings if "77" in text and "count as background" in text]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["plan", "--channels", 0], "network.in_channels must be 1 or more"),
+        (["plan", "--patch", 0, 64, 64], "--patch must be three sizes of 1 voxel or more"),
+        (["plan", "--batch", 0], "--batch must be 1 or more"),
+        (["plan", "-n", "unet3d", "--engine", "memcnn"], "unet3d does not run under the engine 'memcnn'"),
+        (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
+        (["check", "-d", "nowhere"], "There is no data set at nowhere"),
+        (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "m.json"], "nowhere"),
+        (["demo", "--time", "never"], "A time is given as"),
+    ],
+)
+def test_wrong_wishes_of_the_other_verbs_are_told(refused, arguments, told):
+    message, _ = refused(*arguments)
+    assert told in message

@@ -1,0 +1,197 @@
+"""The memory probe counts exactly; what is predicted on fake tensors is what a real step takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from invres import InvresError
+from invres.benchmark import ENGINE_TABLE
+from invres.config import NETWORKS, NetworkConfig, VAEConfig
+from invres.memory import LiveBytes, measure_training, predict_training
+from invres.networks import build
+
+MIB = 2**20
+PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
+
+
+@pytest.fixture(params=["real tensors", "fake tensors"])
+def probe(request):
+    """An empty `LiveBytes`, once on real tensors and once on fake ones."""
+    if request.param == "real tensors":
+        yield LiveBytes()
+    else:
+        with FakeTensorMode():
+            yield LiveBytes()
+
+
+def test_a_new_tensor_counts_its_bytes_and_a_dropped_one_no_longer(probe):
+    with probe:
+        a = torch.zeros(100)
+        assert probe.current == 400
+        b = torch.zeros(10, dtype=torch.float64)
+        assert (probe.current, probe.peak) == (480, 480)
+        del a
+        assert (probe.current, probe.peak) == (80, 480)
+        c = b + 1
+        assert probe.current == 160
+        del b, c
+        assert (probe.current, probe.peak, probe.peak_op) == (0, 480, "aten.zeros.default")
+
+
+def test_views_of_one_storage_count_once_and_keep_all_of_it(probe):
+    with probe:
+        a = torch.zeros(100)
+        views = [a[90:], a.view(10, 10), a.detach(), *a.chunk(2)]
+        assert probe.current == 400
+        last = views.pop(0)
+        del a, views
+        assert probe.current == 400, "ten elements are seen, but the whole storage is held"
+        copied = last.clone()
+        del last
+        assert probe.current == copied.numel() * 4 == 40
+
+
+def test_changing_a_tensor_in_place_takes_no_memory(probe):
+    with probe:
+        a, b = torch.ones(50), torch.ones(50)
+        a.add_(b)
+        a[:10].mul_(3)
+        torch.nn.functional.relu_(a)
+        assert (probe.current, probe.peak) == (400, 400)
+
+
+def test_a_storage_that_is_resized_counts_by_its_new_size(probe):
+    with probe:
+        a = torch.zeros(100)
+        a.resize_(1000)
+        assert (probe.current, probe.peak) == (4000, 4000)
+
+
+def test_a_storage_that_is_emptied_behind_the_operators_backs_is_not_counted():
+    """As memcnn does with its inputs; the peak that comes after must not hold them either."""
+    probe = LiveBytes()
+    with probe:
+        a = torch.zeros(100)
+        a.untyped_storage().resize_(0)
+        assert (probe.current, probe.peak) == (0, 400)
+        b = torch.zeros(50)
+        assert (probe.current, probe.peak) == (200, 400)
+        c = torch.zeros(60)
+        assert (probe.current, probe.peak) == (440, 440)
+        del a, b, c
+        assert probe.current == 0
+
+
+def test_what_autograd_keeps_is_counted_until_backward_has_freed_it(probe):
+    x = torch.ones(100)
+    w = torch.ones(100, requires_grad=True)
+    probe.watch([x, w, x[3:]])
+    assert probe.current == 800
+    with probe:
+        y = (w * x).exp().sum()  # keeps exp's output; the product is gone
+        assert probe.current == 800 + 400 + 4
+        y.backward()
+        del y
+        gc.collect()
+        assert probe.current == 800 + 400, "the gradient stays"
+        assert w.grad is not None
+        probe.reset_peak()
+        assert (probe.peak, probe.peak_op) == (1200, "")
+
+
+def test_tensors_made_before_are_counted_only_if_they_are_watched(probe):
+    a, b = torch.zeros(10), torch.zeros(20)
+    probe.watch([b])
+    with probe:
+        a.add_(1)
+        assert probe.current >= 80
+        c = a[:2] + 1
+        assert probe.current == 80 + 40 + c.numel() * 4, "an operator that returns a makes it known"
+
+
+def small(name, **changes):
+    return NetworkConfig(name=name, in_channels=2, out_channels=3, channels=(4, 16), **changes)
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_the_predicted_peak_is_the_measured_peak(name, engine):
+    patch = (17, 12, 16)
+    predicted = predict_training(small(name), patch, engine=engine)
+    measured = measure_training(small(name), patch, engine=engine)
+    assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.01 * measured.peak_bytes
+    assert dataclasses.astuple(predicted)[1:4] == dataclasses.astuple(measured)[1:4]
+
+
+@pytest.mark.parametrize(
+    ("options", "vae"),
+    [
+        ({"batch_size": 3}, None),
+        ({"regions": True}, None),
+        ({"precision": "bf16"}, VAEConfig(latent=4)),
+        ({"engine": "stored", "precision": "bf16"}, None),
+        ({"engine": "memcnn"}, VAEConfig(latent=4)),
+    ],
+    ids=str,
+)
+def test_the_prediction_holds_for_every_kind_of_step(options, vae):
+    config = small("fully_invres", vae=vae, learnable_resampling=True)
+    predicted, measured = (f(config, (12, 9, 8), **options) for f in (predict_training, measure_training))
+    assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.01 * measured.peak_bytes
+
+
+def test_the_parts_of_the_prediction_are_those_of_the_network():
+    config = small("fully_invres")
+    found = predict_training(config, (8, 8, 16))
+    parameters = list(build(config).parameters())
+    size = sum(p.numel() for p in parameters) * 4
+    assert (found.parameter_bytes, found.gradient_bytes) == (size, size)
+    assert found.optimizer_bytes == 2 * size + 4 * len(parameters)  # two moments, and a step count for each tensor
+    assert found.activation_bytes == found.peak_bytes - 4 * size - 4 * len(parameters)
+    assert found.peak_op.startswith("aten.")
+
+
+@pytest.mark.parametrize("name", ["partially_invres", "fully_invres"])
+def test_the_reversible_engine_needs_least(name):
+    config = NetworkConfig(name=name, in_channels=4, out_channels=4)
+    best = predict_training(config, (48, 48, 48), engine="reversible")
+    for engine in ("memcnn", "stored"):
+        other = predict_training(config, (48, 48, 48), engine=engine)
+        assert best.peak_bytes < other.peak_bytes, engine
+        assert best.activation_bytes < 0.75 * other.activation_bytes, engine
+
+
+def test_depth_costs_no_activations():
+    def activations(blocks, engine):
+        config = NetworkConfig(channels=(16, 32), blocks=(blocks,) * 2, decoder_blocks=(blocks,))
+        return predict_training(config, (64, 64, 64), engine=engine).activation_bytes
+
+    assert activations(8, "reversible") < 1.05 * activations(1, "reversible")
+    assert activations(8, "stored") > 4 * activations(1, "stored")
+
+
+def test_predicting_a_huge_patch_allocates_nothing():
+    resource = pytest.importorskip("resource", reason="no count of resident memory here")
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    def resident():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    config = NetworkConfig(channels=(4, 16))
+    predict_training(config, (8, 8, 8))  # imports what is imported on first use
+    before = resident()
+    found = predict_training(config, (256, 256, 256))
+    assert found.peak_bytes > 1024 * MIB
+    assert resident() - before < 64 * MIB
+
+
+def test_a_configuration_that_makes_no_network_is_refused_before_anything_runs():
+    with pytest.raises(InvresError, match=r"network\.channels must be even"):
+        predict_training(NetworkConfig(name="partially_invres", channels=(3, 8)), (8, 8, 8))
+    with pytest.raises(InvresError, match="unet3d does not run under the engine 'reversible'"):
+        predict_training(NetworkConfig(name="unet3d"), (32, 32, 32), engine="reversible")

@@ -1,0 +1,428 @@
+"""`invres train`: from files to a model package, whatever the data set has, and through every interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny_datasets import (
+    REGIONS,
+    files_up_to,
+    invres,
+    leftovers,
+    start_process,
+    tiny_recipe,
+    write_dataset,
+    write_decathlon,
+    write_recipe,
+)
+
+from invres import InvresError
+from invres.cases import read_dataset
+from invres.checkpoint import CHECKPOINT, load_checkpoint
+from invres.config import Label, LabelScheme, TrainingConfig, to_dict
+from invres.events import Recorder
+from invres.inference import load_network
+from invres.modelpackage import open_package, verify_package
+from invres.networks import NetworkOutput
+from invres.preprocessing import PreparedCase
+from invres.training import TrainOptions, train, validator
+from invres.volume import Geometry, read_volume
+
+QUICK = {"epochs": 1, "iterations_per_epoch": 1}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("phantoms"))
+
+
+def warnings_of(report):
+    return [event["message"] for event in report.events if event["event"] == "warning"]
+
+
+def metrics_of(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def same_weights(one, other):
+    first, second = (load_checkpoint(run)["weights"] for run in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- what a training leaves ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory):
+    run, report = tmp_path_factory.mktemp("trained") / "run", Recorder()
+    options = TrainOptions(device="cpu", validation_count=1, licence="CC-BY-4.0")
+    recipe = tiny_recipe({"vae": {"latent": 4, "reduced_channels": 2}}, iterations_per_epoch=12, epochs=2)
+    return run, train(read_dataset(phantoms), recipe, run, options, report), report
+
+
+def test_a_training_leaves_a_package_that_opens_with_all_there_is_to_know(trained):
+    run, package, _ = trained
+    assert verify_package(run / "model") == package
+    manifest = package.manifest
+    assert [channel.name for channel in manifest.plan.channels] == ["T1", "T2"]
+    assert manifest.scheme.names == ("upper", "lower", "core")
+    assert manifest.patch == (16, 12, 16) and manifest.licence == "CC-BY-4.0"
+    assert manifest.network.in_channels == 2 and manifest.network.out_channels == 4
+    assert manifest.network.vae is not None and manifest.network.vae.patch == (16, 12, 16)
+    summary = manifest.training
+    assert (summary.recipe, summary.epochs, summary.iterations, summary.engine) == ("tiny", 2, 24, "reversible")
+    assert (summary.training_cases, summary.validation_cases) == (2, 1)
+    assert {"invres", "torch", "python"} <= summary.software.keys()
+    assert "patient" not in (run / "model" / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_a_training_leaves_its_metrics_curves_and_checkpoint_and_nothing_half_written(trained):
+    run, _, report = trained
+    names = {"run.json", "metrics.jsonl", "checkpoint.pt", "model", "prepared"}
+    assert names <= set(os.listdir(run)) <= names | {"curves.png"}
+    assert leftovers(run) == []
+    entries = metrics_of(run)
+    assert [entry["epoch"] for entry in entries] == [1, 2] and entries[1]["loss"] < entries[0]["loss"]
+    assert entries[0].keys() >= {"cross_entropy", "dice_loss", "reconstruction", "kullback_leibler", "dice"}
+    content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert content["recipe"]["training"] == to_dict(tiny_recipe(iterations_per_epoch=12, epochs=2).training)
+    assert len(content["split"]["train"]) == 2 and len(content["split"]["validation"]) == 1
+    memory = {key: event[key] for event in report.events if event["event"] == "memory" for key in event}
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.3)
+
+
+def test_the_package_holds_the_best_epochs_weights_and_their_dice_on_the_validation_cases(trained):
+    run, package, _ = trained
+    checkpoint = load_checkpoint(run)
+    weights = package.load_weights()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in checkpoint["best_weights"].items())
+    means = [entry["dice"]["mean"] for entry in metrics_of(run)]
+    assert checkpoint["best_epoch"] == int(np.argmax(means)) + 1
+    best = metrics_of(run)[checkpoint["best_epoch"] - 1]["dice"]
+    for name in package.manifest.scheme.names:
+        spread = package.manifest.metrics[name]["Dice"]
+        assert spread["mean"] == pytest.approx(best[name], abs=1e-5)
+        assert (spread["n"], spread["sd"]) == (1, None), "one case has no spread"
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_validation_dice_is_that_of_the_definition(regions):
+    """One window that is the volume, and Dice counted voxel by voxel from the network's own answer."""
+    rng = np.random.default_rng(4)
+    labels = tuple(Label(name, (value,), value) for value, name in enumerate("abc", start=1))
+    scheme = LabelScheme(labels[:2], ignore_value=9)
+    if regions:
+        scheme = LabelScheme((Label("all", (1, 2), 1), Label("two", (2,), 2)), regions=True, ignore_value=9)
+    grid = Geometry((9, 8, 7), (1, 1, 1), (0, 0, 0), np.eye(3))
+    cases = [
+        PreparedCase(
+            str(index),
+            rng.normal(size=(1, 9, 8, 7)).astype(np.float32),
+            rng.choice([-1, 0, 1, 2], (9, 8, 7)).astype(np.int16) if index else np.zeros((9, 8, 7), np.int16),
+            grid,
+            grid,
+        )
+        for index in range(3)
+    ]
+
+    class Answer(torch.nn.Module):
+        def forward(self, x):
+            return NetworkOutput(torch.cat([x, 0.3 - x, x * x][-scheme.out_channels :], dim=1))
+
+    found = validator(cases, scheme, TrainingConfig(patch=(9, 8, 7)), torch.device("cpu"))(Answer())
+    scores = []
+    for case in cases:
+        logits = Answer()(torch.from_numpy(case.image)[None]).logits[0].numpy()
+        for index in range(2):
+            predicted = logits[index] > 0 if regions else logits.argmax(axis=0) == index + 1
+            reference = (case.label > index) if regions else (case.label == index + 1)
+            counted = case.label >= 0
+            both, total = (predicted & reference & counted).sum(), (predicted & counted).sum() + reference.sum()
+            scores.append(2 * both / total if total else 1.0)
+    wanted = np.reshape(scores, (3, 2)).mean(axis=0)
+    assert found == pytest.approx(dict(zip(scheme.names, wanted, strict=True)) | {"mean": np.mean(scores)})
+    few = validator(cases, scheme, TrainingConfig(patch=(9, 8, 7), validation_cases=1), torch.device("cpu"))
+    assert few(Answer())["mean"] == pytest.approx(np.mean(scores[:2]))
+
+
+def test_validation_needs_cases():
+    assert validator([], LabelScheme(), TrainingConfig(), torch.device("cpu")) is None
+
+
+# --- interruption --------------------------------------------------------------------------------------------------
+
+
+LONG = {"epochs": 2, "iterations_per_epoch": 12, "checkpoint_every_s": 0.0}
+RANDOM_NETWORK = {"dropout": 0.2, "vae": {"latent": 4, "reduced_channels": 2}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(folder / "recipe.json", RANDOM_NETWORK, **LONG)
+    outcome = invres("train", "-d", phantoms, "-r", recipe, "-o", folder / "run", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    return recipe, folder / "run"
+
+
+def interrupted(phantoms, recipe, run, number):
+    """A training in a process of its own, ended by a signal at a random moment after its first checkpoint."""
+    process = start_process("train", "-d", phantoms, "-r", recipe, "-o", run, "--device", "cpu", "--json")
+    chance = random.SystemRandom()
+    moment, lines = chance.randint(2, 18), []
+    for line in process.stdout:
+        lines.append(line)
+        event = json.loads(line)
+        if event["event"] == "progress" and event.get("iteration", 0) >= moment:
+            break
+    time.sleep(chance.uniform(0, 0.03))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, "".join(lines) + out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
+def test_a_training_ended_from_outside_and_resumed_equals_an_undisturbed_one(phantoms, undisturbed, tmp_path, number):
+    recipe, whole = undisturbed
+    run = tmp_path / "run"
+    code, out, err = interrupted(phantoms, recipe, run, number)
+    reached = load_checkpoint(run)["iteration"]
+    assert 1 <= reached < 24
+    assert not (run / "model").exists()
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130, err
+        error = json.loads(out.splitlines()[-1])
+        assert error["event"] == "error" and error["code"] == "cancelled"
+        assert f"Stopped after {reached} of 24 iterations" in error["message"] and "--resume" in error["hint"]
+        assert err == ""
+    again = invres("train", "-d", phantoms, "-r", recipe, "-o", run, "--device", "cpu", "--resume", "--json")
+    assert again.code == 0, again.err
+    assert again.of("progress")[-1]["total"] == 24
+    assert same_weights(run, whole)
+    assert metrics_of(run) == metrics_of(whole)
+    packages = [open_package(folder / "model") for folder in (run, whole)]
+    assert packages[0].manifest.sha256 == packages[1].manifest.sha256
+    assert packages[0].manifest.metrics == packages[1].manifest.metrics
+    assert leftovers(run) == []
+
+
+def test_a_training_that_was_stopped_before_its_first_checkpoint_starts_from_the_beginning(phantoms, tmp_path):
+    recipe = tiny_recipe(**QUICK)
+    dataset = read_dataset(phantoms)
+    train(dataset, recipe, tmp_path / "whole", TrainOptions(device="cpu"))
+    train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu", resume=True))
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_folder_with_a_training_is_not_written_over(phantoms, trained):
+    run, _, _ = trained
+    before = (run / CHECKPOINT).read_bytes()
+    with pytest.raises(InvresError, match="already a training") as caught:
+        train(read_dataset(phantoms), tiny_recipe(), run)
+    assert "--resume" in caught.value.hint and "another folder" in caught.value.hint
+    assert (run / CHECKPOINT).read_bytes() == before
+
+
+def test_resuming_with_another_recipe_is_refused_or_told(phantoms, undisturbed):
+    _, run = undisturbed
+    dataset, options = read_dataset(phantoms), TrainOptions(device="cpu", resume=True)
+    with pytest.raises(InvresError, match="is of fully_invres, the recipe asks for unet3d") as caught:
+        train(dataset, tiny_recipe({"name": "unet3d", "channels": [4, 8]}), run, options)
+    assert "recipe" in caught.value.hint
+    report = Recorder()
+    other = tiny_recipe({**RANDOM_NETWORK, "dropout": 0.5}, **LONG, precision="bf16")
+    before = load_checkpoint(run)["iteration"]
+    train(dataset, other, run, options, report)
+    (warning,) = warnings_of(report)
+    assert "goes on as it was started" in warning and "network.dropout, training.precision" in warning
+    assert load_checkpoint(run)["iteration"] == before
+
+
+def test_resuming_with_other_labels_is_refused(undisturbed, tmp_path):
+    _, run = undisturbed
+    other = write_dataset(tmp_path, cases=2, labels={"background": 0, "upper": 1, "lower": 2, "nucleus": 3})
+    with pytest.raises(InvresError, match="labels of Phantoms differ"):
+        train(read_dataset(other), tiny_recipe(RANDOM_NETWORK, **LONG), run, TrainOptions(device="cpu", resume=True))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"recipe": {}}', '{"recipe": {}, "plan": {}, "split": 3}'])
+def test_a_damaged_run_is_told(phantoms, tmp_path, content):
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InvresError, match=r"run\.json is damaged"):
+        train(read_dataset(phantoms), tiny_recipe(), tmp_path, TrainOptions(device="cpu", resume=True))
+
+
+def test_there_must_be_something_to_resume(phantoms, tmp_path):
+    with pytest.raises(InvresError, match="no training in") as caught:
+        train(read_dataset(phantoms), tiny_recipe(), tmp_path / "nothing", TrainOptions(resume=True))
+    assert "--resume" in caught.value.hint
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cases", "network"), [(1, "fully_invres"), (2, "unet3d"), (3, "partially_invres"), (4, "fully_invres")]
+)
+def test_few_cases_are_enough(tmp_path, cases, network):
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=cases))
+    report = Recorder()
+    recipe = tiny_recipe({"name": network}, **QUICK)
+    package = train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu"), report)
+    summary = package.manifest.training
+    assert (summary.training_cases, summary.validation_cases) == ((cases - 1) or 1, 1)
+    assert any("only one patient" in text for text in warnings_of(report)) == (cases == 1)
+    assert package.manifest.metrics["upper"]["Dice"]["n"] == 1
+    assert load_network(package, torch.device("cpu")).config == package.manifest.network
+
+
+@pytest.mark.parametrize("channels", [("T1",), ("FLAIR", "T1w", "t1gd", "T2w")])
+def test_one_to_four_channels_train_and_segment(tmp_path, channels):
+    data = write_dataset(tmp_path / "data", cases=2, channels=channels)
+    recipe = write_recipe(tmp_path / "recipe.json", **QUICK)
+    outcome = invres("train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    case = read_dataset(data).cases[1]
+    inputs = [f"--input={name}={path}" for name, path in zip(channels, case.images, strict=True)]
+    output = tmp_path / "out.seg.nrrd"
+    outcome = invres("segment", "-m", tmp_path / "run/model", *inputs, "-o", output, "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    assert read_volume(output, kind="labels").geometry.same_as(read_volume(case.images[0]).geometry)
+    assert outcome.of("result")[0]["volumes_ml"].keys() == {"upper", "lower", "core"}
+
+
+def test_regions_that_overlap_train_and_segment(tmp_path):
+    data = write_dataset(tmp_path / "data", cases=2, channels=("FLAIR", "T2"), labels=REGIONS)
+    recipe = tiny_recipe(epochs=1, iterations_per_epoch=100, batch_size=1, schedule="constant")
+    package = train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    assert package.manifest.scheme.regions and package.manifest.network.out_channels == 3
+    assert package.manifest.metrics["whole"]["Dice"]["mean"] > 0.7
+    case = read_dataset(data).cases[0]
+    inputs = [f"--input={name}={path}" for name, path in zip(("FLAIR", "T2"), case.images, strict=True)]
+    output = tmp_path / "out.nii.gz"
+    outcome = invres("segment", "-m", tmp_path / "run/model", *inputs, "-o", output, "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    found, wanted = (read_volume(path, kind="labels").array for path in (output, case.label))
+    assert set(np.unique(found)) <= {0, 1, 2, 3}
+    dice = 2 * ((found > 0) & (wanted > 0)).sum() / ((found > 0).sum() + (wanted > 0).sum())
+    assert dice > 0.7
+    volumes = outcome.of("result")[0]["volumes_ml"]
+    assert volumes["whole"] >= volumes["core"] >= volumes["hot"]
+
+
+def test_a_decathlon_data_set_trains_and_its_4d_files_are_segmented_as_they_are(tmp_path):
+    data = write_decathlon(tmp_path / "data")
+    package = train(read_dataset(data), tiny_recipe(**QUICK), tmp_path / "run", TrainOptions(device="cpu"))
+    assert [channel.name for channel in package.manifest.plan.channels] == ["FLAIR", "T1w"]
+    image, output = read_dataset(data).cases[0].images[0], tmp_path / "out.nii.gz"
+    outcome = invres("segment", "-m", package.path, "-i", image, "-o", output, "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    assert read_volume(output, kind="labels").array.shape == (20, 17, 23)
+
+
+def test_cases_without_a_label_are_left_out(tmp_path):
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=4, unlabelled=2))
+    package = train(dataset, tiny_recipe(**QUICK), tmp_path / "run", TrainOptions(device="cpu"))
+    assert (package.manifest.training.training_cases, package.manifest.training.validation_cases) == (1, 1)
+
+
+def test_no_label_at_all_is_told(tmp_path):
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=2, unlabelled=2))
+    with pytest.raises(InvresError, match="has no labelled case"):
+        train(dataset, tiny_recipe(), tmp_path / "run", TrainOptions(device="cpu"))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_an_empty_label_is_trained_on_with_a_warning(tmp_path):
+    data, report = write_dataset(tmp_path / "data", cases=3, empty=(0, 2)), Recorder()
+    splits = [{"train": ["patient00", "patient01"], "val": ["patient02"]}]
+    (data / "splits_final.json").write_text(json.dumps(splits))
+    package = train(read_dataset(data), tiny_recipe(**QUICK), tmp_path / "run", TrainOptions(device="cpu"), report)
+    assert package.manifest.training.training_cases == 2
+    (warning,) = warnings_of(report)
+    assert warning.startswith("1 of 2 training cases have an empty label") and warning.endswith("patient00.")
+
+
+def test_labels_that_are_all_empty_are_refused(tmp_path):
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=2, empty=(0, 1)))
+    with pytest.raises(InvresError, match="No training case of Phantoms has a labelled voxel") as caught:
+        train(dataset, tiny_recipe(**QUICK), tmp_path / "run", TrainOptions(device="cpu"))
+    assert "invres check" in caught.value.hint
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_after_a_mistake_in_the_data_is_mended_the_same_command_trains(tmp_path):
+    data = write_dataset(tmp_path / "data", cases=2, channels=("T1",))
+    label = read_dataset(data).cases[0].label
+    whole = label.read_bytes()
+    label.write_bytes(whole[:100])
+    recipe = tiny_recipe(**QUICK)
+    with pytest.raises(InvresError, match="damaged"):
+        train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    assert set(os.listdir(tmp_path / "run")) <= {"prepared"} and leftovers(tmp_path / "run") == []
+    label.write_bytes(whole)
+    assert train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu")).path.is_dir()
+
+
+def test_a_splits_file_is_kept_to_and_folds_are_counted_from_0(tmp_path):
+    data = write_dataset(tmp_path / "data", cases=4, channels=("T1",))
+    first = {"train": ["patient03"], "val": ["patient01"]}
+    splits = [first, {"train": ["patient00", "patient02"], "val": ["patient03"]}]
+    (data / "splits_final.json").write_text(json.dumps(splits))
+    dataset = read_dataset(data)
+    train(dataset, tiny_recipe(**QUICK), tmp_path / "run", TrainOptions(device="cpu", fold=1))
+    split = json.loads((tmp_path / "run" / "run.json").read_text())["split"]
+    assert split == {"train": ["patient00", "patient02"], "validation": ["patient03"]}
+    for fold in (2, -1):
+        with pytest.raises(InvresError, match=f"no fold {fold}; the data set has the folds 0 to 1"):
+            train(dataset, tiny_recipe(**QUICK), tmp_path / str(fold), TrainOptions(device="cpu", fold=fold))
+
+
+@pytest.mark.parametrize("patch", [[2, 2, 2], [1, 2, 1]])
+def test_a_patch_too_small_for_the_network_is_told(phantoms, tmp_path, patch):
+    with pytest.raises(InvresError, match="shrink to a single voxel") as caught:
+        train(read_dataset(phantoms), tiny_recipe(patch=patch), tmp_path / "run", TrainOptions(device="cpu"))
+    assert "patch above 2 voxels" in caught.value.hint
+
+
+def test_a_patch_larger_than_every_case_trains(phantoms, tmp_path):
+    recipe = tiny_recipe(patch=[40, 24, 32], **QUICK)
+    package = train(read_dataset(phantoms), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    network = load_network(package, torch.device("cpu"))
+    assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
+    assert 0 <= package.manifest.metrics["upper"]["Dice"]["mean"] <= 1
+
+
+def test_a_full_disk_while_preparing_leaves_nothing_of_the_case(phantoms, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", **QUICK)
+    with files_up_to(20_000):
+        outcome = invres("train", "-d", phantoms, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
+    assert outcome.code == 2 and outcome.events[-1]["code"] == "write_failed"
+    assert "patient" in outcome.events[-1]["message"] and "space" in outcome.events[-1]["hint"]
+    assert os.listdir(tmp_path / "run") == ["prepared"] and leftovers(tmp_path / "run") == []
+
+
+def test_a_full_disk_while_training_loses_no_weights(phantoms, tmp_path):
+    dataset, recipe = read_dataset(phantoms), tiny_recipe(epochs=2)
+    train(dataset, tiny_recipe(epochs=1), tmp_path / "run", TrainOptions(device="cpu"))
+    report, older = Recorder(), open_package(tmp_path / "run" / "model").manifest
+    options = TrainOptions(device="cpu", resume=True)
+    with files_up_to(1000), pytest.raises(InvresError, match="cannot be written"):
+        train(dataset, recipe, tmp_path / "run", options, report)
+    assert any("checkpoint could not be saved" in text for text in warnings_of(report))
+    assert open_package(tmp_path / "run" / "model").manifest == older
+    assert leftovers(tmp_path / "run") == []
+    train(dataset, recipe, tmp_path / "run", options)
+    assert [entry["epoch"] for entry in metrics_of(tmp_path / "run")] == [1, 2]
