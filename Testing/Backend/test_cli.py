@@ -222,7 +222,7 @@ def test_every_command_that_succeeds_ends_with_one_result(place, data, tmp_path)
     reference = place / "label.nii.gz"
     for arguments in (
         ["check", "-d", data],
-        ["plan", "-n", "unet3d", "--patch", 16, 16, 16],
+        ["plan", "-n", "unet3d", "--patch", 24, 24, 24],
         ["plan", "--vae", "--patch", 32, 32, 32, "--precision", "bf16"],
         ["train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--time", "30s", "--seed", 5],
         ["describe", model],
