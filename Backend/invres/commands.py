@@ -47,6 +47,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     from .inference import SegmentOptions
     from .inference import segment as run
 
+    each = " ".join(f"--input {channel.name}=FILE" for channel in package.manifest.plan.channels)
     inputs: dict[str, Path] = {}
     for text in options.input:
         channel, separator, path = text.partition("=")
@@ -56,7 +57,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         if channel in inputs:
             raise InvresError(
                 f"The channel {channel} is given twice." if channel else "Two inputs have no channel name.",
-                hint="Give each channel once, with its name: --input T1=FILE --input T2=FILE.",
+                hint=f"Give each channel once, with its name: {each}.",
             )
         inputs[channel] = Path(path)
     choices = SegmentOptions(options.device, options.overlap, tuple(options.mirror), tuple(options.window))

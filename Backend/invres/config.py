@@ -269,7 +269,7 @@ class Recipe:
             # Editors on Windows put a byte order mark in front.
             data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
-            raise InvresError(f"There is no recipe file {path}.") from None
+            raise InvresError(f"There is no recipe file {path}.", hint="Check the path for a typing mistake.") from None
         except (OSError, ValueError) as error:
             raise InvresError(f"The recipe {path} is not readable JSON: {error}.") from None
         return from_dict(Recipe, data, f"recipe {Path(path).name}")

@@ -198,7 +198,8 @@ def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence
             raise InvresError(
                 f"The volumes {names[0]} and {name} of {_subject(case)} lie on different grids "
                 f"({first.difference(volume.geometry)}).",
-                hint=f"Resample {name} to the grid of {names[0]}; `invres check` lists all cases this concerns.",
+                hint=f"Resample {name} to the grid of {names[0]}"
+                + ("; `invres check` lists all cases this concerns." if case else ", then try again."),
                 code="grid_mismatch",
             )
     if label is not None and not first.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):

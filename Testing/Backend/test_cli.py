@@ -89,7 +89,7 @@ def refused(tmp_path):
         assert error["event"] == "error" and error["code"] not in ("", "internal")
         message, hint = error["message"], error["hint"]
         assert people.out == "" and people.err.splitlines()[-1] == f"Error: {message} {hint}".strip()
-        assert message.endswith(".") and "\n" not in message and message[0] == message[0].upper()
+        assert message.endswith(".") and "\n" not in message
         assert len(message) < 400
         assert not any(word in message for word in ("None", "NoneType", "object at 0x", "Errno", "dtype"))
         assert sorted(output.rglob("*")) == before and leftovers(output) == []
@@ -323,7 +323,7 @@ def make_bad_input(kind, path):
         write_volume(path, phantom(GRIDS[0])[0][0])
         path.write_bytes(path.read_bytes()[:3000])
     elif kind == "2D":
-        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 6), np.int16)), str(path))
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 6), np.uint8)), str(path))
     elif kind == "4D":
         volumes = [sitk.GetImageFromArray(np.zeros((7, 6, 5), np.int16))] * 3
         sitk.WriteImage(sitk.JoinSeries(volumes), str(path))
@@ -443,7 +443,8 @@ def test_a_full_disk_while_the_segmentation_is_written_is_told(place, tmp_path):
 
 
 def test_more_memory_than_there_is_gives_exit_code_3(data, tmp_path):
-    recipe = write_recipe(tmp_path / "r.json", patch=[40_000, 40_000, 40_000])
+    # 4 bytes each make more than the 128 TiB that a process can address.
+    recipe = write_recipe(tmp_path / "r.json", patch=[2, 4, 10**13])
     outcome = invres("train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
     assert outcome.code == 3 and outcome.err == ""
     assert outcome.events[-1]["code"] == "out_of_memory" and "smaller patch" in outcome.events[-1]["hint"]

@@ -84,7 +84,10 @@ def test_a_storage_that_is_emptied_behind_the_operators_backs_is_not_counted():
         assert (probe.current, probe.peak) == (200, 400)
         c = torch.zeros(60)
         assert (probe.current, probe.peak) == (440, 440)
-        del a, b, c
+        b.untyped_storage().resize_(0)
+        d = torch.zeros(51)  # 644 bytes with b's, but nobody looked at `current` in between
+        assert probe.peak == 444
+        del a, b, c, d
         assert probe.current == 0
 
 
@@ -164,6 +167,13 @@ def test_the_reversible_engine_needs_least(name):
         other = predict_training(config, (48, 48, 48), engine=engine)
         assert best.peak_bytes < other.peak_bytes, engine
         assert best.activation_bytes < 0.75 * other.activation_bytes, engine
+
+
+def test_the_reversible_engine_works_in_less_than_four_times_its_state():
+    """State, gradient, and the working set of one function on half of the channels; a copy of any would be too much."""
+    found = predict_training(NetworkConfig(in_channels=1), (48, 48, 48), engine="reversible")
+    state_bytes = 16 * 48**3 * 4
+    assert 2 * state_bytes < found.activation_bytes < 4 * state_bytes
 
 
 def test_depth_costs_no_activations():

@@ -72,6 +72,12 @@ def test_the_callers_input_is_never_changed(name):
         program(inputs)
     for x, b in zip(inputs, before, strict=True):
         assert torch.equal(x, b)
+    outputs, _ = program(inputs)
+    with torch.no_grad():  # nor by what the caller does to the output of a training step
+        for output in outputs:
+            output.add_(1)
+    for x, b in zip(inputs, before, strict=True):
+        assert torch.equal(x, b)
 
 
 @pytest.mark.parametrize("name", WITHOUT_POOLING)

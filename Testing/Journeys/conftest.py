@@ -1,0 +1,19 @@
+"""Fixtures of the journeys: the optional folder of real volumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real volumes: $INVRES_DATA, or shared/data beside the repository."""
+    folder = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"real volumes are not here ({folder}); set INVRES_DATA to their folder")
+    return folder
