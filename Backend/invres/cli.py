@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("demo", "Trains on synthetic contrasts and segments the real ICBM152 T1 volume.", "demo")
     one.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
-    one.add_argument("-t", "--time", default="150s", metavar="150s", help="training time budget (default 150s)")
+    one.add_argument("-t", "--time", default="240s", metavar="240s", help="training time budget (default 240s)")
     _device(one)
     return parser
 

@@ -53,6 +53,7 @@ SCHEME = LabelScheme(
         _label(3, "white matter", (240, 214, 140), _TISSUE, "389080008^White Matter"),
     )
 )
+MARGIN = 16  # voxels around the brain that patches may reach into
 # Half the T1's resolution: minutes on a CPU are enough for it, and probabilities are interpolated back to 1 mm.
 SPACING_MM = (2.0, 2.0, 2.0)
 CONFIG = TrainingConfig(
@@ -60,8 +61,8 @@ CONFIG = TrainingConfig(
     batch_size=2,  # faster than one on a CPU: see inference.predict_probabilities
     iterations_per_epoch=100,
     epochs=1000,  # the time budget ends it
-    learning_rate=1e-3,
-    warmup_iterations=10,
+    learning_rate=2e-3,
+    warmup_iterations=20,
     checkpoint_every_s=60,
 )
 NETWORK = NetworkConfig(name="fully_invres", out_channels=4, levels=4)
@@ -133,8 +134,9 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
     )
     network.eval()
     segmentation = output / "icbm152_t1.seg.nrrd"
-    # Larger windows than in training: fewer seams to compute twice.
-    options = SegmentOptions(device=str(chosen), overlap=0.25, window=(96, 96, 96))
+    # Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would
+    # shift the statistics that instance norm divides by.
+    options = SegmentOptions(device=str(chosen), window=(64, 64, 64))
     summary = segment(package, {"T1": files["t1"]}, segmentation, options, report=report, network=network)
     labels = read_volume(segmentation, kind="labels")
     write_volume(output / "icbm152_t1_labels.nii.gz", labels)
@@ -200,8 +202,8 @@ class _TissueBatches:
         self.size = input_patch(SYNTHESIS, config.patch)
         inside = np.argwhere(maps.sum(axis=0) > 0.5)
         low, high = inside.min(axis=0), inside.max(axis=0) + 1
-        # Room for a patch centred on the brain's surface.
-        margin = [(size // 2, size // 2) for size in self.size]
+        # A little room around the brain, so that patches reach beyond its surface but are not mostly empty.
+        margin = [(MARGIN, MARGIN)] * 3
         box = maps[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
         self.maps = torch.from_numpy(np.pad(box, [(0, 0), *margin])).to(device)
 

@@ -115,7 +115,9 @@ def test_real_mr_of_the_hippocampus_trains_and_is_segmented(data_dir, tmp_path):
     data.write_text(json.dumps(description), encoding="utf-8")
     recipe = to_dict(Recipe.read(RECIPES / "hippocampus.json"))
     recipe["network"] |= {"levels": 3}
-    recipe["training"] |= {"epochs": 1, "iterations_per_epoch": 25, "learning_rate": 0.004, "warmup_iterations": 3}
+    recipe["training"] |= {"epochs": 1, "iterations_per_epoch": 40, "learning_rate": 0.01, "warmup_iterations": 2}
+    recipe["training"]["patch"] = [24, 40, 24]
+    recipe["augmentation"] = {"spatial_probability": 0.0, "elastic_probability": 0.0}
     (tmp_path / "few.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     checked = run("check", "--data", data)
@@ -128,6 +130,6 @@ def test_real_mr_of_the_hippocampus_trains_and_is_segmented(data_dir, tmp_path):
         *("--output", tmp_path / "metrics.json", "--data", data),
     )
     assert read_volume(output, kind="labels").geometry.same_as(read_volume(source / "labels" / new).geometry)
-    # Half a minute of training already finds the structure; chance would be at a few percent.
-    assert all(of_label["Dice"]["mean"] > 0.35 for of_label in scored["summary"].values())
+    # Seconds of training already find the place of both halves; a guess would score a few percent.
+    assert all(of_label["Dice"]["mean"] > 0.2 for of_label in scored["summary"].values())
     assert all(np.isfinite(of_label["HD95"]["mean"]) for of_label in scored["summary"].values())
