@@ -106,8 +106,8 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
     output.mkdir(parents=True, exist_ok=True)
     files = template_files()
     report.note(
-        "The network will be trained on images with random contrasts, synthesised from the ICBM152 grey and white "
-        "matter maps; it will not see the real T1 before it segments it."
+        "The network will be trained on images with random T1-like contrasts, synthesised from the ICBM152 grey and "
+        "white matter maps; it will not see the real T1 before it segments it."
     )
     t1, maps, reference = _template(files)
     chosen = choose_device(device)

@@ -391,6 +391,14 @@ def test_wrong_channels_are_told_with_how_to_give_them(place, refused, tmp_path,
     assert told in message and "--input T1=FILE --input T2=FILE" in hint
 
 
+def test_a_file_name_may_hold_an_equals_sign(place, tmp_path):
+    file = tmp_path / "T9=x.nii.gz"
+    file.write_bytes((place / "t1.nii.gz").read_bytes())
+    for given in (file, f"T1={file}"):
+        command = ["segment", "-m", place / "single", "-i", given, "-o", tmp_path / "o.nrrd", "--device", "cpu"]
+        assert invres(*command).code == 0
+
+
 def test_channels_on_different_grids_are_told_with_the_difference(place, refused, tmp_path):
     grid = Geometry((20, 17, 23), (2.5, 1.1, 0.9), GRIDS[0].origin_mm, GRIDS[0].direction)
     write_volume(tmp_path / "t2.nii.gz", phantom(grid)[0][0])

@@ -393,7 +393,7 @@ def test_flat_windows_are_made_smaller_too(tmp_path, window):
     network.scale.data *= 100
     labels = segment_volumes(package, network, [volume], report=report)[0]
     assert np.array_equal(labels.array, np.array([0, 10, 150, 250])[number])
-    assert all(w <= max(32, size) for used in network.windows for w, size in zip(used, window, strict=True))
+    assert all(w <= size for used in network.windows for w, size in zip(used, window, strict=True))
     assert any(event["event"] == "warning" for event in report.events)
 
 

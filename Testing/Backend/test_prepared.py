@@ -64,11 +64,14 @@ def test_a_case_is_prepared_once(dataset, plan, tmp_path):
 
 
 def test_a_changed_file_and_a_changed_plan_are_prepared_anew(tmp_path):
-    dataset = read_dataset(write_dataset(tmp_path / "data", cases=1, channels=("T1",)))
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=1, channels=("T1",), ending=".nii"))
     plan = make_plan(dataset, names_of(dataset))
     first = prepare_cases(dataset, names_of(dataset), plan, tmp_path / "prepared")[0]
     images, _ = phantom(first.original, seed=99)
+    before = dataset.cases[0].images[0].stat()
     write_volume(dataset.cases[0].images[0], images[0])
+    assert dataset.cases[0].images[0].stat().st_size == before.st_size, "only the time tells"
+    os.utime(dataset.cases[0].images[0], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     second = prepare_cases(dataset, names_of(dataset), plan, tmp_path / "prepared")[0]
     assert not np.array_equal(first.image, second.image)
     coarser = dataclasses.replace(plan, spacing_mm=(3.0, 3.0, 3.0))

@@ -25,7 +25,7 @@ from tiny_datasets import (
 
 from invres import InvresError
 from invres.cases import read_dataset
-from invres.checkpoint import CHECKPOINT, load_checkpoint
+from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig, to_dict
 from invres.events import Recorder
 from invres.inference import load_network
@@ -111,6 +111,16 @@ def test_the_package_holds_the_best_epochs_weights_and_their_dice_on_the_validat
         spread = package.manifest.metrics[name]["Dice"]
         assert spread["mean"] == pytest.approx(best[name], abs=1e-5)
         assert (spread["n"], spread["sd"]) == (1, None), "one case has no spread"
+
+
+def test_the_package_is_made_of_the_best_weights_and_not_of_the_last(phantoms, tmp_path):
+    dataset, recipe = read_dataset(phantoms), tiny_recipe(**QUICK)
+    train(dataset, recipe, tmp_path, TrainOptions(device="cpu"))
+    state = load_checkpoint(tmp_path)
+    state["best_weights"] = {key: torch.full_like(tensor, 0.25) for key, tensor in state["best_weights"].items()}
+    save_checkpoint(tmp_path, state)
+    package = train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True))
+    assert all(bool((tensor == 0.25).all()) for tensor in package.load_weights().values())
 
 
 @pytest.mark.parametrize("regions", [False, True])
