@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         action="append",
         metavar="[CHANNEL=]FILE",
-        help="image file or DICOM folder, once for each channel of the model (T1=a.nii.gz)",
+        help="image file or DICOM folder, once for each channel (T1=a.nii.gz); or one 4D file with all",
     )
     one.add_argument("-o", "--output", required=True, type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="also write FILE_label.nii.gz by label")

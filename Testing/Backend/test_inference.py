@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_probabilities_are_written_on_the_inputs_grid_and_sum_to_one(tmp_path):
         probabilities_path=tmp_path / "p.nii.gz",
         network=Known(4),
     )["probabilities"]
-    assert [file.rsplit("/", 1)[1] for file in files] == [f"p_{name}.nii.gz" for name in ("background", "a", "b", "c")]
+    assert [Path(file).name for file in files] == [f"p_{name}.nii.gz" for name in ("background", "a", "b", "c")]
     maps = [read_volume(file) for file in files]
     assert all(one.geometry.same_as(grid) and one.array.dtype == np.float32 for one in maps)
     total = np.sum([one.array for one in maps], axis=0)

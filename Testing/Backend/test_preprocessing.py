@@ -126,9 +126,11 @@ def test_different_grids_are_refused_with_the_difference():
     grid = Geometry((9, 12, 7), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
     thick = Geometry((9, 12, 7), (2.0, 1.0, 1.0), (0, 0, 0), RAS)
     image, label = pair(grid, [10])
-    with pytest.raises(InvresError, match=r"c0 and c1 .* different grids \(spacing") as caught:
-        prepare([image, Volume(image.array, thick)], None, plan_for((1.0, 1.0, 1.0), channels=2), PLAIN)
-    assert "invres check" in caught.value.hint
+    for name in ("eve", ""):
+        with pytest.raises(InvresError, match=r"c0 and c1 .* different grids \(spacing") as caught:
+            prepare([image, Volume(image.array, thick)], None, plan_for((1.0, 1.0, 1.0), channels=2), PLAIN, name)
+        assert "Resample c1 to the grid of c0" in caught.value.hint
+        assert ("invres check" in caught.value.hint) == bool(name), "without a data set there is nothing to check"
     with pytest.raises(InvresError, match=r"label .* another grid"):
         prepare([image], Volume(label.array, thick), plan_for((1.0, 1.0, 1.0)), PLAIN)
 

