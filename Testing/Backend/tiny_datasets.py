@@ -174,9 +174,11 @@ def invres(*arguments: Any) -> Outcome:
 
 
 def start_process(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """`python -m invres` as a process of its own."""
+    """`python -m invres` as a process of its own, with as many threads as this one: sums depend on their number."""
+    import torch
+
     command = [sys.executable, "-m", "invres", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(BACKEND), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, encoding="utf-8", **pipes, **options)
 
