@@ -252,7 +252,6 @@ class Recipe:
     """A named training configuration: what `Resources/Recipes/*.json` holds.
 
     spacing_mm: target spacing (D, H, W canonical); None takes the training cases' median.
-    modalities: channel name -> "CT" or "MR" where the data set does not say.
     """
 
     name: str = "default"

@@ -18,7 +18,7 @@ import torch
 
 from . import Cancelled, InvresError
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
-from .config import LossWeights, TrainingConfig, to_dict
+from .config import TrainingConfig, to_dict
 from .events import SILENT, Reporter
 from .memory import LiveBytes
 from .networks import SegmentationNetwork
@@ -225,14 +225,14 @@ class Trainer:
             group["lr"] = config.learning_rate * learning_rate_factor(config, self.iteration, progress)
         image, target = self.batches.batch(self.iteration)
 
-        def step(loss: LossWeights = config.loss) -> list[float]:
+        def step() -> list[float]:
             losses = training_step(
                 self.network,
                 self.optimizer,
                 image,
                 target,
                 self.regions,
-                loss,
+                config.loss,
                 config.precision,
                 self.scaler,
                 config.gradient_clip,
