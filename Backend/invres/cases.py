@@ -12,6 +12,7 @@ import numpy as np
 
 from . import InvresError
 from .dataset_json import Case, Dataset, file_names, read_json, read_json_layout, stem_of
+from .files import written_whole
 from .layouts import FOLDER_READERS
 
 __all__ = [
@@ -258,14 +259,8 @@ def _sides(dataset: Dataset, validation_patients: set[str], *, everything_twice:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvresError(f"{path} cannot be written: {error.strerror}.", hint="Choose a folder with room.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

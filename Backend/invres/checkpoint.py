@@ -21,6 +21,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     Raises OSError when the disk refuses; the older checkpoint is then still there.
     """
     path = folder / CHECKPOINT
+    # Always the same name, so that what a killed process left is overwritten and never adds up.
     temporary = folder / (CHECKPOINT + ".tmp")
     try:
         with open(temporary, "wb") as stream:

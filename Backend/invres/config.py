@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from . import InvresError
 
 __all__ = [
+    "DARKEST",
     "ENGINES",
     "NETWORKS",
     "AugmentationConfig",
@@ -32,6 +33,9 @@ __all__ = [
 
 NETWORKS = ("unet3d", "partially_invres", "fully_invres")
 ENGINES = ("auto", "stored", "checkpoint", "memcnn", "reversible")
+DARKEST = -4.0
+"""Of empty background, in standard deviations. It keeps the darkness that scaling gives it, but an image of little
+contrast must not push it so far that it dominates the network's statistics."""
 Triple = tuple[int, int, int]
 
 

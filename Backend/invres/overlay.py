@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from . import InvresError
 from .config import LabelScheme
+from .files import written_whole
 from .volume import Volume
 
 __all__ = ["draw_overlay"]
@@ -61,10 +61,8 @@ def draw_overlay(
     legend = figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False)
     for text in legend.get_texts():
         text.set_color("white")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)
     return path
 
 

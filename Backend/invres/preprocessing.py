@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import InvresError
-from .config import ChannelPlan, LabelScheme, PreparationPlan
+from .config import DARKEST, ChannelPlan, LabelScheme, PreparationPlan
 from .events import SILENT, Reporter
 from .volume import Geometry, Volume, resample
 
@@ -42,9 +42,6 @@ SAME_SPACING = 1e-3
 SMOOTH_ABOVE = 1.5
 # Above this part of non-zero voxels an image has no empty background worth a mask.
 MASK_BELOW = 0.75
-# Empty background keeps the darkness that scaling gives it, but an image of little contrast must not push it so far
-# that it dominates the network's statistics. The same number stands in `synthesis`.
-DARKEST = -4.0
 # CT figures settle long before this many cases and voxels of each.
 CT_CASES = 50
 CT_VOXELS = 10_000

@@ -22,7 +22,7 @@ from .augmentation import (
     sampling_grid,
 )
 from .augmentation import input_patch as augmentation_input_patch
-from .config import AugmentationConfig
+from .config import DARKEST, AugmentationConfig
 from .randomness import happens, normal_noise, uniform
 
 __all__ = [
@@ -36,11 +36,12 @@ __all__ = [
 
 Triple = tuple[int, int, int]
 
-DARKEST = -4.0
-"""Of an empty background, in standard deviations; the same number stands in `preprocessing`."""
-
 CONTRASTS = 4096
 """Entries of the contrast table; labels are looked up modulo this. FreeSurfer's usual values fit."""
+
+EMPTY = 0.9
+"""Background from this part on. Below it a voxel of a masked image still holds some signal, as in a real one that was
+masked first and resampled then."""
 
 RIM_VOXELS = 0.5
 """Fluid outside the cortex that `tissue_maps_from_gm_wm` adds: 1 voxel, half full. On ICBM152 (1 mm) this meets the
@@ -68,8 +69,8 @@ class SynthesisConfig:
     Background (label 0; probabilities chosen): exactly zero, as after masking, or a texture like any other label,
     otherwise dark noisy air.
 
-    ladder: labels whose means rise in this order, one in each equal part of `mean`'s range; for example CSF, grey
-    matter, white matter as under any T1 weighting. Empty: every label is drawn by itself.
+    means: for labels 1, 2, ... a pair instead of `mean`, where something is known about the contrast; for example that
+    under T1 weighting fluid is dark and white matter bright. Empty: every label is drawn from `mean`.
     groups: labels that share one contrast, for example left and right of a structure.
     targets: labels that are returned; all others only shape the image and come back as 0. Empty: all.
     strip_probability: how often everything but the targets is removed from the image, as by skull stripping.
@@ -91,7 +92,7 @@ class SynthesisConfig:
     noise_std: float = 10.0
     zero_background_probability: float = 0.4
     textured_background_probability: float = 0.2
-    ladder: tuple[int, ...] = ()
+    means: tuple[tuple[float, float], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     targets: tuple[int, ...] = ()
     strip_probability: float = 0.0
@@ -106,8 +107,8 @@ class SynthesisConfig:
                 "synthesis.low_resolution and thick_slices are factors of 1 or more, "
                 f"got {self.low_resolution} and {self.thick_slices}."
             )
-        for name in ("mean", "std"):
-            low, high = getattr(self, name)
+        pairs = [("mean", self.mean), ("std", self.std), *(("means", pair) for pair in self.means)]
+        for name, (low, high) in pairs:
             if not 0 <= low <= high:
                 raise InvresError(f"synthesis.{name} must be two numbers from 0 up, low then high, got {[low, high]}.")
 
@@ -185,7 +186,7 @@ def synthesise_from_probabilities(
         contrasts = _draw_contrasts(config, generator, maps.device)
         tissues = contrasts[:, 1 : 1 + maps.shape[0]]
         mean, std = torch.tensordot(tissues, maps, dims=1).unsqueeze(1)
-        present = rest < 0.5
+        present = rest < EMPTY
         if not happens(generator, config.strip_probability):
             if surroundings is None:
                 around = torch.zeros_like(rest, dtype=torch.long)
@@ -293,11 +294,8 @@ def _draw_contrasts(config: SynthesisConfig, generator: torch.Generator, device:
     """
     bounds = torch.tensor((config.mean, config.std))
     table = bounds[:, :1] + (bounds[:, 1:] - bounds[:, :1]) * torch.rand((2, CONTRASTS), generator=generator)
-    if config.ladder:
-        rungs = (torch.arange(len(config.ladder)) + torch.rand(len(config.ladder), generator=generator)) / len(
-            config.ladder
-        )
-        table[0, list(config.ladder)] = bounds[0, 0] + (bounds[0, 1] - bounds[0, 0]) * rungs
+    for label, (low, high) in enumerate(config.means, start=1):
+        table[0, label] = low + (high - low) * torch.rand((), generator=generator)
     for group in config.groups:
         table[:, list(group)] = table[:, group[0], None]
     if not happens(generator, config.textured_background_probability):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from . import Cancelled, InvresError
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from .config import TrainingConfig, to_dict
 from .events import SILENT, Reporter
+from .files import written_whole
 from .memory import LiveBytes
 from .networks import SegmentationNetwork
 from .sampling import BatchSource
@@ -310,12 +310,10 @@ class Trainer:
     def _write_metrics(self) -> None:
         """All epochs so far, one JSON object a line; written anew so that a resumed run has no line twice."""
         path = self.folder / METRICS
-        temporary = path.with_name(METRICS + ".tmp")
         try:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             self.report.warning(f"{METRICS} could not be written ({error}).")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from .cases import Dataset, split_by_count, split_cases
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
+from .files import written_whole
 from .inference import SegmentOptions, choose_device, predict_probabilities
 from .memory import predict_training
 from .metrics import dice_by_label
@@ -261,9 +261,8 @@ def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split
         "scheme": to_dict(dataset.scheme),
         "split": {"train": list(names[0]), "validation": list(names[1])},
     }
-    temporary = output / (RUN + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, output / RUN)
+    with written_whole(output / RUN) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:

@@ -1,16 +1,9 @@
-"""Fixtures of all backend tests: fixed seeds, the optional folder of real volumes, a tiny labelled data set."""
+"""Every backend test starts from the same random state."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -20,17 +13,3 @@ def seeded():
 
     torch.manual_seed(0)
     np.random.seed(0)
-
-
-@pytest.fixture(scope="session")
-def repository() -> Path:
-    return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of real volumes: $INVRES_DATA, or shared/data beside the repository."""
-    folder = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"real volumes are not here ({folder}); set INVRES_DATA to their folder")
-    return folder

@@ -316,6 +316,7 @@ def test_the_shipped_template_gives_a_plausible_brain():
         (lambda: SynthesisConfig(scale=1.0), "synthesis.scale"),
         (lambda: SynthesisConfig(mean=(9.0, 1.0)), "synthesis.mean"),
         (lambda: SynthesisConfig(thick_slices=0.5), "thick_slices"),
+        (lambda: SynthesisConfig(means=((30, 20),)), "means"),
     ],
 )
 def test_a_mistake_is_named(call, words):
@@ -323,12 +324,12 @@ def test_a_mistake_is_named(call, words):
         call()
 
 
-def test_a_ladder_orders_random_contrasts():
+def test_contrasts_stay_within_the_means_given():
     labels = torch.zeros((1, 1, 9, 9, 9), dtype=torch.int16)
-    labels[..., :3], labels[..., 3:6], labels[..., 6:] = 4, 7, 2
+    labels[..., :3], labels[..., 3:6], labels[..., 6:] = 1, 2, 3
     quiet = dataclasses.replace(
         SynthesisConfig(),
-        ladder=(4, 7, 2),
+        means=((20, 40), (90, 150), (200, 240)),
         scale=0,
         rotation_degrees=0,
         shear=0,
@@ -340,10 +341,12 @@ def test_a_ladder_orders_random_contrasts():
         low_resolution_probability=0,
         noise_std=0,
     )
-    gaps = set()
+    places = set()
     for seed in range(12):
         image, _ = synthesise(labels, quiet, torch.Generator().manual_seed(seed), (9, 9, 9))
-        first, middle, last = (float(image[labels == value].mean()) for value in (4, 7, 2))
-        assert first < middle < last
-        gaps.add(round((middle - first) / (last - middle), 3))
-    assert len(gaps) == 12
+        first, middle, last = (float(image[labels == value].mean()) for value in (1, 2, 3))
+        # Of the way from the first to the last: standardisation leaves nothing else to be seen.
+        place = (middle - first) / (last - first)
+        assert (90 - 40) / (240 - 40) <= place <= (150 - 20) / (200 - 20)
+        places.add(round(place, 3))
+    assert len(places) == 12

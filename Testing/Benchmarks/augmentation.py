@@ -1,4 +1,4 @@
-"""Time of invres' augmentation for one patch against MONAI's dictionary transforms; run by hand, prints JSON.
+"""Time of invres' augmentation for one patch: beside MONAI's dictionary transforms, and as a part of a training step.
 
 Both get the same patch, probabilities and ranges and take turns in one run. "default": the configuration's own
 probabilities; "everything": every switch at probability 1; "spatial": rotation, scale and elastic displacement
@@ -6,6 +6,9 @@ only, at probability 1.
 MONAI's chain is lazy (pending affine, flips and crop are resampled once); its elastic transform cannot be lazy.
 
     PYTHONPATH=Backend python Testing/Benchmarks/augmentation.py --patch 64 --repeats 15
+    PYTHONPATH=Backend python Testing/Benchmarks/augmentation.py --patch 64 --repeats 15 --step
+
+Run by hand; prints JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import torch
 from monai import transforms as mt
 
 from invres.augmentation import augment, input_patch
-from invres.config import AugmentationConfig
+from invres.config import AugmentationConfig, NetworkConfig, TrainingConfig
+from invres.networks import build
+from invres.step import make_optimizer, training_step
 
 INTENSITY = ("gamma", "noise", "bias_field", "brightness", "low_resolution")
 
@@ -124,6 +129,39 @@ def measure(patch: tuple[int, int, int], channels: int, config: AugmentationConf
     }
 
 
+def measure_step(patch: tuple[int, int, int], channels: int, repeats: int, device: str) -> dict:
+    """Seconds of a whole training step of the default Fully-InvRes with and without augmentation, taking turns."""
+    torch.manual_seed(0)
+    network = build(NetworkConfig(in_channels=channels, out_channels=4)).to(device)
+    config = TrainingConfig(patch=patch)
+    optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
+    augmentation = configurations()["default"]
+    size = input_patch(augmentation, patch)
+    wide = torch.randn(1, channels, *size, device=device), torch.randint(0, 4, (1, 1, *size), device=device)
+    generator = torch.Generator().manual_seed(0)
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def step(augmented: bool) -> None:
+        if augmented:
+            image, label = augment(wide[0], wide[1].to(torch.int16), augmentation, generator, patch)
+        else:
+            image, label = (part[..., : patch[0], : patch[1], : patch[2]].contiguous() for part in wide)
+        assert label is not None
+        training_step(network, optimizer, image, label[:, 0].long(), False, config.loss)
+
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(repeats + 1):
+        for augmented, times in seconds.items():
+            synchronise()
+            start = time.perf_counter()
+            step(augmented)
+            synchronise()
+            if turn:
+                times.append(time.perf_counter() - start)
+    plain, full = (statistics.median(seconds[key]) for key in (False, True))
+    return {"without_ms": round(1e3 * plain, 1), "with_ms": round(1e3 * full, 1), "ratio": round(full / plain, 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patch", type=int, default=64, help="edge of the cubic patch in voxels")
@@ -131,10 +169,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--step", action="store_true", help="a whole training step with and without augmentation")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
     patch = (arguments.patch,) * 3
+    if arguments.step:
+        steps = {
+            f"{channels} channel(s)": measure_step(patch, channels, arguments.repeats, arguments.device)
+            for channels in arguments.channels
+        }
+        print(json.dumps({"about": {"torch": torch.__version__, **vars(arguments)}, "results": steps}, indent=1))
+        return
     results = {
         f"{name}, {channels} channel(s)": measure(patch, channels, config, arguments.repeats, arguments.device)
         for name, config in configurations().items()

@@ -1,4 +1,4 @@
-"""Fixtures of the journeys: the optional folder of real volumes."""
+"""Fixtures of all tests: the repository's root and the optional folder of real volumes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
 
 
 @pytest.fixture(scope="session")
