@@ -10,11 +10,12 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import InvresError, __version__
 from .config import ENGINES, NETWORKS
@@ -26,17 +27,23 @@ __all__ = ["main"]
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage like any other bad input: one sentence, and JSON where JSON was asked for."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Before Python 3.14 argparse takes -1.5e-05 for an option's name.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
     def error(self, message: str) -> NoReturn:
         raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} --help`.", code="usage")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+def main(arguments: Sequence[str] | None = None, report: Reporter | None = None) -> int:
+    """Runs one command and returns its exit code. report: who is told (None: by `--json`, a program or a person)."""
     # Torch's threads wait for one another by spinning. Where another program uses a core as well, that makes training
     # on a CPU several times slower; sleeping costs next to nothing. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    report: Reporter = JsonReporter() if "--json" in arguments else TerminalReporter()
+    if report is None:
+        report = JsonReporter() if "--json" in arguments else TerminalReporter()
     try:
         options = _parser().parse_args(arguments)
         options.run(options, report)
@@ -44,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvresError as error:
         report.error(error.code, error.message, error.hint)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "invres").partition(".")[0] == "invres":
+            return _internal(report, error)
+        hint = "Install it (in Slicer: Install in the Setup section of the panel), then try again."
+        report.error("missing_package", f"The package {error.name} is not installed.", hint)
+        return 2
     except KeyboardInterrupt:
         report.error("cancelled", "Cancelled.")
         return 130
@@ -120,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
     one.add_argument("--mirror", type=int, nargs="*", default=[], metavar="AXIS", help="average mirrored predictions")
     one.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="voxels")
+    one.add_argument(
+        "--roi",
+        type=float,
+        nargs=6,
+        metavar=("R0", "R1", "A0", "A1", "S0", "S1"),
+        help="segment only this box: its ends in mm to the right, front and top (RAS)",
+    )
     _device(one)
 
     one = add("train", "Trains a network on a data set.", "train")
@@ -148,7 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     one = add("check", "Examines a data set and says what will be done about each finding.", "check")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
 
-    one = add("plan", "Predicts the memory of training; needs no GPU and allocates nothing.", "plan")
+    one = add("plan", "Predicts the memory of training, or with --model that of segmenting; needs no GPU.", "plan")
+    one.add_argument("-m", "--model", help="segmenting with this model: its name, or path of a package")
+    one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
+    one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="segmenting: mm of its voxels")
+    one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
+    one.add_argument(
+        "--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="segmenting: voxels"
+    )
+    _device(one)
     one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
     one.add_argument("--engine", choices=ENGINES, default="auto")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -159,11 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")
 
-    one = add("models", "Lists, verifies, imports or exports model packages.", "models")
-    one.add_argument("action", choices=("list", "verify", "import", "export"))
+    one = add("models", "Lists, verifies, imports, exports or deletes model packages.", "models")
+    one.add_argument("action", choices=("list", "verify", "import", "export", "delete"))
     one.add_argument("model", nargs="?", help="name or path (not for list)")
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
     one.add_argument("--models-dir", type=Path, help="folder of your own models")
+
+    add("devices", "Lists the devices that can be computed on, with their memory.", "devices")
+
+    one = add("worker", "Answers requests, one JSON object a line on stdin, until stdin ends.", "worker")
+    one.set_defaults(run_command=main)
 
     one = add("bench", "Measures memory, time or gradients of all networks and engines.", "bench")
     one.add_argument("what", choices=("memory", "time", "gradients", "all"))
@@ -175,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("demo", "Trains on synthetic contrasts and segments the real ICBM152 T1 volume.", "demo")
     one.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
-    one.add_argument("-t", "--time", default="240s", metavar="240s", help="training time budget (default 240s)")
+    one.add_argument("-t", "--time", default="270s", metavar="270s", help="training time budget (default 270s)")
     _device(one)
     return parser
 

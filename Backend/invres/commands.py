@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,32 @@ from .events import JsonReporter, Reporter, format_bytes, format_seconds
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
+    delete_package,
     export_package,
     find_package,
     import_package,
+    is_bundled,
     list_packages,
+    verify_hash,
     verify_package,
 )
 
-__all__ = ["bench", "check", "demo", "describe", "evaluate", "models", "plan", "segment", "train"]
+__all__ = [
+    "bench",
+    "check",
+    "demo",
+    "describe",
+    "devices",
+    "evaluate",
+    "models",
+    "plan",
+    "segment",
+    "train",
+    "worker",
+]
+
+# The network of the last segmentation, for the next one in the same process.
+_kept: dict[str, Any] = {}
 
 
 def recipes_dir() -> Path:
@@ -44,8 +64,10 @@ def _say(report: Reporter, text: str) -> None:
 
 def segment(options: argparse.Namespace, report: Reporter) -> None:
     package = _package(options.model)
-    from .inference import SegmentOptions
+    _load_torch(report)
+    from .inference import NetworkKeeper, SegmentOptions
     from .inference import segment as run
+    from .planning import remember_speed
 
     each = " ".join(f"--input {channel.name}=FILE" for channel in package.manifest.plan.channels)
     inputs: dict[str, Path] = {}
@@ -60,8 +82,20 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
                 hint=f"Give each channel once, with its name: {each}.",
             )
         inputs[channel] = Path(path)
-    choices = SegmentOptions(options.device, options.overlap, tuple(options.mirror), tuple(options.window))
-    found = run(package, inputs, options.output, choices, options.probabilities, report)
+    choices = SegmentOptions(
+        options.device, options.overlap, tuple(options.mirror), tuple(options.window), tuple(options.roi or ())
+    )
+    keeper = _kept.setdefault("keeper", NetworkKeeper())
+    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper)
+    settings = found["settings"]
+    flips = 2 ** len(options.mirror)
+    remember_speed(
+        package.manifest,
+        found["device"],
+        settings["windows"] * flips,
+        tuple(settings["window"]),
+        found["seconds"]["predict"],
+    )
     _say(report, f"Segmentation: {found['output']}")
     for name, volume in found["volumes_ml"].items():
         _say(report, f"  {name}: {volume:.2f} mL")
@@ -117,6 +151,9 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def plan(options: argparse.Namespace, report: Reporter) -> None:
+    if options.model:
+        _plan_segmentation(options, report)
+        return
     from .memory import predict_training
 
     _check_sizes(options)
@@ -139,6 +176,48 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**dataclasses.asdict(found))
 
 
+def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
+    if options.shape is None or options.spacing is None:
+        raise InvresError(
+            "`invres plan --model` needs the volume: --shape D H W and --spacing D H W.",
+            hint="Give its voxels and their size in mm, superior, anterior, right.",
+        )
+    manifest = _package(options.model).manifest
+    _load_torch(report)
+    from .inference import choose_device
+    from .planning import plan_segmentation
+
+    found = plan_segmentation(
+        manifest,
+        tuple(options.shape),
+        tuple(options.spacing),
+        choose_device(options.device),
+        tuple(options.window),
+        None if options.roi_shape is None else tuple(options.roi_shape),
+        report=report,
+    )
+    _say(report, found.sentence)
+    report.result(**dataclasses.asdict(found))
+
+
+def devices(options: argparse.Namespace, report: Reporter) -> None:
+    from .devices import list_devices
+
+    found, torch_version = list_devices()
+    for device in found:
+        free = "" if device.free_bytes is None else f", {format_bytes(device.free_bytes)} free"
+        _say(report, f"{device.name}  {device.title}{free}")
+    if not torch_version:
+        report.note("torch is not installed or cannot be imported, so only the CPU is listed.")
+    report.result(devices=[dataclasses.asdict(device) for device in found], auto=found[0].name, torch=torch_version)
+
+
+def worker(options: argparse.Namespace, report: Reporter) -> None:
+    from .worker import serve
+
+    serve(options.run_command)
+
+
 def describe(options: argparse.Namespace, report: Reporter) -> None:
     package = _package(options.model)
     manifest = package.manifest
@@ -156,7 +235,11 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
         if dice := values.get("Dice"):
             lines.append(f"  Dice       {name}: {_spread(dice)}")
     _say(report, "\n".join(lines))
-    report.result(path=str(package.path), manifest=to_dict(manifest))
+    report.result(**_described(package))
+
+
+def _described(package: ModelPackage) -> dict[str, Any]:
+    return {"path": str(package.path), "bundled": is_bundled(package), "manifest": to_dict(package.manifest)}
 
 
 def models(options: argparse.Namespace, report: Reporter) -> None:
@@ -167,7 +250,7 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
             _say(report, f"{package.name}  {', '.join(package.manifest.scheme.names)}  {package.path}")
         if not found:
             _say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
-        report.result(models=[{"path": str(p.path), "manifest": to_dict(p.manifest)} for p in found])
+        report.result(models=[_described(package) for package in found])
         return
     if not options.model:
         raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
@@ -181,10 +264,22 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         path = export_package(_package(options.model, folder), options.output)
         _say(report, f"Exported: {path}")
         report.result(path=str(path))
+    elif options.action == "delete":
+        package = _package(options.model, folder)
+        delete_package(package)
+        _say(report, f"Deleted: {package.path}")
+        report.result(path=str(package.path))
     else:
-        package = verify_package(_package(options.model, folder).path)
-        _say(report, f"{package.name} is intact: hash, shapes and finite weights are right.")
-        report.result(path=str(package.path), sha256=package.manifest.sha256)
+        package = _package(options.model, folder)
+        thorough = _importable("torch") and _importable("safetensors.torch")
+        if thorough:
+            verify_package(package.path)
+        else:
+            verify_hash(package)
+            report.note("torch is not installed, so shapes and values were not checked, only the hash of the weights.")
+        what = "hash, shapes and finite weights are right" if thorough else "the hash of its weights is right"
+        _say(report, f"{package.name} is intact: {what}.")
+        report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
 
 
 def bench(options: argparse.Namespace, report: Reporter) -> None:
@@ -243,6 +338,31 @@ def _spread(values: dict[str, Any]) -> str:
 def _package(model: str, folder: Path | None = None) -> ModelPackage:
     """A model by path or by name."""
     return find_package(model, [bundled_models_dir(), folder or user_models_dir()])
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # a half-installed package fails in many ways
+        return False
+    return True
+
+
+def _load_torch(report: Reporter) -> None:
+    """The first import takes seconds, and in a damaged installation it fails in many ways."""
+    report.progress("start", 0, 1)
+    try:
+        importlib.import_module("torch")
+        importlib.import_module(f"{__package__}.inference")
+    except Exception as error:
+        package = "torch" if "torch" not in sys.modules else getattr(error, "name", None) or "monai"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InvresError(
+            f"The package {package} is not installed or damaged: {reason}.",
+            hint="Install it (in Slicer: Install in the Setup section of the panel), then try again.",
+            code="missing_package",
+        ) from None
+    report.progress("start", 1, 1)
 
 
 def _check_sizes(options: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,16 +16,28 @@ import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 
-from . import InvresError, OutOfMemory
+from . import InvresError, OutOfMemory, __version__
 from .config import LabelScheme
+from .devices import device_info
 from .events import SILENT, Reporter
+from .memory import LiveBytes, PeakResident
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .preprocessing import PreparedCase, prepare
+from .region import Bounds, clear_outside, crop_to_region
 from .restoration import restore_probabilities, restore_volume
 from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = ["SegmentOptions", "choose_device", "load_network", "predict_probabilities", "segment", "segment_volumes"]
+__all__ = [
+    "NetworkKeeper",
+    "SegmentOptions",
+    "choose_device",
+    "load_network",
+    "predict_probabilities",
+    "segment",
+    "segment_volumes",
+    "window_count",
+]
 
 Triple = tuple[int, int, int]
 SMALLEST_WINDOW = 32
@@ -32,12 +46,14 @@ SMALLEST_WINDOW = 32
 @dataclass(frozen=True)
 class SegmentOptions:
     """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average.
-    window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0"."""
+    window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
+    roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume."""
 
     device: str = "auto"
     overlap: float = 0.5
     mirror_axes: tuple[int, ...] = ()
     window: Triple = (0, 0, 0)
+    roi_mm: Bounds = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
@@ -46,6 +62,16 @@ class SegmentOptions:
             raise InvresError(f"Mirror axes are 0, 1 and 2 (D, H, W), each once; got {list(self.mirror_axes)}.")
         if any(self.window) and min(self.window) < 1:
             raise InvresError(f"The window must be three sizes of 1 voxel or more, got {list(self.window)}.")
+        if self.roi_mm and not (
+            len(self.roi_mm) == 6
+            and all(math.isfinite(end) for end in self.roi_mm)
+            and all(low < high for low, high in zip(self.roi_mm[::2], self.roi_mm[1::2], strict=True))
+        ):
+            raise InvresError(
+                "A region of interest has six ends in mm, each lower one below its upper one, "
+                f"got {list(self.roi_mm)}.",
+                hint="Give R0 R1 A0 A1 S0 S1.",
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -72,6 +98,26 @@ def load_network(package: ModelPackage, device: torch.device) -> SegmentationNet
     return network.to(device).eval()
 
 
+class NetworkKeeper:
+    """Keeps the network that was used last, so that the next segmentation with the same model does not load it."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._network: SegmentationNetwork | None = None
+
+    def network(self, package: ModelPackage, device: torch.device, report: Reporter = SILENT) -> SegmentationNetwork:
+        """The package's network on the device; loading it is a stage of its own."""
+        key = package.manifest.sha256, str(device)
+        if self._network is None or self._key != key:
+            self._key, self._network = None, None  # two networks at a time may not fit
+            report.progress("segment.load", 0, 1)
+            self._network = load_network(package, device)
+            self._key = key
+            report.progress("segment.load", 1, 1)
+        # A run that found the card full has moved it to the CPU.
+        return self._network.to(device)
+
+
 @torch.no_grad()
 def predict_probabilities(
     network: Callable[[torch.Tensor], Any],
@@ -90,15 +136,21 @@ def predict_probabilities(
     flips: list[tuple[int, ...]] = [()]
     for axis in options.mirror_axes:
         flips += [(*flip, axis + 2) for flip in flips]
-    total = len(flips) * _window_count(image.shape[1:], window, options.overlap)
+    total = len(flips) * window_count(image.shape[1:], window, options.overlap)
     done = 0
     report.progress("segment.tiles", 0, total)
 
     def predictor(tiles: torch.Tensor) -> torch.Tensor:
         nonlocal done
-        logits = sum(network(tiles.flip(flip)).logits.float().flip(flip) for flip in flips)
+        logits: torch.Tensor | None = None
+        for flip in flips:  # a flip of no axis would copy too
+            found = network(tiles.flip(flip) if flip else tiles).logits.float()
+            found = found.flip(flip) if flip else found
+            logits = found if logits is None else logits + found
+        assert logits is not None
         done += tiles.shape[0] * len(flips)
         report.progress("segment.tiles", min(done, total), total)
+        # Always a new tensor: the caller weights it in place.
         return logits / len(flips)
 
     logits = sliding_window_inference(
@@ -126,7 +178,8 @@ def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
+def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
+    """How many windows cover an image of this shape."""
     count = 1
     for size, length in zip(shape, window, strict=True):
         step = max(1, int(length * (1 - overlap)))
@@ -142,20 +195,57 @@ def segment_volumes(
     report: Reporter = SILENT,
 ) -> tuple[Volume, np.ndarray, PreparedCase]:
     """Segments one case. Returns the labels (file values, on the grid of the first volume), the probabilities on the
-    prepared grid (K, d, h, w), and the prepared case.
+    prepared grid (K, d, h, w), and the prepared case (only the part around a region of interest).
 
     When memory runs out it stitches on the CPU, then halves the window, then goes to the CPU, each with a warning.
     Raises OutOfMemory when none of that is enough.
     """
-    manifest = package.manifest
+    found = _segment_case(package, network, volumes, options, report)
+    return found.labels, found.prediction.probabilities, found.prepared
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """window: the one that had room. measured_bytes: peak of live tensors; on a card that of its allocator."""
+
+    probabilities: np.ndarray
+    window: Triple
+    windows: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True)
+class _SegmentedCase:
+    labels: Volume
+    prepared: PreparedCase
+    prediction: _Prediction
+    seconds: dict[str, float]
+
+
+def _segment_case(
+    package: ModelPackage,
+    network: SegmentationNetwork,
+    volumes: list[Volume],
+    options: SegmentOptions,
+    report: Reporter,
+) -> _SegmentedCase:
+    manifest, clock = package.manifest, _Clock()
     report.progress("segment.prepare", 0, 1)
     prepared = prepare(volumes, None, manifest.plan, manifest.scheme, report=report)
+    if options.roi_mm:
+        window = options.window if min(options.window) > 0 else manifest.patch
+        prepared = crop_to_region(prepared, options.roi_mm, window)
     report.progress("segment.prepare", 1, 1)
-    probabilities = _predict_within_memory(manifest.scheme, manifest.patch, network, prepared, options, report)
+    clock.lap("prepare")
+    prediction = _predict_within_memory(manifest.scheme, manifest.patch, network, prepared, options, report)
+    clock.lap("predict")
     report.progress("segment.restore", 0, 1)
-    labels = restore_probabilities(probabilities, prepared.geometry, prepared.original, manifest.scheme)
+    labels = restore_probabilities(prediction.probabilities, prepared.geometry, prepared.original, manifest.scheme)
+    if options.roi_mm:
+        clear_outside(labels, prepared.original, options.roi_mm)
     report.progress("segment.restore", 1, 1)
-    return Volume(labels, prepared.original), probabilities, prepared
+    clock.lap("restore")
+    return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
 
 
 def _predict_within_memory(
@@ -165,15 +255,13 @@ def _predict_within_memory(
     prepared: PreparedCase,
     options: SegmentOptions,
     report: Reporter,
-) -> np.ndarray:
+) -> _Prediction:
     device = next(network.parameters()).device
     window = options.window if min(options.window) > 0 else patch
     stitch = device
     while True:
         try:
-            image = torch.from_numpy(prepared.image).to(device)
-            found = predict_probabilities(network, image, window, scheme.regions, options, stitch, report)
-            return found.cpu().numpy()
+            return _predict_measured(scheme, network, device, prepared, window, options, stitch, report)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -197,6 +285,31 @@ def _predict_within_memory(
             )
 
 
+def _predict_measured(
+    scheme: LabelScheme,
+    network: SegmentationNetwork,
+    device: torch.device,
+    prepared: PreparedCase,
+    window: Triple,
+    options: SegmentOptions,
+    stitch: torch.device,
+    report: Reporter,
+) -> _Prediction:
+    image = torch.from_numpy(prepared.image)
+    probe = LiveBytes()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        found = predict_probabilities(network, image.to(device), window, scheme.regions, options, stitch, report)
+        measured = torch.cuda.max_memory_allocated(device)
+    else:
+        probe.watch([image, *network.parameters(), *network.buffers()])
+        with probe:
+            found = predict_probabilities(network, image, window, scheme.regions, options, stitch, report)
+        measured = probe.peak
+    count = window_count(prepared.image.shape[1:], window, options.overlap)
+    return _Prediction(found.cpu().numpy(), window, count, measured)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -212,50 +325,100 @@ def segment(
     probabilities_path: Path | None = None,
     report: Reporter = SILENT,
     network: SegmentationNetwork | None = None,
+    keeper: NetworkKeeper | None = None,
 ) -> dict[str, Any]:
     """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
 
     probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
-    network: an already loaded one (else it is loaded on `options.device`).
-    Returns a summary: seconds by stage, volumes in mL (of each region as a whole, also where the written label map
-    shows another region on top of it), paths. Raises InvresError for inputs that do not fit the model.
+    network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
+    Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
+    region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
+    Raises InvresError for inputs that do not fit the model.
     """
-    start = time.perf_counter()
+    clock, resident = _Clock(), PeakResident()
     manifest = package.manifest
     for path in (output, probabilities_path):
         if path is not None:
             _check_writable(path)
+    report.progress("segment.read", 0, 1)
     volumes = _read_inputs([channel.name for channel in manifest.plan.channels], inputs, package.name, report)
-    read_s = time.perf_counter() - start
+    report.progress("segment.read", 1, 1)
+    clock.lap("read")
     if network is None:
-        network = load_network(package, choose_device(options.device))
-    loaded_s = time.perf_counter() - start - read_s
-    labels, probabilities, prepared = segment_volumes(package, network, volumes, options, report)
-    predicted_s = time.perf_counter() - start - read_s - loaded_s
-    write_segmentation(output, labels, manifest.scheme)
-    written = []
-    if probabilities_path is not None:
-        names_of_maps = manifest.scheme.names if manifest.scheme.regions else ("background", *manifest.scheme.names)
-        for name, array in zip(names_of_maps, probabilities, strict=True):
-            outside = 1.0 if name == "background" and not manifest.scheme.regions else 0.0
-            whole = restore_volume(array, prepared.geometry, prepared.original, outside)
-            target = _beside(probabilities_path, name)
-            write_volume(target, Volume(whole, prepared.original))
-            written.append(str(target))
+        network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
+    clock.lap("load")
+    found = _segment_case(package, network, volumes, options, report)
+    clock.add(found.seconds)
+    report.progress("segment.write", 0, 1)
+    write_segmentation(output, found.labels, manifest.scheme)
+    written = _write_probabilities(probabilities_path, found, manifest.scheme, options.roi_mm)
+    volumes_ml = _volumes_ml(found, manifest.scheme, options.roi_mm)
+    report.progress("segment.write", 1, 1)
+    clock.lap("write")
+    device = next(network.parameters()).device
+    # The tensors share the memory of the prepared image; the volumes of the files stand beside them.
+    beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes)
     return {
         "output": str(output),
         "probabilities": written,
-        "volumes_ml": _volumes_ml(labels, probabilities, prepared, manifest.scheme),
-        "seconds": {
-            "read": round(read_s, 2),
-            "load": round(loaded_s, 2),
-            "predict": round(predicted_s, 2),
-            "total": round(time.perf_counter() - start, 2),
-        },
-        "device": str(next(network.parameters()).device),
+        "volumes_ml": volumes_ml,
+        "seconds": clock.rounded(),
+        "measured_bytes": found.prediction.measured_bytes + beside,
+        "measured_rss_bytes": resident.growth_bytes(),
+        "device": str(device),
+        "device_title": device_info(device).title,
         "model": package.name,
+        "model_id": package.id,
+        "model_version": manifest.version,
         "model_sha256": manifest.sha256,
+        "settings": {
+            "window": list(found.prediction.window),
+            "windows": found.prediction.windows,
+            "overlap": options.overlap,
+            "mirror_axes": list(options.mirror_axes),
+            "roi_mm": list(options.roi_mm),
+        },
+        "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Stages that another clock has timed meanwhile."""
+        self.seconds.update(seconds)
+        self._last = time.perf_counter()
+
+    def rounded(self) -> dict[str, float]:
+        total = time.perf_counter() - self._start
+        return {stage: round(seconds, 2) for stage, seconds in {**self.seconds, "total": total}.items()}
+
+
+def _write_probabilities(path: Path | None, found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> list[str]:
+    """One map per label (and for the background where labels exclude one another); the paths."""
+    if path is None:
+        return []
+    prepared, written = found.prepared, []
+    names_of_maps = scheme.names if scheme.regions else ("background", *scheme.names)
+    for name, array in zip(names_of_maps, found.prediction.probabilities, strict=True):
+        outside = 1.0 if name == "background" and not scheme.regions else 0.0
+        whole = restore_volume(array, prepared.geometry, prepared.original, outside)
+        if roi_mm:
+            clear_outside(whole, prepared.original, roi_mm, outside)
+        target = _beside(path, name)
+        write_volume(target, Volume(whole, prepared.original))
+        written.append(os.fspath(target))
+    return written
 
 
 def _read_inputs(names: list[str], inputs: Mapping[str, Path], model: str, report: Reporter) -> list[Volume]:
@@ -281,16 +444,18 @@ def _counted(names: list[str]) -> str:
     return f"the channel {names[0]}" if len(names) == 1 else f"the {len(names)} channels {', '.join(names)}"
 
 
-def _volumes_ml(
-    labels: Volume, probabilities: np.ndarray, prepared: PreparedCase, scheme: LabelScheme
-) -> dict[str, float]:
+def _volumes_ml(found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> dict[str, float]:
     """Millilitres of each label or region on the original grid."""
+    labels, prepared = found.labels, found.prepared
     voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
     volumes = {}
     for index, label in enumerate(scheme.labels):
         if scheme.regions:
             # Counted before regions overwrite one another in the label map.
-            inside = restore_volume(probabilities[index], prepared.geometry, prepared.original) > 0.5
+            probability = found.prediction.probabilities[index]
+            inside = restore_volume(probability, prepared.geometry, prepared.original) > 0.5
+            if roi_mm:
+                clear_outside(inside, labels.geometry, roi_mm)
         else:
             inside = labels.array == label.output_value
         volumes[label.name] = round(int(inside.sum()) * voxel_ml, 3)

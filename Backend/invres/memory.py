@@ -7,6 +7,8 @@ count are the allocator's rounding, the CUDA context and cuDNN's workspaces; on 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +24,14 @@ from .config import LossWeights, NetworkConfig
 from .networks import build, with_patch
 from .step import make_optimizer, training_step
 
-__all__ = ["LiveBytes", "TrainingMemory", "measure_training", "predict_training"]
+__all__ = [
+    "LiveBytes",
+    "PeakResident",
+    "TrainingMemory",
+    "measure_training",
+    "predict_forward",
+    "predict_training",
+]
 
 Triple = tuple[int, int, int]
 
@@ -155,6 +164,49 @@ def measure_training(
     state = sum(_nbytes(t) for t in tree_iter(optimizer.state_dict()["state"]) if isinstance(t, torch.Tensor))
     rest = probe.peak - parameters - gradients - state
     return TrainingMemory(probe.peak, parameters, gradients, state, rest, probe.peak_op)
+
+
+def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) -> tuple[int, int]:
+    """Bytes of the network's parameters and buffers, and the peak that segmenting one batch of windows adds to them.
+
+    Found on fake tensors like `predict_training`. The VAE branch takes no part in segmenting.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        network = build(dataclasses.replace(config, vae=None)).eval()
+        tiles = torch.zeros(batch_size, config.in_channels, *window)
+        held = [*network.parameters(), *network.buffers()]
+        probe = LiveBytes()
+        probe.watch([tiles, *held])
+        with probe:
+            # The average over mirrored predictions is a second map of the logits' size.
+            logits = network(tiles).logits.float()
+            logits = logits / 1
+    weights = sum(_nbytes(tensor) for tensor in held)
+    return weights, probe.peak - weights
+
+
+class PeakResident:
+    """How far this process's main memory grows from here on at its peak; None where the system does not tell."""
+
+    def __init__(self) -> None:
+        self._start = None
+        with contextlib.suppress(OSError):
+            # Linux sets the peak back to what is used now.
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
+                stream.write("5")
+            self._start = _peak_resident_bytes()
+
+    def growth_bytes(self) -> int | None:
+        peak = _peak_resident_bytes()
+        return None if self._start is None or peak is None else max(0, peak - self._start)
+
+
+def _peak_resident_bytes() -> int | None:
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status", encoding="utf-8") as stream:
+        for line in stream:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

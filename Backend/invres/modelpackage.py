@@ -29,6 +29,7 @@ from .packagefiles import (
     copy,
     member,
     publish,
+    remove,
     sizes_of,
     stored_at,
     temporary_folder,
@@ -43,12 +44,15 @@ __all__ = [
     "ModelPackage",
     "TrainingSummary",
     "bundled_models_dir",
+    "delete_package",
     "export_package",
     "find_package",
     "import_package",
+    "is_bundled",
     "list_packages",
     "open_package",
     "save_package",
+    "verify_hash",
     "verify_package",
 ]
 
@@ -211,6 +215,32 @@ def verify_package(path: str | os.PathLike[str]) -> ModelPackage:
         if not bool(torch.isfinite(tensor).all()):
             raise InvresError(f"The weights in {package.path.name} are not finite ({key}).", hint=EXPORT)
     return package
+
+
+def verify_hash(package: ModelPackage) -> None:
+    """Checks the weights' hash alone, which needs neither torch nor safetensors. Raises InvresError if it differs."""
+    with member(package.path, WEIGHTS) as stream:
+        _check_hash(package, copy(stream, None))
+
+
+def delete_package(package: ModelPackage) -> None:
+    """Removes the package from the disk.
+
+    Raises InvresError for a package that came with InvResSegment, for a folder that holds other things too, and where
+    the disk refuses; the package then still stands.
+    """
+    if is_bundled(package):
+        raise InvresError(
+            f"The model {package.name} came with InvResSegment and cannot be deleted.",
+            hint="Only models that you imported or trained can be deleted.",
+            code="bundled_model",
+        )
+    remove(package.path)
+
+
+def is_bundled(package: ModelPackage) -> bool:
+    """Whether the package came with InvResSegment."""
+    return package.path.is_relative_to(_absolute(bundled_models_dir()))
 
 
 def export_package(package: ModelPackage, destination: str | os.PathLike[str]) -> Path:

@@ -31,6 +31,7 @@ __all__ = [
     "copy",
     "member",
     "publish",
+    "remove",
     "sizes_of",
     "stored_at",
     "temporary_folder",
@@ -182,6 +183,27 @@ def publish(folder: Path, target: Path) -> None:
     shutil.rmtree(aside(target), ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Removes a package, as a whole or not at all.
+
+    Raises InvresError for a folder that holds more than a package, and where the disk refuses.
+    """
+    stored = stored_at(path)
+    try:
+        if stored.is_dir():
+            _check_only_a_package(stored, "deleted", "Move the other files away first.")
+            doomed = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+            os.rename(stored, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            stored.unlink()
+    except OSError as error:
+        raise InvresError(
+            f"The model package {path} cannot be deleted: {error.strerror or error}.",
+            hint="Close programs that use it, and check that you may write to its folder.",
+        ) from error
+
+
 @contextlib.contextmanager
 def _undamaged(path: Path) -> Iterator[None]:
     try:
@@ -265,11 +287,14 @@ def _pack(folder: Path, packed: Path) -> None:
 def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise InvresError(f"{target} is a file, no folder.", hint=f"Choose a folder, or a name ending in {ENDING}.")
-    strangers = sorted(e.name for e in target.iterdir() if e.name not in _NAMES and not e.name.startswith("."))
+    _check_only_a_package(target, "replaced", "Choose another folder.")
+
+
+def _check_only_a_package(folder: Path, what: str, hint: str) -> None:
+    strangers = sorted(e.name for e in folder.iterdir() if e.name not in _NAMES and not e.name.startswith("."))
     if strangers:
         raise InvresError(
-            f"{target} is not replaced: it holds {strangers[0]!r}, which is no part of a package.",
-            hint="Choose another folder.",
+            f"{folder} is not {what}: it holds {strangers[0]!r}, which is no part of a package.", hint=hint
         )
 
 

@@ -22,6 +22,8 @@ ALLOWED = {
     "events": "",
     "config": "",
     "files": "",
+    "probe": "",
+    "devices": "",
     "randomness": "",
     "curves": "files",
     "metrics": "config",
@@ -38,7 +40,7 @@ ALLOWED = {
     "volume": "events image_header segmentation_file volume_io",
     "dataset_json": "config events volume",
     "layouts": "config dataset_json events volume",
-    "cases": "config dataset_json events layouts volume",
+    "cases": "config dataset_json events files layouts volume",
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "prepared": "cases config events preprocessing volume",
@@ -52,22 +54,24 @@ ALLOWED = {
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
-    "inference": "config events memory modelpackage networks preprocessing restoration volume",
-    "trainer": "checkpoint config distributed events losses memory networks sampling step",
+    "region": "preprocessing volume",
+    "inference": "config devices events memory modelpackage networks preprocessing region restoration volume",
+    "planning": "devices events inference manifest memory networks region volume",
+    "trainer": "checkpoint config distributed events files losses memory networks sampling step",
     "training": (
-        "cases checkpoint config curves distributed events inference losses memory metrics modelpackage networks "
+        "cases checkpoint config curves distributed events files inference losses memory metrics modelpackage networks "
         "prepared preprocessing sampling step trainer"
     ),
-    "worker": "config events inference modelpackage",
+    "worker": "events",
     "benchmark": "config events losses memory networks reversible step",
-    "overlay": "config volume",
+    "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo doctor evaluation events inference memory modelpackage networks preprocessing "
-        "trainer training volume worker"
+        "benchmark cases config demo devices doctor evaluation events inference memory modelpackage networks planning "
+        "preprocessing trainer training volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

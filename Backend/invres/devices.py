@@ -1,0 +1,71 @@
+"""The devices that can be computed on and the memory that is free on them; answers without torch as well."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DeviceInfo", "device_info", "list_devices"]
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One device. name: as `--device` takes it. Bytes are None where they cannot be asked for."""
+
+    name: str
+    title: str
+    free_bytes: int | None
+    total_bytes: int | None
+
+
+def list_devices() -> tuple[list[DeviceInfo], str]:
+    """All CUDA cards and the CPU, the one that "auto" takes first, and torch's version ("" where it is not there).
+
+    A torch that cannot be imported counts as none: why it cannot is for the probe to say.
+    """
+    try:
+        import torch
+    except Exception:
+        return [_cpu()], ""
+    cards = [_card(torch, index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*cards, _cpu()], torch.__version__
+
+
+def device_info(device: Any) -> DeviceInfo:
+    """The state of one `torch.device`."""
+    if device.type != "cuda":
+        return _cpu()
+    import torch
+
+    return _card(torch, device.index or 0)
+
+
+def _card(torch: Any, index: int) -> DeviceInfo:
+    free, total = torch.cuda.mem_get_info(index)
+    # What this process keeps for its next tensors is as good as free.
+    free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return DeviceInfo(f"cuda:{index}", torch.cuda.get_device_name(index), free, total)
+
+
+def _cpu() -> DeviceInfo:
+    free, total = _main_memory()
+    return DeviceInfo("cpu", f"CPU ({os.cpu_count() or 1} threads, {platform.machine()})", free, total)
+
+
+def _main_memory() -> tuple[int | None, int | None]:
+    """Bytes of main memory that are available, and all."""
+    try:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+    except ImportError:
+        pass
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in stream if line.split()[1:]}
+        return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+    except (OSError, KeyError, ValueError):
+        return None, None

@@ -1,0 +1,249 @@
+"""What a segmentation will need before it is begun: memory, the window that fits, and time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from . import InvresError
+from .devices import DeviceInfo, device_info
+from .events import SILENT, Reporter, format_bytes, format_seconds
+from .inference import window_count
+from .manifest import Manifest
+from .memory import predict_forward
+from .networks import build
+from .region import region_shape
+from .volume import Geometry
+
+__all__ = ["SegmentationPlan", "plan_segmentation", "remember_speed"]
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+# What allocators, cuDNN's workspaces and the rest of the machine take beyond the arrays that are counted.
+MARGIN = 1.1
+# Windows are tried in these parts of the wanted one; below the last the network sees too little.
+PARTS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+SMALLEST_SIDE = 32
+PROBE_SIDE = 32
+PROBE_S = 1.0
+FLOAT = 4
+
+# Seconds per voxel of a window, by weights, device and length of the batch; of the last run or probe.
+_SPEED: dict[tuple[str, str], float] = {}
+
+
+@dataclass(frozen=True)
+class SegmentationPlan:
+    """predicted_bytes: peak on the device with `window`; host_bytes: peak in main memory (the same on the CPU).
+
+    fits: whether the wanted window fits. window: the largest part of the wanted window that fits, or the wanted one if
+    none does. windows: how many. seconds: expected, None where not known. free_bytes, total_bytes: of the device, None
+    where it does not tell. shape: of the prepared volume, at most. sentence: all of it in words.
+    """
+
+    predicted_bytes: int
+    host_bytes: int
+    free_bytes: int | None
+    total_bytes: int | None
+    fits: bool
+    window: Triple
+    wanted_window: Triple
+    windows: int
+    seconds: float | None
+    device: str
+    device_title: str
+    shape: Triple
+    sentence: str
+
+
+def plan_segmentation(
+    manifest: Manifest,
+    shape: Triple,
+    spacing_mm: Spacing,
+    device: torch.device,
+    window: Triple = (0, 0, 0),
+    roi_shape: Triple | None = None,
+    overlap: float = 0.5,
+    report: Reporter = SILENT,
+) -> SegmentationPlan:
+    """The plan for a volume of this shape and spacing, both (D, H, W) in the order of the model's axes (superior,
+    anterior, right). roi_shape: voxels of a region of interest.
+
+    Empty borders are cropped before segmenting, which only the volume itself shows; so this is an upper bound.
+    Raises InvresError for sizes that make no sense.
+    """
+    for name, sizes in (("shape", shape), ("spacing", spacing_mm), ("region", roi_shape or (1, 1, 1))):
+        if not all(size > 0 and np.isfinite(size) for size in sizes):
+            raise InvresError(f"The {name} must be three sizes above 0, got {list(sizes)}.")
+    wanted = window if min(window) > 0 else manifest.patch
+    grid = Geometry(shape, spacing_mm, (0, 0, 0), np.eye(3)[:, ::-1])
+    whole = grid.with_spacing(manifest.plan.spacing_mm).shape
+    here = device_info(device)
+    main = here if device.type == "cpu" else device_info(torch.device("cpu"))
+    choices = _windows(wanted, build_divisor(manifest))
+    report.progress("plan", 0, len(choices) + 1)
+    best: tuple[Triple, int, int, Triple] | None = None
+    first: tuple[Triple, int, int, Triple] | None = None
+    for index, choice in enumerate(choices):
+        seen = whole
+        if roi_shape is not None:
+            box = grid.crop((slice(0, roi_shape[0]), slice(0, roi_shape[1]), slice(0, roi_shape[2])))
+            seen = region_shape(box.with_spacing(manifest.plan.spacing_mm).shape, whole, choice)
+        on_device, on_host = _bytes(manifest, grid.shape, whole, seen, choice, overlap, device)
+        found = choice, on_device, on_host, seen
+        first = first or found
+        report.progress("plan", index + 1, len(choices) + 1)
+        if _has_room(here, on_device) and _has_room(main, on_host):
+            best = found
+            break
+    assert first is not None
+    choice, on_device, on_host, seen = best or first
+    count = window_count(seen, choice, overlap)
+    seconds = None
+    if best is not None:
+        per_voxel = _seconds_per_voxel(manifest, device, choice)
+        seconds = round(per_voxel * count * float(np.prod(choice)) + _other_seconds(manifest, shape, whole), 1)
+    report.progress("plan", len(choices) + 1, len(choices) + 1)
+    plan = SegmentationPlan(
+        predicted_bytes=on_device,
+        host_bytes=on_host,
+        free_bytes=here.free_bytes,
+        total_bytes=here.total_bytes,
+        fits=best is first,
+        window=choice,
+        wanted_window=wanted,
+        windows=count,
+        seconds=seconds,
+        device=here.name,
+        device_title=here.title,
+        shape=seen,
+        sentence="",
+    )
+    return replace(plan, sentence=_sentence(plan, nothing_fits=best is None))
+
+
+def remember_speed(manifest: Manifest, device: str, windows: int, window: Triple, predict_s: float) -> None:
+    """Takes the speed of a finished run for the next plan of the same model in this process."""
+    if windows > 0 and predict_s > 0:
+        _SPEED[manifest.sha256, device] = predict_s / (windows * float(np.prod(window)))
+
+
+def build_divisor(manifest: Manifest) -> Triple:
+    """What each side of a window should be a multiple of."""
+    with torch.device("meta"):
+        return build(replace(manifest.network, vae=None)).divisor
+
+
+def _windows(wanted: Triple, divisor: Triple) -> list[Triple]:
+    """The wanted window and smaller ones, largest first."""
+    choices = [wanted]
+    for part in PARTS[1:]:
+        sides = (
+            side if side <= SMALLEST_SIDE else max(SMALLEST_SIDE, int(side * part) // d * d)
+            for side, d in zip(wanted, divisor, strict=True)
+        )
+        depth, height, width = sides
+        if (depth, height, width) != choices[-1]:
+            choices.append((depth, height, width))
+    return choices
+
+
+def _bytes(
+    manifest: Manifest,
+    shape: Triple,
+    whole: Triple,
+    seen: Triple,
+    window: Triple,
+    overlap: float,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Peaks on the device and in main memory.
+
+    shape: of the input; whole: prepared; seen: the part of it that is predicted.
+    """
+    channels, classes = manifest.network.in_channels, manifest.network.out_channels
+    on_card = device.type == "cuda"
+    voxels, prepared = int(np.prod(shape)), int(np.prod(whole))
+    # A window larger than the volume is filled up.
+    padded = int(np.prod([max(s, w) for s, w in zip(seen, window, strict=True)]))
+    predicted = int(np.prod(seen))
+    count = window_count(seen, window, overlap)
+    batch = 1 if on_card else min(2, count)
+    weights, forward = predict_forward(manifest.network, window, batch)
+    files = channels * voxels * FLOAT
+    image = channels * predicted * FLOAT
+    logits = (classes + 1) * padded * FLOAT
+    filled_up = channels * padded * FLOAT if padded > predicted else 0
+    # The Gaussian weights, and the logits of the batch before, which MONAI holds until the next ones are there.
+    tiles = (1 + (batch * classes if count > batch else 0)) * int(np.prod(window)) * FLOAT
+    predicting = weights + image + filled_up + logits + max(forward + tiles, padded * FLOAT)
+    # In canonical orientation, one channel at a time resampled (ITK holds its own copies) and scaled.
+    preparing = 2 * files + channels * prepared * FLOAT + max(2 * voxels * FLOAT + 2 * prepared * FLOAT, 14 * prepared)
+    restoring = files + image + classes * predicted * FLOAT + 5 * voxels
+    if on_card:
+        return predicting, max(preparing, restoring)
+    everything = max(preparing + weights, files + predicting, restoring + weights)
+    return everything, everything
+
+
+def _has_room(device: DeviceInfo, needed_bytes: int) -> bool:
+    return device.free_bytes is None or needed_bytes * MARGIN <= device.free_bytes
+
+
+def _seconds_per_voxel(manifest: Manifest, device: torch.device, window: Triple) -> float:
+    """From the last run; else from windows on made-up data, the largest that takes about a second."""
+    key = manifest.sha256, str(device)
+    if key not in _SPEED:
+        network = build(replace(manifest.network, vae=None)).eval().to(device)
+        start, side = time.perf_counter(), PROBE_SIDE
+        while True:
+            sides = tuple(min(side, extent) for extent in window)
+            _SPEED[key] = _timed(network, manifest.network.in_channels, sides, device) / float(np.prod(sides))
+            side *= 2
+            # The next size takes about eight times as long, twice.
+            next_s = _SPEED[key] * 2 * float(np.prod([min(side, extent) for extent in window]))
+            if sides == tuple(window) or time.perf_counter() - start + next_s > PROBE_S:
+                break
+    return _SPEED[key]
+
+
+@torch.no_grad()
+def _timed(network: torch.nn.Module, channels: int, sides: tuple[int, ...], device: torch.device) -> float:
+    """Seconds of one window, after a first one that warms up."""
+    batch = 1 if device.type == "cuda" else 2
+    tiles = torch.randn(batch, channels, *sides, device=device)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        network(tiles)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return seconds / batch
+
+
+def _other_seconds(manifest: Manifest, shape: Triple, whole: Triple) -> float:
+    """Reading, preparing, restoring and writing; figures of a machine of 2024, the order of magnitude counts."""
+    voxels, prepared = float(np.prod(shape)), float(np.prod(whole))
+    channels, classes = manifest.network.in_channels, manifest.network.out_channels
+    return 0.3 + channels * (voxels + prepared) * 1e-7 + classes * voxels * 3e-8
+
+
+def _sentence(plan: SegmentationPlan, nothing_fits: bool) -> str:
+    free = "" if plan.free_bytes is None else f" of {format_bytes(plan.free_bytes)} free"
+    where = "in main memory" if plan.device == "cpu" else f"on {plan.device} ({plan.device_title})"
+    need = f"{format_bytes(plan.predicted_bytes)}{free} {where}"
+    size = " x ".join(map(str, plan.window))
+    if nothing_fits:
+        other = "choose a region of interest" if plan.device == "cpu" else "choose the CPU or a region of interest"
+        return f"Needs {need}, which is too little: {other}, or close other programs."
+    time_text = "" if plan.seconds is None else f", about {format_seconds(max(1, plan.seconds))}"
+    count = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
+    if plan.fits:
+        return f"Needs {need}{time_text} ({count} of {size} voxels)."
+    wanted = " x ".join(map(str, plan.wanted_window))
+    return f"The window of {wanted} voxels does not fit; {count} of {size} need {need}{time_text}."

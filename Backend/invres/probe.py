@@ -1,0 +1,127 @@
+"""Looks what a Python has of the packages that the backend needs, without needing any of them.
+
+`python -m invres.probe` writes one JSON object a line to stdout: first {"event": "python", ...}, then
+{"event": "importing", "name": ...} and {"event": "package", ...} for each package, at last {"event": "end"}. A package
+that takes Python down when it is imported is the one that was last announced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib import metadata, util
+from typing import Any
+
+__all__ = ["PACKAGES", "examine"]
+
+# Distribution, the name that it is imported by, and what is required of it; a test holds this to pyproject.toml.
+PACKAGES = (
+    ("numpy", "numpy", ""),
+    ("SimpleITK", "SimpleITK", ""),
+    ("torch", "torch", ">=2.8,!=2.9.*"),
+    ("scipy", "scipy", ""),
+    ("scikit-image", "skimage", ""),
+    ("safetensors", "safetensors", ""),
+    ("psutil", "psutil", ""),
+    ("memcnn", "memcnn", ""),
+    ("monai", "monai", ""),
+)
+
+
+def examine() -> Iterator[dict[str, Any]]:
+    """The report, object by object."""
+    folder = sysconfig.get_paths()["purelib"]
+    yield {
+        "event": "python",
+        "version": platform.python_version(),
+        "executable": sys.executable,
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "packages_folder": folder,
+        "writable": os.access(folder, os.W_OK),
+        "free_bytes": _free_bytes(folder),
+        "long_paths": _long_paths(),
+    }
+    for distribution, name, requirement in PACKAGES:
+        yield {"event": "importing", "name": distribution}
+        yield {"event": "package", **_package(distribution, name), "requirement": requirement}
+    yield {"event": "end"}
+
+
+def _package(distribution: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": distribution, "version": None, "imports": False, "present": False, "error": ""}
+    try:
+        found["version"] = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        pass
+    except Exception as error:  # half a folder of metadata
+        found["error"] = f"{type(error).__name__}: {error}"
+    try:
+        found["present"] = util.find_spec(name) is not None
+        module = importlib.import_module(name)
+        found["imports"] = True
+        # A folder that pip left behind is imported as an empty namespace.
+        if getattr(module, "__file__", None) is None:
+            found["imports"], found["error"] = False, "Only an empty folder is left of it."
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            found["needs"] = (error.name or "").partition(".")[0]
+            found["error"] = f"It needs {error.name}, which is not installed."
+    except BaseException as error:  # a damaged package may do anything, also end Python
+        found["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if name == "torch" and found["imports"]:
+        found.update(_torch())
+    return found
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+
+        cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        # A torch whose libraries are incomplete imports and fails here.
+        torch.nn.functional.conv3d(torch.zeros(1, 1, 3, 3, 3), torch.zeros(1, 1, 3, 3, 3))
+        return {"build": torch.__version__, "cuda": torch.version.cuda, "cards": cards}
+    except Exception as error:
+        return {"imports": False, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def _free_bytes(folder: str) -> int | None:
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _long_paths() -> bool:
+    """Whether paths may have more than 260 characters."""
+    if os.name != "nt":
+        return True
+    try:
+        registry: Any = importlib.import_module("winreg")
+        with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return bool(registry.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Writes the report to stdout; what packages print goes to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
+    os.dup2(2, 1)
+    for entry in examine():
+        stream.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        stream.flush()
+    stream.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""The Python that runs the backend: which one, what it lacks, installing and repairing it, by child processes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from . import Paths
+from .ChildProcess import ChildProcess
+from .Diagnostics import diagnosticReport
+from .Protocol import LineSplitter, TextTail, parsedEvent
+from .Requirements import TORCH_REQUIREMENT, TORCHVISION, Preflight, Step, constraints, installationSteps, judge
+
+__all__ = [
+    "Dependencies",
+    "InstallOutcome",
+    "backendCommand",
+    "backendEnvironment",
+    "backendPython",
+    "pythonSlicer",
+    "separatePython",
+    "setSeparatePython",
+]
+
+_SEPARATE_PYTHON = "InvResSegment/PythonExecutable"
+_INSTALL_PENDING = "InvResSegment/InstallPending"
+PROBE_LIMIT_MS = 300_000
+
+
+@dataclass(frozen=True)
+class InstallOutcome:
+    """state: "done", "failed", "declined" or "restart" (Slicer must be restarted; then it goes on by itself)."""
+
+    state: str
+    message: str = ""
+    hint: str = ""
+
+
+# -------------------------------------------------------------------- which Python
+
+
+def separatePython() -> str:
+    """The Python that was chosen for the backend instead of Slicer's own; "" for Slicer's."""
+    return str(qt.QSettings().value(_SEPARATE_PYTHON) or "")
+
+
+def setSeparatePython(path: str) -> None:
+    """Remembers the choice; "" goes back to Slicer's own Python."""
+    qt.QSettings().setValue(_SEPARATE_PYTHON, str(path).strip())
+
+
+def pythonSlicer() -> str:
+    """Slicer's own Python as a program. Raises FileNotFoundError, in a plain sentence, where there is none."""
+    beside = Path(slicer.app.slicerHome) / "bin" / ("PythonSlicer.exe" if os.name == "nt" else "PythonSlicer")
+    found = shutil.which("PythonSlicer") or (str(beside) if beside.is_file() else "")
+    if not found:
+        raise FileNotFoundError(_("Slicer's Python (PythonSlicer) was not found."))
+    return found
+
+
+def backendPython() -> str:
+    """The Python that the backend runs on. Raises FileNotFoundError where it is not there."""
+    separate = separatePython()
+    if separate and not Path(separate).is_file():
+        raise FileNotFoundError(
+            _("The Python that was chosen for the backend is not there: {path}.").format(path=separate)
+        )
+    return separate or pythonSlicer()
+
+
+def backendCommand(*arguments: str) -> list[str]:
+    """The command line of the worker, or of another verb or module option of the backend's package."""
+    return [backendPython(), *(arguments or ("-m", "invres", "worker"))]
+
+
+def backendEnvironment() -> dict[str, str]:
+    """The whole environment of the backend's process.
+
+    A Python that is not Slicer's gets the environment that Slicer itself was started in: with Slicer's own PYTHONHOME
+    and libraries it would load the wrong files.
+    """
+    if separatePython():
+        environment = dict(slicer.util.startupEnvironment())
+        for name in ("PYTHONHOME", "PYTHONPATH"):
+            environment.pop(name, None)
+    else:
+        environment = dict(os.environ)
+    paths = [str(Paths.backendFolder()), environment.get("PYTHONPATH") or ""]
+    environment.update(
+        PYTHONPATH=os.pathsep.join(filter(None, paths)),
+        PYTHONUTF8="1",
+        PYTHONUNBUFFERED="1",
+        OMP_WAIT_POLICY=environment.get("OMP_WAIT_POLICY") or "PASSIVE",
+    )
+    return environment
+
+
+# -------------------------------------------------------------------- what it has, and making it whole
+
+
+class Dependencies:
+    """Examines and installs what the backend needs. Nothing happens until it is asked for.
+
+    onLog: gets what pip and the probe say.
+    """
+
+    def __init__(self, onLog: Callable[[str], None] | None = None) -> None:
+        self._onLog = onLog
+        self._child: ChildProcess | None = None
+        self.preflight: Preflight | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it examines or installs."""
+        return self._child is not None
+
+    def check(self, onDone: Callable[[Preflight], None]) -> None:
+        """Imports every package in a child Python and tells what it found; takes seconds, blocks nothing.
+
+        A check that is under way is begun anew, and its callback not called.
+        """
+        separate = bool(separatePython())
+        entries: list[dict] = []
+        lines = LineSplitter()
+
+        def onOutput(data: bytes) -> None:
+            entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
+
+        def onEnd(exitCode: int, reason: str, errors: str) -> None:
+            self.preflight = judge(entries, exitCode, errors or reason, separate)
+            onDone(self.preflight)
+
+        self._run(("-m", "invres.probe"), onOutput, onEnd)
+
+    def install(self, onDone: Callable[[InstallOutcome], None]) -> None:
+        """Does what the last `check` calls for, then checks again.
+
+        In Slicer's own Python torch comes through the PyTorch extension where it is there, the rest by Slicer's own
+        package installer, both with their own windows. In a separate Python pip runs in the background.
+        """
+        preflight = self.preflight
+        if preflight is None:
+            self.check(lambda _found: self.install(onDone))
+            return
+        if preflight.blockers:
+            self._end(onDone, InstallOutcome("failed", preflight.blockers[0]))
+            return
+        separate = bool(separatePython())
+        steps = installationSteps(preflight, separate)
+        if not steps:
+            self._end(onDone, InstallOutcome("done", _("Everything is installed.")))
+            return
+        if separate:
+            self._installSeparately(steps, onDone)
+            return
+        if _mustRestartFirst(steps):
+            self.installPending = True
+            message = _("torch is in use by another module, so it cannot be replaced now.")
+            self._end(onDone, InstallOutcome("restart", message, _("Restart Slicer; the installation then goes on.")))
+            return
+        # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
+        self.installPending = True
+        try:
+            for step in steps:
+                self._log(f"{step.text}\n")
+                if not self._doInSlicer(step, preflight):
+                    self.installPending = False
+                    self._end(onDone, InstallOutcome("declined", _("The installation was cancelled.")))
+                    return
+        except Exception as error:
+            self.installPending = False
+            self._end(onDone, _failed(error))
+            return
+        self._verify(onDone)
+
+    def cancel(self) -> None:
+        """Ends a check, or an installation in a separate Python; its callback is not called."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+
+    @property
+    def installPending(self) -> bool:
+        """Whether an installation was begun that a restart of Slicer interrupted."""
+        return str(qt.QSettings().value(_INSTALL_PENDING) or "") == "1"
+
+    @installPending.setter
+    def installPending(self, pending: bool) -> None:
+        qt.QSettings().setValue(_INSTALL_PENDING, "1" if pending else "")
+
+    def report(self, facts: Sequence[tuple[str, str]] = (), errorCodes: Sequence[str] = ()) -> str:
+        """The diagnostic report; facts: more lines of it. Has no patient data and no names."""
+        about = [
+            ("Slicer", f"{slicer.app.applicationVersion}, revision {slicer.app.revision}"),
+            ("System", f"{slicer.app.os} {slicer.app.arch}"),
+            ("Separate Python", separatePython() or "no"),
+            ("PyTorch extension", "yes" if _pyTorchUtils() is not None else "no"),
+            ("Slicer's package installer", "yes" if _packaging() is not None else "no"),
+        ]
+        return diagnosticReport(self.preflight, [*about, *facts], errorCodes)
+
+    # ---------------------------------------------------------------- inside
+
+    def _verify(self, onDone: Callable[[InstallOutcome], None]) -> None:
+        def onChecked(found: Preflight) -> None:
+            self.installPending = False
+            if found.ready:
+                onDone(InstallOutcome("done", _("Everything is installed and works.")))
+            else:
+                sentence = found.sentences[0] if found.sentences else _("The examination did not come to its end.")
+                onDone(InstallOutcome("failed", sentence, _("Restart Slicer and press Install again.")))
+
+        self.check(onChecked)
+
+    def _doInSlicer(self, step: Step, preflight: Preflight) -> bool:
+        """Does one step in Slicer's own Python; False if the person has declined."""
+        if step.kind == "uninstall":
+            slicer.util.pip_uninstall(" ".join(step.names))
+        elif step.kind == "clear":
+            _clearLeftovers(preflight, step.names)
+        elif step.kind == "torch":
+            return self._installTorch(step, preflight)
+        else:
+            return _pipInstall(step.names, _held(preflight, withTorch=True))
+        return True
+
+    def _installTorch(self, step: Step, preflight: Preflight) -> bool:
+        utilities = _pyTorchUtils()
+        if utilities is None:
+            self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
+            return _pipInstall(step.names, _held(preflight, withTorch=False))
+        logic = utilities.PyTorchUtilsLogic()
+        wishes = {
+            "askConfirmation": True,
+            "forceComputationBackend": None,
+            "torchVersionRequirement": TORCH_REQUIREMENT,
+        }
+        known = inspect.signature(logic.installTorch).parameters
+        # It ends with importing torch; None means that the person has declined.
+        return logic.installTorch(**{name: value for name, value in wishes.items() if name in known}) is not None
+
+    def _installSeparately(self, steps: list[Step], onDone: Callable[[InstallOutcome], None]) -> None:
+        step, *others = steps
+        self._log(f"{step.text}\n")
+        if step.kind == "clear":
+            if self.preflight is not None:
+                _clearLeftovers(self.preflight, step.names)
+            self._next(others, onDone)
+            return
+        pip = ["-m", "pip", "--disable-pip-version-check"]
+        pip += ["uninstall", "--yes", *step.names] if step.kind == "uninstall" else ["install", *step.names]
+
+        def onEnd(exitCode: int, reason: str, errors: str) -> None:
+            if exitCode == 0 and not reason:
+                self._next(others, onDone)
+            else:
+                message = _("{step} failed: {reason}.").format(step=step.text, reason=(errors or reason).rstrip("."))
+                onDone(InstallOutcome("failed", message, _("Look at the log, check the network, and try again.")))
+
+        tail = TextTail()
+        self._run(pip, lambda data: self._log(tail.feed(data)), onEnd)
+
+    def _next(self, steps: list[Step], onDone: Callable[[InstallOutcome], None]) -> None:
+        if steps:
+            self._installSeparately(steps, onDone)
+        else:
+            self._verify(onDone)
+
+    def _run(
+        self,
+        arguments: Sequence[str],
+        onOutput: Callable[[bytes], None],
+        onEnd: Callable[[int, str, str], None],
+    ) -> None:
+        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the last line of its errors."""
+        self.cancel()
+        errors = TextTail()
+        try:
+            command, environment = backendCommand(*arguments), backendEnvironment()
+        except OSError as error:
+            message = str(error)
+            qt.QTimer.singleShot(0, lambda: onEnd(-1, message, ""))
+            return
+
+        def ended(exitCode: int, reason: str) -> None:
+            if self._child is child:
+                self._child = None
+                onEnd(exitCode, reason, errors.lastLine)
+
+        def tooLong() -> None:
+            if self._child is child and arguments[-1] == "invres.probe":
+                child.kill()
+                ended(-1, _("it took too long"))
+
+        child = ChildProcess(
+            command,
+            environment,
+            onOutput,
+            lambda data: self._log(errors.feed(data)),
+            # Later, as the program may fail to start before this one has returned.
+            lambda exitCode, reason: qt.QTimer.singleShot(0, lambda: ended(exitCode, reason)),
+        )
+        self._child = child
+        child.start()
+        child.closeInput()
+        qt.QTimer.singleShot(PROBE_LIMIT_MS, tooLong)
+
+    @staticmethod
+    def _end(onDone: Callable[[InstallOutcome], None], outcome: InstallOutcome) -> None:
+        qt.QTimer.singleShot(0, lambda: onDone(outcome))
+
+    def _log(self, text: str) -> None:
+        if self._onLog is not None and text:
+            self._onLog(text)
+
+
+def _mustRestartFirst(steps: Sequence[Step]) -> bool:
+    """Whether a package that has to go is loaded in this very process, so that its files are held or half replaced."""
+    leaving = {name for step in steps if step.kind == "uninstall" for name in step.names}
+    return any(name.replace("-", "_") in sys.modules for name in leaving)
+
+
+def _pyTorchUtils():
+    """The module of the PyTorch extension, or None where the extension is not installed."""
+    try:
+        return importlib.import_module("PyTorchUtils")
+    except ImportError:
+        return None
+
+
+def _packaging():
+    """Slicer's package installer, which came with 5.12, or None."""
+    try:
+        module = importlib.import_module("slicer.packaging")
+    except ImportError:
+        return None
+    return module if hasattr(module, "pip_ensure") else None
+
+
+def _held(preflight: Preflight, withTorch: bool) -> list[tuple[str, str]]:
+    """Packages with the version that pip must leave as it is."""
+    held = [(package.name, package.version) for package in preflight.packages if package.state == "ok"]
+    if withTorch:
+        held = [entry for entry in held if entry[0] != "torch"]
+        for name in ("torch", TORCHVISION):
+            try:
+                held.append((name, importlib.metadata.version(name)))
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return held
+
+
+def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> bool:
+    """Installs into Slicer's own Python without replacing what it has; False if the person has declined."""
+    importlib.invalidate_caches()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "constraints.txt"
+        path.write_text(constraints(held), encoding="utf-8")
+        packaging = _packaging()
+        if packaging is None:
+            slicer.util.pip_install([*names, "--constraint", str(path)])
+            return True
+        try:
+            packaging.pip_ensure(list(names), constraints=path, requester="InvResSegment", skip_in_testing=False)
+        except RuntimeError as error:
+            if "declined" not in str(error):
+                raise
+            return False
+    return True
+
+
+def _clearLeftovers(preflight: Preflight, names: Sequence[str]) -> None:
+    """Removes folders of packages that pip does not know any more: a half-installed one has lost its list of files."""
+    python = next((entry for entry in preflight.report if entry["event"] == "python"), {})
+    folder = Path(str(python.get("packages_folder") or ""))
+    if not folder.is_absolute() or not folder.is_dir():
+        return
+    for name in names:
+        module = {"scikit-image": "skimage"}.get(name, name)
+        if (folder / module).is_dir() and not any(_distributions(folder, name)):
+            shutil.rmtree(folder / module, ignore_errors=True)
+        # What pip could not remove, it has renamed with a tilde in the place of the first letter.
+        for rest in folder.glob(f"~{module[1:]}*"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _distributions(folder: Path, name: str) -> list[Path]:
+    """Metadata folders of a package with a list of its files."""
+    pattern = f"{name.replace('-', '_')}-*.dist-info"
+    return [entry for entry in folder.glob(pattern) if (entry / "RECORD").is_file()]
+
+
+def _failed(error: Exception) -> InstallOutcome:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    message = _("The installation failed: {reason}.").format(reason=lines[-1].rstrip("."))
+    return InstallOutcome("failed", message, _("Check the network and the free space, restart Slicer, and try again."))

@@ -1,0 +1,58 @@
+"""What a model says of itself, as the card under the list of models."""
+
+from slicer.i18n import tr as _
+
+from .Text import escape, formatBytes
+
+__all__ = ["cardText", "matchesSearch"]
+
+LABELS_SHOWN = 12
+
+
+def cardText(model, memory: str = "") -> str:
+    """The card of a `ModelInfo`, as rich text. memory: what it needs, in words, once that is known."""
+    rows = [
+        (_("Channels"), ", ".join(_withModality(channel) for channel in model.channels)),
+        (_("Labels"), _labels(model)),
+        (_("Spacing"), _("{spacing} mm").format(spacing=" \u00d7 ".join(f"{value:g}" for value in model.spacingMm))),
+        (_("Licence"), escape(model.licence) if model.licence else _("not stated")),
+        (_("Training data"), escape(model.trainingData) if model.trainingData else _("not stated")),
+        (_("Metrics"), "<br>".join(escape(row) for row in model.metrics) or _("none measured")),
+    ]
+    if not memory and model.predictedBytes is not None:
+        memory = _("about {amount}").format(amount=formatBytes(model.predictedBytes))
+    if memory:
+        rows.append((_("Memory"), escape(memory)))
+    lines = "".join(
+        f'<tr><td style="padding-right: 8px; white-space: nowrap"><b>{title}</b></td><td>{value}</td></tr>'
+        for title, value in rows
+    )
+    description = f"<p>{escape(model.description)}</p>" if model.description else ""
+    return f"{description}<table cellspacing=0 cellpadding=1>{lines}</table>"
+
+
+def matchesSearch(model, words: str) -> bool:
+    """Whether every word occurs in the model's name, description, channels, labels, licence or training data."""
+    channels = " ".join(f"{channel.name} {channel.modality}" for channel in model.channels)
+    labels = " ".join(label.name for label in model.labels)
+    said = " ".join((model.name, model.description, channels, labels, model.licence, model.trainingData)).casefold()
+    return all(word in said for word in words.casefold().split())
+
+
+def _withModality(channel) -> str:
+    if not channel.modality or channel.modality.casefold() == channel.name.casefold():
+        return escape(channel.name)
+    return escape(f"{channel.name} ({channel.modality})")
+
+
+def _labels(model) -> str:
+    shown = []
+    for label in model.labels[:LABELS_SHOWN]:
+        square = ""
+        if label.colour:
+            red, green, blue = label.colour
+            square = f'<font color="#{red:02x}{green:02x}{blue:02x}">\u25a0</font>&nbsp;'
+        shown.append(square + escape(label.name).replace(" ", "&nbsp;"))
+    if len(model.labels) > LABELS_SHOWN:
+        shown.append(_("and {count} more").format(count=len(model.labels) - LABELS_SHOWN))
+    return ", ".join(shown)

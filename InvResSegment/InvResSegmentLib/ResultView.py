@@ -1,0 +1,93 @@
+"""The result section: volumes of the segments, what the run took, warnings, 3D and the way into the Segment Editor."""
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from .Notice import WARNING, Notice
+from .Text import escape, formatBytes, formatSeconds
+
+__all__ = ["ResultView", "openInSegmentEditor"]
+
+ROWS_SHOWN = 10
+
+
+class ResultView:
+    """The section `resultButton` of the Segment tab; hidden until there is a result, and after its node is gone."""
+
+    def __init__(self, ui, logic) -> None:
+        self._ui = ui
+        self._logic = logic
+        self._warnings = Notice(ui, "warningsNotice")
+        self._volume = None
+        ui.volumesTable.verticalHeader().setVisible(False)
+        ui.editorButton.connect("clicked()", self._onOpenEditor)
+        ui.undoButton.connect("clicked()", self._onUndo)
+        self.clear()
+
+    def show(self, outcome, inputVolume, predictedBytes: int | None) -> None:
+        """Show a `SegmentationOutcome`; inputVolume: what the Segment Editor shows beneath the segments."""
+        self._volume = inputVolume
+        node = outcome.segmentationNode
+        self._ui.resultSummary.text = _summary(node.GetName(), outcome, predictedBytes)
+        self._ui.volumesTable.setMRMLTableNode(outcome.tableNode)
+        self._fitTable(outcome.tableNode)
+        self._ui.show3DButton.setSegmentationNode(node)
+        self._warnings.show(WARNING, *outcome.warnings)
+        self._ui.resultButton.visible = True
+        self._ui.resultButton.collapsed = False
+
+    def clear(self) -> None:
+        """Hide the section and let go of the nodes."""
+        self._volume = None
+        self._ui.volumesTable.setMRMLTableNode(None)
+        self._ui.show3DButton.setSegmentationNode(None)
+        self._warnings.clear()
+        self._ui.resultButton.visible = False
+
+    def onNodeRemoved(self, node) -> None:
+        """To be called when a node leaves the scene."""
+        if node is not None and node in (
+            self._ui.show3DButton.segmentationNode(),
+            self._ui.volumesTable.mrmlTableNode(),
+        ):
+            self.clear()
+
+    def _fitTable(self, tableNode) -> None:
+        """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel."""
+        table = self._ui.volumesTable
+        rows = min(tableNode.GetNumberOfRows() if tableNode else 0, ROWS_SHOWN)
+        table.horizontalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
+        table.horizontalHeader().setStretchLastSection(True)
+        rowHeight = table.verticalHeader().defaultSectionSize
+        height = table.horizontalHeader().sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
+        table.setMinimumHeight(height)
+        table.setMaximumHeight(height)
+
+    def _onUndo(self) -> None:
+        self._logic.undo()
+        self.clear()
+
+    def _onOpenEditor(self) -> None:
+        openInSegmentEditor(self._ui.show3DButton.segmentationNode(), self._volume)
+
+
+def openInSegmentEditor(segmentationNode, volumeNode) -> None:
+    """Go to the Segment Editor with this segmentation, on this volume."""
+    slicer.util.selectModule("SegmentEditor")
+    editor = slicer.modules.segmenteditor.widgetRepresentation().self().editor
+    editor.setSegmentationNode(segmentationNode)
+    if volumeNode is not None and volumeNode.GetScene() is not None:
+        editor.setSourceVolumeNode(volumeNode)
+
+
+def _summary(name: str, outcome, predictedBytes: int | None) -> str:
+    parts = [f"<b>{escape(name)}</b>"]
+    if outcome.seconds:
+        parts.append(_("{time}").format(time=formatSeconds(outcome.seconds)))
+    if outcome.measuredPeakBytes:
+        peak = _("measured peak {amount}").format(amount=formatBytes(outcome.measuredPeakBytes))
+        if predictedBytes:
+            peak += " " + _("(predicted {amount})").format(amount=formatBytes(predictedBytes))
+        parts.append(peak)
+    return ", ".join(parts)

@@ -1,0 +1,508 @@
+"""One segmentation from volume nodes to a segmentation node: checks, plan, run on the backend, import, undo."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import slicer
+from slicer.i18n import tr as _
+
+from . import GeometryDoctor, NodeConversion, SegmentationResult
+
+__all__ = [
+    "MemoryPlan",
+    "SegmentationLogic",
+    "SegmentationOutcome",
+    "SegmentationRequest",
+]
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationRequest:
+    """What a person chose. model: a ModelInfo; channels: its channel names -> volume nodes.
+
+    outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
+    window: voxels (D, H, W) of the sliding window, None for the model's own.
+    """
+
+    model: Any
+    channels: dict[str, slicer.vtkMRMLScalarVolumeNode]
+    device: str = "auto"
+    outputNode: slicer.vtkMRMLSegmentationNode | None = None
+    roiNode: slicer.vtkMRMLMarkupsROINode | None = None
+    window: Triple | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will need. window: voxels (D, H, W), the largest that fits. freeBytes: 0 where it is not known."""
+
+    predictedBytes: int
+    freeBytes: int
+    window: Triple
+    seconds: float | None
+    fits: bool
+    sentence: str
+
+
+@dataclass
+class SegmentationOutcome:
+    """How a run ended. state: "done", "failed" or "cancelled"; unless "done" the scene is as it was."""
+
+    state: str
+    segmentationNode: slicer.vtkMRMLSegmentationNode | None = None
+    tableNode: slicer.vtkMRMLTableNode | None = None
+    message: str = ""
+    hint: str = ""
+    measuredPeakBytes: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """What belongs to the segmentation that is running."""
+
+    request: SegmentationRequest
+    folder: Path
+    onProgress: Callable[[str, float, float | None], None]
+    onDone: Callable[[SegmentationOutcome], None]
+    inputs: tuple[SegmentationResult.InputRecord, ...]
+    begun: float = field(default_factory=time.monotonic)
+    requestId: int | None = None
+    fraction: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    verdict: tuple[str, str, str] | None = None  # state, message, hint that this side decided on
+    observers: list[tuple[Any, int]] = field(default_factory=list)
+
+    @property
+    def resultPath(self) -> Path:
+        return self.folder / "result.seg.nrrd"
+
+
+def _stages() -> dict[str, tuple[str, float, float]]:
+    """Stage of the backend -> what a person reads, and the part of the whole from where to where."""
+    return {
+        "export": (_("Handing the volumes over"), 0.0, 0.03),
+        "start": (_("Starting the backend"), 0.03, 0.10),
+        "segment.read": (_("Reading the volumes"), 0.10, 0.13),
+        "segment.load": (_("Loading the model"), 0.13, 0.18),
+        "segment.prepare": (_("Preparing the volumes"), 0.18, 0.28),
+        "segment.tiles": (_("Segmenting"), 0.28, 0.90),
+        "segment.restore": (_("Returning to the grid of the volume"), 0.90, 0.95),
+        "segment.write": (_("Writing the result"), 0.95, 0.97),
+        "import": (_("Adding the segments to the scene"), 0.97, 1.0),
+    }
+
+
+class SegmentationLogic:
+    """Runs one segmentation at a time on a BackendProcess; nothing here blocks but copying voxels.
+
+    temporaryFolder: gives the path of a new folder; it and all in it are removed when the run has ended.
+    """
+
+    def __init__(self, backend: Any, temporaryFolder: Callable[[], str]) -> None:
+        self._backend = backend
+        self._temporaryFolder = temporaryFolder
+        self._run: _Run | None = None
+        self._planId: int | None = None
+        self._lastChange: SegmentationResult.SceneChange | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a segmentation is under way."""
+        return self._run is not None
+
+    # ---------------------------------------------------------------- before
+
+    def missing(self, request: SegmentationRequest) -> list[str]:
+        """What keeps this request from being run, one plain sentence each; empty if Apply may be pressed."""
+        if request.model is None:
+            return [_("Choose a model.")]
+        sentences, nodes = [], []
+        if self.running:
+            sentences.append(_("A segmentation is running; wait for it or cancel it."))
+        for channel in request.model.channels:
+            node = request.channels.get(channel.name)
+            if node is None or node.GetScene() is None:
+                sentences.append(_("Choose a volume for the channel {name}.").format(name=channel.name))
+            elif problem := NodeConversion.exportProblem(node):
+                sentences.append(problem)
+            elif node in nodes:
+                sentences.append(
+                    _("{name} is chosen for two channels; choose another volume for {channel}.").format(
+                        name=node.GetName(), channel=channel.name
+                    )
+                )
+            else:
+                nodes.append(node)
+        if len(nodes) == len(request.model.channels):
+            sentences += self._geometryProblems(request, nodes)
+        output = request.outputNode
+        if output is not None and output.GetScene() is not None and not _takesVoxels(output):
+            sentences.append(
+                _("The segmentation {name} is made of surfaces; choose a new segmentation as output.").format(
+                    name=output.GetName()
+                )
+            )
+        return sentences
+
+    def _geometryProblems(self, request: SegmentationRequest, nodes: list[slicer.vtkMRMLScalarVolumeNode]) -> list[str]:
+        errors: dict[str, list[str]] = {}
+        for finding in GeometryDoctor.examine(nodes):
+            if finding.severity == "error":
+                errors.setdefault(finding.volume, []).append(finding.sentence)
+        # One sentence a volume is enough here; the panel shows the rest.
+        hint = _("Align it to {name}.").format(name=nodes[0].GetName())
+        sentences = [f"{found[0]} {hint}" for found in errors.values()]
+        if request.roiNode is not None and request.roiNode.GetScene() is not None:
+            box = _regionVoxels(request.roiNode, nodes[0])
+            if box is None:
+                sentences.append(
+                    _("The region {region} does not touch {name}; move it over the part to segment.").format(
+                        region=request.roiNode.GetName(), name=nodes[0].GetName()
+                    )
+                )
+        return sentences
+
+    def plan(self, request: SegmentationRequest, onDone: Callable[[MemoryPlan | None, str], None]) -> None:
+        """Asks the backend what the run would need. onDone(plan, "") or (None, sentence why not).
+
+        A newer question takes the place of one that is still open, whose `onDone` is then not called.
+        """
+        if self._planId is not None:
+            self._backend.cancel(self._planId)
+            self._planId = None
+        reference = self._reference(request)
+        if reference is None or NodeConversion.exportProblem(reference):
+            onDone(None, _("Choose a model and its volumes to see what they need."))
+            return
+        order, spacing = _canonicalOrder(reference)
+        size = np.array(reference.GetImageData().GetDimensions())
+        arguments = ["plan", "--model", str(request.model.path), "--device", request.device]
+        arguments += ["--shape", *(str(number) for number in size[order])]
+        arguments += ["--spacing", *(f"{number:.6f}" for number in spacing[order])]
+        if request.window:
+            arguments += ["--window", *map(str, request.window)]
+        if request.roiNode is not None and (box := _regionVoxels(request.roiNode, reference)) is not None:
+            arguments += ["--roi-shape", *(str(number) for number in np.array(box)[order])]
+        asked: list[int] = []
+
+        def finished(outcome: Any) -> None:
+            if asked and self._planId != asked[0]:
+                return
+            self._planId = None
+            if outcome.state != "done":
+                onDone(None, f"{outcome.message} {outcome.hint}".strip())
+                return
+            found = outcome.result
+            window: Any = tuple(int(side) for side in found.get("window") or (0, 0, 0))
+            onDone(
+                MemoryPlan(
+                    predictedBytes=int(found.get("predicted_bytes") or 0),
+                    freeBytes=int(found.get("free_bytes") or 0),
+                    window=window,
+                    seconds=found.get("seconds"),
+                    fits=bool(found.get("fits")),
+                    sentence=found.get("sentence") or "",
+                ),
+                "",
+            )
+
+        requestId = self._backend.request(arguments, None, finished)
+        self._planId = requestId
+        asked.append(requestId)
+
+    # ---------------------------------------------------------------- the run
+
+    def start(
+        self,
+        request: SegmentationRequest,
+        onProgress: Callable[[str, float, float | None], None],
+        onDone: Callable[[SegmentationOutcome], None],
+    ) -> None:
+        """Begins a run. onProgress(stage in words, fraction of the whole, seconds left or None); onDone once.
+
+        Raises nothing: whatever goes wrong comes as an outcome, with the scene as it was.
+        """
+        if problems := self.missing(request):
+            onDone(SegmentationOutcome("failed", message=problems[0], hint=" ".join(problems[1:])))
+            return
+        try:
+            folder = Path(self._temporaryFolder())
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            onDone(SegmentationOutcome("failed", **_writingFailed(error)))
+            return
+        inputs = tuple(
+            SegmentationResult.InputRecord(name, node.GetName(), node.GetID(), SegmentationResult.seriesUidOf(node))
+            for name, node in self._nodes(request).items()
+        )
+        run = self._run = _Run(request, folder, onProgress, onDone, inputs)
+        try:
+            arguments = self._export(run)
+        except NodeConversion.ConversionError as error:
+            self._end(SegmentationOutcome("failed", message=error.message, hint=error.hint))
+            return
+        except OSError as error:
+            self._end(SegmentationOutcome("failed", **_writingFailed(error)))
+            return
+        if run.verdict is not None:  # cancelled from within onProgress
+            self._endAsDecided()
+            return
+        scene = self._reference(request).GetScene()
+        for event, handler in (
+            (scene.StartCloseEvent, self._onSceneClosing),
+            (scene.NodeRemovedEvent, self._onNodeRemoved),
+        ):
+            run.observers.append((scene, scene.AddObserver(event, handler)))
+        try:
+            requestId = self._backend.request(arguments, self._onEvent, self._onFinished)
+        except Exception as error:  # a backend that cannot even be asked must not leave a run that never ends
+            self._end(SegmentationOutcome("failed", message=_("The backend could not be started."), hint=str(error)))
+            return
+        if self._run is run:
+            run.requestId = requestId
+            if run.verdict is not None:
+                self._backend.cancel(requestId)
+
+    def cancel(self) -> None:
+        """Ends the run; `onDone` gets "cancelled" and the scene stays as it is."""
+        self._stop("cancelled", _("The segmentation was cancelled."))
+
+    def canUndo(self) -> bool:
+        """Whether the last run can be taken back."""
+        change = self._lastChange
+        return change is not None and not self.running and _scene().GetNodeByID(change.target) is not None
+
+    def undo(self) -> None:
+        """Takes the last run back as one step: its nodes, or its segments. What was edited elsewhere since stays."""
+        if self.canUndo():
+            change, self._lastChange = self._lastChange, None
+            change.revert(_scene())
+
+    def _export(self, run: _Run) -> list[str]:
+        """Writes the volumes; returns the backend's arguments."""
+        request, reference = run.request, self._reference(run.request)
+        arguments = ["segment", "--model", str(request.model.path)]
+        nodes = self._nodes(request)
+        for index, (channel, node) in enumerate(nodes.items()):
+            self._progress("export", index, len(nodes), None)
+            path = run.folder / f"channel{index}.nrrd"  # a short plain name, whatever the volume is called
+            NodeConversion.exportVolume(node, path, None if node is reference else reference)
+            arguments += ["--input", f"{channel}={path}"]
+        arguments += ["--output", str(run.resultPath), "--device", request.device]
+        if request.window:
+            arguments += ["--window", *map(str, request.window)]
+        if request.roiNode is not None:
+            # Without exponents, which argparse takes for options where the number is negative.
+            bounds = NodeConversion.regionInVolume(request.roiNode, reference)
+            arguments += ["--roi", *(f"{number:.6f}" for number in bounds)]
+        self._progress("export", len(nodes), len(nodes), None)
+        return arguments
+
+    def _onEvent(self, event: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        if event.get("event") == "progress":
+            self._progress(event.get("stage", ""), event.get("done", 0), event.get("total", 1), event.get("eta_s"))
+        elif event.get("event") == "warning" and event.get("message"):
+            self._run.warnings.append(event["message"])
+
+    def _progress(self, stage: str, done: float, total: float, eta_s: float | None) -> None:
+        run = self._run
+        if run is None:
+            return
+        text, first, last = _stages().get(stage, (_("Working"), run.fraction, run.fraction))
+        part = min(1.0, max(0.0, done / total)) if total else 0.0
+        # A window that was halved for lack of memory begins anew; the bar waits for it rather than going back.
+        run.fraction = max(run.fraction, first + (last - first) * part)
+        run.onProgress(text, run.fraction, eta_s if stage == "segment.tiles" else None)
+
+    def _onFinished(self, outcome: Any) -> None:
+        run = self._run
+        if run is None:
+            return
+        if run.verdict is not None:
+            self._endAsDecided()
+        elif outcome.state == "done":
+            self._import(run, outcome.result)
+        elif outcome.state == "cancelled":
+            self._end(SegmentationOutcome("cancelled", message=_("The segmentation was cancelled.")))
+        else:
+            self._end(SegmentationOutcome("failed", message=outcome.message, hint=outcome.hint))
+
+    def _import(self, run: _Run, found: dict[str, Any]) -> None:
+        """The result into the scene, or nothing at all."""
+        change = SegmentationResult.SceneChange()
+        scene = _scene()
+        self._progress("import", 0, 1, None)
+        if run.verdict is not None:
+            self._endAsDecided()
+            return
+        try:
+            reference = self._reference(run.request)
+            # All that can be wrong with the file shows here, before anything is touched.
+            result = NodeConversion.readResult(run.resultPath, reference)
+            scene.SaveStateForUndo()
+            outcome = self._addToScene(run, found, result, reference, change)
+        except Exception as error:
+            change.revert(scene)
+            message = getattr(error, "message", "") or _("The result could not be added to the scene: {error}.").format(
+                error=str(error) or type(error).__name__
+            )
+            self._end(SegmentationOutcome("failed", message=message, hint=getattr(error, "hint", "")))
+            return
+        self._progress("import", 1, 1, None)
+        self._lastChange = change
+        self._end(outcome)
+
+    def _addToScene(
+        self,
+        run: _Run,
+        found: dict[str, Any],
+        result: NodeConversion.ResultFile,
+        reference: slicer.vtkMRMLScalarVolumeNode,
+        change: SegmentationResult.SceneChange,
+    ) -> SegmentationOutcome:
+        request, model = run.request, run.request.model
+        node = request.outputNode
+        if node is not None and node.GetScene() is None:
+            run.warnings.append(_("The chosen segmentation was deleted during the run; the result is in a new one."))
+            node = None
+        if node is None:
+            node = SegmentationResult.createSegmentationNode(_scene(), reference, change)
+        else:
+            change.keep(node)
+        change.target = node.GetID()
+        labels = [
+            NodeConversion.SegmentLabel(label.name, label.value, label.colour, label.terminology)
+            for label in model.labels
+        ]
+        origin = found.get("model_sha256") or model.sha256
+        NodeConversion.importSegmentation(result, reference, node, origin, labels, change.segments)
+        run.warnings += change.segments.warnings
+        if node.GetID() in change.created:
+            SegmentationResult.placeBeside(node, reference)
+        SegmentationResult.showInSlices(node)
+        table = SegmentationResult.volumesTableOf(node, reference, change)
+        seconds = time.monotonic() - run.begun
+        peak = int(found.get("measured_bytes") or 0)
+        provenance = SegmentationResult.Provenance(
+            model=model.name,
+            modelSha256=origin,
+            inputs=run.inputs,
+            settings={**(found.get("settings") or {}), "device": found.get("device") or request.device},
+            versions={**_versions(), **(found.get("software") or {})},
+            seconds=round(seconds, 2),
+            measuredPeakBytes=peak,
+            warnings=tuple(run.warnings),
+        )
+        SegmentationResult.storeProvenance(node, provenance)
+        return SegmentationOutcome("done", node, table, "", "", peak, seconds, run.warnings)
+
+    # ---------------------------------------------------------------- what may happen meanwhile
+
+    def _onSceneClosing(self, _caller: Any, _event: str) -> None:
+        self._stop("cancelled", _("The scene was closed, so the segmentation was cancelled."))
+
+    def _onNodeRemoved(self, _caller: Any, _event: str) -> None:
+        run = self._run
+        if run is None or run.verdict is not None:
+            return
+        reference = self._reference(run.request)
+        if reference.GetScene() is None:
+            sentence = _("{name} was deleted during the segmentation; nothing was changed.")
+            self._stop("failed", sentence.format(name=reference.GetName()), _("Load it again and press Apply."))
+
+    def _stop(self, state: str, message: str, hint: str = "") -> None:
+        run = self._run
+        if run is None or run.verdict is not None:
+            return
+        run.verdict = (state, message, hint)
+        if run.requestId is not None:
+            self._backend.cancel(run.requestId)
+
+    def _endAsDecided(self) -> None:
+        state, message, hint = self._run.verdict
+        self._end(SegmentationOutcome(state, message=message, hint=hint))
+
+    def _end(self, outcome: SegmentationOutcome) -> None:
+        run, self._run = self._run, None
+        for scene, tag in run.observers:
+            scene.RemoveObserver(tag)
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.onDone(outcome)
+
+    # ---------------------------------------------------------------- small things
+
+    def _nodes(self, request: SegmentationRequest) -> dict[str, slicer.vtkMRMLScalarVolumeNode]:
+        """Channel name -> node, in the model's order."""
+        return {channel.name: request.channels[channel.name] for channel in request.model.channels}
+
+    def _reference(self, request: SegmentationRequest) -> slicer.vtkMRMLScalarVolumeNode | None:
+        """The volume of the first channel, on whose grid the result lies."""
+        if request.model is None or not request.model.channels:
+            return None
+        return request.channels.get(request.model.channels[0].name)
+
+
+def _scene() -> slicer.vtkMRMLScene:
+    return slicer.mrmlScene
+
+
+def _takesVoxels(segmentationNode: slicer.vtkMRMLSegmentationNode) -> bool:
+    segmentation = segmentationNode.GetSegmentation()
+    return (
+        segmentation.GetNumberOfSegments() == 0
+        or segmentation.GetSourceRepresentationName() == NodeConversion.BINARY_LABELMAP
+    )
+
+
+def _canonicalOrder(volumeNode: slicer.vtkMRMLVolumeNode) -> tuple[list[int], np.ndarray]:
+    """The voxel axes that run nearest to superior, anterior, right, and the spacing of the axes I, J, K in mm."""
+    matrix = NodeConversion.volumeMatrix(volumeNode)[:3, :3]
+    spacing = np.linalg.norm(matrix, axis=0)
+    alignment, order = np.abs(matrix / spacing), []
+    for world in (2, 1, 0):
+        best = max((axis for axis in range(3) if axis not in order), key=lambda axis: alignment[world, axis])
+        order.append(best)
+    return order, spacing
+
+
+def _regionVoxels(roiNode: slicer.vtkMRMLMarkupsROINode, volumeNode: slicer.vtkMRMLVolumeNode) -> Triple | None:
+    """Voxels (I, J, K) of the volume that the region's box spans; None if it lies outside."""
+    bounds = np.array(NodeConversion.regionInVolume(roiNode, volumeNode)).reshape(3, 2)
+    inverse = np.linalg.inv(NodeConversion.volumeMatrix(volumeNode))
+    corners = [[bounds[0, a], bounds[1, b], bounds[2, c], 1] for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+    voxels = (inverse @ np.array(corners).T).T[:, :3]
+    size = np.array(volumeNode.GetImageData().GetDimensions())
+    low, high = np.maximum(voxels.min(axis=0), -0.5), np.minimum(voxels.max(axis=0), size - 0.5)
+    if not (bounds[:, 0] < bounds[:, 1]).all() or (low >= high).any():
+        return None
+    first, second, third = np.clip(np.ceil(high - low), 1, size).astype(int).tolist()
+    return first, second, third
+
+
+def _writingFailed(error: OSError) -> dict[str, str]:
+    return {
+        "message": _("The volumes could not be written to the temporary folder: {reason}.").format(
+            reason=(error.strerror or str(error)).lower()
+        ),
+        "hint": _("Free some space, or choose another temporary folder in Slicer's application settings."),
+    }
+
+
+def _versions() -> dict[str, str]:
+    application = getattr(slicer, "app", None)
+    version = getattr(application, "applicationVersion", "") if application is not None else ""
+    return {"slicer": str(version), "slicerPython": platform.python_version()}

@@ -1,0 +1,30 @@
+"""What the panel remembers of this computer, in Slicer's settings (the scene's choices are in the parameter node)."""
+
+import qt
+
+from .Paths import defaultModelsFolder
+
+__all__ = ["device", "modelsFolder", "setDevice", "setModelsFolder"]
+
+_DEVICE = "InvResSegment/Device"
+_MODELS_FOLDER = "InvResSegment/ModelsFolder"
+
+
+def device() -> str:
+    """The device to compute on, as the backend's `--device` takes it; "auto" until another was chosen."""
+    return str(qt.QSettings().value(_DEVICE) or "auto")
+
+
+def setDevice(name: str) -> None:
+    """Remember the device."""
+    qt.QSettings().setValue(_DEVICE, name)
+
+
+def modelsFolder() -> str:
+    """The folder of own models: the one that was chosen, or the default one."""
+    return str(qt.QSettings().value(_MODELS_FOLDER) or defaultModelsFolder())
+
+
+def setModelsFolder(path: str) -> None:
+    """Remember the folder of own models; "" goes back to the default."""
+    qt.QSettings().setValue(_MODELS_FOLDER, path)

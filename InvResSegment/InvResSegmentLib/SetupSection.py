@@ -1,0 +1,173 @@
+"""The setup section: what the backend lacks, in words; installing it; another Python; the diagnostic report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ctk
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from . import Settings
+from .Dependencies import separatePython, setSeparatePython
+from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
+
+__all__ = ["SetupSection"]
+
+
+class SetupSection:
+    """The section `setupButton` of the panel: open while something is missing, closed once all is well.
+
+    dependencies: a `Dependencies`. onChanged(restartBackend) is called when the state has changed; restartBackend:
+    other packages or another Python are there now.
+    """
+
+    def __init__(self, ui, dependencies, onChanged: Callable[[bool], None]) -> None:
+        self._ui = ui
+        self._dependencies = dependencies
+        self._onChanged = onChanged
+        self._notice = Notice(ui, "setupNotice")
+        self.ready = False
+        self.checking = False
+        self.installing = False
+        ui.pythonPathEdit.filters = ctk.ctkPathLineEdit.Files
+        ui.pythonPathEdit.currentPath = separatePython()
+        ui.installButton.connect("clicked()", self._onInstall)
+        ui.checkButton.connect("clicked()", self.check)
+        ui.restartButton.connect("clicked()", self._onRestart)
+        ui.reportButton.connect("clicked()", self._onReport)
+        ui.pythonPathEdit.connect("currentPathChanged(QString)", self._onPython)
+        ui.restartButton.visible = False
+        ui.setupLog.visible = False
+        self._showBusy()
+
+    @property
+    def problem(self) -> str:
+        """Why the backend cannot be used, as a sentence for a tool tip; "" when all is well."""
+        if self.installing:
+            return _("Wait until the installation has ended.")
+        if self.checking:
+            return _("Wait until the setup has been checked.")
+        return "" if self.ready else _("Install what is missing: see Setup, at the top.")
+
+    def check(self) -> None:
+        """Look at what is installed; takes seconds, and blocks nothing."""
+        if self.checking or self.installing:
+            return
+        self.checking = True
+        self._showBusy()
+        self._notice.show(INFORMATION, _("Checking what is installed..."))
+        self._dependencies.check(self._onChecked)
+        self._onChanged(False)
+
+    def stop(self) -> None:
+        """End a check, and an installation that can be ended."""
+        self._dependencies.cancel()
+        self.checking = self.installing = False
+
+    def log(self, text: str) -> None:
+        """Add to the log of an installation."""
+        for line in text.splitlines():
+            self._ui.setupLog.appendPlainText(line)
+
+    def _onChecked(self, preflight) -> None:
+        self.checking = False
+        self._show(preflight)
+        self._onChanged(False)
+        if self._dependencies.installPending and not preflight.ready and not preflight.blockers:
+            self._install()  # it was begun before Slicer was restarted
+
+    def _show(self, preflight) -> None:
+        self.ready = preflight.ready
+        python = _("Python {version}").format(version=preflight.pythonVersion)
+        if preflight.ready:
+            self._notice.show(
+                GOOD, _("Everything is installed ({python}).").format(python=python), *preflight.sentences
+            )
+        else:
+            said = [*preflight.sentences, *(one for one in preflight.blockers if one not in preflight.sentences)]
+            self._notice.show(ERROR if preflight.blockers else WARNING, *said)
+        self._ui.setupButton.collapsed = preflight.ready
+        self._showBusy()
+
+    def _showBusy(self) -> None:
+        busy = self.checking or self.installing
+        self._ui.setupProgress.visible = busy
+        self._ui.checkButton.enabled = not busy
+        preflight = self._dependencies.preflight
+        self._ui.installButton.enabled = not busy and not (preflight is not None and preflight.blockers)
+        self._ui.installButton.visible = not self.ready
+        self._ui.pythonPathEdit.enabled = not busy
+        if self.installing:
+            self._ui.setupButton.text = _("Setup: installing")
+        elif self.checking:
+            self._ui.setupButton.text = _("Setup: checking")
+        else:
+            self._ui.setupButton.text = _("Setup: ready") if self.ready else _("Setup: something is missing")
+
+    # ---------------------------------------------------------------- installing
+
+    def _onInstall(self) -> None:
+        if separatePython():  # inside Slicer its own installer asks
+            question = _("Install the missing packages into this Python? It may download some gigabytes.\n\n{path}")
+            if not slicer.util.confirmOkCancelDisplay(question.format(path=separatePython()), _("Install")):
+                return
+        self._install()
+
+    def _install(self) -> None:
+        self.installing = True
+        self._ui.setupLog.visible = True
+        self._ui.setupButton.collapsed = False
+        self._showBusy()
+        self._notice.show(INFORMATION, _("Installing; this takes some minutes..."))
+        self._onChanged(True)  # the backend must not hold files that are replaced
+        self._dependencies.install(self._onInstalled)
+
+    def _onInstalled(self, outcome) -> None:
+        self.installing = False
+        self._ui.restartButton.visible = outcome.state == "restart"
+        preflight = self._dependencies.preflight
+        if outcome.state == "done" and preflight is not None:
+            self._ui.setupLog.visible = False
+            self._show(preflight)
+        else:
+            self.ready = False
+            level = {"failed": ERROR, "restart": WARNING}.get(outcome.state, INFORMATION)
+            self._notice.show(level, outcome.message, outcome.hint)
+        self._showBusy()
+        self._onChanged(outcome.state == "done")
+
+    def _onRestart(self) -> None:
+        slicer.app.confirmRestart(_("Restart Slicer to go on with the installation? Save your scene first."))
+
+    # ---------------------------------------------------------------- another Python, the report
+
+    def _onPython(self, path: str) -> None:
+        path = path.strip()
+        if path == separatePython():
+            return
+        if path and not Path(path).is_file():
+            self._notice.show(INFORMATION, _("Choose the file of a Python, such as bin/python of an environment."))
+            return
+        setSeparatePython(path)
+        self.ready = False
+        self._dependencies.cancel()
+        self.checking = False
+        self._onChanged(True)
+        self.check()
+
+    def _onReport(self) -> None:
+        path = qt.QFileDialog.getSaveFileName(
+            self._ui.setupButton, _("Save the diagnostic report"), "InvResSegment-report.txt", _("Text (*.txt)")
+        )
+        if not path:
+            return
+        facts = [("Device", Settings.device()), ("Setup", self.problem or "ready")]
+        try:
+            Path(path).write_text(self._dependencies.report(facts), encoding="utf-8")
+        except OSError as error:
+            self._notice.show(
+                ERROR, _("The report could not be saved: {reason}.").format(reason=error.strerror or error)
+            )
+            return
+        self._notice.show(GOOD, _("The report was saved to {path}.").format(path=path))

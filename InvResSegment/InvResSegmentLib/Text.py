@@ -1,0 +1,47 @@
+"""Bytes, seconds and lists in the words of the panel."""
+
+import html
+import math
+
+from slicer.i18n import tr as _
+
+__all__ = ["bullets", "escape", "formatBytes", "formatSeconds", "paragraphs"]
+
+
+def formatBytes(count: float | None) -> str:
+    """1 500 000 000 as "1.4 GiB"; "unknown" for None."""
+    if count is None:
+        return _("unknown")
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def formatSeconds(seconds: float | None) -> str:
+    """95 as "1 min 35 s"; "" for None or what is no time."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return ""
+    if seconds < 60:
+        return _("{count} s").format(count=max(1, round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return _("{minutes} min {seconds} s").format(minutes=minutes, seconds=rest)
+    return _("{hours} h {minutes} min").format(hours=minutes // 60, minutes=minutes % 60)
+
+
+def escape(text: object) -> str:
+    """Text for a label that reads rich text: names of nodes and models may hold anything."""
+    return html.escape(str(text), quote=False)
+
+
+def paragraphs(sentences: list[str]) -> str:
+    """Sentences as rich text, one below the other."""
+    return "<br>".join(escape(sentence) for sentence in sentences)
+
+
+def bullets(title: str, sentences: list[str]) -> str:
+    """A title with points under it, as plain text for a tool tip."""
+    return "\n".join([title, *(f"\u2022 {sentence}" for sentence in sentences)])

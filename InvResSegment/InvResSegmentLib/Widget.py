@@ -1,0 +1,156 @@
+"""The panel: setup above, the tabs below, and the backend that all of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import slicer
+from slicer.i18n import tr as _
+
+from . import Settings
+from .BackendProcess import BackendProcess
+from .Dependencies import Dependencies, backendCommand, backendEnvironment
+from .Models import ModelCatalogue
+from .ModelsTab import ModelsTab
+from .SegmentationLogic import SegmentationLogic
+from .SegmentTab import SegmentTab
+from .SetupSection import SetupSection
+
+__all__ = ["Panel", "Services"]
+
+TABS = (SegmentTab, ModelsTab)
+"""In the order in which they stand; each takes `Services` and has title, widget, setParameterNode, setModels,
+setupChanged, enter, cancel and cleanup."""
+
+
+@dataclass
+class Services:
+    """What the panel gives its tabs. problem: why nothing can be run, in a sentence, or ""."""
+
+    resourcePath: Callable[[str], str]
+    backend: Any
+    logic: Any
+    catalogue: Any
+    problem: Callable[[], str]
+    refreshModels: Callable[[], None]
+
+
+class Panel:
+    """The module's widget. resourcePath: file of the module's Resources folder -> absolute path.
+
+    Nothing is started before `enter`, and nothing here waits for the backend: answers come as callbacks.
+    """
+
+    def __init__(self, resourcePath: Callable[[str], str]) -> None:
+        self._resourcePath = resourcePath
+        self.widget = slicer.util.loadUI(resourcePath("UI/InvResSegment.ui"))
+        self.ui = slicer.util.childWidgetVariables(self.widget)
+        self.widget.setMRMLScene(slicer.mrmlScene)
+        self._entered = False
+        self._models: list = []
+        self._listed = False  # whether the backend has ever told its models
+        self.dependencies = Dependencies(self._logSetup)
+        self.backend = BackendProcess(backendCommand, backendEnvironment, self._log)
+        self.setup = SetupSection(self.ui, self.dependencies, self._onSetupChanged)
+        self.services = self._makeServices()
+        self.tabs = [Tab(self.services) for Tab in TABS]
+        for tab in self.tabs:
+            self.ui.tabs.addTab(tab.widget, tab.title)
+
+    def _makeServices(self) -> Services:
+        return Services(
+            resourcePath=self._resourcePath,
+            backend=self.backend,
+            logic=SegmentationLogic(self.backend, slicer.util.tempDirectory),
+            catalogue=ModelCatalogue(self.backend, Settings.modelsFolder),
+            problem=lambda: self.setup.problem,
+            refreshModels=self.refreshModels,
+        )
+
+    # ---------------------------------------------------------------- what the module's widget calls
+
+    def setParameterNode(self, parameters) -> None:
+        """Show the choices of a scene."""
+        for tab in self.tabs:
+            tab.setParameterNode(parameters)
+
+    def enter(self) -> None:
+        """The module is shown; the first time, the setup is checked and models and devices are asked for."""
+        if not self._entered:
+            self._entered = True
+            self.refresh()
+            self.setup.check()
+        for tab in self.tabs:
+            tab.enter()
+
+    def exit(self) -> None:
+        """Another module is shown; a run goes on."""
+
+    def sceneAboutToClose(self) -> None:
+        """The scene is about to be emptied: its run ends, and nothing refers to its nodes any more."""
+        self._stopBackend()
+
+    def stop(self) -> None:
+        """End the backend and an installation that is under way."""
+        self.setup.stop()
+        self._stopBackend()
+
+    def _stopBackend(self) -> None:
+        self.setParameterNode(None)  # first: the end of a run would call for the plan of the next one
+        for tab in self.tabs:
+            tab.cancel()
+        self.backend.stop()
+
+    def cleanup(self) -> None:
+        """The module is unloaded or reloaded."""
+        self.stop()
+        for tab in self.tabs:
+            tab.cleanup()
+        self.widget.setMRMLScene(None)
+
+    # ---------------------------------------------------------------- models, devices, setup
+
+    def refresh(self) -> None:
+        """Ask the backend for its models and devices."""
+        self._listed = True  # asked; `_onModels` takes it back
+        self.refreshModels()
+        self.backend.request(["devices"], None, self._onDevices)
+
+    def refreshModels(self) -> None:
+        """Read the models again."""
+        self._showModels(_("Reading the models..."))
+        self.services.catalogue.refresh(self._onModels)
+
+    def _onModels(self, models: list, error: str) -> None:
+        self._models, self._listed = models, not error
+        self._showModels(
+            error or _("There are no models yet; import one from an .invres file or a folder, in the tab Models.")
+        )
+
+    def _showModels(self, emptyText: str) -> None:
+        for tab in self.tabs:
+            tab.setModels(self._models, emptyText)
+
+    def _onDevices(self, outcome) -> None:
+        if outcome.state == "done":
+            self.segmentTab.setDevices(outcome.result.get("devices") or [], outcome.result.get("auto") or "")
+
+    @property
+    def segmentTab(self) -> SegmentTab:
+        """The tab that segments."""
+        return self.tabs[0]
+
+    def _onSetupChanged(self, restartBackend: bool) -> None:
+        """restartBackend: what is installed, or the Python that is used, is another one now."""
+        if restartBackend:
+            self.backend.stop()
+        if self._entered and not self.setup.installing and (restartBackend or (self.setup.ready and not self._listed)):
+            self.refresh()
+        for tab in self.tabs:
+            tab.setupChanged()
+
+    def _logSetup(self, text: str) -> None:
+        self.setup.log(text)
+
+    def _log(self, text: str) -> None:
+        self.segmentTab.appendLog(text)

@@ -1,0 +1,101 @@
+"""The whole panel on the stand-ins, with the real backend on this Python: for tests and screenshots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import standins
+
+standins.install()
+
+import qt  # noqa: E402
+import slicer  # noqa: E402
+from standins import moduleloader, pythonqt, qtclasses  # noqa: E402
+
+__all__ = ["addVolume", "loadedPanel", "picture", "waitUntil"]
+
+MODULE = Path(__file__).resolve().parents[2] / "InvResSegment" / "InvResSegment.py"
+WIDTH = 420  # pixels: Slicer's module panel on a common screen
+waitUntil = standins.waitUntil
+
+
+@contextlib.contextmanager
+def loadedPanel(modelsFolder: Path, python: str = sys.executable, settings: dict | None = None, examine: bool = False):
+    """The loaded module, shown; in the end it is unloaded and no exception may have been lost in a slot.
+
+    modelsFolder: the folder of own models. python: the Python of the backend. examine: examine it anew, which takes
+    seconds, and not only for the first panel of this session.
+    """
+    qt.QSettings().clear()
+    for key, value in {
+        "InvResSegment/PythonExecutable": python,
+        "InvResSegment/ModelsFolder": str(modelsFolder),
+        **(settings or {}),
+    }.items():
+        qt.QSettings().setValue(key, value)
+    pythonqt.slotErrors.clear()
+    qtclasses.answers.clear()
+    module = moduleloader.ScriptedModule(MODULE)
+    try:
+        if python == sys.executable and not examine:
+            _shortenExamination(module.widgetRepresentation().self().panel.dependencies)
+        yield module
+    finally:
+        backend = module.widgetRepresentation().self().panel.backend
+        module.unload()
+        standins.pump(0.05)
+        assert not backend.running
+    assert not pythonqt.slotErrors, pythonqt.slotErrors
+    assert not qtclasses.answers, "a dialog that was expected did not open"
+
+
+_examined: list = []
+
+
+def _shortenExamination(dependencies) -> None:
+    check = dependencies.check
+
+    def remembering(onDone):
+        if _examined:
+            dependencies.preflight = _examined[0]
+            qt.QTimer.singleShot(0, lambda: onDone(_examined[0]))
+        else:
+            check(lambda found: (_examined.append(found), onDone(found)))
+
+    dependencies.check = remembering
+
+
+def addVolume(name: str, shape=(20, 22, 24), seed: int = 0, origin=(0.0, 0.0, 0.0), voxels=None):
+    """A volume of noise, or of the voxels (K, J, I), in the scene."""
+    if voxels is None:
+        voxels = np.random.default_rng(seed).normal(100, 10, shape)
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", name)
+    slicer.util.updateVolumeFromArray(node, np.ascontiguousarray(voxels, dtype=np.float32))
+    node.SetOrigin(*origin)
+    node.CreateDefaultDisplayNodes()
+    return node
+
+
+def tunedManifest(folder: Path, **changes) -> None:
+    """Change what the manifest of a package says of itself."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest.update(changes)
+    path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def picture(widget, path: Path, width: int = WIDTH) -> Path:
+    """Write the widget, as high as it wants to be, to a PNG file."""
+    widget = widget.window()
+    widget.show()
+    for _again in range(3):  # heights follow from widths, row heights from columns
+        layout = widget.layout()
+        height = max(layout.totalHeightForWidth(width), layout.totalMinimumSize().height())
+        widget.resize(width, height)
+        standins.pump(0.05)
+    widget.grab().save(str(path))
+    return path

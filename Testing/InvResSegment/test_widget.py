@@ -1,0 +1,442 @@
+"""The panel as a user meets it: real .ui files, real scene, real backend on the CPU; see panel_driver.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vtk
+
+if importlib.util.find_spec("PySide6") is None:  # asked for without importing it: `standins` has to come first
+    pytest.skip("PySide6 is not installed", allow_module_level=True)
+
+import qt
+import slicer
+import standins
+from panel_driver import addVolume, loadedPanel, tunedManifest, waitUntil
+from small_models import ONE, TWO, example, trained_package
+from standins import pythonqt, qtclasses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder of two models: "one" for T1, "two" for T1 and FLAIR."""
+    folder = tmp_path_factory.mktemp("Modelle für Bälle")
+    trained_package(folder / "one", ("T1",), ONE, iterations=30)
+    tunedManifest(
+        folder / "one", name="one", description="finds a ball", metrics={"ball": {"Dice": {"mean": 0.9, "n": 7}}}
+    )
+    trained_package(folder / "two", ("T1", "FLAIR"), TWO, iterations=1)
+    tunedManifest(folder / "two", name="two", parent="0" * 32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def voxels():
+    """Images (2, K, J, I) of a ball with a core."""
+    return example(np.random.default_rng(3), (32, 30, 34), 2)[0]
+
+
+@pytest.fixture
+def module(scene, models):
+    with loadedPanel(models) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def panel(module):
+    """The panel, with the setup checked and the models read."""
+    panel = module.enter().panel
+    waitUntil(lambda: not panel.setup.checking and "Reading" not in panel.segmentTab.ui.modelCard.text, 120)
+    assert panel.segmentTab.models, panel.segmentTab.ui.modelCard.text
+    return panel
+
+
+@pytest.fixture
+def tab(panel):
+    return panel.segmentTab
+
+
+def choose(tab, name: str) -> None:
+    names = [tab.ui.modelList.item(row).text() for row in range(tab.ui.modelList.count)]
+    tab.ui.modelList.setCurrentRow(names.index(name))
+    waitUntil(lambda: tab.idle, 60)
+
+
+def pickers(tab) -> dict:
+    """Channel name -> picker."""
+    found = tab.ui.channelPickers.findChildren(slicer.qMRMLNodeComboBox)
+    return {picker.objectName.removeprefix("channelPicker_"): picker for picker in found if not picker.isHidden()}
+
+
+def nodesOfScene() -> list[str]:
+    nodes = [slicer.mrmlScene.GetNthNode(index) for index in range(slicer.mrmlScene.GetNumberOfNodes())]
+    return sorted(node.GetID() for node in nodes if not node.IsA("vtkMRMLScriptedModuleNode"))
+
+
+def children(pid: int) -> list[str]:
+    """The processes that a process has started."""
+    done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if "invres" in line]
+
+
+def test_opening_the_module_starts_nothing_before_it_is_entered(module):
+    panel = module.widgetRepresentation().self().panel
+    standins.pump(0.2)
+    assert not panel.backend.running
+    assert panel.segmentTab.ui.applyButton.enabled is False
+
+
+def test_the_setup_is_closed_once_all_is_well(panel):
+    assert panel.setup.problem == ""
+    assert panel.ui.setupButton.collapsed
+    assert not panel.ui.installButton.visible
+
+
+def test_apply_says_what_is_missing(tab):
+    assert "Choose a model." in tab.ui.applyButton.toolTip
+    choose(tab, "two")
+    assert not tab.ui.applyButton.enabled
+    assert "channel T1" in tab.ui.applyButton.toolTip and "channel FLAIR" in tab.ui.applyButton.toolTip
+
+
+def test_the_card_shows_what_the_model_says(tab):
+    choose(tab, "one")
+    card = tab.ui.modelCard.text
+    assert all(word in card for word in ("finds a ball", "T1 (MR)", "ball", "CC0-1.0", "0.900", "(n = 7)"))
+    waitUntil(lambda: "MiB" in tab.ui.modelCard.text or "GiB" in tab.ui.modelCard.text, 60)
+
+
+def test_the_search_keeps_the_choice(tab):
+    choose(tab, "one")
+    tab.ui.searchBox.text = "flair"
+    assert tab.ui.modelList.count == 1 and tab.ui.modelList.item(0).text() == "two"
+    assert "finds a ball" in tab.ui.modelCard.text
+    tab.ui.searchBox.text = "nothing like that"
+    assert tab.ui.modelList.count == 0
+    tab.ui.searchBox.text = ""
+    assert tab.ui.modelList.currentItem().text() == "one"
+
+
+def test_a_change_of_model_rebuilds_the_pickers_and_keeps_what_fits(tab, voxels):
+    t1 = addVolume("scan", voxels=voxels[0])
+    choose(tab, "one")
+    assert list(pickers(tab)) == ["T1"]
+    pickers(tab)["T1"].setCurrentNode(t1)
+    choose(tab, "two")
+    assert set(pickers(tab)) == {"T1", "FLAIR"}
+    assert pickers(tab)["T1"].currentNode() is t1
+    assert pickers(tab)["FLAIR"].currentNode() is None
+
+
+def test_channels_are_matched_and_what_is_not_clear_stays_empty(tab, voxels):
+    t1 = addVolume("MPRAGE T1", voxels=voxels[0])
+    choose(tab, "two")
+    assert pickers(tab)["T1"].currentNode() is t1
+    assert pickers(tab)["FLAIR"].currentNode() is None
+    assert "FLAIR" in tab.ui.matchNoticeText.text
+    flair = addVolume("FLAIR axial", voxels=voxels[1])
+    tab.ui.matchButton.click()
+    assert pickers(tab)["FLAIR"].currentNode() is flair
+    standins.pump(0.5)
+    assert tab.ui.matchNotice.isHidden()
+
+
+def test_a_volume_on_another_grid_is_aligned_with_one_click(tab, voxels):
+    addVolume("T1", voxels=voxels[0])
+    other = addVolume("FLAIR", voxels=voxels[1], origin=(2.5, 0, 0))
+    choose(tab, "two")
+    assert "FLAIR" in tab.ui.geometryNoticeText.text and tab.ui.alignRow.visible
+    assert not tab.ui.applyButton.enabled
+    tab.ui.alignButton.click()
+    waitUntil(lambda: tab.ui.applyButton.enabled, 60)
+    aligned = pickers(tab)["FLAIR"].currentNode()
+    assert aligned is not other and aligned.GetName() == "FLAIR on T1"
+    assert not tab.ui.alignRow.visible
+    aligned.SetOrigin(9, 0, 0)  # moved by hand, in another module
+    waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
+
+
+def test_apply_segments_and_shows_the_result(tab, panel, voxels):
+    volume = addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    assert "Needs" in tab.ui.planNoticeText.text
+    seen, ticks = set(), []
+    timer = qt.QTimer()
+    timer.connect("timeout()", lambda: ticks.append(1))
+    timer.start(20)
+    tab.ui.applyButton.click()
+    assert tab.ui.applyButton.text == "Cancel" and not tab.ui.channelPickers.enabled
+
+    def ended():
+        seen.add((tab.ui.progressText.text, tab.ui.progressBar.value))
+        return not tab.running
+
+    waitUntil(ended, 120)
+    timer.stop()
+    assert len({value for _text, value in seen}) > 3 and any("Segmenting" in text for text, _value in seen)
+    assert len(ticks) > 3, "the window was blocked"
+    nodes = slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert len(nodes) == 1 and nodes[0].GetSegmentation().GetNumberOfSegments() == 1
+    assert tab.ui.resultButton.visible and not tab.ui.progressBar.visible
+    assert "measured peak" in tab.ui.resultSummary.text
+    assert tab.ui.volumesTable.mrmlTableNode().GetNumberOfRows() == 1
+    assert tab.ui.show3DButton.enabled
+    # A second run into the same segmentation is warm: the worker is the same process.
+    worker = panel.backend.pid
+    tab.ui.outputSelector.setCurrentNode(nodes[0])
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    tab.ui.applyButton.click()
+    waitUntil(lambda: not tab.running, 120)
+    assert panel.backend.pid == worker
+    assert len(slicer.util.getNodesByClass("vtkMRMLSegmentationNode")) == 1
+    tab.ui.undoButton.click()
+    assert not tab.ui.resultButton.visible
+    slicer.mrmlScene.RemoveNode(volume)
+    waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
+
+
+def test_the_segment_editor_opens_on_the_result(tab, voxels, monkeypatch):
+    volume = addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled, 60)
+    tab.ui.applyButton.click()
+    waitUntil(lambda: not tab.running, 120)
+    calls = []
+    editor = types.SimpleNamespace(
+        setSegmentationNode=lambda node: calls.append(node), setSourceVolumeNode=lambda node: calls.append(node)
+    )
+    widget = types.SimpleNamespace(self=lambda: types.SimpleNamespace(editor=editor))
+    segmentEditor = types.SimpleNamespace(widgetRepresentation=lambda: widget)
+    monkeypatch.setattr(slicer.modules, "segmenteditor", segmentEditor, raising=False)
+    tab.ui.editorButton.click()
+    assert slicer.util.mainWindow().moduleSelector().selected[-1] == "SegmentEditor"
+    assert calls == [slicer.util.getNodesByClass("vtkMRMLSegmentationNode")[0], volume]
+
+
+def test_cancel_leaves_the_scene_as_it_was(tab, panel):
+    addVolume("T1", shape=(48, 48, 48))
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    before = nodesOfScene()
+    tab.ui.applyButton.click()
+    waitUntil(lambda: tab.ui.progressBar.value > 50 or not tab.running, 60)
+    tab.ui.applyButton.click()
+    waitUntil(lambda: not tab.running, 2.5)
+    assert nodesOfScene() == before
+    assert "cancelled" in tab.ui.messageNoticeText.text
+    assert tab.ui.applyButton.text == "Apply" and tab.ui.applyButton.enabled
+
+
+def test_an_error_is_one_sentence_in_the_panel(tab, panel, models, voxels):
+    addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    weights = models / "one" / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(b"damaged")
+        panel.backend.stop()
+        tab.ui.applyButton.click()
+        waitUntil(lambda: not tab.running, 120)
+    finally:
+        weights.write_bytes(kept)
+    assert tab.ui.messageNotice.visible and "weights" in tab.ui.messageNoticeText.text
+    assert not slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert tab.ui.applyButton.text == "Apply"
+
+
+def test_closing_the_scene_ends_the_run_and_the_backend(tab, panel):
+    addVolume("T1", shape=(48, 48, 48))
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    tab.ui.applyButton.click()
+    waitUntil(lambda: panel.backend.pid is not None, 60)
+    slicer.mrmlScene.Clear()
+    waitUntil(lambda: not tab.running, 2.5)
+    assert not panel.backend.running and not children(os.getpid())
+    assert not slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert not tab.ui.applyButton.enabled
+    addVolume("T1", shape=(20, 20, 20))  # and the panel goes on with the new scene
+    choose(tab, "one")
+    tab.ui.matchButton.click()
+    waitUntil(lambda: tab.ui.applyButton.enabled, 60)
+
+
+def test_the_choices_come_back_with_a_saved_scene(tab, module, voxels, tmp_path):
+    t1, flair = addVolume("first", voxels=voxels[0]), addVolume("second", voxels=voxels[1])
+    choose(tab, "two")
+    pickers(tab)["T1"].setCurrentNode(t1)
+    pickers(tab)["FLAIR"].setCurrentNode(flair)
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "box")
+    tab.ui.roiSelector.setCurrentNode(roi)
+    standins.pump(0.1)
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    assert slicer.mrmlScene.Commit()
+    slicer.mrmlScene.Clear()
+    assert tab.ui.roiSelector.currentNode() is None
+    addVolume("another", shape=(4, 4, 4))  # so that the nodes get other ids than they had
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    assert slicer.mrmlScene.Import()
+    standins.pump(0.5)
+    assert tab.ui.modelList.currentItem().text() == "two"
+    assert pickers(tab)["T1"].currentNode().GetName() == "first"
+    assert pickers(tab)["FLAIR"].currentNode().GetName() == "second"
+    assert tab.ui.roiSelector.currentNode().GetName() == "box"
+
+
+def test_a_volume_that_is_deleted_leaves_its_picker_empty(tab, voxels):
+    volume = addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    assert pickers(tab)["T1"].currentNode() is volume
+    slicer.mrmlScene.RemoveNode(volume)
+    standins.pump(0.4)
+    assert pickers(tab)["T1"].currentNode() is None and not tab.ui.applyButton.enabled
+
+
+def test_the_device_is_remembered(tab, panel):
+    waitUntil(lambda: tab.ui.deviceBox.count >= 2 and "Automatic (" in tab.ui.deviceBox.itemText(0), 60)
+    tab.ui.deviceBox.setCurrentIndex(tab.ui.deviceBox.count - 1)
+    assert qt.QSettings().value("InvResSegment/Device") == "cpu"
+
+
+def test_models_are_verified_exported_deleted_and_imported(scene, models, tmp_path):
+    shutil.copytree(models, tmp_path / "own")
+    with loadedPanel(tmp_path / "own") as module:
+        tab = module.enter().panel.tabs[1]
+        table, ui = tab.ui.modelsTable, tab.ui
+        waitUntil(lambda: table.rowCount == 2 and ui.modelsNotice.isHidden(), 60)
+
+        def finished() -> bool:
+            return "..." not in ui.modelsNoticeText.text and ui.refreshButton.enabled
+
+        assert not ui.exportButton.enabled and "Select a model first." in ui.verifyButton.toolTip
+        table.selectRow(0)
+        assert '"name": "one"' in ui.manifestText.toPlainText()
+        ui.verifyButton.click()
+        waitUntil(finished, 60)
+        assert "intact" in ui.modelsNoticeText.text
+        exported = tmp_path / "kopie.invres"
+        qtclasses.answers.append(str(exported.with_suffix("")))
+        ui.exportButton.click()
+        waitUntil(finished, 60)
+        assert exported.is_file(), ui.modelsNoticeText.text
+        qtclasses.answers.append(int(qt.QMessageBox.No))
+        ui.deleteButton.click()
+        assert table.rowCount == 2
+        qtclasses.answers.append(int(qt.QMessageBox.Yes))
+        ui.deleteButton.click()
+        waitUntil(lambda: finished() and table.rowCount == 1, 60)
+        qtclasses.answers.append(str(exported))
+        ui.importButton.click()
+        waitUntil(lambda: finished() and table.rowCount == 2, 60)
+        (tmp_path / "no model.invres").write_bytes(b"nothing")
+        qtclasses.answers.append(str(tmp_path / "no model.invres"))
+        ui.importButton.click()
+        waitUntil(finished, 60)
+        assert "no model" in ui.modelsNoticeText.text and table.rowCount == 2
+
+
+def test_without_models_the_panel_says_what_to_do(scene, tmp_path):
+    with loadedPanel(tmp_path / "nothing") as module:
+        panel = module.enter().panel
+        waitUntil(lambda: "no models yet" in panel.segmentTab.ui.modelCard.text, 60)
+        assert "no models yet" in panel.tabs[1].ui.modelsNoticeText.text
+
+
+def test_a_python_without_packages_opens_the_setup(scene, tmp_path):
+    import venv
+
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=os.name != "nt")
+    python = next(path for path in (tmp_path / "bare").glob("*/python*") if path.is_file())
+    with loadedPanel(tmp_path / "models", python=str(python)) as module:
+        panel = module.enter().panel
+        waitUntil(lambda: not panel.setup.checking, 120)
+        assert not panel.ui.setupButton.collapsed and "torch" in panel.ui.setupNoticeText.text
+        assert "Install what is missing" in panel.segmentTab.ui.applyButton.toolTip
+        report = tmp_path / "report.txt"
+        qtclasses.answers.append(str(report))
+        panel.ui.reportButton.click()
+        assert "torch" in report.read_text(encoding="utf-8")
+        panel.ui.pythonPathEdit.currentPath = sys.executable
+        waitUntil(lambda: panel.setup.problem == "", 120)
+        assert panel.ui.setupButton.collapsed
+
+
+def test_a_python_that_is_not_there_is_an_error_in_words(scene, tmp_path):
+    with loadedPanel(tmp_path / "models", python=str(tmp_path / "python")) as module:
+        panel = module.enter().panel
+        waitUntil(lambda: not panel.setup.checking, 60)
+        assert "not there" in panel.ui.setupNoticeText.text and not panel.ui.installButton.enabled
+
+
+def test_reload_takes_the_library_anew_and_leaves_no_process(module, panel):
+    before = sys.modules["InvResSegmentLib.SegmentTab"]
+    old = panel.backend
+    module.widgetRepresentation().self().onReload()
+    fresh = module.widgetRepresentation().self().panel
+    assert fresh is not panel and sys.modules["InvResSegmentLib.SegmentTab"] is not before
+    assert not old.running
+    module.enter()
+    waitUntil(lambda: not fresh.setup.checking and fresh.segmentTab.models, 120)
+
+
+def test_the_end_of_the_application_ends_the_backend(panel):
+    waitUntil(lambda: panel.backend.pid is not None, 60)
+    slicer.app.emit("aboutToQuit")
+    assert not panel.backend.running and not children(os.getpid())
+
+
+def test_sample_data_are_registered_with_checksums(module, monkeypatch):
+    registered = []
+    logic = types.SimpleNamespace(registerCustomSampleDataSource=lambda **values: registered.append(values))
+    monkeypatch.setitem(sys.modules, "SampleData", types.SimpleNamespace(SampleDataLogic=logic))
+    slicer.app.emit("startupCompleted")
+    assert {entry["category"] for entry in registered} == {"InvResSegment"}
+    for entry in registered:
+        assert len(entry["uris"]) == len(entry["fileNames"]) == len(entry["nodeNames"]) == len(entry["checksums"])
+        for uri, checksum in zip(entry["uris"], entry["checksums"], strict=True):
+            assert uri.startswith("https://") and uri.endswith(checksum.replace("SHA256:", "SHA256/"))
+        assert Path(entry["thumbnailFileName"]).is_file()
+
+
+def test_the_module_describes_itself(module):
+    assert module.title == "InvResSegment" and module.categories == ["Segmentation"]
+    assert "not a medical device" in module.helpText and "2103.09042" in module.acknowledgementText
+
+
+def test_exit_and_enter_keep_a_run(tab, module, voxels):
+    addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    tab.ui.applyButton.click()
+    module.exit()
+    standins.pump(0.1)
+    module.enter()
+    waitUntil(lambda: not tab.running, 120)
+    assert len(slicer.util.getNodesByClass("vtkMRMLSegmentationNode")) == 1
+    assert not pythonqt.slotErrors
+
+
+def test_a_moved_transform_is_noticed(tab, voxels):
+    addVolume("T1", voxels=voxels[0])
+    flair = addVolume("FLAIR", voxels=voxels[1])
+    choose(tab, "two")
+    waitUntil(lambda: tab.ui.applyButton.enabled, 60)
+    transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
+    flair.SetAndObserveTransformNodeID(transform.GetID())
+    matrix = vtk.vtkMatrix4x4()
+    matrix.SetElement(0, 3, 4.0)
+    transform.SetMatrixTransformToParent(matrix)
+    waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
+    assert tab.ui.alignRow.visible
