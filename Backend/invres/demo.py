@@ -137,6 +137,8 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
         intended_use="Demonstration only.",
     )
     network.eval()
+    volume = output / "icbm152_t1.nii.gz"
+    write_volume(volume, t1)
     segmentation = output / "icbm152_t1.seg.nrrd"
     # Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would
     # shift the statistics that instance norm divides by.
@@ -165,7 +167,8 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
             f"Segmentation of {'x'.join(map(str, t1.array.shape))} voxels: "
             f"{format_seconds(summary['seconds']['total'])} on {summary['device']}.",
             "Files:",
-            f"  {segmentation}  (open it in 3D Slicer)",
+            f"  {volume}",
+            f"  {segmentation}  (open both in 3D Slicer)",
             f"  {output / 'icbm152_t1_labels.nii.gz'}",
             f"  {picture}",
             f"  {package.path}",

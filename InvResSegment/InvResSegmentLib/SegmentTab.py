@@ -97,7 +97,9 @@ class SegmentTab(VTKObservationMixin):
             return
         self._models.choose(parameters.model)
         self._showChannels(parameters)
-        self._guiTag = parameters.connectGui(self.ui)
+        # Not connectGui, which tells no tag to disconnect by: every visit would leave one more connection behind.
+        bound = {widget.property("SlicerParameterName"): widget for widget in vars(self.ui).values()}
+        self._guiTag = parameters.connectParametersToGui({name: widget for name, widget in bound.items() if name})
         self._parameters = parameters
         self._chooseOnlyModel()
         self._update()

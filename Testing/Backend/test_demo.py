@@ -29,6 +29,8 @@ def test_the_segmentation_lies_on_the_grid_of_the_t1_and_nowhere_outside_the_hea
     labels = read_volume(found["segmentation"], kind="labels")
     assert labels.geometry.difference(t1.geometry) == ""
     assert set(np.unique(labels.array)) <= {0, 1, 2, 3}
+    copy = read_volume(folder / "icbm152_t1.nii.gz")
+    assert copy.geometry.difference(t1.geometry) == "" and (copy.array == t1.array).all()
     plain = read_volume(folder / "icbm152_t1_labels.nii.gz", kind="labels")
     assert (plain.array == labels.array).all()
 

@@ -21,7 +21,7 @@ STOOD_IN = ("ctkMessageBox", "qMRMLWidget", "qSlicerScriptedLoadableModuleWidget
 PARAMETER_NODE = {"parameterNodeWrapper"}
 """Of slicer.parameterNodeWrapper, which is a Python package of its own in all of these releases."""
 
-PYTHON_MEMBERS = {"self", "editor", "connectGui", "disconnectGui"}
+PYTHON_MEMBERS = {"self", "editor", "connectParametersToGui", "disconnectGui"}
 PYTHON_MEMBERS |= {"SampleDataLogic", "registerCustomSampleDataSource", "PyTorchUtilsLogic", "installTorch"}
 """Of Python classes that the lists leave out: module widgets, Segment Editor, parameter nodes, Sample Data, and of the
 PyTorch extension."""

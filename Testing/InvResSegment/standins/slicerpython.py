@@ -125,6 +125,7 @@ def parameterNodeWrapper(cls):
         setattr(cls, name, property(_reader(name, kind, getattr(cls, name, None)), _writer(name, kind)))
     cls.__init__ = _initialise
     cls.connectGui, cls.disconnectGui = _connectGui, _disconnectGui
+    cls.connectParametersToGui = _connectParametersToGui
     cls._kinds = hints
     for method in ("StartModify", "EndModify", "AddObserver", "RemoveObserver", "Modified"):
         setattr(cls, method, lambda self, *arguments, _name=method: getattr(self.parameterNode, _name)(*arguments))
@@ -195,15 +196,18 @@ def _writer(name, kind):
 
 
 def _connectGui(self, gui):
-    """Bind every widget with a `SlicerParameterName`; returns a tag for `disconnectGui`."""
+    """Bind every widget with a `SlicerParameterName`; as in Slicer, no tag comes back."""
+    found = {widget.property("SlicerParameterName"): widget for widget in vars(gui).values()}
+    _connectParametersToGui(self, {name: widget for name, widget in found.items() if name})
+
+
+def _connectParametersToGui(self, mapping):
+    """Bind widgets by the name of their parameter; returns a tag for `disconnectGui`."""
     import qt
     import slicer
 
     bindings = []
-    for widget in vars(gui).values():
-        name = widget.property("SlicerParameterName")
-        if not name:
-            continue
+    for name, widget in mapping.items():
         kind = self._kinds.get(name)
         if kind is None:
             raise ValueError(f"The parameter node has no {name}.")
