@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import vtk
 
@@ -83,10 +84,20 @@ def nodesOfScene() -> list[str]:
     return sorted(node.GetID() for node in nodes if not node.IsA("vtkMRMLScriptedModuleNode"))
 
 
-def children(pid: int) -> list[str]:
-    """The processes that a process has started."""
-    done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [line for line in done.stdout.splitlines() if "invres" in line]
+def workers() -> set[int]:
+    """The processes of backends that this one has started."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("invres" in argument for argument in child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+@pytest.fixture
+def others():
+    """The backends of other tests, which go on during this one."""
+    return workers()
 
 
 def test_opening_the_module_starts_nothing_before_it_is_entered(module):
@@ -256,7 +267,7 @@ def test_an_error_is_one_sentence_in_the_panel(tab, panel, models, voxels):
     assert tab.ui.applyButton.text == "Apply"
 
 
-def test_closing_the_scene_ends_the_run_and_the_backend(tab, panel):
+def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
     addVolume("T1", shape=(48, 48, 48))
     choose(tab, "one")
     waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
@@ -264,7 +275,7 @@ def test_closing_the_scene_ends_the_run_and_the_backend(tab, panel):
     waitUntil(lambda: panel.backend.pid is not None, 60)
     slicer.mrmlScene.Clear()
     waitUntil(lambda: not tab.running, 2.5)
-    assert not panel.backend.running and not children(os.getpid())
+    assert not panel.backend.running and not workers() - others
     assert not slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
     assert not tab.ui.applyButton.enabled
     addVolume("T1", shape=(20, 20, 20))  # and the panel goes on with the new scene
@@ -391,10 +402,10 @@ def test_reload_takes_the_library_anew_and_leaves_no_process(module, panel):
     waitUntil(lambda: not fresh.setup.checking and fresh.segmentTab.models, 120)
 
 
-def test_the_end_of_the_application_ends_the_backend(panel):
+def test_the_end_of_the_application_ends_the_backend(others, panel):
     waitUntil(lambda: panel.backend.pid is not None, 60)
     slicer.app.emit("aboutToQuit")
-    assert not panel.backend.running and not children(os.getpid())
+    assert not panel.backend.running and not workers() - others
 
 
 def test_sample_data_are_registered_with_checksums(module, monkeypatch):
