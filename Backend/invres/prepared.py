@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from . import InvresError
+from . import Cancelled, InvresError
 from .cases import Case, Dataset
 from .config import PreparationPlan, to_dict
 from .events import SILENT, Reporter
@@ -23,17 +23,24 @@ __all__ = ["prepare_cases"]
 
 
 def prepare_cases(
-    dataset: Dataset, names: Sequence[str], plan: PreparationPlan, folder: Path, report: Reporter = SILENT
+    dataset: Dataset,
+    names: Sequence[str],
+    plan: PreparationPlan,
+    folder: Path,
+    report: Reporter = SILENT,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[PreparedCase]:
     """The named cases as network input, from `folder` where they were prepared before with the same files and plan.
 
     Arrays are memory maps: the operating system keeps in memory what is used and fits.
-    Raises InvresError for a case that cannot be read or prepared.
+    Raises InvresError for a case that cannot be read or prepared; Cancelled between two cases once `stopped` says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prepared = []
     report.progress("prepare.cases", 0, len(names))
     for count, name in enumerate(names, start=1):
+        if stopped():
+            raise Cancelled("Stopped while the cases were prepared.", hint="Give the same command again to go on.")
         case = dataset.case(name)
         home = folder / _key(dataset, case, plan)
         if not home.is_dir():

@@ -14,6 +14,7 @@ import torch
 
 from . import InvresError, __version__
 from .cases import Dataset, split_by_count, split_cases
+from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
@@ -74,7 +75,8 @@ def train(
     if options.resume:
         recipe, plan, names = _read_run(output, recipe, dataset, report)
     else:
-        if (output / RUN).exists():
+        # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
+        if (output / RUN).exists() and (output / CHECKPOINT).exists():
             raise InvresError(
                 f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
             )
@@ -88,7 +90,8 @@ def train(
     network = build(recipe.network, config.engine).to(device)
     _announce_memory(recipe, network.engine, scheme, report)
     prepared = output / "prepared"
-    training_cases, validation_cases = (prepare_cases(dataset, part, plan, prepared, report) for part in names)
+    stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
+    training_cases, validation_cases = (prepare_cases(dataset, part, plan, prepared, report, stopped) for part in names)
     batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
     _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
     if not options.resume:
@@ -96,7 +99,7 @@ def train(
         _write_run(output, recipe, plan, names, dataset)
     validate = validator(validation_cases, scheme, config, device)
     trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
-    if options.resume and (output / "checkpoint.pt").exists():
+    if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
     result = trainer.run()
     return save_package(

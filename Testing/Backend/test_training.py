@@ -23,7 +23,7 @@ from tiny_datasets import (
     write_recipe,
 )
 
-from invres import InvresError
+from invres import Cancelled, InvresError
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig, to_dict
@@ -32,6 +32,7 @@ from invres.inference import load_network
 from invres.modelpackage import open_package, verify_package
 from invres.networks import NetworkOutput
 from invres.preprocessing import PreparedCase
+from invres.trainer import StopRequest
 from invres.training import TrainOptions, train, validator
 from invres.volume import Geometry, read_volume
 
@@ -236,6 +237,37 @@ def test_a_training_that_was_stopped_before_its_first_checkpoint_starts_from_the
     (tmp_path / "run" / CHECKPOINT).unlink()
     train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu", resume=True))
     assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_stop_while_the_cases_are_prepared_comes_at_the_next_case_and_the_same_command_goes_on(phantoms, tmp_path):
+    stop, count = StopRequest(), 0
+
+    class StopAtTheSecond(Recorder):
+        def emit(self, event):
+            nonlocal count
+            super().emit(event)
+            if event.get("stage") == "prepare.cases" and event["done"] == 1:
+                count += 1
+                stop.requested = True
+
+    recipe = tiny_recipe(**QUICK)
+    with pytest.raises(Cancelled, match="prepared"):
+        train(read_dataset(phantoms), recipe, tmp_path / "run", report=StopAtTheSecond(), stop=stop)
+    assert count == 1
+    done = list((tmp_path / "run" / "prepared").iterdir())
+    assert len(done) == 1
+    train(read_dataset(phantoms), recipe, tmp_path / "run")
+    assert done[0].is_dir() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_run_that_came_to_no_checkpoint_may_be_begun_again(phantoms, tmp_path):
+    recipe = tiny_recipe(**QUICK)
+    train(read_dataset(phantoms), recipe, tmp_path / "run")
+    with pytest.raises(InvresError, match="already"):
+        train(read_dataset(phantoms), recipe, tmp_path / "run")
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    train(read_dataset(phantoms), recipe, tmp_path / "run")
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
 
 
 def test_a_folder_with_a_training_is_not_written_over(phantoms, trained):
