@@ -65,7 +65,6 @@ def registerSampleData() -> None:
             fileNames=[file for file, _digest in volumes.values()],
             nodeNames=list(volumes),
             checksums=[f"SHA256:{digest}" for _file, digest in volumes.values()],
-            loadFileType=["VolumeFile"] * len(volumes),
         )
 
 
@@ -91,6 +90,8 @@ class InvResSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.addObserver(scene, scene.EndCloseEvent, self.onSceneChanged)
         self.addObserver(scene, scene.EndImportEvent, self.onSceneChanged)
         slicer.app.connect("aboutToQuit()", self.onAboutToQuit)
+        if self.parent.isEntered:  # by Reload: the module is shown already, and nothing else would fill the panel
+            self.enter()
 
     def cleanup(self) -> None:
         """Called when the module is unloaded, reloaded, or the application ends."""

@@ -20,7 +20,8 @@ __all__ = ["BackendProcess", "Outcome"]
 SOFT_CANCEL_MS = 1500
 # A scanner of viruses may look through a whole Python first.
 START_LIMIT_MS = 180_000
-ANSWER_LIMIT_MS = 20_000
+# A request is read in a thread of its own, before anything slow begins.
+ANSWER_LIMIT_MS = 8_000
 LONGEST_LOG_PIECE = 65_536
 
 # These only ask for something and end by themselves; killing a warm backend for one of them would cost seconds.
@@ -51,6 +52,8 @@ class BackendProcess:
     command: gives the worker's whole command line; it may raise OSError with a plain sentence where there is no Python.
     environment: gives (or is) the whole environment of the child, None for Slicer's own.
     onLog: gets text that is no event, in pieces.
+    onDeaf: asked when the program runs but gets no requests, as a launcher may keep its input to itself; True if
+    `command` gives another program now, which is then tried.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class BackendProcess:
         command: Callable[[], list[str]],
         environment: Callable[[], dict[str, str]] | dict[str, str] | None = None,
         onLog: Callable[[str], None] | None = None,
+        onDeaf: Callable[[], bool] | None = None,
     ) -> None:
         self._command = command
+        self._onDeaf = onDeaf
         self._environment = environment
         self._onLog = onLog
         self._lastId = 0
@@ -307,6 +312,12 @@ class BackendProcess:
         oldest = min((request.sentAt for request in self._requests.values()), default=time.monotonic())
         if (time.monotonic() - oldest) * 1000 < ANSWER_LIMIT_MS - 500:
             qt.QTimer.singleShot(ANSWER_LIMIT_MS, lambda: self._checkAnswered(child))
+        elif self._onDeaf is not None and self._onDeaf():
+            self._log(
+                _("{program} passes no requests on; another way is tried.").format(program=child.command[0]) + "\n"
+            )
+            self._abandonChild()
+            self._sendOthersAgain()
         else:
             self._giveUp(
                 "no_answer",

@@ -10,6 +10,8 @@ from . import ChannelMatching
 
 __all__ = ["ChannelPickers"]
 
+IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
+
 
 class ChannelPickers:
     """The rows in the widget `container`; they are rebuilt when the model changes.
@@ -69,6 +71,12 @@ class ChannelPickers:
         self._filling = False
         self._onChanged()
 
+    def release(self, node) -> None:
+        """Empty the picker of a node that is about to leave the scene."""
+        for picker, _confidence in self._rows.values():
+            if picker.currentNode() == node:
+                picker.setCurrentNode(None)
+
     def match(self, onlyEmpty: bool = False) -> list[str]:
         """Assign the loaded volumes to the channels; returns a sentence for each channel that stays empty.
 
@@ -79,8 +87,9 @@ class ChannelPickers:
         taken = {node.GetID() for node in kept.values()}
         described = [
             ChannelMatching.describeVolume(node)
-            for node in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
-            if not node.IsA("vtkMRMLLabelMapVolumeNode") and not node.GetHideFromEditors() and node.GetID() not in taken
+            for node in slicer.util.getNodesByClass(IMAGE_CLASS)
+            # Of just this class, as the pickers: label maps, vectors and tensors are no images of one channel.
+            if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors() and node.GetID() not in taken
         ]
         sentences = []
         self._filling = True
@@ -105,8 +114,8 @@ class ChannelPickers:
 
     def _makePicker(self, channel):
         picker = slicer.qMRMLNodeComboBox()
-        picker.nodeTypes = ["vtkMRMLScalarVolumeNode"]
-        picker.showChildNodeTypes = False  # label maps are no images
+        picker.nodeTypes = [IMAGE_CLASS]
+        picker.showChildNodeTypes = False
         picker.noneEnabled = True
         picker.addEnabled = False
         picker.removeEnabled = False

@@ -40,6 +40,8 @@ class Contrast(enum.Enum):
         return _("T1 with contrast agent") if self is Contrast.T1_ENHANCED else self.value
 
 
+_CAPITALS = r"(?:T[12]|FLAIR|STIR|PD|DWI|ADC|CT|PET|SWI)"
+
 # Names are lower case, with every run of other characters turned into one space.
 _START, _END = r"(?<![a-z0-9])", r"(?![a-z0-9])"
 
@@ -182,6 +184,9 @@ def _enhancement(text: str) -> Contrast:
 
 def _clean(text: str) -> str:
     """Lower case; signs for contrast agent as words; all else that is no letter or digit as one space."""
+    # "MRBrainT1", "CTBrain": capitals are a word of their own; in "dT1" they are not.
+    text = re.sub(rf"(?<=[a-z][a-z])(?={_CAPITALS}(?![a-z]))", " ", text)
+    text = re.sub(rf"\b({_CAPITALS})(?=[A-Z][a-z])", r"\1 ", text)
     text = text.casefold()
     text = re.sub(r"t2\s*\*", "t2star", text)
     before = r"\b(?:non|no|without|ohne|sans|sin|senza|vor|pre|before|w\s*/\s*o)[\s_\-/.]*(?:iv[\s_\-]*)?"

@@ -29,6 +29,7 @@ __all__ = [
     "backendCommand",
     "backendEnvironment",
     "backendPython",
+    "passOverLauncher",
     "pythonSlicer",
     "separatePython",
     "setSeparatePython",
@@ -36,6 +37,7 @@ __all__ = [
 
 _SEPARATE_PYTHON = "InvResSegment/PythonExecutable"
 _INSTALL_PENDING = "InvResSegment/InstallPending"
+_WITHOUT_LAUNCHER = "InvResSegment/WithoutLauncher"
 PROBE_LIMIT_MS = 300_000
 
 
@@ -70,6 +72,26 @@ def pythonSlicer() -> str:
     return found
 
 
+def passOverLauncher() -> bool:
+    """To be called when PythonSlicer runs but hands nothing on that is written to it.
+
+    True if from now on the Python that it launches is started in its place; this Slicer's environment, which is that
+    of the launcher, is all that it needs. Remembered for this Slicer: another one may have another launcher.
+    """
+    if separatePython() or _launcherPassedOver() or not _launchedPython().is_file():
+        return False
+    qt.QSettings().setValue(_WITHOUT_LAUNCHER, slicer.app.slicerHome)
+    return True
+
+
+def _launcherPassedOver() -> bool:
+    return qt.QSettings().value(_WITHOUT_LAUNCHER) == slicer.app.slicerHome and _launchedPython().is_file()
+
+
+def _launchedPython() -> Path:
+    return Path(slicer.app.slicerHome) / "bin" / ("python-real.exe" if os.name == "nt" else "python-real")
+
+
 def backendPython() -> str:
     """The Python that the backend runs on. Raises FileNotFoundError where it is not there."""
     separate = separatePython()
@@ -77,7 +99,9 @@ def backendPython() -> str:
         raise FileNotFoundError(
             _("The Python that was chosen for the backend is not there: {path}.").format(path=separate)
         )
-    return separate or pythonSlicer()
+    if separate:
+        return separate
+    return str(_launchedPython()) if _launcherPassedOver() else pythonSlicer()
 
 
 def backendCommand(*arguments: str) -> list[str]:
@@ -100,6 +124,7 @@ def backendEnvironment() -> dict[str, str]:
     paths = [str(Paths.backendFolder()), environment.get("PYTHONPATH") or ""]
     environment.update(
         PYTHONPATH=os.pathsep.join(filter(None, paths)),
+        PYTHONSAFEPATH="1",  # no packages from the folder that Slicer happens to have been started in
         PYTHONUTF8="1",
         PYTHONUNBUFFERED="1",
         OMP_WAIT_POLICY=environment.get("OMP_WAIT_POLICY") or "PASSIVE",

@@ -31,7 +31,7 @@ class DeviceChooser:
 
     def setDevices(self, devices: list[dict], automatic: str) -> None:
         """Show what the backend's `devices` verb listed: name, title, free_bytes; automatic: what "auto" takes."""
-        titles = {device["name"]: device.get("title") or device["name"] for device in devices}
+        titles = {device["name"]: _title(device) for device in devices}
         text = _("Automatic")
         if automatic in titles:
             text = _("Automatic ({device})").format(device=titles[automatic])
@@ -56,3 +56,10 @@ class DeviceChooser:
         if not self._filling:
             Settings.setDevice(self.name)
             self._onChanged()
+
+
+def _title(device: dict) -> str:
+    """What a person reads; a card with its number, as two of a kind have the same name."""
+    title = device.get("title") or device["name"]
+    kind, _separator, index = device["name"].partition(":")
+    return _("GPU {index}: {title}").format(index=index, title=title) if kind == "cuda" and index else title

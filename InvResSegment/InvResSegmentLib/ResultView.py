@@ -20,6 +20,7 @@ class ResultView:
         self._logic = logic
         self._warnings = Notice(ui, "warningsNotice")
         self._volume = None
+        # The table gets no scene: with one it would be emptied whenever something is loaded.
         ui.volumesTable.verticalHeader().setVisible(False)
         ui.editorButton.connect("clicked()", self._onOpenEditor)
         ui.undoButton.connect("clicked()", self._onUndo)

@@ -1,5 +1,7 @@
 """The tab that segments: model, inputs, output, Apply and the result."""
 
+from dataclasses import replace
+
 import qt
 import slicer
 import vtk
@@ -14,6 +16,7 @@ from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
 from .ResultView import ResultView
 from .SegmentationLogic import SegmentationRequest
 from .Text import bullets, escape, formatBytes, formatSeconds
+from .VolumeDescription import frameOfReference
 
 __all__ = ["SegmentTab"]
 
@@ -41,6 +44,7 @@ class SegmentTab(VTKObservationMixin):
         self._plan = None
         self._planNumber = 0
         self._planning = False
+        self._failure = ""  # what the last run ended with, in words
         self._consentGiven = False
         self._unmatched: list[str] = []
 
@@ -63,7 +67,10 @@ class SegmentTab(VTKObservationMixin):
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeRemovedEvent, self._onNodeRemoved)
+        scene = slicer.mrmlScene
+        self.addObserver(scene, scene.NodeRemovedEvent, self._onNodeRemoved)
+        # Before the selectors are told: as any combo box, they would go on to the neighbour of what is removed.
+        self.addObserver(scene, scene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved, priority=100.0)
         self.ui.progressBar.visible = False
         self.ui.progressText.visible = False
         self._update()
@@ -90,7 +97,7 @@ class SegmentTab(VTKObservationMixin):
         if self._parameters is not None and self._guiTag is not None:
             self._parameters.disconnectGui(self._guiTag)
         self._parameters, self._guiTag = None, None
-        self._observeVolumes([])
+        self._observe([])
         if parameters is None:
             self._result.clear()
             self._message.clear()
@@ -190,7 +197,8 @@ class SegmentTab(VTKObservationMixin):
         volumes = self._pickers.volumes()
         reference, *others = volumes.values()
         needed = [node for node in others if not self._onSameGrid(reference, node)]
-        checks = [GeometryDoctor.canAlign(node, reference, self._framesOf(node, reference)) for node in needed]
+        frame = frameOfReference(reference)
+        checks = [GeometryDoctor.canAlign(node, reference, (frameOfReference(node), frame)) for node in needed]
         refused = [check.sentence for check in checks if not check.possible]
         if refused:
             self._message.show(ERROR, *refused)
@@ -221,7 +229,8 @@ class SegmentTab(VTKObservationMixin):
         if self._running:
             return
         volumes = self._pickers.volumes()
-        self._observeVolumes(list(volumes.values()))
+        region = self.ui.roiSelector.currentNode()
+        self._observe([*volumes.values(), *([region] if region is not None else [])])
         empty = self._models.chosen is not None and len(volumes) < len(self._models.chosen.channels)
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else []))
         self._showFindings(list(volumes.values()))
@@ -260,8 +269,7 @@ class SegmentTab(VTKObservationMixin):
         if len(usable) < 2:
             self._geometry.clear()
             return
-        frames = [self._frameOf(node) for node in usable]
-        findings = GeometryDoctor.examine(usable, frames)
+        findings = GeometryDoctor.examine(usable, [frameOfReference(node) for node in usable])
         worst = max((_LEVELS.get(finding.severity, WARNING) for finding in findings), key=_ORDER.index)
         self._geometry.show(worst, *(finding.sentence for finding in findings))
         self.ui.alignRow.visible = not all(self._onSameGrid(usable[0], node) for node in usable[1:])
@@ -270,13 +278,6 @@ class SegmentTab(VTKObservationMixin):
     def _onSameGrid(reference, node) -> bool:
         geometries = [GeometryDoctor.describeGeometry(each) for each in (reference, node)]
         return GeometryDoctor.sameGrid(*geometries)
-
-    def _framesOf(self, *nodes) -> tuple:
-        return tuple(self._frameOf(node) for node in nodes)
-
-    @staticmethod
-    def _frameOf(node) -> str:
-        return node.GetAttribute("DICOM.FrameOfReferenceUID") or ""
 
     def _askForPlan(self, request) -> None:
         self._planNumber += 1
@@ -293,7 +294,9 @@ class SegmentTab(VTKObservationMixin):
                 return  # the choices have changed meanwhile
             self._plan, self._planning = plan, False
             if plan is None:
-                self._planNotice.show(WARNING, message)
+                # What stands below the button already is not said twice.
+                said = bool(self._message.text) and message == self._failure
+                self._planNotice.show(WARNING, "" if said else message)
             else:
                 self._planNotice.show(GOOD if plan.fits else WARNING, plan.sentence)
 
@@ -331,6 +334,8 @@ class SegmentTab(VTKObservationMixin):
         if request is None or self._missing(request):
             self._update()
             return
+        if self._plan is not None and not self._plan.fits and all(self._plan.window):
+            request = replace(request, window=self._plan.window)  # the largest that fits, where one does
         self._request = request
         self._planNumber += 1  # an answer that is still on its way comes too late
         self._planning = False
@@ -350,8 +355,14 @@ class SegmentTab(VTKObservationMixin):
 
     def _onDone(self, outcome) -> None:
         predicted = self._plan.predictedBytes if self._plan is not None else None
+        self._failure = f"{outcome.message} {outcome.hint}".strip() if outcome.state == "failed" else ""
         self._setRunning(False)
+        if outcome.state == "failed":
+            self._message.show(ERROR, outcome.message, outcome.hint)
+            self.appendLog(outcome.message)
         self._update()
+        if self._parameters is not None and not self._services.problem():
+            self._services.refreshDevices()  # their free memory is another one now
         if outcome.state == "done":
             first = next(iter(self._request.channels.values()), None)
             self._result.show(outcome, first, predicted)
@@ -362,9 +373,6 @@ class SegmentTab(VTKObservationMixin):
             )
         elif outcome.state == "cancelled":
             self._message.show(INFORMATION, outcome.message, _("The scene is as it was."))
-        else:
-            self._message.show(ERROR, outcome.message, outcome.hint)
-            self.appendLog(outcome.message)
 
     def _setRunning(self, running: bool) -> None:
         self._running = running
@@ -381,22 +389,31 @@ class SegmentTab(VTKObservationMixin):
 
     # ---------------------------------------------------------------- the scene
 
-    def _observeVolumes(self, nodes: list) -> None:
-        observed = {entry[0] for entry in self.Observations if entry[2] == self._onVolumeChanged}
+    def _observe(self, nodes: list) -> None:
+        """Follow the volumes and the region, and nothing else."""
+        observed = {entry[0] for entry in self.Observations if entry[2] == self._onInputChanged}
         events = (
             vtk.vtkCommand.ModifiedEvent,
             slicer.vtkMRMLTransformableNode.TransformModifiedEvent,
             slicer.vtkMRMLVolumeNode.ImageDataModifiedEvent,
+            slicer.vtkMRMLMarkupsNode.PointModifiedEvent,
         )
         for node in observed - set(nodes):
             for event in events:
-                self.removeObserver(node, event, self._onVolumeChanged)
+                self.removeObserver(node, event, self._onInputChanged)
         for node in set(nodes) - observed:
             for event in events:
-                self.addObserver(node, event, self._onVolumeChanged)
+                self.addObserver(node, event, self._onInputChanged)
 
-    def _onVolumeChanged(self, _caller, _event) -> None:
+    def _onInputChanged(self, _caller, _event) -> None:
         self._scheduleUpdate()
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def _onNodeAboutToBeRemoved(self, _caller, _event, node) -> None:
+        self._pickers.release(node)
+        for selector in (self.ui.outputSelector, self.ui.roiSelector):
+            if selector.currentNode() == node:
+                selector.setCurrentNode(None)
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeRemoved(self, _caller, _event, node) -> None:

@@ -213,7 +213,7 @@ def fillVolumesTable(tableNode: slicer.vtkMRMLTableNode, volumes: Sequence[Segme
     for column in (names, millilitres, voxels):
         table.AddColumn(column)
     tableNode.SetAndObserveTable(table)
-    tableNode.SetUseColumnNameAsColumnHeader(True)
+    tableNode.SetUseColumnTitleAsColumnHeader(True)
     tableNode.SetLocked(True)
 
 

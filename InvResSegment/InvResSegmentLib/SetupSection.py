@@ -85,8 +85,7 @@ class SetupSection:
                 GOOD, _("Everything is installed ({python}).").format(python=python), *preflight.sentences
             )
         else:
-            said = [*preflight.sentences, *(one for one in preflight.blockers if one not in preflight.sentences)]
-            self._notice.show(ERROR if preflight.blockers else WARNING, *said)
+            self._notice.show(ERROR if preflight.blockers else WARNING, *_sentences(preflight))
         self._ui.setupButton.collapsed = preflight.ready
         self._showBusy()
 
@@ -171,3 +170,14 @@ class SetupSection:
             )
             return
         self._notice.show(GOOD, _("The report was saved to {path}.").format(path=path))
+
+
+def _sentences(preflight) -> list[str]:
+    """What is the matter; packages that are just not there in one sentence and not in one each."""
+    said = [*preflight.sentences, *(one for one in preflight.blockers if one not in preflight.sentences)]
+    missing = [package for package in preflight.packages if package.state == "missing" and package.sentence in said]
+    if len(missing) < 3:
+        return said
+    alone = {package.sentence for package in missing}
+    names = ", ".join(package.name for package in missing)
+    return [*(one for one in said if one not in alone), _("Not installed: {names}.").format(names=names)]

@@ -11,7 +11,7 @@ import slicer
 from . import NodeConversion
 from .GeometryDoctor import ALIGNED_FROM, SOURCE_ROLE
 
-__all__ = ["DICOM_TAGS", "IntensityStatistics", "VolumeDescription", "describeVolume"]
+__all__ = ["DICOM_TAGS", "IntensityStatistics", "VolumeDescription", "describeVolume", "frameOfReference"]
 
 DICOM_TAGS = {
     "seriesDescription": "0008,103e",
@@ -109,19 +109,26 @@ def describeVolume(volumeNode: slicer.vtkMRMLVolumeNode) -> VolumeDescription:
     return VolumeDescription.fromHeader(name, _header(source), key=volumeNode.GetID() or "", statistics=statistics)
 
 
+def frameOfReference(volumeNode: slicer.vtkMRMLVolumeNode) -> str:
+    """The DICOM UID of the frame of reference that a volume was loaded in; "" if it is not known."""
+    return _headerValue(volumeNode, "frameOfReferenceUid")
+
+
 def _header(volumeNode: slicer.vtkMRMLVolumeNode) -> dict[str, str]:
     """DICOM values as text, by the keys of `DICOM_TAGS`; those that are not known are missing."""
+    header = {key: _headerValue(volumeNode, key) for key in DICOM_TAGS}
+    return {key: value for key, value in header.items() if value}
+
+
+def _headerValue(volumeNode: slicer.vtkMRMLVolumeNode, key: str) -> str:
+    """One value of the header: from an attribute of the node, else from Slicer's DICOM database, which readers fill."""
+    keyword = key[:1].upper() + key[1:].replace("Uid", "UID")
+    value = volumeNode.GetAttribute(f"DICOM.{_KEYWORDS.get(key, keyword)}") or ""
     instances = (volumeNode.GetAttribute("DICOM.instanceUIDs") or "").split()
     database = getattr(slicer, "dicomDatabase", None)
-    header: dict[str, str] = {}
-    for key, tag in DICOM_TAGS.items():
-        keyword = key[:1].upper() + key[1:].replace("Uid", "UID")
-        value = volumeNode.GetAttribute(f"DICOM.{_KEYWORDS.get(key, keyword)}") or ""
-        if not value and instances and database is not None:
-            value = database.instanceValue(instances[0], tag) or ""
-        if value:
-            header[key] = value
-    return header
+    if not value and instances and database is not None:
+        value = database.instanceValue(instances[0], DICOM_TAGS[key]) or ""
+    return value
 
 
 _KEYWORDS = {"contrastAgent": "ContrastBolusAgent", "diffusionBValue": "DiffusionBValue"}

@@ -9,7 +9,7 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .BackendProcess import BackendProcess
-from .Dependencies import Dependencies, backendCommand, backendEnvironment
+from .Dependencies import Dependencies, backendCommand, backendEnvironment, passOverLauncher
 from .Models import ModelCatalogue
 from .ModelsTab import ModelsTab
 from .SegmentationLogic import SegmentationLogic
@@ -33,6 +33,7 @@ class Services:
     catalogue: Any
     problem: Callable[[], str]
     refreshModels: Callable[[], None]
+    refreshDevices: Callable[[], None]
 
 
 class Panel:
@@ -50,7 +51,7 @@ class Panel:
         self._models: list = []
         self._listed = False  # whether the backend has ever told its models
         self.dependencies = Dependencies(self._logSetup)
-        self.backend = BackendProcess(backendCommand, backendEnvironment, self._log)
+        self.backend = BackendProcess(backendCommand, backendEnvironment, self._log, passOverLauncher)
         self.setup = SetupSection(self.ui, self.dependencies, self._onSetupChanged)
         self.services = self._makeServices()
         self.tabs = [Tab(self.services) for Tab in TABS]
@@ -65,6 +66,7 @@ class Panel:
             catalogue=ModelCatalogue(self.backend, Settings.modelsFolder),
             problem=lambda: self.setup.problem,
             refreshModels=self.refreshModels,
+            refreshDevices=self.refreshDevices,
         )
 
     # ---------------------------------------------------------------- what the module's widget calls
@@ -80,6 +82,8 @@ class Panel:
             self._entered = True
             self.refresh()
             self.setup.check()
+        elif self.setup.ready:
+            self.refreshDevices()
         for tab in self.tabs:
             tab.enter()
 
@@ -114,12 +118,16 @@ class Panel:
         """Ask the backend for its models and devices."""
         self._listed = True  # asked; `_onModels` takes it back
         self.refreshModels()
-        self.backend.request(["devices"], None, self._onDevices)
+        self.refreshDevices()
 
     def refreshModels(self) -> None:
         """Read the models again."""
         self._showModels(_("Reading the models..."))
         self.services.catalogue.refresh(self._onModels)
+
+    def refreshDevices(self) -> None:
+        """Ask again what there is to compute on, and how much memory is free there."""
+        self.backend.request(["devices"], None, self._onDevices)
 
     def _onModels(self, models: list, error: str) -> None:
         self._models, self._listed = models, not error

@@ -300,6 +300,27 @@ def test_a_launcher_that_does_not_pass_requests_on_is_told(start, monkeypatch):
     assert outcome.code == "no_answer" and "separate Python" in outcome.hint and not backend.running
 
 
+def test_behind_a_launcher_that_passes_nothing_on_the_real_python_is_tried(start, monkeypatch, tmp_path):
+    monkeypatch.setattr("InvResSegmentLib.BackendProcess.ANSWER_LIMIT_MS", 600)
+    code = (
+        "import json, os, time; print(json.dumps({'event': 'ready', 'pid': os.getpid()}), flush=True); time.sleep(60)"
+    )
+    commands, started = [[sys.executable, "-c", code], [sys.executable, str(tmp_path / "fake.py")]], []
+    start()  # writes the fake worker
+
+    def command():
+        started.append(commands[0])
+        return commands[0]
+
+    backend = BackendProcess(command, ENVIRONMENT, onDeaf=lambda: len(commands) > 1 and bool(commands.pop(0)))
+    first, second = ask(backend, "echo"), ask(backend, "echo")
+    standins.waitUntil(lambda: backend.pid, 30)
+    deaf = backend.pid
+    assert (first.wait(20).state, second.wait(20).state) == ("done", "done")
+    assert len(started) == 2 and gone(deaf)
+    backend.stop()
+
+
 def test_a_backend_that_never_gets_ready_is_given_up(start, monkeypatch):
     monkeypatch.setattr("InvResSegmentLib.BackendProcess.START_LIMIT_MS", 500)
     backend = start(sys.executable, "-c", "import time; time.sleep(60)")

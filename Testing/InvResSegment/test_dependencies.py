@@ -489,3 +489,33 @@ def test_the_report_says_what_is_there_and_nothing_else(monkeypatch, calls):
     assert "Python of the backend\n  3.12.10  ~/Slicer/python-real" in text
     assert home not in text or len(home) < 2
     assert "Slicer: 5.12" in diagnosticReport(None, [("Slicer", "5.12")])
+
+
+def test_a_launcher_that_keeps_its_input_to_itself_is_passed_over_from_then_on(monkeypatch, tmp_path):
+    qt.QSettings().clear()
+    monkeypatch.setattr(type(slicer.app), "slicerHome", str(tmp_path))
+    program = tmp_path / "bin" / ("PythonSlicer.exe" if os.name == "nt" else "PythonSlicer")
+    program.parent.mkdir()
+    program.touch()
+    monkeypatch.setenv("PATH", "")
+    assert not module.passOverLauncher() and module.backendPython() == str(program)
+    real = program.with_name(program.name.replace("PythonSlicer", "python-real"))
+    real.touch()
+    assert module.backendPython() == str(program)
+    assert module.passOverLauncher() and module.backendPython() == str(real)
+    assert not module.passOverLauncher(), "there is no third way"
+    # Another Slicer may have another launcher; and a Python of one's own has none.
+    monkeypatch.setattr(type(slicer.app), "slicerHome", str(tmp_path / "other"))
+    assert not module.passOverLauncher()
+    setSeparatePython(sys.executable)
+    assert not module.passOverLauncher() and module.backendPython() == sys.executable
+    qt.QSettings().clear()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python knows PYTHONSAFEPATH since 3.11")
+def test_nothing_is_imported_from_the_folder_that_slicer_was_started_in(tmp_path):
+    (tmp_path / "invres").mkdir()
+    (tmp_path / "invres" / "__init__.py").write_text("raise SystemExit('the wrong one')", encoding="utf-8")
+    command = [sys.executable, "-m", "invres", "--version"]
+    done = subprocess.run(command, env=backendEnvironment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

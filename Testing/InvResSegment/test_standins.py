@@ -46,6 +46,20 @@ def test_a_setter_that_is_no_slot_cannot_be_called():
         ctk.ctkCollapsibleButton().setCollapsed(True)
 
 
+def test_a_selector_goes_on_to_the_neighbour_of_a_node_that_is_removed(scene):
+    selector = slicer.qMRMLNodeComboBox()
+    selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+    selector.noneEnabled = True
+    selector.setMRMLScene(scene)
+    first, second = (scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", name) for name in ("first", "second"))
+    selector.setCurrentNode(first)
+    scene.RemoveNode(first)
+    assert selector.currentNode() is second
+    scene.RemoveNode(second)
+    assert selector.currentNode() is None
+    selector.setMRMLScene(None)
+
+
 def test_a_slot_gets_no_more_arguments_than_it_takes_and_its_exceptions_are_kept():
     button, seen = qt.QPushButton(), []
     button.setCheckable(True)

@@ -21,6 +21,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 import standins
+from InvResSegmentLib.SegmentationLogic import MemoryPlan, SegmentationOutcome
 from panel_driver import addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
 from standins import pythonqt, qtclasses
@@ -203,6 +204,9 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     assert "measured peak" in tab.ui.resultSummary.text
     assert tab.ui.volumesTable.mrmlTableNode().GetNumberOfRows() == 1
     assert tab.ui.show3DButton.enabled
+    slicer.mrmlScene.StartState(slicer.mrmlScene.BatchProcessState)  # as loading anything does
+    slicer.mrmlScene.EndState(slicer.mrmlScene.BatchProcessState)
+    assert tab.ui.volumesTable.mrmlTableNode() is not None
     # A second run into the same segmentation is warm: the worker is the same process.
     worker = panel.backend.pid
     tab.ui.outputSelector.setCurrentNode(nodes[0])
@@ -267,6 +271,34 @@ def test_an_error_is_one_sentence_in_the_panel(tab, panel, models, voxels):
     assert tab.ui.applyButton.text == "Apply"
 
 
+def test_what_the_error_says_is_not_said_again_by_the_plan(tab, panel, voxels, monkeypatch):
+    addVolume("T1", voxels=voxels[0])
+    said = {"message": "The weights are damaged.", "hint": "Copy them again."}
+    logic = panel.services.logic
+    monkeypatch.setattr(logic, "plan", lambda request, onDone: onDone(None, " ".join(said.values())))
+    monkeypatch.setattr(
+        logic, "start", lambda request, onProgress, onDone: onDone(SegmentationOutcome("failed", **said))
+    )
+    choose(tab, "one")
+    assert not tab.ui.planNotice.isHidden()
+    tab.ui.applyButton.click()
+    assert not tab.ui.messageNotice.isHidden() and tab.ui.planNotice.isHidden()
+
+
+def test_the_window_that_fits_is_the_one_that_is_used(tab, panel, voxels, monkeypatch):
+    addVolume("T1", voxels=voxels[0])
+    started, logic = [], panel.services.logic
+    for fits, window in ((True, None), (False, (8, 8, 16))):
+        plan = MemoryPlan(2, 1, (8, 8, 16), 1.0, fits, "It needs much.")
+        monkeypatch.setattr(logic, "plan", lambda request, onDone, plan=plan: onDone(plan, ""))
+        monkeypatch.setattr(logic, "start", lambda request, onProgress, onDone: started.append(request))
+        choose(tab, "two")
+        choose(tab, "one")
+        tab.ui.applyButton.click()
+        assert started[-1].window == window
+        tab._setRunning(False)
+
+
 def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
     addVolume("T1", shape=(48, 48, 48))
     choose(tab, "one")
@@ -306,13 +338,71 @@ def test_the_choices_come_back_with_a_saved_scene(tab, module, voxels, tmp_path)
     assert tab.ui.roiSelector.currentNode().GetName() == "box"
 
 
-def test_a_volume_that_is_deleted_leaves_its_picker_empty(tab, voxels):
+def test_what_is_deleted_leaves_its_selector_empty_and_no_other_node_is_chosen(tab, voxels):
     volume = addVolume("T1", voxels=voxels[0])
+    addVolume("something else", voxels=voxels[1])
     choose(tab, "one")
     assert pickers(tab)["T1"].currentNode() is volume
+    for kind, selector in (
+        ("vtkMRMLMarkupsROINode", tab.ui.roiSelector),
+        ("vtkMRMLSegmentationNode", tab.ui.outputSelector),
+    ):
+        chosen, _other = (slicer.mrmlScene.AddNewNodeByClass(kind) for _ in range(2))
+        selector.setCurrentNode(chosen)
+        slicer.mrmlScene.RemoveNode(chosen)
+        assert selector.currentNode() is None
     slicer.mrmlScene.RemoveNode(volume)
     standins.pump(0.4)
     assert pickers(tab)["T1"].currentNode() is None and not tab.ui.applyButton.enabled
+
+
+def test_the_plan_follows_the_region(tab, voxels):
+    addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "box")
+    roi.SetCenter(15, 15, 15)
+    roi.SetSize(20, 20, 20)
+    tab.ui.roiSelector.setCurrentNode(roi)
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    roi.SetCenter(1000, 0, 0)
+    waitUntil(lambda: "does not touch" in tab.ui.applyButton.toolTip, 10)
+
+
+def test_frames_of_reference_are_compared_as_slicers_dicom_database_knows_them(tab, voxels, monkeypatch):
+    uids = {"1.1": "2.1", "1.2": "2.2"}
+    database = types.SimpleNamespace(
+        instanceValue=lambda instance, tag: uids[instance] if tag == "0020,0052" else "",
+    )
+    monkeypatch.setattr(slicer, "dicomDatabase", database, raising=False)
+    for name, instance, image in (("T1", "1.1", voxels[0]), ("FLAIR", "1.2", voxels[1])):
+        addVolume(name, voxels=image).SetAttribute("DICOM.instanceUIDs", instance)
+    choose(tab, "two")
+    assert "different examinations" in tab.ui.geometryNoticeText.text
+
+
+def test_a_card_is_shown_with_its_number(tab):
+    cards = [{"name": f"cuda:{index}", "title": "NVIDIA X", "free_bytes": 2**30} for index in range(2)]
+    tab.setDevices([*cards, {"name": "cpu", "title": "CPU"}], "cuda:1")
+    entries = [tab.ui.deviceBox.itemText(index) for index in range(tab.ui.deviceBox.count)]
+    assert entries == [
+        "Automatic (GPU 1: NVIDIA X)",
+        "GPU 0: NVIDIA X, 1.0 GiB free",
+        "GPU 1: NVIDIA X, 1.0 GiB free",
+        "CPU",
+    ]
+
+
+def test_a_long_path_does_not_widen_the_panel(scene, tmp_path):
+    long = tmp_path / "/".join(["a folder with a long name"] * 8)
+    with loadedPanel(long) as module:
+        panel = module.enter().panel
+        panel.tabs[1].ui.folderButton.collapsed = False
+        panel.ui.setupButton.collapsed = False
+        waitUntil(lambda: not panel.setup.checking, 120)
+        panel.ui.tabs.setCurrentIndex(1)
+        standins.pump(0.1)
+        assert panel.tabs[1].ui.modelsFolderEdit.currentPath == str(long)
+        assert panel.widget.minimumSizeHint.width() < 450
 
 
 def test_the_device_is_remembered(tab, panel):
@@ -373,7 +463,8 @@ def test_a_python_without_packages_opens_the_setup(scene, tmp_path):
     with loadedPanel(tmp_path / "models", python=str(python)) as module:
         panel = module.enter().panel
         waitUntil(lambda: not panel.setup.checking, 120)
-        assert not panel.ui.setupButton.collapsed and "torch" in panel.ui.setupNoticeText.text
+        assert not panel.ui.setupButton.collapsed
+        assert panel.ui.setupNoticeText.text.startswith("Not installed: numpy, SimpleITK, torch, ")
         assert "Install what is missing" in panel.segmentTab.ui.applyButton.toolTip
         report = tmp_path / "report.txt"
         qtclasses.answers.append(str(report))
@@ -398,7 +489,7 @@ def test_reload_takes_the_library_anew_and_leaves_no_process(module, panel):
     fresh = module.widgetRepresentation().self().panel
     assert fresh is not panel and sys.modules["InvResSegmentLib.SegmentTab"] is not before
     assert not old.running
-    module.enter()
+    # The module is shown already, so nothing enters it again.
     waitUntil(lambda: not fresh.setup.checking and fresh.segmentTab.models, 120)
 
 

@@ -6,6 +6,7 @@
 MRML is Slicer's own; Qt is real (PySide6, without a screen). The stand-ins refuse names that no real Slicer has.
 """
 
+import ctypes
 import os
 import sys
 import types
@@ -24,6 +25,11 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    if sys.version_info < (3, 12):
+        # PySide6 takes these for immortal, as they are from Python 3.12 on: each of its calls that returns one of them
+        # gives a reference too many away, until Python aborts, often not before its very end.
+        for constant in (None, True, False, NotImplemented):
+            ctypes.c_ssize_t.from_address(id(constant)).value += 1 << 40
     from . import qtclasses
 
     qt = types.ModuleType("qt")

@@ -126,10 +126,17 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         layout.addWidget(self._edit, 1)
         layout.addWidget(self._browse)
         self._filters, self._settingKey, self._options, self._nameFilters = 0, "", 0, []
+        self._minimumContentsLength = 0
         self._edit.connect("editTextChanged(QString)", self._onEdited)
 
     def _onEdited(self, text):
         self.currentPathChanged(text)
+
+    def minimumSizeHint(self):
+        # As wide as its text where no length is set.
+        letters = "X" * self._minimumContentsLength or self._edit.currentText
+        hint = super().minimumSizeHint()
+        return QtCore.QSize(self.fontMetrics().horizontalAdvance(letters) + 60, hint.height())
 
     def _get(name):
         return lambda self: getattr(self, name)
@@ -151,6 +158,7 @@ class ctkPathLineEdit(QtWidgets.QWidget):
 
     currentPath = QtCore.Property(str, lambda self: self._edit.currentText, _setPath)
     filters = QtCore.Property(int, _get("_filters"), _set("_filters"))
+    minimumContentsLength = QtCore.Property(int, _get("_minimumContentsLength"), _set("_minimumContentsLength"))
     options = QtCore.Property(int, _get("_options"), _set("_options"))
     settingKey = QtCore.Property(str, _get("_settingKey"), _set("_settingKey"))
     nameFilters = QtCore.Property("QStringList", _get("_nameFilters"), _set("_nameFilters"))

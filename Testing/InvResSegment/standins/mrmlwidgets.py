@@ -173,7 +173,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
                 self._combo.setItemText(index, node.GetName())
 
     def _refill(self):
-        before = self._currentID()
+        before, row = self._currentID(), self._combo.currentIndex
         self._filling = True
         self._combo.clear()
         if self._noneEnabled:
@@ -187,6 +187,10 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
                 self._combo.addItem(node.GetName(), node.GetID())
                 self._observed[node] = node.AddObserver(vtk.vtkCommand.ModifiedEvent, self._onRenamed)
         self._select(before)
+        first = 1 if self._noneEnabled else 0
+        if before and self._combo.findData(before) < 0 and self._combo.count > first:
+            # Slicer's, too, goes to the neighbour of a node that is removed, as any combo box does, and not to "none".
+            self._combo.setCurrentIndex(min(max(row, first), self._combo.count - 1))
         self._filling = False
         if (self._currentID() or None) != (before or None):
             self._emit()
@@ -202,18 +206,22 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
 
 
 class qMRMLTableView(QtWidgets.QTableView):
-    """Shows a table node."""
+    """Shows a table node. With a scene and without a table view node it is emptied by the end of every batch."""
 
     _standsFor = "qMRMLTableView"
 
     def __init__(self, parent=None):
         super().__init__(parent)
-        self._node = None
+        self._node, self._scene, self._tag = None, None, None
         self._standardModel = QtGui.QStandardItemModel(self)
         self.setModel(self._standardModel)
 
     def setMRMLScene(self, scene):
-        pass
+        if self._scene is not None:
+            self._scene.RemoveObserver(self._tag)
+        self._scene = scene
+        if scene is not None:
+            self._tag = scene.AddObserver(scene.EndBatchProcessEvent, lambda *_: self.setMRMLTableNode(None))
 
     def mrmlTableNode(self):
         return self._node
