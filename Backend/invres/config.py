@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 NETWORKS = ("unet3d", "partially_invres", "fully_invres")
-ENGINES = ("auto", "stored", "checkpoint", "memcnn", "reversible")
+ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
+MEMORY_SETTINGS = ("low", "lower", "lowest")
 Triple = tuple[int, int, int]
 
 

@@ -28,7 +28,7 @@ class FullyInvRes(ProgramNetwork):
     level however deep it is. The default widths give about the baseline's parameter count.
     """
 
-    def __init__(self, config: NetworkConfig, engine: str = "auto"):
+    def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
         config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
         channels, strides = config.channels, config.strides
         moved = []
@@ -59,4 +59,4 @@ class FullyInvRes(ProgramNetwork):
                 steps.append(Mix(channels[level + 1] // 2, math.prod(stride), transpose=True))
             steps.append(SqueezeUp(moved[level], stride))
             couple(level, config.decoder_blocks[level])
-        super().__init__(config, steps, tap, engine)
+        super().__init__(config, steps, tap, engine, memory)

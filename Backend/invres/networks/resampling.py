@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ..reversible import State, Step
+from ..reversible import State, Step, same_memory
 from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
@@ -38,8 +39,8 @@ def unsqueeze(x: torch.Tensor, stride: Triple) -> torch.Tensor:
 class SqueezeDown(Step):
     """Splits each half (x1, x2) by channel; the last `moved` channels are squeezed and pushed, the others wait beneath.
 
-    This is the encoder's split of figure 3: one part goes down, the other is the skip connection. The waiting
-    buffers keep their full width, so that `SqueezeUp` can put the moved channels back without a new allocation.
+    This is the encoder's split of figure 3: one part goes down, the other is the skip connection. What goes down stays
+    in the memory that it has, its voxels sorted anew there: the state of a program has one size from end to end.
     """
 
     def __init__(self, moved: int, stride: Triple):
@@ -93,15 +94,48 @@ def _join(stack: Stack, stride: Triple) -> Stack:
 
 
 def _push_squeezed(state: State, moved: int, stride: Triple) -> None:
-    for x in (state[-2], state[-1]):
-        state.push(squeeze(x[:, x.shape[1] - moved :], stride))
+    for index in (len(state) - 2, len(state) - 1):
+        x = state.writable(index)
+        state.push_part(_squeeze_in_place(x[:, x.shape[1] - moved :], stride, state.journal.slab_elements))
 
 
 def _pop_unsqueezed(state: State, moved: int, stride: Triple) -> None:
     d2, d1 = state.pop(), state.pop()
     for index, d in ((-2, d1), (-1, d2)):
         x = state.writable(index)
-        x[:, x.shape[1] - moved :] = unsqueeze(d, stride)
+        part = x[:, x.shape[1] - moved :]
+        if same_memory(d, x):
+            _unsqueeze_in_place(part, d, stride, state.journal.slab_elements)
+        else:
+            part.copy_(unsqueeze(d, stride))
+
+
+def _squeezed_view(x: torch.Tensor, stride: Triple) -> torch.Tensor:
+    """The same memory in the shape that `squeeze` gives: each channel's voxels become its phases' voxels."""
+    n, c, d, h, w = x.shape
+    sd, sh, sw = stride
+    return x.view(n, c * sd * sh * sw, d // sd, h // sh, w // sw)
+
+
+def _channel_runs(x: torch.Tensor, elements: int) -> range:
+    each = max(1, x[:, :1].numel())
+    return range(0, x.shape[1], max(1, elements // each))
+
+
+def _squeeze_in_place(x: torch.Tensor, stride: Triple, elements: int) -> torch.Tensor:
+    """`squeeze` within x's own memory, some channels at a time; x itself is no longer of use until it is undone."""
+    view, phases, runs = _squeezed_view(x, stride), math.prod(stride), _channel_runs(x, elements)
+    for start in runs:
+        stop = min(start + runs.step, x.shape[1])
+        view[:, start * phases : stop * phases] = squeeze(x[:, start:stop], stride)
+    return view
+
+
+def _unsqueeze_in_place(x: torch.Tensor, view: torch.Tensor, stride: Triple, elements: int) -> None:
+    phases, runs = math.prod(stride), _channel_runs(x, elements)
+    for start in runs:
+        stop = min(start + runs.step, x.shape[1])
+        x[:, start:stop] = unsqueeze(view[:, start * phases : stop * phases], stride)
 
 
 class Mix(Step):
@@ -111,6 +145,8 @@ class Mix(Step):
     channel and half, the identity at the start (chosen: training starts from the plain squeeze of the paper).
     transpose=True applies Q^T, the upward direction.
     """
+
+    fits_grid = False
 
     def __init__(self, channels: int, phases: int, transpose: bool = False):
         super().__init__()

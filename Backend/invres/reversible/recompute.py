@@ -29,6 +29,10 @@ class AutocastState(NamedTuple):
     def restored(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        """Autocast off, for code that chooses its precision itself."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=False)
+
 
 class RandomState(NamedTuple):
     """The generators' states in front of a random function, so that recomputing draws the same numbers."""

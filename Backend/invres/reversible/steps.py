@@ -14,34 +14,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from .fixed_point import round_to_grid
+from .recompute import AutocastState
+from .sink import GradientSink
 from .state import State
+from .unit import Unit, apply_units, differentiate_units
 
 __all__ = ["AddFromBelow", "Branch", "Couple", "GradientSink", "Stack", "Step", "evaluate_and_differentiate"]
 
 Stack = tuple[torch.Tensor, ...]
 
 
-class GradientSink:
-    """Collects parameter gradients by identity, so that a block used twice gets the sum."""
-
-    def __init__(self) -> None:
-        self._gradients: dict[int, torch.Tensor] = {}
-
-    def add(self, parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
-        if gradient is None:
-            return
-        known = self._gradients.get(id(parameter))
-        self._gradients[id(parameter)] = gradient if known is None else known + gradient
-
-    def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        return self._gradients.get(id(parameter))
-
-
 class Step(nn.Module):
     """Base class; a subclass MUST implement forward, advance and retreat as the module docstring says.
 
     `forward` takes and returns the whole stack as a tuple; `advance` and `retreat` work on the same stack in place.
+    on_grid: `forward` rounds what it adds to the state as the fixed-point state does. fits_grid: False for a step
+    whose result a fixed-point state cannot hold exactly.
     """
+
+    on_grid = False
+    fits_grid = True
 
     def forward(self, stack: Stack) -> Stack:
         raise NotImplementedError
@@ -55,6 +48,10 @@ class Step(nn.Module):
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         raise NotImplementedError
+
+    def increment(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`value` in the state's dtype, as it is added to or pushed onto the state in `forward`."""
+        return (round_to_grid(value) if self.on_grid else value).to(like.dtype)
 
 
 def evaluate_and_differentiate(
@@ -86,8 +83,26 @@ def evaluate_and_differentiate(
     return tuple(torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in pairs)
 
 
+def _lean_units(module: nn.Module) -> list[Unit] | None:
+    """The units of a function that says it is made of them (`units()`), unless somebody listens inside it."""
+    describe = getattr(module, "units", None)
+    if describe is None:
+        return None
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return None
+    units: list[Unit] | None = describe()
+    return units
+
+
 class Couple(Step):
-    """Additive coupling on the two top tensors, equation 1: y1 = x1 + N1(x2), y2 = x2 + N2(y1)."""
+    """Additive coupling on the two top tensors, equation 1: y1 = x1 + N1(x2), y2 = x2 + N2(y1).
+
+
+    keep: keep the input for backward instead of recomputing it (for a block that cannot be inverted accurately).
+    """
+
+    keep = False
 
     def __init__(self, n1: nn.Module, n2: nn.Module):
         super().__init__()
@@ -96,38 +111,75 @@ class Couple(Step):
 
     def forward(self, stack: Stack) -> Stack:
         *beneath, x1, x2 = stack
-        y1 = x1 + self.n1(x2).to(x1.dtype)
-        y2 = x2 + self.n2(y1).to(x2.dtype)
+        y1 = x1 + self.increment(self.n1(x2), x1)
+        y2 = x2 + self.increment(self.n2(y1), x2)
         return (*beneath, y1, y2)
 
     def inverse(self, stack: Stack) -> Stack:
         """x2 = y2 - N2(y1), x1 = y1 - N1(x2)."""
         *beneath, y1, y2 = stack
-        x2 = y2 - self.n2(y1).to(y2.dtype)
-        x1 = y1 - self.n1(x2).to(y1.dtype)
+        x2 = y2 - self.increment(self.n2(y1), y2)
+        x1 = y1 - self.increment(self.n1(x2), y1)
         return (*beneath, x1, x2)
 
     def advance(self, state: State) -> None:
-        state.add(-2, state.evaluate(self.n1, state[-1]))
-        state.add(-1, state.evaluate(self.n2, state[-2]))
+        if self.keep and state.journal.recording:
+            state.journal.stash += [state.tensors[-2].clone(), state.tensors[-1].clone()]
+        self._advance_half(state, self.n1, target=-2, source=-1)
+        self._advance_half(state, self.n2, target=-1, source=-2)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
+        kept = [state.journal.stash.pop() for _ in range(2)] if self.keep else []
         self._retreat_half(state, gradients, sink, self.n2, target=-1, source=-2)
+        if kept:
+            state.writable(-1).copy_(kept[0])
         self._retreat_half(state, gradients, sink, self.n1, target=-2, source=-1)
+        if kept:
+            state.writable(-2).copy_(kept[1])
+
+    @staticmethod
+    def _advance_half(state: State, function: nn.Module, target: int, source: int) -> None:
+        units = _lean_units(function)
+        if units is None:
+            state.add(target, state.evaluate(function, state[source]))
+            return
+        state.note_random_numbers(function)
+        state.writable(target)
+
+        def add(start: int, stop: int, planes: torch.Tensor) -> None:
+            state.add_planes(target, start, stop, planes)
+
+        autocast = AutocastState.of(state.tensors[source])
+        with autocast.suspended():
+            apply_units(units, state.tensors[source], state.journal, add, autocast)
 
     @staticmethod
     def _retreat_half(
         state: State, gradients: State, sink: GradientSink, function: nn.Module, target: int, source: int
     ) -> None:
         """Undoes target += function(source); its own frame lets go of every map before the other half starts."""
+        units = _lean_units(function)
+        if units is None:
 
-        def subtract(outputs: Sequence[torch.Tensor]) -> None:
-            state.add(target, outputs[0], sign=-1)
+            def subtract(outputs: Sequence[torch.Tensor]) -> None:
+                state.add(target, outputs[0], sign=-1)
 
-        sources, after = [state[source]], [gradients[target]]
-        with state.same_numbers():
-            (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)
-        gradients.add(source, gradient)
+            sources, after = [state[source]], [gradients[target]]
+            with state.same_numbers():
+                (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)
+            gradients.add(source, gradient)
+            return
+
+        def subtract_planes(start: int, stop: int, planes: torch.Tensor) -> None:
+            state.add_planes(target, start, stop, planes, sign=-1)
+
+        state.writable(target)
+        before, after_it = gradients.writable(source), gradients.tensors[target]
+        autocast = AutocastState.of(state.tensors[source])
+        with state.same_numbers(), autocast.suspended():
+            differentiate_units(
+                units, state.tensors[source], after_it, before, sink, state.journal, subtract_planes, autocast
+            )
 
 
 class Branch(Step):
@@ -138,12 +190,11 @@ class Branch(Step):
         self.module = module
 
     def forward(self, stack: Stack) -> Stack:
-        return (*stack, *(p.to(stack[-1].dtype) for p in self.module(stack[-2], stack[-1])))
+        return (*stack, *(self.increment(p, stack[-1]) for p in self.module(stack[-2], stack[-1])))
 
     def advance(self, state: State) -> None:
-        dtype = state[-1].dtype
         for part in state.evaluate(self.module, state[-2], state[-1]):
-            state.push(part.to(dtype))
+            state.push(part.to(state.journal.dtype))
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         for _ in range(2):
@@ -151,6 +202,7 @@ class Branch(Step):
         g2, g1 = gradients.pop(), gradients.pop()
         with state.same_numbers():
             found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], [g1, g2], sink)
+        del g1, g2
         gradients.add(-2, found[0])
         gradients.add(-1, found[1])
 
@@ -165,24 +217,27 @@ class AddFromBelow(Step):
     def forward(self, stack: Stack) -> Stack:
         *beneath, s1, s2, u1, u2 = stack
         a1, a2 = self.module(u1, u2)
-        return (*beneath, s1 + a1.to(s1.dtype), s2 + a2.to(s2.dtype))
+        return (*beneath, s1 + self.increment(a1, s1), s2 + self.increment(a2, s2))
 
     def advance(self, state: State) -> None:
+        sources = (state[-2], state[-1])
         u2, u1 = state.pop(), state.pop()
-        state.stash += [u1, u2]
-        for index, part in zip((-2, -1), state.evaluate(self.module, u1, u2), strict=True):
+        if state.journal.recording:
+            state.journal.stash += [u1, u2]
+        for index, part in zip((-2, -1), state.evaluate(self.module, *sources), strict=True):
             state.add(index, part)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
-        u2, u1 = state.stash.pop(), state.stash.pop()
+        u2, u1 = state.journal.stash.pop(), state.journal.stash.pop()
+        state.push_part(u1)
+        state.push_part(u2)
 
         def subtract(parts: Sequence[torch.Tensor]) -> None:
-            state.add(-2, parts[0], sign=-1)
-            state.add(-1, parts[1], sign=-1)
+            state.add(-4, parts[0], sign=-1)
+            state.add(-3, parts[1], sign=-1)
 
         after = [gradients[-2], gradients[-1]]
         with state.same_numbers():
-            g1, g2 = evaluate_and_differentiate(self.module, [u1, u2], after, sink, subtract)
-        for half, gradient in ((u1, g1), (u2, g2)):
-            state.push(half)
-            gradients.push(gradient.to(half.dtype))
+            found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], after, sink, subtract)
+        for gradient in found:
+            gradients.push(gradient.to(after[0].dtype))
