@@ -114,13 +114,14 @@ def predict_training(
     engine: str = "auto",
     regions: bool = False,
     precision: str = "fp32",
+    memory: str = "low",
 ) -> TrainingMemory:
     """The peak of one training step, by running it on fake tensors: no memory is allocated, nothing is computed.
 
     Raises InvresError if the configuration does not describe a network.
     """
     with FakeTensorMode():
-        return measure_training(config, patch, batch_size, engine, regions, precision)
+        return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
 
 
 def measure_training(
@@ -131,10 +132,11 @@ def measure_training(
     regions: bool = False,
     precision: str = "fp32",
     device: str = "cpu",
+    memory: str = "low",
 ) -> TrainingMemory:
     """The peak of one training step with Adam's state in place, on made-up data, in live tensor bytes."""
     with torch.device(device):
-        network = build(with_patch(config, patch), engine).train()
+        network = build(with_patch(config, patch), engine, memory).train()
     optimizer = make_optimizer(network, learning_rate=1e-4)
     image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
     shape = (batch_size, config.out_channels, *patch) if regions else (batch_size, *patch)

@@ -77,7 +77,7 @@ def advance(run: Run, inputs: Sequence[torch.Tensor]) -> OutputsAndTap:
             if index == run.tap:
                 tapped = _tapped(state)
         if run.readout is not None:
-            return run.readout.sums(state.tensors[-2:], state.journal.dtype), tapped
+            return run.readout.sums(state.tensors[-2:], state.journal.dtype, state.journal.slab_elements // 4), tapped
         return _outside(state, inputs), tapped
 
 
@@ -130,7 +130,7 @@ class _ReversibleProgram(torch.autograd.Function):
         # Kept as aliases, not with save_for_backward: autograd would hold those alive until backward has ended,
         # while here every tensor goes as soon as it has been inverted. The version check below stands in for its guard.
         if run.readout is not None:
-            outputs = run.readout.sums(state.tensors[-2:], journal.dtype)
+            outputs = run.readout.sums(state.tensors[-2:], journal.dtype, journal.slab_elements // 4)
             ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
             ctx.finals, ctx.guarded = state.tensors, []
         else:
@@ -176,7 +176,12 @@ class _ReversibleProgram(torch.autograd.Function):
             gradients = State([torch.zeros_like(t, dtype=kind) for t in state.tensors], owned=True, journal=journal)
             with ctx.autocast.restored():
                 run.readout.differentiate(
-                    state.tensors[-2:], journal.dtype, of_outputs, gradients.tensors[-2:], sink
+                    state.tensors[-2:],
+                    journal.dtype,
+                    of_outputs,
+                    gradients.tensors[-2:],
+                    sink,
+                    journal.slab_elements // 4,
                 )
         else:
             gradients = State(

@@ -9,6 +9,7 @@ from torch.nn import functional
 from .fixed_point import encode
 from .recompute import AutocastState
 from .sink import GradientSink
+from .slab_convolution import convolve, convolve_backward
 from .slabs import depth_slabs
 from .state import State
 from .steps import Stack, Step
@@ -46,7 +47,7 @@ class Lift(Step):
         border, padding = self._border, self._padding
         for start, stop in depth_slabs((n, 2 * half, *size), journal.slab_elements):
             planes = _padded_planes(image, start - border, stop + border)
-            result = torch.conv3d(planes, self.conv.weight, self.conv.bias, padding=padding)
+            result = convolve(planes, self.conv.weight, self.conv.bias, padding)
             for target, part in zip(halves, result.chunk(2, dim=1), strict=True):
                 if state.fixed:
                     part, outside = encode(part)
@@ -64,7 +65,7 @@ class Lift(Step):
         g2, g1 = gradients.pop(), gradients.pop()
         autocast = AutocastState.of(image)
         dtype = autocast.dtype if autocast.enabled and image.dtype == torch.float32 else conv.weight.dtype
-        border, padding = self._border, list(self._padding)
+        border, padding = self._border, self._padding
         weight = conv.weight.to(dtype)
         of_image = torch.zeros_like(image) if journal.wants_input_gradient else image.new_empty(0)
         of_weight = torch.zeros_like(conv.weight) if conv.weight.requires_grad else None
@@ -75,15 +76,13 @@ class Lift(Step):
             for start, stop in slabs if any(mask) else ():
                 planes = _padded_planes(image, start - border, stop + border).to(dtype)
                 after = torch.cat([g[:, :, start:stop].to(dtype) for g in (g1, g2)], dim=1)
-                i, w, b = torch.ops.aten.convolution_backward(
-                    after, planes, weight, [conv.out_channels], [1, 1, 1], padding, [1, 1, 1], False, [0, 0, 0], 1, mask
-                )
-                if mask[0]:
+                i, w, b = convolve_backward(after, planes, weight, padding, mask)
+                if i is not None:
                     low, high = max(start - border, 0), min(stop + border, image.shape[2])
                     of_image[:, :, low:high].add_(i[:, :, low - start + border : high - start + border])
-                if of_weight is not None:
+                if of_weight is not None and w is not None:
                     of_weight.add_(w)
-                if of_bias is not None:
+                if of_bias is not None and b is not None:
                     of_bias.add_(b)
         gradients.push_part(of_image)
         sink.add(conv.weight, of_weight)

@@ -7,7 +7,7 @@ once forward and once more in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from .slabs import Block, blocks, load
 
 __all__ = ["Readout"]
 
-MINIMUM_LOGITS = 2**18
-MAXIMUM_BOXES = 24  # more of them save little beside the state, and each costs a few dozen operators
+MINIMUM_LOGITS = 2**18  # in a box: a loss makes about seven maps of it, and a box costs some dozen operators
 
 Reduce = Callable[[torch.Tensor, Block], tuple[torch.Tensor, ...]]
 
@@ -51,10 +50,10 @@ class Readout:
         """The sums, differentiable by autograd; keeps nothing but the maps themselves."""
         return _Sums.apply(self, len(maps), *maps, *self.parameters)
 
-    def sums(self, maps: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The sums. maps: floating point, or fixed point to be decoded as `dtype`."""
+    def sums(self, maps: Sequence[torch.Tensor], dtype: torch.dtype, elements: int) -> tuple[torch.Tensor, ...]:
+        """The sums. maps: floating point, or fixed point to be decoded as `dtype`. elements: about as many logits a box."""
         total: tuple[torch.Tensor, ...] = ()
-        for where in self._boxes(maps[0]):
+        for where in self._boxes(maps[0], elements):
             found = self.reduce(self.head(*(load(m, where, dtype) for m in maps)), where)
             total = found if not total else tuple(a + b for a, b in zip(total, found, strict=True))
         return total
@@ -66,10 +65,11 @@ class Readout:
         of_sums: Sequence[torch.Tensor | None],
         of_maps: Sequence[torch.Tensor],
         sink: GradientSink,
+        elements: int,
     ) -> None:
         """Writes the gradients of the maps into `of_maps` (zeros at first), those of the parameters into `sink`."""
         found: dict[int, torch.Tensor] = {}
-        for where in self._boxes(maps[0]):
+        for where in self._boxes(maps[0], elements):
             leaves = [load(m, where, dtype).detach().requires_grad_() for m in maps]
             with torch.enable_grad():
                 sums = self.reduce(self.head(*leaves), where)
@@ -88,10 +88,8 @@ class Readout:
         for index, result in found.items():
             sink.add(self.parameters[index], result)
 
-    def _boxes(self, like: torch.Tensor) -> Any:
-        voxels = like.shape[0] * self.size[0] * self.size[1] * self.size[2]
-        logits = max(MINIMUM_LOGITS, voxels * self.classes // MAXIMUM_BOXES)
-        return blocks(self.size, max(1, logits // (like.shape[0] * self.classes)))
+    def _boxes(self, like: torch.Tensor, elements: int) -> Iterator[Block]:
+        return blocks(self.size, max(1, max(MINIMUM_LOGITS, elements) // (like.shape[0] * self.classes)))
 
 
 class _Sums(torch.autograd.Function):
@@ -101,7 +99,8 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.autocast = AutocastState.of(tensors[0])
         ctx.set_materialize_grads(False)
-        sums = readout.sums(tensors[:count], tensors[0].dtype)
+        ctx.elements = tensors[0].numel() // 64
+        sums = readout.sums(tensors[:count], tensors[0].dtype, ctx.elements)
         ctx.mark_non_differentiable(*(s for s in sums if not s.is_floating_point()))
         return sums
 
@@ -112,5 +111,5 @@ class _Sums(torch.autograd.Function):
         of_maps = [torch.zeros_like(m) for m in maps]
         sink = GradientSink()
         with ctx.autocast.restored():
-            ctx.readout.differentiate(maps, maps[0].dtype, of_sums, of_maps, sink)
+            ctx.readout.differentiate(maps, maps[0].dtype, of_sums, of_maps, sink, ctx.elements)
         return (None, None, *of_maps, *(sink.get(p) for p in ctx.readout.parameters))

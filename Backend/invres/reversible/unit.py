@@ -17,6 +17,7 @@ from torch import nn
 
 from .journal import Journal
 from .recompute import AutocastState
+from .slab_convolution import FAST_ABOVE, convolve, convolve_backward
 from .slabs import channel_parts, depth_slabs, load
 from .sink import GradientSink
 
@@ -69,6 +70,7 @@ class _Normalised:
             variance, mean = torch.var_mean(piece, dim=(2, 3, 4, 5), correction=0)
             means.append(mean)
             variances.append(variance)
+            del piece
 
         def spread(values: list[torch.Tensor]) -> torch.Tensor:
             joined = values[0] if len(values) == 1 else torch.cat(values, dim=1)
@@ -119,7 +121,7 @@ def _convolved_planes(
     padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
     for start, stop in depth_slabs(shape, journal.slab_elements):
         planes = normalised.planes(ALL, start - border, stop + border, dtype)
-        result = torch.conv3d(planes, weight, bias, padding=padding)
+        result = convolve(planes, weight, bias, padding)
         del planes
         use(start, stop, result)
 
@@ -195,7 +197,11 @@ def _differentiate(
 ) -> None:
     unit, source = normalised.unit, normalised.source
     group = 1 if unit.norm is None else source.shape[1] // unit.norm.num_groups
-    parts = list(channel_parts(source.shape[1], group, -(-source.numel() // journal.part_elements)))
+    count = -(-source.numel() // journal.part_elements)
+    if source.device.type == "cpu" and dtype == torch.float32:
+        # Fewer channels than this would fall to the CPU's slow kernel.
+        count = max(1, min(count, source.shape[1] * source.shape[3] * source.shape[4] // (FAST_ABOVE + 1)))
+    parts = list(channel_parts(source.shape[1], group, count))
     if use is not None and len(parts) > 1:
         _convolved_planes(normalised, journal, dtype, use, source.shape)
         use = None
@@ -205,6 +211,7 @@ def _differentiate(
     for index, part in enumerate(parts):
         inner = _through_convolution(normalised, part, gradient, of_weight, index == 0, sink, journal, use, dtype)
         _through_norm(normalised, part, inner, of_source, of_norm, journal)
+        del inner
     if of_weight is not None:
         sink.add(conv.weight, of_weight)
     if unit.norm is not None and of_norm is not None:
@@ -229,27 +236,26 @@ def _through_convolution(
     depth = source.shape[2]
     weight = conv.weight[:, part].to(dtype).contiguous()
     bias = None if conv.bias is None else conv.bias.to(dtype)
-    padding = [0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2]
+    padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
     of_bias = torch.zeros_like(conv.bias) if first and conv.bias is not None and conv.bias.requires_grad else None
     mask = [True, of_weight is not None, of_bias is not None]
     inner = torch.zeros(source[:, part].shape, dtype=dtype, device=source.device)
     for start, stop in depth_slabs(gradient.shape, journal.slab_elements):
         planes = normalised.planes(part, start - border, stop + border, dtype)
         if use is not None:
-            use(start, stop, torch.conv3d(planes, weight, bias, padding=padding))
-        after = gradient[:, :, start:stop].to(dtype).contiguous()
-        of_planes, w, b = torch.ops.aten.convolution_backward(
-            after, planes, weight, [conv.out_channels], [1, 1, 1], padding, [1, 1, 1], False, [0, 0, 0], 1, mask
-        )
+            use(start, stop, convolve(planes, weight, bias, padding))
+        after = gradient[:, :, start:stop].to(dtype)
+        of_planes, w, b = convolve_backward(after, planes, weight, padding, mask)
         del planes, after
         # A border plane belongs to two slabs: each adds its share.
         low, high = max(start - border, 0), min(stop + border, depth)
+        assert of_planes is not None
         inner[:, :, low:high].add_(of_planes[:, :, low - start + border : high - start + border])
         del of_planes
-        if of_weight is not None:
+        if of_weight is not None and w is not None:
             of_weight[:, part].add_(w)
-        if of_bias is not None:
-            of_bias += b
+        if of_bias is not None and b is not None:
+            of_bias.add_(b)
     if of_bias is not None:
         sink.add(conv.bias, of_bias)  # type: ignore[arg-type]
     return inner
