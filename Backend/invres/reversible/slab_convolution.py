@@ -2,7 +2,7 @@
 
 On a CPU, torch takes its fast kernel (oneDNN) in single precision for one volume only if channels x depth x height of
 the input exceed 20480, and a kernel ten times slower below that. A thin slab of wide planes passes once its axes are
-turned so that the thin one is last.
+turned so that the thin one is last; what is too small for that passes as a batch of two halves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["FAST_ABOVE", "convolve", "convolve_backward"]
+__all__ = ["convolve", "convolve_backward"]
 
 FAST_ABOVE = 20480
 _THIN_LAST, _BACK = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
@@ -23,40 +23,67 @@ def convolve(
     planes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: Sequence[int]
 ) -> torch.Tensor:
     """conv3d of stride 1. planes: (N, C, D, H, W)."""
-    if not _turned(planes):
-        return torch.conv3d(planes, weight, bias, padding=list(padding))
-    d, h, w = padding
-    planes, weight = (t.permute(_THIN_LAST).contiguous() for t in (planes, weight))
-    return torch.conv3d(planes, weight, bias, padding=[h, w, d]).permute(_BACK)
+    way = _way(planes, weight, padding)
+    if way == "turned":
+        d, h, w = padding
+        planes, weight = (t.permute(_THIN_LAST).contiguous() for t in (planes, weight))
+        return torch.conv3d(planes, weight, bias, padding=[h, w, d]).permute(_BACK)
+    if way == "halved":
+        first, second = torch.conv3d(_halves(planes, weight), weight, bias, padding=list(padding)).split(1)
+        return torch.cat([first, second], dim=2)
+    return torch.conv3d(planes, weight, bias, padding=list(padding))
 
 
 def convolve_backward(
     after: torch.Tensor, planes: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], mask: list[bool]
 ) -> Gradients:
     """Gradients of `planes`, `weight` and bias of `convolve` as far as `mask` asks for them. after: of its output."""
-    turned = _turned(planes)
-    d, h, w = padding
-    if turned:
-        after, planes, weight = (t.permute(_THIN_LAST).contiguous() for t in (after, planes, weight))
-    of_planes, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        after.contiguous(),
-        planes,
-        weight,
-        [weight.shape[0]],
-        [1, 1, 1],
-        [h, w, d] if turned else [d, h, w],
-        [1, 1, 1],
-        False,
-        [0, 0, 0],
-        1,
-        mask,
+    way = _way(planes, weight, padding)
+    if way == "turned":
+        d, h, w = padding
+        turned = (t.permute(_THIN_LAST).contiguous() for t in (after, planes, weight))
+        of_planes, of_weight, of_bias = _backward(*turned, [h, w, d], mask)
+        return (
+            None if of_planes is None else of_planes.permute(_BACK),
+            None if of_weight is None else of_weight.permute(_BACK),
+            of_bias,
+        )
+    if way == "halved":
+        depth = planes.shape[2]
+        of_halves, of_weight, of_bias = _backward(
+            torch.cat(after.chunk(2, dim=2)), _halves(planes, weight), weight, padding, mask
+        )
+        if of_halves is None:
+            return None, of_weight, of_bias
+        of_planes = torch.zeros_like(planes)
+        of_planes[:, :, : of_halves.shape[2]] = of_halves[:1]
+        of_planes[:, :, depth - of_halves.shape[2] :].add_(of_halves[1:])
+        return of_planes, of_weight, of_bias
+    return _backward(after.contiguous(), planes, weight, padding, mask)
+
+
+def _backward(
+    after: torch.Tensor, planes: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], mask: list[bool]
+) -> Gradients:
+    found: Gradients = torch.ops.aten.convolution_backward(
+        after, planes, weight, [weight.shape[0]], [1, 1, 1], list(padding), [1, 1, 1], False, [0, 0, 0], 1, mask
     )
-    if turned:
-        of_planes, of_weight = (t if t is None else t.permute(_BACK) for t in (of_planes, of_weight))
-    return of_planes, of_weight, of_bias
+    return found
 
 
-def _turned(planes: torch.Tensor) -> bool:
+def _halves(planes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(1, C, D, H, W) -> (2, C, ...): the planes that each half of the output is made of."""
+    depth, border = planes.shape[2], weight.shape[2] - 1
+    length = (depth - border) // 2 + border
+    return torch.cat([planes[:, :, :length], planes[:, :, depth - length :]])
+
+
+def _way(planes: torch.Tensor, weight: torch.Tensor, padding: Sequence[int]) -> str:
     n, c, d, h, w = planes.shape
-    slow = planes.device.type == "cpu" and planes.dtype == torch.float32 and n == 1
-    return slow and c * d * h <= FAST_ABOVE < c * h * w
+    kernel = weight.shape[2:]
+    fast = planes.device.type != "cpu" or planes.dtype != torch.float32 or n > 1 or max(kernel) == 1
+    if fast or c * d * h > FAST_ABOVE:
+        return "plain"
+    if c * h * w > FAST_ABOVE:
+        return "turned"
+    return "halved" if padding[0] == 0 and (d - kernel[0] + 1) % 2 == 0 else "plain"

@@ -17,7 +17,7 @@ from torch import nn
 
 from .journal import Journal
 from .recompute import AutocastState
-from .slab_convolution import FAST_ABOVE, convolve, convolve_backward
+from .slab_convolution import convolve, convolve_backward
 from .slabs import channel_parts, depth_slabs, load
 from .sink import GradientSink
 
@@ -197,11 +197,7 @@ def _differentiate(
 ) -> None:
     unit, source = normalised.unit, normalised.source
     group = 1 if unit.norm is None else source.shape[1] // unit.norm.num_groups
-    count = -(-source.numel() // journal.part_elements)
-    if source.device.type == "cpu" and dtype == torch.float32:
-        # Fewer channels than this would fall to the CPU's slow kernel.
-        count = max(1, min(count, source.shape[1] * source.shape[3] * source.shape[4] // (FAST_ABOVE + 1)))
-    parts = list(channel_parts(source.shape[1], group, count))
+    parts = list(channel_parts(source.shape[1], group, -(-source.numel() // journal.part_elements)))
     if use is not None and len(parts) > 1:
         _convolved_planes(normalised, journal, dtype, use, source.shape)
         use = None
