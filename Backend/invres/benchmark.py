@@ -21,8 +21,8 @@ __all__ = ["ENGINE_TABLE", "bench_gradients", "bench_memory", "bench_time", "des
 Triple = tuple[int, int, int]
 ENGINE_TABLE = {
     "unet3d": ("stored", "checkpoint"),
-    "partially_invres": ("stored", "checkpoint", "memcnn", "reversible"),
-    "fully_invres": ("stored", "checkpoint", "memcnn", "reversible"),
+    "partially_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
+    "fully_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
 }
 
 

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, NETWORKS
+from .config import ENGINES, MEMORY_SETTINGS, NETWORKS
 from .events import JsonReporter, Reporter, TerminalReporter
 
 __all__ = ["main"]
+
+_MEMORY = (
+    "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
+    "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int)
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
@@ -152,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
     one.add_argument("--engine", choices=ENGINES, default="auto")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, default="low", help=_MEMORY)
     one.add_argument("--vae", action="store_true", help="with the VAE branch")
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)

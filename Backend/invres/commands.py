@@ -275,7 +275,7 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         network = dataclasses.replace(network, name=options.network)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("epochs", "seed", "engine", "precision")
+        for key in ("epochs", "seed", "engine", "precision", "memory")
         if getattr(options, key) is not None
     }
     if options.time:

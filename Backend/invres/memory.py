@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from .config import LossWeights, NetworkConfig
 from .networks import build, with_patch
+from .reversible import abridged
 from .step import make_optimizer, training_step
 
 __all__ = ["LiveBytes", "TrainingMemory", "measure_training", "predict_training"]
@@ -120,7 +121,7 @@ def predict_training(
 
     Raises InvresError if the configuration does not describe a network.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), abridged():
         return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
 
 

@@ -85,7 +85,7 @@ def train(
         report.warning("There is only one patient, so the Dice is measured on the training case itself; expect less.")
     scheme, config = dataset.scheme, recipe.training
     torch.manual_seed(config.seed)
-    network = build(recipe.network, config.engine).to(device)
+    network = build(recipe.network, config.engine, config.memory).to(device)
     _announce_memory(recipe, network.engine, scheme, report)
     prepared = output / "prepared"
     training_cases, validation_cases = (prepare_cases(dataset, part, plan, prepared, report) for part in names)
@@ -202,6 +202,7 @@ def training_summary(
         "training_cases": training_cases,
         "validation_cases": validation_cases,
         "engine": engine,
+        "memory": recipe.training.memory,
         "precision": recipe.training.precision,
         "seed": recipe.training.seed,
         "software": software_versions(),
@@ -224,7 +225,7 @@ def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
 def _announce_memory(recipe: Recipe, engine: str, scheme: LabelScheme, report: Reporter) -> None:
     config = recipe.training
     predicted = predict_training(
-        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision
+        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision, config.memory
     )
     report.emit({"event": "memory", "predicted_bytes": predicted.peak_bytes})
     report.note(

@@ -127,7 +127,7 @@ def _squeeze_in_place(x: torch.Tensor, stride: Triple, elements: int) -> torch.T
     view, phases, runs = _squeezed_view(x, stride), math.prod(stride), _channel_runs(x, elements)
     for start in runs:
         stop = min(start + runs.step, x.shape[1])
-        view[:, start * phases : stop * phases] = squeeze(x[:, start:stop], stride)
+        view[:, start * phases : stop * phases] = _apart(squeeze(x[:, start:stop], stride), x)
     return view
 
 
@@ -135,7 +135,12 @@ def _unsqueeze_in_place(x: torch.Tensor, view: torch.Tensor, stride: Triple, ele
     phases, runs = math.prod(stride), _channel_runs(x, elements)
     for start in runs:
         stop = min(start + runs.step, x.shape[1])
-        x[:, start:stop] = unsqueeze(view[:, start * phases : stop * phases], stride)
+        x[:, start:stop] = _apart(unsqueeze(view[:, start * phases : stop * phases], stride), x)
+
+
+def _apart(piece: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A squeeze along one axis may be a mere view, which must not be copied onto its own memory."""
+    return piece.clone() if same_memory(piece, x) else piece
 
 
 class Mix(Step):

@@ -9,6 +9,7 @@ from .drift import drifting
 from .program import Program
 from .readout import Readout
 from .setting import SETTINGS
+from .slabs import abridged
 from .state import State, same_memory
 from .steps import AddFromBelow, Branch, Couple, Step
 from .unit import Unit
@@ -23,6 +24,7 @@ __all__ = [
     "State",
     "Step",
     "Unit",
+    "abridged",
     "drifting",
     "same_memory",
 ]

@@ -6,6 +6,7 @@ term's last bits are lost, and gradients are taken at a state that never was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,15 +33,12 @@ class Watch:
 
 def sample(state: torch.Tensor) -> torch.Tensor:
     """A copy of about SAMPLES values of a map (N, C, D, H, W), spread evenly."""
-    steps, values = [1] * 5, state.numel()
-    axis = 4
-    while values > SAMPLES and any(steps[i] < state.shape[i] for i in range(5)):
-        if steps[axis] < state.shape[axis]:
-            steps[axis] += 1
-        values = 1
-        for length, step in zip(state.shape, steps, strict=True):
-            values *= -(-length // step)
-        axis = axis - 1 if axis else 4
+    steps = [1] * state.ndim
+    counts = list(state.shape)
+    while math.prod(counts) > SAMPLES:
+        axis = max(range(state.ndim), key=counts.__getitem__)
+        steps[axis] += 1
+        counts[axis] = -(-state.shape[axis] // steps[axis])
     return state[tuple(slice(None, None, step) for step in steps)].clone()
 
 

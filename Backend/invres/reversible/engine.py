@@ -39,6 +39,7 @@ class Run:
     private: True says that nobody else keeps the final stack or its gradients, so that backward may overwrite them
         instead of copying (saves twice the state).
     readout: turns the final pair into sums, which are then the outputs instead of the stack.
+    first_index: of the step that `watch` counts as the first.
     """
 
     steps: tuple[Step, ...]
@@ -47,6 +48,7 @@ class Run:
     readout: Readout | None = None
     setting: MemorySetting = SETTINGS["low"]
     watch: Watch = field(default_factory=Watch)
+    first_index: int = 0
 
     def start(self, inputs: Sequence[torch.Tensor], owned: bool, recording: bool) -> State:
         """The state in front of the first step. Tensors of the caller are never written to unless `owned`."""
@@ -204,7 +206,7 @@ class _ReversibleProgram(torch.autograd.Function):
                 step.retreat(state, gradients, sink)
             if index in journal.samples:
                 found = (sample(state.tensors[-2]), sample(state.tensors[-1]))
-                run.watch.errors[index] = difference(found, journal.samples.pop(index))
+                run.watch.errors[index - run.first_index] = difference(found, journal.samples.pop(index))
         needed = ctx.needs_input_grad[2:]
         of_inputs = [g if wanted else None for g, wanted in zip(gradients.tensors, needed, strict=False)]
         return (None, None, *of_inputs, *(sink.get(p) for p in ctx.parameters))

@@ -34,8 +34,9 @@ def shift_by(state: torch.Tensor, increment: torch.Tensor, sign: int) -> torch.T
     """state += sign * rounded increment, in place. Returns how many sums left the range (they wrap around)."""
     scaled = (increment if increment.dtype == torch.float64 else increment.float()).mul(_SCALE).round_()
     # Twice the range is enough to see every overflow, and keeps the 32-bit sum itself from overflowing.
-    steps = scaled.nan_to_num_(0.0).clamp_(-(2.0**30), 2.0**30).to(torch.int32)
-    total = state.to(torch.int32).add_(steps, alpha=sign)
+    total = scaled.nan_to_num_(0.0).clamp_(-(2.0**30), 2.0**30).to(torch.int32)
+    del scaled
+    total.mul_(sign).add_(state)
     state.copy_(total)  # keeps the low 16 bits: the sum modulo 2^16
     return torch.count_nonzero(total.sub_(state))
 

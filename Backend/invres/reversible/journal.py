@@ -9,7 +9,6 @@ import torch
 from .drift import Watch
 from .recompute import RandomState
 from .setting import SETTINGS, MemorySetting
-from .slabs import MINIMUM_ELEMENTS
 
 __all__ = ["Journal"]
 
@@ -38,12 +37,12 @@ class Journal:
     @property
     def slab_elements(self) -> int:
         """Values in a slab. The same in forward and backward: a fixed-point state needs the very same sums again."""
-        return max(MINIMUM_ELEMENTS, self.largest // self.setting.slab_parts)
+        return max(self.setting.slab_minimum, self.largest // self.setting.slab_parts)
 
     @property
     def part_elements(self) -> int:
         """Values of a function's inner gradient that may be held at a time."""
-        return max(MINIMUM_ELEMENTS, self.largest // self.setting.gradient_parts)
+        return max(self.setting.slab_minimum, self.largest // self.setting.gradient_parts)
 
     def count_overflows(self, count: torch.Tensor) -> None:
         known = self.watch.overflows

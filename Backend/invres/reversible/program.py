@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import InvresError
-from .drift import Watch
+from .drift import Watch, drifting
 from .engine import Run, advance, run_reversible
 from .lift import Lift
 from .readout import Readout
@@ -85,8 +85,9 @@ class Program(nn.Module):
         if stem is not None:
             steps.insert(0, Lift(stem, on_grid=setting.fixed_point))
             tap = None if tap is None else tap + 1
+        lifted = len(steps) - len(self.steps)
         if engine == "reversible" or (tap is None and not torch.is_grad_enabled()):
-            run = Run(tuple(steps), tap, self.private, readout, setting, self.watch)
+            run = Run(tuple(steps), tap, self.private, readout, setting, self.watch, lifted)
             if torch.is_grad_enabled():
                 return run_reversible(run, inputs)
             return advance(run, inputs)
@@ -114,6 +115,16 @@ class Program(nn.Module):
     def reconstruction_errors(self) -> dict[int, float]:
         """Index of coupling -> relative error of its recomputed input, from the last step that `watch.due` was set in."""
         return {index: float(error) for index, error in self.watch.errors.items()}
+
+    def keep_drifting(self, limit: float) -> list[int]:
+        """Lets couplings whose input was recomputed with a relative error above `limit` keep it from now on.
+
+        Returns the indices of those that are new.
+        """
+        found = drifting(self.reconstruction_errors(), limit)
+        for index in found:
+            self.steps[index].keep = True  # type: ignore[assignment]
+        return found
 
 
 def _run(engine: str, steps: list[Step], stack: Stack) -> Stack:

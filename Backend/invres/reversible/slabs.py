@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 
 from .fixed_point import decode
 
-__all__ = ["blocks", "channel_parts", "depth_slabs", "load"]
-
-MINIMUM_ELEMENTS = 2**19  # smaller pieces only add overhead
+__all__ = ["abridged", "blocks", "channel_parts", "depth_slabs", "load"]
 
 Block = tuple[slice, slice, slice, slice, slice]
+T = TypeVar("T")
+_ABRIDGED: ContextVar[bool] = ContextVar("abridged", default=False)
+
+
+@contextlib.contextmanager
+def abridged() -> Iterator[None]:
+    """Inside it, of many pieces only the first two and the last are worked on.
+
+    For predicting memory on tensors without values: what is alive in the pieces between is the same.
+    """
+    token = _ABRIDGED.set(True)
+    try:
+        yield
+    finally:
+        _ABRIDGED.reset(token)
+
+
+def _all_or_some(pieces: Sequence[T]) -> Sequence[T]:
+    return [*pieces[:2], pieces[-1]] if _ABRIDGED.get() and len(pieces) > 3 else pieces
 
 
 def depth_slabs(shape: Sequence[int], elements: int) -> Iterator[tuple[int, int]]:
@@ -20,14 +40,14 @@ def depth_slabs(shape: Sequence[int], elements: int) -> Iterator[tuple[int, int]
     n, c, depth, height, width = shape
     count = max(1, round(n * c * depth * height * width / max(elements, 1)))
     planes = max(1, -(-depth // count))
-    for start in range(0, depth, planes):
+    for start in _all_or_some(range(0, depth, planes)):
         yield start, min(start + planes, depth)
 
 
 def channel_parts(channels: int, group: int, parts: int) -> Iterator[slice]:
     """Runs of channels, about 1 / `parts` of them each, that do not cut through a group of `group` channels."""
     size = group * max(1, -(-(channels // group) // parts))
-    for start in range(0, channels, size):
+    for start in _all_or_some(range(0, channels, size)):
         yield slice(start, min(start + size, channels))
 
 
@@ -36,8 +56,8 @@ def blocks(size: Sequence[int], voxels: int) -> Iterator[Block]:
     depth, height, width = size
     planes = max(1, min(depth, voxels // max(1, height * width)))
     rows = height if planes > 1 else max(1, min(height, voxels // max(1, width)))
-    for d in range(0, depth, planes):
-        for h in range(0, height, rows):
+    for d in _all_or_some(range(0, depth, planes)):
+        for h in _all_or_some(range(0, height, rows)):
             yield (
                 slice(None),
                 slice(None),

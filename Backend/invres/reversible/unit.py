@@ -63,21 +63,15 @@ class _Normalised:
             return _Normalised(unit, source, journal.dtype)
         n, c = source.shape[:2]
         per_group = c // norm.num_groups
-        means, variances = [], []
+        found = torch.empty((2, n, norm.num_groups), dtype=journal.dtype, device=source.device)
         parts = 1 if source.dtype == journal.dtype else -(-source.numel() // journal.slab_elements)
         for part in channel_parts(c, per_group, parts):
             piece = load(source, (ALL, part), journal.dtype).to(journal.dtype).unflatten(1, (-1, per_group))
-            variance, mean = torch.var_mean(piece, dim=(2, 3, 4, 5), correction=0)
-            means.append(mean)
-            variances.append(variance)
+            groups = slice(part.start // per_group, part.stop // per_group)
+            found[1, :, groups], found[0, :, groups] = torch.var_mean(piece, dim=(2, 3, 4, 5), correction=0)
             del piece
-
-        def spread(values: list[torch.Tensor]) -> torch.Tensor:
-            joined = values[0] if len(values) == 1 else torch.cat(values, dim=1)
-            return joined.repeat_interleave(per_group, dim=1).view(n, c, 1, 1, 1)
-
-        mean = spread(means)
-        rstd = spread(variances).add_(norm.eps).rsqrt_()
+        mean, variance = found.repeat_interleave(per_group, dim=2).view(2, n, c, 1, 1, 1)
+        rstd = variance.add_(norm.eps).rsqrt_()
         scale = rstd * norm.weight.view(1, c, 1, 1, 1)
         return _Normalised(
             unit, source, journal.dtype, mean, rstd, scale, norm.bias.view(1, c, 1, 1, 1) - mean * scale
