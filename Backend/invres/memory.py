@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .config import LossWeights, NetworkConfig
-from .networks import build, with_patch
-from .reversible import abridged
-from .step import make_optimizer, training_step
+from .networks import SegmentationNetwork, build, with_patch
+from .reversible import SETTINGS, abridged
+from .step import AUTOCAST_DTYPES, make_optimizer, training_step
 
 __all__ = ["LiveBytes", "TrainingMemory", "measure_training", "predict_training"]
 
@@ -98,7 +98,11 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state."""
+    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state.
+
+    Of the activations, input_bytes are image and target, state_bytes the reversible engine's state and its gradient (0
+    under other engines), working_bytes all the rest: what is stored, recomputed, or in work at the moment of the peak.
+    """
 
     peak_bytes: int
     parameter_bytes: int
@@ -106,6 +110,9 @@ class TrainingMemory:
     optimizer_bytes: int
     activation_bytes: int
     peak_op: str
+    input_bytes: int = 0
+    state_bytes: int = 0
+    working_bytes: int = 0
 
 
 def predict_training(
@@ -157,7 +164,21 @@ def measure_training(
     gradients = sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
     state = sum(_nbytes(t) for t in tree_iter(optimizer.state_dict()["state"]) if isinstance(t, torch.Tensor))
     rest = probe.peak - parameters - gradients - state
-    return TrainingMemory(probe.peak, parameters, gradients, state, rest, probe.peak_op)
+    given, kept = _nbytes(image) + _nbytes(target), _state_bytes(network, image, precision)
+    return TrainingMemory(
+        probe.peak, parameters, gradients, state, rest, probe.peak_op, given, kept, max(0, rest - given - kept)
+    )
+
+
+def _state_bytes(network: SegmentationNetwork, image: torch.Tensor, precision: str) -> int:
+    if network.engine != "reversible":
+        return 0
+    setting = SETTINGS[network.memory]
+    values = image.shape[0] * network.config.channels[0]
+    for size, divisor in zip(image.shape[2:], network.divisor, strict=True):
+        values *= size + (-size) % divisor
+    short = setting.short_gradients and precision in AUTOCAST_DTYPES
+    return values * ((2 if setting.fixed_point else 4) + (2 if short else 4))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -48,18 +48,21 @@ ALLOWED = {
     "manifest": "config",
     "modelpackage": "config events manifest networks packagefiles",
     "step": "config losses networks",
-    "memory": "config events losses networks step",
+    "memory": "config events losses networks reversible step",
+    "planning": "config events memory networks",
+    "guard": "events reversible",
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "inference": "config events memory modelpackage networks preprocessing restoration volume",
-    "trainer": "checkpoint config distributed events losses memory networks sampling step",
+    "trainer": "checkpoint config distributed events guard losses memory networks sampling step",
     "training": (
         "cases checkpoint config curves distributed events inference losses memory metrics modelpackage networks "
         "prepared preprocessing sampling step trainer"
     ),
     "worker": "config events inference modelpackage",
-    "benchmark": "config events losses memory networks reversible step",
+    "peers": "config networks",
+    "benchmark": "config events losses memory networks peers reversible step",
     "overlay": "config volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
