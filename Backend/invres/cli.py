@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
@@ -162,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--vae", action="store_true", help="with the VAE branch")
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)
+    one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")
+    one.add_argument("--spacing", type=float, nargs=3, default=[1.0] * 3, metavar="MM", help="of the voxels (D H W)")
+    one.add_argument("--measure", action="store_true", help="run the step on this machine's GPU as well")
 
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")
@@ -172,11 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
     one.add_argument("--models-dir", type=Path, help="folder of your own models")
 
-    one = add("bench", "Measures memory, time or gradients of all networks and engines.", "bench")
-    one.add_argument("what", choices=("memory", "time", "gradients", "all"))
+    one = add("bench", "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.", "bench")
+    one.add_argument("what", choices=("memory", "time", "gradients", "depth", "all"))
     one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
     one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")
-    one.add_argument("-o", "--output", type=Path, help="folder for a JSON and a Markdown file")
+    one.add_argument("-o", "--output", type=Path, help="folder for JSON, Markdown and the picture of depth")
     _size(one, 64)
     _device(one, default="cpu")
 

@@ -12,6 +12,7 @@ from .reversible import Program
 __all__ = ["CHECK_EVERY", "DRIFT_LIMIT", "DriftGuard"]
 
 CHECK_EVERY = 100  # training steps; a check copies some thousand values of each level, and waits for the device once
+FIRST_CHECK = 10  # not in the first steps, whose memory is measured
 DRIFT_LIMIT = 1e-3  # relative; float32 gives 1e-6 to 1e-5, and above 1e-3 gradients lose digits that bfloat16 has
 
 
@@ -30,7 +31,7 @@ class DriftGuard:
 
     def before(self, iteration: int) -> None:
         if self._program is not None and getattr(self._network, "engine", "") == "reversible":
-            self._program.watch.due = iteration % CHECK_EVERY == 0
+            self._program.watch.due = iteration % CHECK_EVERY == FIRST_CHECK
 
     def after(self) -> None:
         if self._program is None or not self._program.watch.due:

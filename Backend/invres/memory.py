@@ -8,7 +8,7 @@ count are the allocator's rounding, the CUDA context and cuDNN's workspaces; on 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from .networks import SegmentationNetwork, build, with_patch
 from .reversible import SETTINGS, abridged
 from .step import AUTOCAST_DTYPES, make_optimizer, training_step
 
-__all__ = ["LiveBytes", "TrainingMemory", "measure_training", "predict_training"]
+__all__ = ["LiveBytes", "TrainingMemory", "measure_step", "measure_training", "predict_training"]
 
 Triple = tuple[int, int, int]
 
@@ -102,6 +102,7 @@ class TrainingMemory:
 
     Of the activations, input_bytes are image and target, state_bytes the reversible engine's state and its gradient (0
     under other engines), working_bytes all the rest: what is stored, recomputed, or in work at the moment of the peak.
+    allocated_bytes, reserved_bytes: peaks of a CUDA card's allocator in the same step, which also hold workspaces; else 0.
     """
 
     peak_bytes: int
@@ -113,6 +114,8 @@ class TrainingMemory:
     input_bytes: int = 0
     state_bytes: int = 0
     working_bytes: int = 0
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 def predict_training(
@@ -145,11 +148,27 @@ def measure_training(
     """The peak of one training step with Adam's state in place, on made-up data, in live tensor bytes."""
     with torch.device(device):
         network = build(with_patch(config, patch), engine, memory).train()
-    optimizer = make_optimizer(network, learning_rate=1e-4)
     image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
     shape = (batch_size, config.out_channels, *patch) if regions else (batch_size, *patch)
     target = torch.zeros(shape, dtype=torch.bool if regions else torch.int16, device=device)
     weights = LossWeights()
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+
+    return measure_step(network, image, target, step, _state_bytes(network, image, precision))
+
+
+def measure_step(
+    network: torch.nn.Module,
+    image: torch.Tensor,
+    target: torch.Tensor,
+    step: Callable[[torch.optim.Optimizer], None],
+    state_bytes: int = 0,
+) -> TrainingMemory:
+    """The peak of `step(optimizer)` with Adam's state in place, for any network, on real or fake tensors."""
+    on_card = image.is_cuda
+    optimizer = make_optimizer(network, learning_rate=1e-4)
     probe = LiveBytes()
     probe.watch([image, target, *network.parameters(), *network.buffers()])
     with probe:
@@ -159,14 +178,28 @@ def measure_training(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         probe.reset_peak()
-        training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+        if on_card:
+            torch.cuda.synchronize(image.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(image.device)
+        step(optimizer)
     parameters = sum(_nbytes(p) for p in network.parameters())
     gradients = sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
     state = sum(_nbytes(t) for t in tree_iter(optimizer.state_dict()["state"]) if isinstance(t, torch.Tensor))
     rest = probe.peak - parameters - gradients - state
-    given, kept = _nbytes(image) + _nbytes(target), _state_bytes(network, image, precision)
+    given = _nbytes(image) + _nbytes(target)
     return TrainingMemory(
-        probe.peak, parameters, gradients, state, rest, probe.peak_op, given, kept, max(0, rest - given - kept)
+        probe.peak,
+        parameters,
+        gradients,
+        state,
+        rest,
+        probe.peak_op,
+        given,
+        state_bytes,
+        max(0, rest - given - state_bytes),
+        torch.cuda.max_memory_allocated(image.device) if on_card else 0,
+        torch.cuda.max_memory_reserved(image.device) if on_card else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ CONTEXT_BYTES = 800 * 2**20
 ROUNDING = 1.08  # the allocator's blocks are larger than the tensors in them
 STEP = 16  # patches grow by this many voxels
 LARGEST_SIDE = 640
+WIDTH_FACTORS = (4, 3, 2)
 WHOLE_VOLUME = (240, 240, 155)  # voxels of BraTS and of many 1 mm brains
 
 
@@ -78,6 +80,7 @@ def plan_for_card(
     Raises InvresError if not even a patch of two steps fits.
     """
 
+    @functools.cache
     def needed(network: NetworkConfig, patch: Triple, setting: str = memory) -> int:
         return card_bytes(predict_training(network, patch, batch_size, engine, precision=precision, memory=setting))
 
@@ -97,10 +100,9 @@ def plan_for_card(
     full = build(dataclasses.replace(config, vae=None)).config
     room = vram_bytes - needed(config, half)
     each = ROUNDING * 4 * _block_bytes(full)
-    factor = 1
-    while factor < 8 and needed(_wider(full, factor + 1), half) <= vram_bytes:
-        factor += 1
-    settings = (memory,) if engine not in ("auto", "reversible") or config.name == "unet3d" else _settings(config)
+    factor = next((f for f in WIDTH_FACTORS if needed(_wider(full, f), half) <= vram_bytes), 1)
+    reversible = engine in ("auto", "reversible") and config.name != "unet3d"
+    settings = dict.fromkeys((memory, _settings(config)[-1])) if reversible else (memory,)
     whole = {setting: needed(config, WHOLE_VOLUME, setting) for setting in settings}
     patch = patch_of(side)
     blocks = 1 + max(0, int(room // each)) if each else 1
@@ -116,6 +118,7 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
     reversible = network.name != "unet3d" and training.engine in ("auto", "reversible")
     settings = [s for s in _settings(network) if _rank(s) >= _rank(training.memory)] if reversible else [training.memory]
 
+    @functools.cache
     def needed(memory: str, patch: Triple) -> int:
         found = predict_training(
             network, patch, training.batch_size, training.engine, regions, training.precision, memory

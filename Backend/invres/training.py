@@ -23,6 +23,7 @@ from .memory import predict_training
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
+from .planning import fit_recipe
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, scheme_targets
 from .sampling import CaseBatches
@@ -41,6 +42,7 @@ class TrainOptions:
     """What belongs to one run and not to a recipe.
 
     fold: which of `folds` is validated on; validation_count > 0 takes that many cases instead of a fold.
+    vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
     """
 
     device: str = "auto"
@@ -49,6 +51,7 @@ class TrainOptions:
     folds: int = 5
     validation_count: int = 0
     licence: str = ""
+    vram_bytes: int = 0
 
 
 def train(
@@ -81,6 +84,9 @@ def train(
         names = _split(dataset, labelled, recipe.training.seed, options)
         plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
         recipe = _fitted(recipe, dataset, plan)
+        if options.vram_bytes:
+            recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
+            recipe = dataclasses.replace(recipe, network=with_patch(recipe.network, recipe.training.patch))
     if set(names[0]) & set(names[1]):
         report.warning("There is only one patient, so the Dice is measured on the training case itself; expect less.")
     scheme, config = dataset.scheme, recipe.training

@@ -58,19 +58,22 @@ ALLOWED = {
     "trainer": "checkpoint config distributed events guard losses memory networks sampling step",
     "training": (
         "cases checkpoint config curves distributed events inference losses memory metrics modelpackage networks "
-        "prepared preprocessing sampling step trainer"
+        "planning prepared preprocessing sampling step trainer"
     ),
     "worker": "config events inference modelpackage",
-    "peers": "config networks",
-    "benchmark": "config events losses memory networks peers reversible step",
+    "peers": "",
+    "operations": "",
+    "depth": "config events memory networks operations reversible",
+    "cube": "config events memory",
+    "benchmark": "config events losses memory networks operations peers step",
     "overlay": "config volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo doctor evaluation events inference memory modelpackage networks preprocessing "
-        "trainer training volume worker"
+        "benchmark cases config cube demo depth doctor evaluation events inference memory modelpackage networks planning "
+        "preprocessing trainer training volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
