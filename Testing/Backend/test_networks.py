@@ -256,7 +256,7 @@ def test_by_default_the_networks_have_about_the_baselines_parameter_count(name):
 def test_the_complete_configuration_is_kept_with_the_network():
     config = build(NetworkConfig(levels=3)).config
     assert config.channels == (12, 64, 128)
-    assert (config.blocks, config.decoder_blocks) == ((1, 1, 1), (1, 1))
+    assert (config.blocks, config.decoder_blocks) == ((1, 1, 2), (1, 1))
     assert config.strides == ((2, 2, 2), (2, 2, 2))
     assert build(config).config == config
 
