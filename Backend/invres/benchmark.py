@@ -146,8 +146,12 @@ def bench_time(
     rows: list[dict[str, Any]] = []
     precisions = ("fp32", "bf16") if device.startswith("cuda") else ("fp32",)
     for name in NETWORKS:
-        found = _tried(lambda name=name: {"rows": _time_rows(name, patch, channels, classes, device, rounds, precisions, report)})
-        rows += found["rows"] if "rows" in found else [{"network": name, **found}]
+
+        def figures(name: str = name) -> dict[str, Any]:
+            return {"rows": _time_rows(name, patch, channels, classes, device, rounds, precisions, report)}
+
+        found = _tried(figures)
+        rows += found.get("rows", [{"network": name, **found}])
     return rows
 
 
@@ -200,7 +204,7 @@ def _now(device: str) -> float:
 
 
 def bench_gradients(patch: Triple, channels: int, classes: int, report: Reporter = SILENT) -> list[dict[str, Any]]:
-    """The difference of all gradients (input and parameters) to `stored`, relative to their norm, by engine and setting.
+    """The difference of all gradients (input and parameters) to `stored`, relative to their norm, for each engine.
 
     relative_error is the largest of any single tensor. float64 and float32 of the same function; "lowest" is compared
     with `stored` on the same grid.

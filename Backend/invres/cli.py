@@ -176,7 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
     one.add_argument("--models-dir", type=Path, help="folder of your own models")
 
-    one = add("bench", "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.", "bench")
+    one = add(
+        "bench",
+        "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.",
+        "bench",
+    )
     one.add_argument("what", choices=("memory", "time", "gradients", "depth", "all"))
     one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
     one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")

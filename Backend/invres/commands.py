@@ -139,7 +139,7 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
         out_channels=options.classes,
         vae=VAEConfig() if options.vae else None,
     )
-    size: tuple[int, int, int] = tuple(options.patch)  # type: ignore[assignment]
+    size: tuple[int, int, int] = tuple(options.patch)
     choices = {"engine": options.engine, "precision": options.precision, "memory": options.memory}
     found = predict_training(config, size, options.batch, **choices)
     lines = [
@@ -161,7 +161,7 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
         if measured.allocated_bytes:
             lines.append(f"  the card's allocator had {format_bytes(measured.allocated_bytes)} in use at its peak")
     if vram_bytes:
-        spacing: tuple[float, float, float] = tuple(options.spacing)  # type: ignore[assignment]
+        spacing: tuple[float, float, float] = tuple(options.spacing)
         fitting = plan_for_card(config, vram_bytes, options.batch, **choices, spacing_mm=spacing)
         extra["card"] = dataclasses.asdict(fitting)
         lines += fitting.sentences()

@@ -1,4 +1,4 @@
-"""Memory and compute of the strategies against depth, on one stack of couplings: the papers' table 1 as a measurement."""
+"""Memory and compute of the strategies against depth, on one stack of couplings: the papers' table 1, measured."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _run(strategy: str, depth: int) -> tuple[int, int]:
 
 
 def draw_depth(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Peak and compute against depth as a picture, with the theoretical curves; False if matplotlib is not installed."""
+    """Peak and compute against depth as a picture, with the theoretical curves; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:

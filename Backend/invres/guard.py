@@ -44,7 +44,13 @@ class DriftGuard:
         overflows = 0 if watch.overflows is None else int(watch.overflows)
         worst = max(errors, key=lambda index: errors[index])
         self._report.emit(
-            {"event": "drift", "worst": _finite(errors[worst]), "block": worst, "blocks": len(errors), "overflows": overflows}
+            {
+                "event": "drift",
+                "worst": _finite(errors[worst]),
+                "block": worst,
+                "blocks": len(errors),
+                "overflows": overflows,
+            }
         )
         for index in self._program.keep_drifting(DRIFT_LIMIT):
             self._report.warning(
@@ -53,8 +59,8 @@ class DriftGuard:
             )
         if overflows:
             self._report.warning(
-                f"{overflows} values of the 16-bit state left its range of -64 to 64 since the last check; if that goes "
-                "on, train with memory 'lower'."
+                f"{overflows} values of the 16-bit state left the range of -64 to 64 since the last check; if that "
+                "goes on, train with memory 'lower'."
             )
         watch.errors.clear()
         watch.overflows = None

@@ -53,7 +53,7 @@ class Regularisation(NamedTuple):
 class NetworkOutput(Protocol):
     """What `total_loss` reads from a network.
 
-    sums: of `sums_of_boxes` over the volume, or None where there are logits. The other three are None without VAE branch.
+    sums: of `sums_of_boxes` over the volume, or None where there are logits. The other three: None without VAE branch.
     """
 
     @property
@@ -93,7 +93,7 @@ def segmentation_loss(logits: Tensor, target: Tensor, regions: bool, weights: Lo
 def sums_of_boxes(target: Tensor, regions: bool) -> Callable[[Tensor, tuple[slice, ...]], tuple[Tensor, ...]]:
     """A function of (logits of a box, its indices into N, K, D, H, W) that gives that box's share of the loss.
 
-    What it gives for all boxes of the volume, added up, is a network's `sums` and enough for `total_loss`. target: as in
+    What it gives for all boxes of the volume, added up, is a network's `sums`, enough for `total_loss`. target: as in
     `segmentation_loss`; call `check_target` before.
     """
 
@@ -141,7 +141,7 @@ def regularisation_loss(
 
 
 def total_loss(output: NetworkOutput, image: Tensor, target: Tensor, regions: bool, weights: LossWeights) -> Losses:
-    """Eq. 2: `segmentation_loss` (from the logits or from their sums), and with a VAE branch `regularisation_loss` added to the total.
+    """Eq. 2: `segmentation_loss` (from logits or their sums), and `regularisation_loss` added where a VAE branch ran.
 
     image: (N, C, D, H, W), the network's input. target, regions: as in `segmentation_loss`.
     """

@@ -102,7 +102,7 @@ class TrainingMemory:
 
     Of the activations, input_bytes are image and target, state_bytes the reversible engine's state and its gradient (0
     under other engines), working_bytes all the rest: what is stored, recomputed, or in work at the moment of the peak.
-    allocated_bytes, reserved_bytes: peaks of a CUDA card's allocator in the same step, which also hold workspaces; else 0.
+    allocated_bytes, reserved_bytes: peaks of a CUDA card's allocator in the same step, workspaces included; else 0.
     """
 
     peak_bytes: int

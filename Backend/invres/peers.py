@@ -1,4 +1,4 @@
-"""Other libraries' networks at the widths of our baseline, for the benchmarks; a peer that is not installed is left out."""
+"""Other libraries' networks at the widths of our baseline, for the benchmarks; what is not installed is left out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Peer(nn.Module):
         self.network = network
         for module in network.modules():
             if type(module).__name__ in blocks:
-                module.forward = _checkpointed(module.forward)  # type: ignore[method-assign]
+                module.forward = _checkpointed(module.forward)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         found = self.network(image)

@@ -51,8 +51,8 @@ class CardPlan:
             f"{format_bytes(self.vram_bytes)} hold a patch of {size} voxels with memory {self.memory!r}: "
             f"{format_bytes(self.needed_bytes)} with {format_bytes(CONTEXT_BYTES)} for the CUDA context and workspaces "
             f"and {round(100 * (ROUNDING - 1))} % for the allocator's rounding.",
-            f"At {half} voxels there is room for {self.block_factor} times the blocks, or {self.width_factor} times the "
-            "width, of every level.",
+            f"At {half} voxels there is room for {self.block_factor} times the blocks, or {self.width_factor} times "
+            "the width, of every level.",
         ]
         whole = "x".join(map(str, WHOLE_VOLUME))
         for memory, needed in self.whole_volume_bytes.items():
@@ -92,7 +92,7 @@ def plan_for_card(
     side = _largest_side(lambda side: needed(config, patch_of(side)), vram_bytes)
     if side == 0:
         raise InvresError(
-            f"{format_bytes(vram_bytes)} are too little to train {config.name}: a patch of {2 * STEP} voxels alone takes "
+            f"{format_bytes(vram_bytes)} are too little to train {config.name}: a patch of {2 * STEP} voxels takes "
             f"{format_bytes(needed(config, patch_of(2 * STEP)))} with the margin for a card.",
             hint="Choose fewer network.levels or narrower network.channels, or train on the CPU.",
         )
@@ -116,7 +116,9 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
     """
     training, network = recipe.training, recipe.network
     reversible = network.name != "unet3d" and training.engine in ("auto", "reversible")
-    settings = [s for s in _settings(network) if _rank(s) >= _rank(training.memory)] if reversible else [training.memory]
+    settings = (
+        [s for s in _settings(network) if _rank(s) >= _rank(training.memory)] if reversible else [training.memory]
+    )
 
     @functools.cache
     def needed(memory: str, patch: Triple) -> int:
@@ -163,7 +165,7 @@ def _rank(memory: str) -> int:
 
 
 def _largest_side(needed: Callable[[int], int], vram_bytes: int) -> int:
-    """The largest multiple of STEP whose cost fits, 0 if two steps do not; a guess from two sizes, then step by step."""
+    """The largest multiple of STEP whose cost fits, 0 if two steps do not: a guess, then step by step."""
     small, large = 4 * STEP, 8 * STEP
     at_small, at_large = needed(small), needed(large)
     per_voxel = max((at_large - at_small) / (large**3 - small**3), 1e-9)

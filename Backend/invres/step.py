@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .config import LossWeights
@@ -74,4 +76,5 @@ def training_step(
 
 def _classes(network: torch.nn.Module) -> int:
     """Output channels, also of a network wrapped for distributed training."""
-    return getattr(network, "module", network).config.out_channels
+    inner: Any = getattr(network, "module", network)
+    return int(inner.config.out_channels)

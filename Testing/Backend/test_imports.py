@@ -72,8 +72,8 @@ ALLOWED = {
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config cube demo depth doctor evaluation events inference memory modelpackage networks planning "
-        "preprocessing trainer training volume worker"
+        "benchmark cases config cube demo depth doctor evaluation events inference memory modelpackage networks "
+        "planning preprocessing trainer training volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

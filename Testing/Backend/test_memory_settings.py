@@ -160,7 +160,9 @@ def test_mixed_precision_gradients_are_as_good_as_those_of_stored(memory, fine):
         return torch.cat([p.grad.flatten() for p in net.parameters()])
 
     exact = gradient("stored", False)
-    stored, found = (float((gradient(engine, True) - exact).norm() / exact.norm()) for engine in ("stored", "reversible"))
+    stored, found = (
+        float((gradient(engine, True) - exact).norm() / exact.norm()) for engine in ("stored", "reversible")
+    )
     assert 1e-3 < found < 1.3 * stored < 0.1
 
 

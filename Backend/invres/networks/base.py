@@ -144,7 +144,8 @@ class SegmentationNetwork(nn.Module):
                 f"The VAE branch was built for patches of {list(self.vae.patch)} voxels, got {list(size)}.",
                 hint="Train with that patch, or set network.vae.patch to the patch in use.",
             )
-        return NetworkOutput(logits, *self.vae(features), sums=sums)
+        branch = self.vae(features)
+        return NetworkOutput(logits, branch.reconstruction, branch.mean, branch.log_variance, sums)
 
     def compute(
         self, x: torch.Tensor, wants_features: bool, readout: Readout | None

@@ -52,7 +52,7 @@ class ConvUnit(nn.Module):
         return self.conv(x)
 
     def lean(self) -> Unit | None:
-        """The same for the engine's own gradient, where it has one: not with batch norm, active dropout, changed layers."""
+        """The same for the engine's own gradient, which leaves out batch norm, active dropout and changed layers."""
         norm: nn.GroupNorm | None = None
         if type(self.norm) is nn.GroupNorm:
             norm = self.norm

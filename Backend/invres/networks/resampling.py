@@ -215,7 +215,15 @@ class Pool(nn.Module):
         self.convs = nn.ModuleList(nn.Conv3d(in_channels, out_channels // 2, 1) for _ in range(2))
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
-        pooled = torch.cat([functional.max_pool3d(x, self.stride) for x in (x1, x2)], dim=1)
+        return self.combine(self.shrink(x1), self.shrink(x2))
+
+    def shrink(self, half: torch.Tensor) -> torch.Tensor:
+        """One half of the state, pooled."""
+        return functional.max_pool3d(half, self.stride)
+
+    def combine(self, pooled1: torch.Tensor, pooled2: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Both halves at the coarser level."""
+        pooled = torch.cat([pooled1, pooled2], dim=1)
         return [conv(pooled) for conv in self.convs]
 
 
@@ -228,8 +236,12 @@ class Interpolate(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
-        narrow = self.conv(torch.cat([x1, x2], dim=1))
-        return [
-            functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)
-            for half in narrow.chunk(2, dim=1)
-        ]
+        return [self.widen(half) for half in self.narrow(x1, x2)]
+
+    def narrow(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Both halves at the finer width, still coarse."""
+        return self.conv(torch.cat([x1, x2], dim=1)).chunk(2, dim=1)
+
+    def widen(self, half: torch.Tensor) -> torch.Tensor:
+        """One half at the finer resolution."""
+        return functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)

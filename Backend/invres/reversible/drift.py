@@ -44,7 +44,10 @@ def sample(state: torch.Tensor) -> torch.Tensor:
 
 def difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
     """Largest absolute difference of the samples relative to the largest wanted value; NaN counts as infinite."""
-    worst = [(f.double() - w.double()).abs().amax() / w.double().abs().amax().clamp(min=1e-12) for f, w in zip(found, wanted, strict=True)]
+    worst = [
+        (f.double() - w.double()).abs().amax() / w.double().abs().amax().clamp(min=1e-12)
+        for f, w in zip(found, wanted, strict=True)
+    ]
     return torch.stack(worst).nan_to_num(nan=torch.inf).amax()
 
 

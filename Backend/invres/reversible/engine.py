@@ -73,7 +73,8 @@ def advance(run: Run, inputs: Sequence[torch.Tensor]) -> OutputsAndTap:
     Returns as `run_reversible` does.
     """
     with torch.no_grad():
-        state, tapped = run.start(inputs, run.private, recording=False), ()
+        state = run.start(inputs, run.private, recording=False)
+        tapped: tuple[torch.Tensor, ...] = ()
         for index, step in enumerate(run.steps):
             step.advance(state)
             if index == run.tap:
@@ -119,7 +120,8 @@ class _ReversibleProgram(torch.autograd.Function):
         ctx.parameters = tensors[count:]
         ctx.autocast = AutocastState.of(tensors[0])
         ctx.set_materialize_grads(False)
-        state, tapped = run.start(inputs, owned=False, recording=True), ()
+        state = run.start(inputs, owned=False, recording=True)
+        tapped: tuple[torch.Tensor, ...] = ()
         journal, watched = state.journal, run.watch.due
         journal.wants_input_gradient = any(ctx.needs_input_grad[2 : 2 + count])
         for index, step in enumerate(run.steps):

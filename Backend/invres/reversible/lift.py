@@ -87,7 +87,7 @@ class Lift(Step):
         gradients.push_part(of_image)
         sink.add(conv.weight, of_weight)
         if conv.bias is not None:
-            sink.add(conv.bias, of_bias)  # type: ignore[arg-type]
+            sink.add(conv.bias, of_bias)
 
     @property
     def _border(self) -> int:

@@ -96,8 +96,9 @@ class Program(nn.Module):
                 f"The memcnn engine has no fixed-point state, which the memory setting {self.memory!r} asks for.",
                 hint="Take memory 'low', or the engine 'reversible'.",
             )
+        found: Stack = ()
         if tap is None:
-            stack, found = _run(engine, steps, tuple(inputs)), ()
+            stack = _run(engine, steps, tuple(inputs))
         else:
             stack = _run(engine, steps[: tap + 1], tuple(inputs))
             found = stack[-2:]
@@ -113,7 +114,7 @@ class Program(nn.Module):
         return stack
 
     def reconstruction_errors(self) -> dict[int, float]:
-        """Index of coupling -> relative error of its recomputed input, from the last step that `watch.due` was set in."""
+        """Index of coupling -> relative error of its recomputed input, as last checked (`watch.due`)."""
         return {index: float(error) for index, error in self.watch.errors.items()}
 
     def keep_drifting(self, limit: float) -> list[int]:
@@ -177,8 +178,11 @@ def _run_memcnn(steps: list[Step], stack: Stack) -> Stack:
     warnings.filterwarnings("ignore", module=r"memcnn\.")
     import memcnn
 
+    joined: torch.Tensor | None = None
     for step in steps:
         if not isinstance(step, Couple):
+            if joined is not None:
+                stack, joined = (*stack[:-2], *joined.chunk(2, dim=1)), None
             stack = step(stack)
             continue
         if draws_random_numbers(step):
@@ -193,6 +197,6 @@ def _run_memcnn(steps: list[Step], stack: Stack) -> Stack:
             )
         coupling = memcnn.AdditiveCoupling(step.n1, step.n2)
         wrapped = memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
-        *beneath, x1, x2 = stack
-        stack = (*beneath, *wrapped(torch.cat([x1, x2], dim=1)).chunk(2, dim=1))
-    return stack
+        # From coupling to coupling the tensor is handed on as it is: memcnn can free only what it is given itself.
+        joined = wrapped(torch.cat(stack[-2:], dim=1) if joined is None else joined)
+    return stack if joined is None else (*stack[:-2], *joined.chunk(2, dim=1))

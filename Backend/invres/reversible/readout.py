@@ -51,7 +51,7 @@ class Readout:
         return _Sums.apply(self, len(maps), *maps, *self.parameters)
 
     def sums(self, maps: Sequence[torch.Tensor], dtype: torch.dtype, elements: int) -> tuple[torch.Tensor, ...]:
-        """The sums. maps: floating point, or fixed point to be decoded as `dtype`. elements: about as many logits a box."""
+        """The sums. maps: floating point, or fixed point decoded as `dtype`. elements: about as many logits a box."""
         total: tuple[torch.Tensor, ...] = ()
         for where in self._boxes(maps[0], elements):
             found = self.reduce(self.head(*(load(m, where, dtype) for m in maps)), where)

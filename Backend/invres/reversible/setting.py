@@ -30,5 +30,7 @@ class MemorySetting:
 SETTINGS = {
     "low": MemorySetting(),
     "lower": MemorySetting(slab_parts=12, gradient_parts=4, short_gradients=True),
-    "lowest": MemorySetting(slab_parts=40, slab_minimum=2**18, gradient_parts=6, short_gradients=True, fixed_point=True),
+    "lowest": MemorySetting(
+        slab_parts=40, slab_minimum=2**18, gradient_parts=6, short_gradients=True, fixed_point=True
+    ),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 __all__ = ["GradientSink"]
 
@@ -14,7 +13,7 @@ class GradientSink:
     def __init__(self) -> None:
         self._gradients: dict[int, torch.Tensor] = {}
 
-    def add(self, parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
         if gradient is None:
             return
         known = self._gradients.get(id(parameter))

@@ -41,8 +41,8 @@ def convolve_backward(
     way = _way(planes, weight, padding)
     if way == "turned":
         d, h, w = padding
-        turned = (t.permute(_THIN_LAST).contiguous() for t in (after, planes, weight))
-        of_planes, of_weight, of_bias = _backward(*turned, [h, w, d], mask)
+        after, planes, weight = (t.permute(_THIN_LAST).contiguous() for t in (after, planes, weight))
+        of_planes, of_weight, of_bias = _backward(after, planes, weight, [h, w, d], mask)
         return (
             None if of_planes is None else of_planes.permute(_BACK),
             None if of_weight is None else of_weight.permute(_BACK),

@@ -60,14 +60,15 @@ def evaluate_and_differentiate(
     gradients: Sequence[torch.Tensor],
     sink: GradientSink,
     use_output: Callable[[Sequence[torch.Tensor]], None] | None = None,
+    part: Callable[..., torch.Tensor | Sequence[torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Evaluates module(*sources) once, hands its output to `use_output`, and returns the gradients for `sources`.
 
-    gradients: one for each output. Parameter gradients go to `sink`.
+    gradients: one for each output. Parameter gradients go to `sink`. part: evaluated instead of the module as a whole.
     """
     leaves = [source.detach().requires_grad_(True) for source in sources]
     with torch.enable_grad():
-        outputs = module(*leaves)
+        outputs = (part or module)(*leaves)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
     matched = [g.to(o.dtype) for g, o in zip(gradients, outputs, strict=True)]
     if use_output is not None:
@@ -88,11 +89,16 @@ def _lean_units(module: nn.Module) -> list[Unit] | None:
     describe = getattr(module, "units", None)
     if describe is None:
         return None
-    for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return None
-    units: list[Unit] | None = describe()
+    units: list[Unit] | None = None if _is_listened_to(module) else describe()
     return units
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    """True if somebody has put a hook on the module or inside it, which only its plain forward calls."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
 
 
 class Couple(Step):
@@ -183,7 +189,11 @@ class Couple(Step):
 
 
 class Branch(Step):
-    """Pushes (p1, p2) = module(x1, x2) and leaves (x1, x2) beneath, where they also serve as the skip connection."""
+    """Pushes (p1, p2) = module(x1, x2) and leaves (x1, x2) beneath, where they also serve as the skip connection.
+
+    A module with `shrink(half)` and `combine(shrunk1, shrunk2)`, which together make its forward, is worked on half by
+    half: one full-size map less is alive.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -193,22 +203,45 @@ class Branch(Step):
         return (*stack, *(self.increment(p, stack[-1]) for p in self.module(stack[-2], stack[-1])))
 
     def advance(self, state: State) -> None:
-        for part in state.evaluate(self.module, state[-2], state[-1]):
+        parts = state.evaluate(self.module, state[-2], state[-1]) if not self._by_halves else self._combined(state)
+        for part in parts:
             state.push(part.to(state.journal.dtype))
+
+    def _combined(self, state: State) -> Sequence[torch.Tensor]:
+        state.note_random_numbers(self.module)
+        return self.module.combine(*(self.module.shrink(state[index]) for index in (-2, -1)))  # type: ignore[operator]
+
+    @property
+    def _by_halves(self) -> bool:
+        return hasattr(self.module, "shrink") and not _is_listened_to(self.module)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         for _ in range(2):
             state.pop()
         g2, g1 = gradients.pop(), gradients.pop()
         with state.same_numbers():
-            found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], [g1, g2], sink)
-        del g1, g2
-        gradients.add(-2, found[0])
-        gradients.add(-1, found[1])
+            if not self._by_halves:
+                found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], [g1, g2], sink)
+                gradients.add(-2, found[0])
+                gradients.add(-1, found[1])
+                return
+            shrink, combine = self.module.shrink, self.module.combine
+            shrunk = [shrink(state[index]) for index in (-2, -1)]  # type: ignore[operator]
+            of_shrunk = list(evaluate_and_differentiate(self.module, shrunk, [g1, g2], sink, part=combine))  # type: ignore[arg-type]
+            del shrunk, g1, g2
+            for index in (-1, -2):
+                after = [of_shrunk.pop()]
+                (found_half,) = evaluate_and_differentiate(_NOTHING, [state[index]], after, sink, part=shrink)  # type: ignore[arg-type]
+                gradients.add(index, found_half)
+                del found_half
 
 
 class AddFromBelow(Step):
-    """Pops (u1, u2) and adds module(u1, u2) to the pair beneath; u is kept, which costs an eighth of that pair."""
+    """Pops (u1, u2) and adds module(u1, u2) to the pair beneath; u is kept, which costs an eighth of that pair.
+
+    A module with `narrow(u1, u2)` and `widen(narrowed half)`, which together make its forward, is worked on half by
+    half.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -224,20 +257,58 @@ class AddFromBelow(Step):
         u2, u1 = state.pop(), state.pop()
         if state.journal.recording:
             state.journal.stash += [u1, u2]
-        for index, part in zip((-2, -1), state.evaluate(self.module, *sources), strict=True):
-            state.add(index, part)
+        if not self._by_halves:
+            for index, part in zip((-2, -1), state.evaluate(self.module, *sources), strict=True):
+                state.add(index, part)
+            return
+        state.note_random_numbers(self.module)
+        narrowed = list(self.module.narrow(*sources))  # type: ignore[operator]
+        for index in (-1, -2):
+            state.add(index, self.module.widen(narrowed.pop()))  # type: ignore[operator]
+
+    @property
+    def _by_halves(self) -> bool:
+        return hasattr(self.module, "widen") and not _is_listened_to(self.module)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
         u2, u1 = state.journal.stash.pop(), state.journal.stash.pop()
         state.push_part(u1)
         state.push_part(u2)
+        del u1, u2
+        kind = gradients[-1].dtype
+        with state.same_numbers():
+            found = (self._retreat_by_halves if self._by_halves else self._retreat_whole)(state, gradients, sink)
+        for gradient in found:
+            gradients.push(gradient.to(kind))
 
+    def _retreat_whole(self, state: State, gradients: State, sink: GradientSink) -> Sequence[torch.Tensor]:
         def subtract(parts: Sequence[torch.Tensor]) -> None:
             state.add(-4, parts[0], sign=-1)
             state.add(-3, parts[1], sign=-1)
 
-        after = [gradients[-2], gradients[-1]]
-        with state.same_numbers():
-            found = evaluate_and_differentiate(self.module, [state[-2], state[-1]], after, sink, subtract)
-        for gradient in found:
-            gradients.push(gradient.to(after[0].dtype))
+        sources, after = [state[-2], state[-1]], [gradients[-2], gradients[-1]]
+        return evaluate_and_differentiate(self.module, sources, after, sink, subtract)
+
+    def _retreat_by_halves(self, state: State, gradients: State, sink: GradientSink) -> Sequence[torch.Tensor]:
+        narrow, widen = self.module.narrow, self.module.widen
+        sources = [state[-2], state[-1]]
+        of_narrowed: list[torch.Tensor] = []
+        for half, (index, after) in enumerate(((-4, -2), (-3, -1))):
+
+            def subtract(parts: Sequence[torch.Tensor], index: int = index) -> None:
+                state.add(index, parts[0], sign=-1)
+
+            narrowed = narrow(*sources)[half]  # type: ignore[operator]
+            of_narrowed += evaluate_and_differentiate(
+                _NOTHING,
+                [narrowed],
+                [gradients[after]],
+                sink,
+                subtract,
+                part=widen,  # type: ignore[arg-type]
+            )
+            del narrowed
+        return evaluate_and_differentiate(self.module, sources, of_narrowed, sink, part=narrow)  # type: ignore[arg-type]
+
+
+_NOTHING = nn.Identity()

@@ -17,9 +17,9 @@ from torch import nn
 
 from .journal import Journal
 from .recompute import AutocastState
+from .sink import GradientSink
 from .slab_convolution import convolve, convolve_backward
 from .slabs import channel_parts, depth_slabs, load
-from .sink import GradientSink
 
 __all__ = ["Unit", "apply_units", "differentiate_units"]
 
@@ -46,7 +46,7 @@ class Unit:
 
 @dataclass
 class _Normalised:
-    """act(norm(x)) of a source map, made piece by piece. mean, rstd, scale, shift: (N, C, 1, 1, 1), None without norm."""
+    """act(norm(x)) of a source map, made piece by piece. mean, rstd, scale, shift: (N, C, 1, 1, 1) or None."""
 
     unit: Unit
     source: torch.Tensor
@@ -73,9 +73,7 @@ class _Normalised:
         mean, variance = found.repeat_interleave(per_group, dim=2).view(2, n, c, 1, 1, 1)
         rstd = variance.add_(norm.eps).rsqrt_()
         scale = rstd * norm.weight.view(1, c, 1, 1, 1)
-        return _Normalised(
-            unit, source, journal.dtype, mean, rstd, scale, norm.bias.view(1, c, 1, 1, 1) - mean * scale
-        )
+        return _Normalised(unit, source, journal.dtype, mean, rstd, scale, norm.bias.view(1, c, 1, 1, 1) - mean * scale)
 
     def before_activation(self, channels: slice, start: int, stop: int) -> torch.Tensor:
         """norm(x): a fresh tensor, or a view of the source where there is no norm."""
@@ -161,7 +159,7 @@ def differentiate_units(
     use: UsePlanes,
     autocast: AutocastState,
 ) -> None:
-    """Evaluates the units again (each slab of the output goes to `use`) and adds the gradient of `source` to `of_source`.
+    """Evaluates the units again (slabs of the output go to `use`); adds the gradient of `source` to `of_source`.
 
     gradient: of the output. Parameter gradients go to `sink`. Each convolution is evaluated once.
     """
@@ -172,10 +170,8 @@ def differentiate_units(
     for index in reversed(range(len(units))):
         normalised = _Normalised.of(units[index], sources.pop(), journal)
         last = index == len(units) - 1
-        if index == 0:
-            target = of_source
-        else:
-            target = torch.zeros(normalised.source.shape, dtype=dtype, device=source.device)
+        inner_source = normalised.source
+        target = of_source if index == 0 else torch.zeros_like(inner_source, dtype=dtype)
         _differentiate(normalised, gradient, target, sink, journal, use if last else None, dtype)
         gradient = target
 
@@ -197,7 +193,9 @@ def _differentiate(
         use = None
     conv = unit.conv
     of_weight = torch.zeros_like(conv.weight) if conv.weight.requires_grad else None
-    of_norm = None if unit.norm is None else torch.zeros((2, source.shape[1]), dtype=journal.dtype, device=source.device)
+    of_norm = (
+        None if unit.norm is None else torch.zeros((2, source.shape[1]), dtype=journal.dtype, device=source.device)
+    )
     for index, part in enumerate(parts):
         inner = _through_convolution(normalised, part, gradient, of_weight, index == 0, sink, journal, use, dtype)
         _through_norm(normalised, part, inner, of_source, of_norm, journal)
