@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, NETWORKS
+from .config import ENGINES, MEMORY_SETTINGS, NETWORKS
 from .events import JsonReporter, Reporter, TerminalReporter
 
 __all__ = ["main"]
+
+_MEMORY = (
+    "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
+    "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int)
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
@@ -171,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("plan", "Predicts the memory of training, or with --model that of segmenting; needs no GPU.", "plan")
     one.add_argument("-m", "--model", help="segmenting with this model: its name, or path of a package")
     one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
-    one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="segmenting: mm of its voxels")
+    one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm of the voxels")
     one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
     one.add_argument(
         "--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="segmenting: voxels"
@@ -180,9 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
     one.add_argument("--engine", choices=ENGINES, default="auto")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, default="low", help=_MEMORY)
     one.add_argument("--vae", action="store_true", help="with the VAE branch")
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)
+    one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")
+    one.add_argument("--measure", action="store_true", help="run the step on this machine's GPU as well")
 
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")
@@ -198,11 +208,15 @@ def _parser() -> argparse.ArgumentParser:
     one = add("worker", "Answers requests, one JSON object a line on stdin, until stdin ends.", "worker")
     one.set_defaults(run_command=main)
 
-    one = add("bench", "Measures memory, time or gradients of all networks and engines.", "bench")
-    one.add_argument("what", choices=("memory", "time", "gradients", "all"))
+    one = add(
+        "bench",
+        "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.",
+        "bench",
+    )
+    one.add_argument("what", choices=("memory", "time", "gradients", "depth", "all"))
     one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
     one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")
-    one.add_argument("-o", "--output", type=Path, help="folder for a JSON and a Markdown file")
+    one.add_argument("-o", "--output", type=Path, help="folder for JSON, Markdown and the picture of depth")
     _size(one, 64)
     _device(one, default="cpu")
 

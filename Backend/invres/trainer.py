@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint, random_state, restore_random_state, sav
 from .config import TrainingConfig, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
+from .guard import DriftGuard
 from .memory import LiveBytes
 from .networks import SegmentationNetwork
 from .sampling import BatchSource
@@ -112,6 +113,7 @@ class Trainer:
         self.validate = validate
         self.report = report
         self.stop = stop or StopRequest()
+        self.guard = DriftGuard(network, report)
         self.device = next(network.parameters()).device
         self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
         scaled = config.precision == "fp16" and self.device.type == "cuda"
@@ -224,6 +226,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, self.iteration, progress)
         image, target = self.batches.batch(self.iteration)
+        self.guard.before(self.iteration)
 
         def step() -> list[float]:
             losses = training_step(
@@ -241,6 +244,7 @@ class Trainer:
 
         # `iteration` counts steps of the whole training: a resumed one does not measure again.
         values = self._measured(step, [image, target]) if self.iteration < MEASURED_STEPS else step()
+        self.guard.after()
         self.epoch_losses.append(values)
         self.iteration += 1
         self._report_progress(loss=round(values[0], 5) if math.isfinite(values[0]) else None)

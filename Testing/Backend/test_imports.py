@@ -50,28 +50,34 @@ ALLOWED = {
     "manifest": "config",
     "modelpackage": "config events manifest networks packagefiles",
     "step": "config losses networks",
-    "memory": "config events losses networks step",
+    "memory": "config events losses networks reversible step",
+    "cardplan": "config events memory networks",
+    "guard": "events reversible",
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "region": "preprocessing volume",
     "inference": "config devices events memory modelpackage networks preprocessing region restoration volume",
     "planning": "devices events inference manifest memory networks region volume",
-    "trainer": "checkpoint config distributed events files losses memory networks sampling step",
+    "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
     "training": (
-        "cases checkpoint config curves distributed events files inference losses memory metrics modelpackage networks "
-        "prepared preprocessing sampling step trainer"
+        "cardplan cases checkpoint config curves distributed events files inference losses memory metrics modelpackage "
+        "networks prepared preprocessing sampling step trainer"
     ),
     "worker": "events",
-    "benchmark": "config events losses memory networks reversible step",
+    "peers": "",
+    "operations": "",
+    "depth": "config events memory networks operations reversible",
+    "cube": "config events memory",
+    "benchmark": "config events losses memory networks operations peers step",
     "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo devices doctor evaluation events inference memory modelpackage networks planning "
-        "preprocessing trainer training volume worker"
+        "benchmark cardplan cases config cube demo depth devices doctor evaluation events inference memory "
+        "modelpackage networks planning preprocessing trainer training volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

@@ -59,6 +59,7 @@ TRAINING = {
     "training_cases": 8,
     "validation_cases": 2,
     "engine": "reversible",
+    "memory": "low",
     "precision": "fp32",
     "seed": 7,
     "software": {"torch": "2.13.0"},
