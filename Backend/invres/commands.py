@@ -372,7 +372,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         "gradients",
         "Largest relative difference of any gradient to `stored` (CPU)",
         lambda: bench_gradients(*small, report),
-        ["network", "engine", "memory", "dtype", "relative_error"],
+        ["network", "engine", "memory", "dtype", "relative_error", "error_to_float64"],
     )
     if on_card:
         section(

@@ -1,7 +1,7 @@
 """Convolution of a slab, forward and backward, on the fast path of each device.
 
 On a CPU, torch takes its fast kernel (oneDNN) in single precision for one volume only if channels x depth x height of
-the input exceed 20480, and a kernel ten times slower below that. A thin slab of wide planes passes once its axes are
+the input exceed 20480, and a much slower kernel below that. A thin slab of wide planes passes once its axes are
 turned so that the thin one is last; what is too small for that passes as a batch of two halves.
 """
 
