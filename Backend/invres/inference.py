@@ -23,7 +23,7 @@ from .preprocessing import PreparedCase, prepare
 from .restoration import restore_probabilities, restore_volume
 from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = ["SegmentOptions", "choose_device", "load_network", "predict_probabilities", "segment", "segment_volumes"]
+__all__ = ["SegmentOptions", "choose_device", "is_out_of_memory", "load_network", "predict_probabilities", "segment", "segment_volumes"]
 
 Triple = tuple[int, int, int]
 SMALLEST_WINDOW = 32
@@ -175,7 +175,7 @@ def _predict_within_memory(
             found = predict_probabilities(network, image, window, scheme.regions, options, stitch, report)
             return found.cpu().numpy()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -197,7 +197,8 @@ def _predict_within_memory(
             )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a card or on the CPU, or Python had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict
 from .events import SILENT, Reporter
+from .lineage import active_members, family_of, read_active, set_active
 from .manifest import Manifest, TrainingSummary, manifest_from_json, manifest_to_json
 from .packagefiles import (
     AGAIN,
@@ -230,7 +231,8 @@ def export_package(package: ModelPackage, destination: str | os.PathLike[str]) -
 def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike[str]) -> ModelPackage:
     """Copies a package (folder or `.invres`) into a folder of `models_dir` named after the model.
 
-    The same model (by id) replaces its older copy; another one of the same name gets a folder with its id.
+    The same model (by id) replaces its older copy; another one of the same name gets a folder with its id. A model that
+    was tuned from another one becomes the active version: the one that the name stands for.
     Raises InvresError as `open_package`, and for weights that fail their hash.
     """
     package = open_package(source)
@@ -243,6 +245,10 @@ def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike
     with temporary_folder(target) as folder:
         _copy_members(package, folder)
         publish(folder, target)
+    if package.manifest.parent:
+        models_dir = target.parent
+        known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
+        set_active(models_dir, family_of(package.manifest, known), package.id)
     return open_package(target)
 
 
@@ -273,12 +279,14 @@ def find_package(
 ) -> ModelPackage:
     """The package at a path, or the installed one with this name, file name or id (8 digits or more of it).
 
+    Where several versions of one model have the name, it is the active one (see `lineage`).
     Raises InvresError if there is none, with the nearest name, or if several models share the name.
     """
     text = os.fspath(name_or_path)
     path = _absolute(text)
     if path.suffix.lower() == ENDING or os.path.basename(text) != text or (path / MANIFEST).is_file():
         return open_package(path)
+    models_dirs = list(models_dirs)
     packages = list_packages(models_dirs, report)
     wanted = text.casefold()
     fits = [
@@ -287,6 +295,10 @@ def find_package(
         if wanted in (package.name.casefold(), package.path.name.casefold().removesuffix(ENDING))
         or (len(wanted) >= 8 and package.id.startswith(wanted))
     ]
+    if len(fits) > 1:
+        manifests = [package.manifest for package in packages]
+        current = {manifest.id for manifest in active_members(manifests, read_active(map(_absolute, models_dirs)))}
+        fits = [package for package in fits if package.id in current] or fits
     if len(fits) == 1:
         return fits[0]
     if fits:
