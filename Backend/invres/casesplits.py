@@ -56,7 +56,10 @@ def plan_parts(cases: Sequence[Case], seed: int, folds: int = 0, validation_coun
         return (Part(everything),)
     count = folds or (len(patients) if len(patients) < FOLDS else FOLDS)
     groups = [{patients[place] for place in group} for group in np.array_split(np.arange(len(patients)), count)]
-    return (*(Part(_names(cases, set(patients) - group), (), _names(cases, group)) for group in groups), Part(everything))
+    return (
+        *(Part(_names(cases, set(patients) - group), (), _names(cases, group)) for group in groups),
+        Part(everything),
+    )
 
 
 def _single(cases: Sequence[Case], patients: list[str], count: int) -> Part:

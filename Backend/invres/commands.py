@@ -23,7 +23,7 @@ from .modelpackage import (
     verify_package,
 )
 
-__all__ = ["bench", "check", "demo", "describe", "evaluate", "models", "plan", "segment", "train"]
+__all__ = ["bench", "check", "demo", "describe", "evaluate", "finetune", "models", "plan", "segment", "train"]
 
 
 def recipes_dir() -> Path:
@@ -84,6 +84,56 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     for name, values in package.manifest.metrics.items():
         _say(report, f"  {name}: Dice {_spread(values['Dice'])} in validation")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
+
+
+def finetune(options: argparse.Namespace, report: Reporter) -> None:
+    package = _package(options.model)
+    wishes = {
+        field: value
+        for field, value in (
+            ("epochs", options.epochs),
+            ("learning_rate", options.lr),
+            ("seed", options.seed),
+            ("engine", options.engine),
+            ("precision", options.precision),
+            ("time_s", _seconds(options.time) if options.time else None),
+        )
+        if value is not None
+    }
+    recipe = _recipe(options.recipe) if options.recipe else None
+    from .cases import read_dataset
+    from .finetuning import finetune as run
+    from .stopfile import StopFile
+    from .tuningplan import TuningOptions
+
+    choices = TuningOptions(
+        device=options.device,
+        resume=options.resume,
+        recipe=recipe,
+        wishes=wishes,
+        folds=options.folds,
+        validation_count=options.validation_count,
+        freeze=options.freeze,
+        vae=options.vae,
+        synthetic=options.synthetic,
+        spacing_mm=tuple(options.spacing) if options.spacing else None,
+        normalisation=options.normalisation,
+        name=options.name,
+        licence=options.licence,
+        promote=options.promote,
+        check_base=options.check_base,
+    )
+    dataset = read_dataset(options.data, checked=False)
+    with StopFile(options.output).listening() as stop:
+        found = run(package, dataset, options.output, choices, report, stop)
+    _say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
+    if found["promoted"]:
+        _say(report, f"\nModel {found['version']}: {found['model']}")
+        _say(report, "`invres models import` makes it the one that its name stands for.")
+    else:
+        _say(report, f"\nNot promoted, for it is not shown to be as good as before. Candidate: {found['model']}")
+        _say(report, "The same command with --resume --promote takes it all the same.")
+    report.result(**found)
 
 
 def evaluate(options: argparse.Namespace, report: Reporter) -> None:
@@ -175,6 +225,8 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         package = import_package(options.model, folder)
         _say(report, f"Imported: {package.path}")
         report.result(path=str(package.path))
+    elif options.action in ("history", "diff", "rollback"):
+        _versions(options, folder, report)
     elif options.action == "export":
         if options.output is None:
             raise InvresError("`invres models export` needs --output FILE.invres.")
@@ -185,6 +237,26 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         package = verify_package(_package(options.model, folder).path)
         _say(report, f"{package.name} is intact: hash, shapes and finite weights are right.")
         report.result(path=str(package.path), sha256=package.manifest.sha256)
+
+
+def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
+    from .versions import difference, difference_table, history, history_table, rollback
+
+    package = _package(options.model, folder)
+    installed = list_packages([bundled_models_dir(), folder], report)
+    if options.action == "history":
+        found = history(package, installed, [bundled_models_dir(), folder])
+        _say(report, history_table(found))
+        report.result(versions=found)
+    elif options.action == "diff":
+        other = _package(options.other, folder) if options.other else None
+        compared = difference(package, other, installed)
+        _say(report, difference_table(compared))
+        report.result(**compared)
+    else:
+        parent = rollback(package, installed, folder)
+        _say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
+        report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
 
 
 def bench(options: argparse.Namespace, report: Reporter) -> None:

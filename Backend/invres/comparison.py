@@ -40,7 +40,7 @@ LARGER_IS_BETTER = {"Dice": True, "HD95_mm": False, "VolumeError_ml": False}
 AS_GOOD = 0.01
 """A difference in Dice that does not matter (chosen): an interval within it means "as good as before"."""
 FEWEST_RESAMPLED = 5
-"""Below this many patients resampling them shows hardly any of the uncertainty; Student's t is wide where it must be."""
+"""Below this many patients resampling shows hardly any of the uncertainty; Student's t is wide where it must be."""
 RESAMPLES = 2000
 FEWEST_TOLD = 3
 """Below this many patients nothing is claimed, whatever the interval."""
@@ -66,8 +66,8 @@ class CaseComparison:
 
     case: str
     patient: str
-    base: dict[str, dict[str, float]]
-    tuned: dict[str, dict[str, float]]
+    base: dict
+    tuned: dict
     worst_point_mm: tuple[float, float, float] | None = None
     files: dict = field(default_factory=dict)
 
@@ -83,7 +83,6 @@ def compare_case(
     base: Contender | None,
     tuned: Contender,
     folder: Path | None = None,
-    options: SegmentOptions = SegmentOptions(),
     report: Reporter = SILENT,
 ) -> CaseComparison:
     """Segments one labelled case with both models and scores them against its label map, on the case's own grid.
@@ -110,7 +109,7 @@ def compare_case(
                 hint=f"Its channels are {', '.join(dataset.channel_names)}; rename them if they are the same.",
             )
         ordered = [volumes[place] for place in chosen]
-        found, _, _ = segment_volumes(contender.package, contender.network, ordered, options, report)
+        found, _, _ = segment_volumes(contender.package, contender.network, ordered, SegmentOptions(), report)
         predicted, reference = _on_one_grid(found, label, case.name)
         scores[key], wrong = _scores(predicted, reference, manifest.scheme, dataset.scheme)
         if folder is not None:
@@ -131,7 +130,7 @@ def channels_for(wanted: Sequence[Any], names: Sequence[str]) -> list[int] | Non
 
 
 def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
-    """A 95 % interval of the mean and how it was found: "bootstrap" (percentile) or, below 5 values, "t"; None for 1."""
+    """A 95 % interval of the mean, None for one value, and its method: "bootstrap" (percentile), "t" below 5 values."""
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return None, ""
@@ -150,7 +149,7 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen.
-    `cases`: worst first. held_out: False where the model was trained on these very cases, which proves nothing.
+    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first. held_out: False where the model was trained on these very cases, which proves nothing.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
     by_patient: dict[str, list[float]] = {}
@@ -160,6 +159,8 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
     differences = [float(np.mean(values)) for values in by_patient.values()]
     overall = _difference(differences)
     verdict = _verdict(overall, held_out)
+    labels = {name: _label_summary(name, cases) for name in scheme.names}
+    worse = [name for name, of_label in labels.items() if _verdict(of_label["Dice"]["difference"], held_out) == "worse"]
     tuned_dice = float(np.mean([_mean_dice(one.tuned) for one in cases])) if cases else 0.0
     return {
         "held_out": held_out,
@@ -167,9 +168,10 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
         "n_patients": len({one.patient for one in cases}),
         "verdict": verdict,
         "promotable": held_out and _promotable(verdict, overall, tuned_dice),
-        "sentence": _sentence(verdict, overall, cases, held_out),
+        "sentence": _sentence(verdict, overall, cases, held_out, worse),
         "difference": overall,
-        "labels": {name: _label_summary(name, cases) for name in scheme.names},
+        "labels": labels,
+        "worse_labels": worse,
         "cases": [
             {**to_dict(one), "difference": one.difference(), "worst_label": _worst_label(one)} for one in ordered
         ],
@@ -269,7 +271,7 @@ def _worst_point(wrong: np.ndarray, grid: Volume) -> tuple[float, float, float] 
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    found = {"mean": None, "sd": None, "median": None, "n": len(values)}
+    found: dict[str, Any] = {"mean": None, "sd": None, "median": None, "n": len(values)}
     if values:
         found |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
     if len(values) > 1:
@@ -311,7 +313,7 @@ def _verdict(overall: Mapping[str, Any], held_out: bool) -> str:
         return "better"
     if high < 0:
         return "worse"
-    return "as good" if -AS_GOOD <= low and high <= AS_GOOD else NOT_ENOUGH
+    return "as good" if low >= -AS_GOOD and high <= AS_GOOD else NOT_ENOUGH
 
 
 def _promotable(verdict: str, overall: Mapping[str, Any], tuned_dice: float) -> bool:
@@ -320,11 +322,15 @@ def _promotable(verdict: str, overall: Mapping[str, Any], tuned_dice: float) -> 
     return verdict in ("better", "as good") or (verdict == NOT_ENOUGH and overall["mean"] >= 0)
 
 
-def _sentence(verdict: str, overall: Mapping[str, Any], cases: Sequence[CaseComparison], held_out: bool) -> str:
+def _sentence(
+    verdict: str, overall: Mapping[str, Any], cases: Sequence[CaseComparison], held_out: bool, worse: Sequence[str]
+) -> str:
     if not cases:
         return "No case was held out, so there is no proof: not enough data to tell."
     count = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
-    where = f"On {count} held out from training" if held_out else f"On the {count} that it was trained on"
+    where = f"On {count} held out from training"
+    if not held_out:
+        where = f"With one patient no case can be held out; on the {count} that it was trained on"
     if verdict == "nothing to compare":
         dice = float(np.mean([_mean_dice(one.tuned) for one in cases]))
         return f"{where} the tuned model has a Dice of {dice:.3f}; the base model has nothing to compare it with."
@@ -337,7 +343,8 @@ def _sentence(verdict: str, overall: Mapping[str, Any], cases: Sequence[CaseComp
     if not held_out:
         return f"{change}, which proves nothing about other cases: {NOT_ENOUGH}."
     words = {"as good": "as good as before", NOT_ENOUGH: NOT_ENOUGH}
-    return f"{change}: {words.get(verdict, f'{verdict} than before')}."
+    told = f"{change}: {words.get(verdict, f'{verdict} than before')}."
+    return f"{told} Worse than before: {', '.join(worse)}." if worse else told
 
 
 def _worst_label(one: CaseComparison) -> str:

@@ -23,7 +23,15 @@ from .preprocessing import PreparedCase, prepare
 from .restoration import restore_probabilities, restore_volume
 from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = ["SegmentOptions", "choose_device", "is_out_of_memory", "load_network", "predict_probabilities", "segment", "segment_volumes"]
+__all__ = [
+    "SegmentOptions",
+    "choose_device",
+    "is_out_of_memory",
+    "load_network",
+    "predict_probabilities",
+    "segment",
+    "segment_volumes",
+]
 
 Triple = tuple[int, int, int]
 SMALLEST_WINDOW = 32

@@ -16,8 +16,8 @@ KEEP_BEST = "keep-best"
 class StopFile(StopRequest):
     """As SIGINT or SIGTERM, and as what the file `stop` in the run's folder says, which is looked at in each step.
 
-    "keep-best" in it: end now, with the best weights so far, and do what follows a training. Anything else: save and
-    stop, to be resumed later.
+    "stop" in it: save and stop, to be resumed later. "keep-best": end now, with the best weights so far, and do what
+    follows a training. Anything else, as of a file half written, is not heeded.
     """
 
     def __init__(self, folder: Path):
@@ -27,7 +27,7 @@ class StopFile(StopRequest):
 
     @property
     def requested(self) -> bool:
-        return self._asked or self._text() not in (None, KEEP_BEST)
+        return self._asked or self._text() == STOP
 
     @requested.setter
     def requested(self, value: bool) -> None:

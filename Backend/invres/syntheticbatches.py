@@ -28,7 +28,9 @@ class SyntheticBatches(CaseBatches):
     so that the labels lie in an anatomy; of the intensities themselves nothing is kept.
     """
 
-    def __init__(self, cases: Sequence[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device):
+    def __init__(
+        self, cases: Sequence[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device
+    ):
         if not cases:
             raise InvresError("There is no case to synthesise images from.", hint="Give at least one labelled case.")
         self.channels = cases[0].image.shape[0]
@@ -47,7 +49,7 @@ class SyntheticBatches(CaseBatches):
 
 
 class MixedBatches:
-    """Batches of the first source, and a `fraction` of them of the second; which ones depends on the iteration alone."""
+    """Batches of the first source, and a `fraction` of them of the second; the iteration alone decides which."""
 
     def __init__(self, real: BatchSource, synthetic: BatchSource, fraction: float, seed: int):
         if not 0 <= fraction <= 1:
@@ -63,9 +65,11 @@ def _structures(case: PreparedCase, labels: int, seed: int, place: int) -> Prepa
     """The case with, for an image, its label map and above it the numbers of the structures around: int16."""
     assert case.label is not None  # only labelled cases are trained on
     label = np.asarray(case.label)
+    image = np.asarray(case.image[0])
     try:
+        # Prepared images are z-scored; the head is looked for in an image whose air is 0.
         around = background_clusters(
-            np.asarray(case.image[0]), label != 0, STRUCTURES, seeded_generator(seed, place, SYNTHESISE)
+            image - image.min(), label != 0, STRUCTURES, seeded_generator(seed, place, SYNTHESISE)
         )
     except InvresError:  # an image without anything around its labels
         around = np.zeros(label.shape, np.int16)

@@ -193,7 +193,8 @@ class Trainer:
         self._started = self._saved = time.monotonic()
         per_epoch, total = config.iterations_per_epoch, config.iterations_per_epoch * config.epochs
         self.network.train()
-        early = False
+        # A training that had ended early and is resumed must not go on.
+        early = bool(self.history) and not self.epoch_losses and self._impatient()
         self._report_progress()
         while self.iteration < total and not early and not self._must_end():
             self._one_step()

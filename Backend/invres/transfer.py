@@ -87,8 +87,7 @@ class Transfer:
                 "dropped": list(self.channels_dropped),
             },
             "tensors": [
-                {"name": t.name, "outcome": t.outcome, "shape": list(t.shape), "detail": t.detail}
-                for t in self.tensors
+                {"name": t.name, "outcome": t.outcome, "shape": list(t.shape), "detail": t.detail} for t in self.tensors
             ],
         }
 
@@ -179,9 +178,7 @@ def _head_rows(old: LabelScheme, new: LabelScheme) -> tuple[list[int | None], li
     return [None if old.regions else 0, *rows], ["background", *new.names]
 
 
-def _head(
-    old: Tensor, fresh: Tensor, rows: list[int | None], names: list[str]
-) -> tuple[Tensor, Outcome, str]:
+def _head(old: Tensor, fresh: Tensor, rows: list[int | None], names: list[str]) -> tuple[Tensor, Outcome, str]:
     if old.shape[1:] != fresh.shape[1:]:
         return fresh, "initialised", f"the base model's has the shape {list(old.shape)}"
     tensor = fresh.clone()
@@ -198,9 +195,7 @@ def _head(
     return tensor, "adapted" if reused else "initialised", detail
 
 
-def _stem(
-    old: Tensor, fresh: Tensor, taken: list[int | None], channels: Sequence[str]
-) -> tuple[Tensor, Outcome, str]:
+def _stem(old: Tensor, fresh: Tensor, taken: list[int | None], channels: Sequence[str]) -> tuple[Tensor, Outcome, str]:
     if (old.shape[0], *old.shape[2:]) != (fresh.shape[0], *fresh.shape[2:]):
         return fresh, "initialised", f"the base model's has the shape {list(old.shape)}"
     if taken == list(range(old.shape[1])):

@@ -23,6 +23,7 @@ ALLOWED = {
     "config": "",
     "files": "",
     "randomness": "",
+    "lineage": "files",
     "curves": "files",
     "metrics": "config",
     "losses": "config",
@@ -38,7 +39,8 @@ ALLOWED = {
     "volume": "events image_header segmentation_file volume_io",
     "dataset_json": "config events volume",
     "layouts": "config dataset_json events volume",
-    "cases": "config dataset_json events layouts volume",
+    "cases": "config dataset_json events files layouts volume",
+    "casesplits": "cases",
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "prepared": "cases config events preprocessing volume",
@@ -46,28 +48,41 @@ ALLOWED = {
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
     "manifest": "config",
-    "modelpackage": "config events manifest networks packagefiles",
+    "modelpackage": "config events lineage manifest networks packagefiles",
+    "versions": "config lineage modelpackage",
+    "transfer": "config manifest networks",
+    "freezing": "networks transfer",
     "step": "config losses networks",
     "memory": "config events losses networks step",
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
+    "syntheticbatches": "config preprocessing randomness sampling synthesis",
     "inference": "config events memory modelpackage networks preprocessing restoration volume",
-    "trainer": "checkpoint config distributed events losses memory networks sampling step",
+    "trainer": "checkpoint config distributed events files losses memory networks sampling step",
     "training": (
-        "cases checkpoint config curves distributed events inference losses memory metrics modelpackage networks "
+        "cases checkpoint config curves distributed events files inference losses memory metrics modelpackage networks "
         "prepared preprocessing sampling step trainer"
+    ),
+    "stopfile": "trainer",
+    "reduction": "checkpoint config networks",
+    "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
+    "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
+    "finetuning": (
+        "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
+        "modelpackage networks prepared preprocessing reduction sampling stopfile syntheticbatches trainer training "
+        "transfer tuningplan"
     ),
     "worker": "config events inference modelpackage",
     "benchmark": "config events losses memory networks reversible step",
-    "overlay": "config volume",
+    "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo doctor evaluation events inference memory modelpackage networks preprocessing "
-        "trainer training volume worker"
+        "benchmark cases config demo doctor evaluation events finetuning inference memory modelpackage networks "
+        "preprocessing stopfile trainer training tuningplan versions volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
