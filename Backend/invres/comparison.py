@@ -149,7 +149,8 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen.
-    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first. held_out: False where the model was trained on these very cases, which proves nothing.
+    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first.
+    held_out: False where the model was trained on these very cases, which proves nothing.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
     by_patient: dict[str, list[float]] = {}

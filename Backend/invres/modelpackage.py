@@ -239,16 +239,14 @@ def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike
     slug = re.sub(r"[^\w-]+", "-", package.name.lower()).strip("-")[:60] or "model"
     target = _absolute(models_dir) / slug
     if package.path == target:
+        _make_active(package, target.parent)
         return package
     if stored_at(target).exists() and not _is_model(target, package.id):
         target = target.with_name(f"{slug}-{package.id[:8]}")
     with temporary_folder(target) as folder:
         _copy_members(package, folder)
         publish(folder, target)
-    if package.manifest.parent:
-        models_dir = target.parent
-        known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
-        set_active(models_dir, family_of(package.manifest, known), package.id)
+    _make_active(package, target.parent)
     return open_package(target)
 
 
@@ -311,6 +309,13 @@ def find_package(
         f"There is no model {text!r}; {installed}.",
         hint=f"Did you mean {near[0]!r}?" if near else "`invres models import FILE` adds one.",
     )
+
+
+def _make_active(package: ModelPackage, models_dir: Path) -> None:
+    """A first version needs no mark: it is the active one until another version is."""
+    if package.manifest.parent:
+        known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
+        set_active(models_dir, family_of(package.manifest, known), package.id)
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
