@@ -521,9 +521,9 @@ def test_a_full_disk_loses_nothing_and_is_told(base, phantoms, tuned, tmp_path):
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------
 
-KILLS = 32
-AT_MOST_S = 90
-LONG = {"epochs": 4, "iterations_per_epoch": 6, "checkpoint_every_s": 0.0}
+KILLS = 31
+AT_MOST_S = 150  # where other programs use the machine too; else about 50
+LONG = {"epochs": 3, "iterations_per_epoch": 4, "checkpoint_every_s": 0.0}
 
 
 def _one_life(base_path, data, run, place):
@@ -573,8 +573,8 @@ def test_thirty_kills_at_random_moments_end_with_the_very_weights_of_an_undistur
         return life.exitcode
 
     while kills < KILLS and time.monotonic() - started < AT_MOST_S:
-        place = moments.randint(1, 12) if moments.random() < 0.4 else 0
-        code = live(place, 60 if place else moments.uniform(0.1, 2.0))
+        place = moments.randint(1, 8) if moments.random() < 0.4 else 0
+        code = live(place, 60 if place else moments.uniform(0.1, 1.5))
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
         inside += code != 0 and place > 0
@@ -588,7 +588,7 @@ def test_thirty_kills_at_random_moments_end_with_the_very_weights_of_an_undistur
     assert same_weights(result["model"], whole["model"])
     assert result["sentence"] == whole["sentence"]
     one, other = (load_checkpoint(path / "final") for path in (run, tmp_path / "whole"))
-    assert one["iteration"] == other["iteration"] == 24
+    assert one["iteration"] == other["iteration"] == 12
     assert not any(name.endswith(".tmp") for name in os.listdir(run / "final"))
 
 
