@@ -13,6 +13,7 @@ from typing import Any
 from . import InvresError
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
 from .events import JsonReporter, Reporter, format_bytes, format_seconds
+from .lineage import active_members, read_active
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
@@ -213,11 +214,16 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
     folder = options.models_dir or user_models_dir()
     if options.action == "list":
         found = list_packages([bundled_models_dir(), folder], report)
+        current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
         for package in found:
-            _say(report, f"{package.name}  {', '.join(package.manifest.scheme.names)}  {package.path}")
+            mark = "*" if package.id in current else " "
+            names = ", ".join(package.manifest.scheme.names)
+            _say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
         if not found:
             _say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
-        report.result(models=[{"path": str(p.path), "manifest": to_dict(p.manifest)} for p in found])
+        report.result(
+            models=[{"path": str(p.path), "active": p.id in current, "manifest": to_dict(p.manifest)} for p in found]
+        )
         return
     if not options.model:
         raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase
 from .reduction import adapt_checkpoint, lighter
+from .runfolder import RecordingReporter, held
 from .sampling import BatchSource, CaseBatches
 from .stopfile import StopFile
 from .syntheticbatches import MixedBatches, SyntheticBatches
@@ -65,7 +67,13 @@ def finetune(
     if output.exists() and not output.is_dir():
         raise InvresError(f"{output} is a file, but fine-tuning needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    stop = stop or StopFile(output)
+    with held(output):
+        return _held(base, dataset, output, options, RecordingReporter(report, output), stop or StopFile(output))
+
+
+def _held(
+    base: ModelPackage, dataset: Dataset, output: Path, options: TuningOptions, report: Reporter, stop: StopRequest
+) -> dict[str, Any]:
     if isinstance(stop, StopFile):  # left from the stop before
         stop.clear(also_keep_best=False)
     device = choose_device(options.device)
@@ -123,6 +131,7 @@ class _Run:
     ):
         self.base, self.dataset, self.plan, self.output = base, dataset, plan, output
         self.options, self.device, self.report, self.stop = options, device, report, stop
+        self.reference = self._reference()
         self.base_weights = base.load_weights()
         self._base_network: SegmentationNetwork | None = None
 
@@ -173,7 +182,7 @@ class _Run:
                 code="write_failed",
             )
         tuned = Contender(self._package_in_memory(), self._inference_network(result.weights))
-        scores = [self._compare(name, tuned, report) for name in part.held_out]
+        scores = self._compare(part.held_out, tuned, report)
         summary = training_summary(
             Recipe("finetune", network=self.plan.network, training=self.plan.training),
             result,
@@ -302,18 +311,32 @@ class _Run:
 
     # --- proof ----------------------------------------------------------------------------------------------------
 
-    def _compare(self, name: str, tuned: Contender, report: Reporter, dataset: Dataset | None = None) -> CaseComparison:
-        """Base and tuned model on one case; without a data set on one of the run's, with the segmentations written."""
-        if self.stop.requested:
-            raise Cancelled(
-                f"Stopped; everything that was trained is saved in {self.output}.",
-                hint="Go on with the same command and --resume.",
-            )
-        report.note(f"Comparing base and tuned model on {name}.")
+    def _compare(
+        self, names: Sequence[str], tuned: Contender, report: Reporter, dataset: Dataset | None = None
+    ) -> list[CaseComparison]:
+        """Base and tuned model on the run's own cases, with their segmentations written, or on those of a data set.
+
+        A case that cannot be read (any more) is left out with a warning.
+        """
         folder = self.output / "comparison" if dataset is None else None
         dataset = dataset or self.dataset
-        base = self._base(dataset)
-        return compare_case(dataset, dataset.case(name), base, tuned, folder, _Quiet(report))
+        found = []
+        for done, name in enumerate(names):
+            if self.stop.requested:
+                raise Cancelled(
+                    f"Stopped; everything that was trained is saved in {self.output}.",
+                    hint="Go on with the same command and --resume.",
+                )
+            report.progress("finetune.compare", done, len(names))
+            try:
+                case, base = dataset.case(name), self._base(dataset)
+                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report)))
+            except InvresError as error:
+                if error.code in ("write_failed", "out_of_memory"):
+                    raise
+                report.warning(f"The case {name} is not compared: {error.message}", case=name)
+        report.progress("finetune.compare", len(names), len(names))
+        return found
 
     def _base(self, dataset: Dataset) -> Contender | None:
         """The base model, if the data have its channels."""
@@ -354,13 +377,13 @@ class _Run:
         scored: list[CaseComparison],
     ) -> dict[str, Any]:
         plan, manifest = self.plan, self.base.manifest
-        held_out = bool(scored)
+        held_out = any(one.held_out for one in plan.parts)
         if not held_out:
-            scored = [self._compare(name, tuned, self.report) for name in part.train[:SHOWN_TRAINING_CASES]]
+            scored = self._compare(part.train[:SHOWN_TRAINING_CASES], tuned, self.report)
         proof = summarise(scored, held_out, plan.scheme)
         # The last training has no held-out cases of its own where each was held out from another one.
         proof["of"] = "model" if part.held_out or not held_out else "trainings of the same kind on fewer cases"
-        check = self._base_check(tuned)
+        check = None if self.reference is None else self._base_check(tuned, self.reference)
         promoted = self.options.promote or (proof["promotable"] and (check is None or check["verdict"] != "worse"))
         proof |= {"promoted": promoted, "base_check": check}
         comparison = write_comparison(self.output, proof)
@@ -376,7 +399,7 @@ class _Run:
             scheme=plan.scheme,
             patch=plan.training.patch,
             training=summary,
-            metrics=_metrics(scored) if held_out else {},
+            metrics=_metrics(scored) if held_out and scored else {},
             licence=self.options.licence or manifest.licence,
             intended_use=manifest.intended_use,
             parent=manifest.id,
@@ -403,20 +426,24 @@ class _Run:
             (self._folder(index) / CHECKPOINT).unlink(missing_ok=True)
         return result
 
-    def _base_check(self, tuned: Contender) -> dict[str, Any] | None:
-        """Both models on cases of the base model's own kind."""
+    def _reference(self) -> Dataset | None:
+        """Cases of the base model's own kind, which both models must be able to segment."""
         if self.options.check_base is None:
             return None
         reference = read_dataset(self.options.check_base)
-        for who, contender in (("base", self.base.manifest), ("tuned", tuned.package.manifest)):
-            if channels_for(contender.plan.channels, reference.channel_names) is None:
+        for who, channels in (("base", self.base.manifest.plan.channels), ("tuned", self.plan.plan.channels)):
+            if channels_for(channels, reference.channel_names) is None:
                 raise InvresError(
                     f"The cases in {self.options.check_base} lack a channel of the {who} model, which takes "
-                    f"{', '.join(channel.name for channel in contender.plan.channels)}.",
+                    f"{', '.join(channel.name for channel in channels)}.",
                     hint="Give other cases to --check-base, or leave it out.",
                 )
-        cases = [self._compare(case.name, tuned, self.report, reference) for case in reference.labelled_cases]
-        check = summarise(cases, True, reference.scheme)
+        return reference
+
+    def _base_check(self, tuned: Contender, reference: Dataset) -> dict[str, Any]:
+        """Both models on cases of the base model's own kind."""
+        names = [case.name for case in reference.labelled_cases]
+        check = summarise(self._compare(names, tuned, self.report, reference), True, reference.scheme)
         if check["verdict"] == "worse":
             self.report.warning(
                 f"The tuned model has forgotten something of the base model's task: {check['sentence']}"

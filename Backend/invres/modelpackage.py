@@ -312,10 +312,12 @@ def find_package(
 
 
 def _make_active(package: ModelPackage, models_dir: Path) -> None:
-    """A first version needs no mark: it is the active one until another version is."""
-    if package.manifest.parent:
-        known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
-        set_active(models_dir, family_of(package.manifest, known), package.id)
+    """A first version is active until another one is, and an only version needs no mark."""
+    known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
+    family = family_of(package.manifest, known)
+    others = [one for one in known.values() if one.id != package.id and family_of(one, known) == family]
+    if package.manifest.parent and others:
+        set_active(models_dir, family, package.id)
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

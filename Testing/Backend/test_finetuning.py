@@ -28,6 +28,7 @@ from invres.inference import load_network
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
 from invres.networks import build, with_patch
 from invres.reduction import lighter
+from invres.runfolder import RecordingReporter
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
 from invres.tuningplan import TuningOptions
@@ -613,3 +614,58 @@ def test_networks_of_a_run_segment_like_their_package(tuned):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
     assert with_patch(package.manifest.network, (8, 8, 8)).vae is None
     assert np.isfinite(result["training"]["seconds"])
+
+
+# --- the folder of a run -------------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_work_in_one_folder(base, phantoms, tuned, tmp_path):
+    run = tmp_path / "run"
+
+    def meddle():
+        with pytest.raises(InvresError, match="Another process .* is at work") as caught:
+            tune(base, phantoms, run, resume=True)
+        assert caught.value.hint and caught.value.code == "in_use"
+
+    result = tune(base, phantoms, run, stop=AtStep(run, 2, meddle), epochs=2)
+    assert same_weights(result["model"], tuned[1]["model"])
+    assert tune(base, phantoms, run, resume=True) == result, "the lock went with its holder"
+
+
+def test_who_comes_back_later_reads_what_happened(tuned):
+    run, _, report = tuned
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["event"] == "started" and lines[0]["pid"] == os.getpid() and all(line["time"] for line in lines)
+    for kind in ("epoch", "warning", "note", "memory"):
+        wanted = [event for event in report.events if event["event"] == kind]
+        assert [{k: v for k, v in line.items() if k != "time"} for line in lines if line["event"] == kind] == wanted
+    progress = [line for line in lines if line["event"] == "progress"]
+    assert 0 < len(progress) < len([event for event in report.events if event["event"] == "progress"])
+
+
+def test_a_line_cut_by_a_kill_spoils_only_itself_and_a_reader_that_went_away_nothing(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "epo')
+
+    class Gone(Recorder):
+        def emit(self, event):
+            raise BrokenPipeError
+
+    report = RecordingReporter(Gone(), tmp_path)
+    report.note("Still here.")
+    lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '{"event": "epo'
+    assert [json.loads(line)["event"] for line in lines[1:]] == ["started", "note"]
+
+
+def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, tmp_path):
+    data, run, report = write_dataset(tmp_path / "data", cases=2), tmp_path / "run", Recorder()
+    plan = {}
+
+    def vanish():
+        plan.update(json.loads((run / "run.json").read_text(encoding="utf-8")))
+        (held,) = plan["parts"][0]["held_out"]
+        read_dataset(data).case(held).images[0].write_bytes(b"no image")
+
+    result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
+    assert any("is not compared" in message for message in told(report))
+    assert "no proof" in result["sentence"] and not result["promoted"]

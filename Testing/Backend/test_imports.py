@@ -65,12 +65,13 @@ ALLOWED = {
         "prepared preprocessing sampling step trainer"
     ),
     "stopfile": "trainer",
+    "runfolder": "events",
     "reduction": "checkpoint config networks",
     "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
     "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
     "finetuning": (
         "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
-        "modelpackage networks prepared preprocessing reduction sampling stopfile syntheticbatches trainer training "
+        "modelpackage networks prepared preprocessing reduction runfolder sampling stopfile syntheticbatches trainer training "
         "transfer tuningplan"
     ),
     "worker": "config events inference modelpackage",
@@ -81,7 +82,7 @@ ALLOWED = {
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo doctor evaluation events finetuning inference memory modelpackage networks "
+        "benchmark cases config demo doctor evaluation events finetuning inference lineage memory modelpackage networks "
         "preprocessing stopfile trainer training tuningplan versions volume worker"
     ),
     "cli": "commands config events",
