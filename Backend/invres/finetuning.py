@@ -5,30 +5,29 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import Cancelled, InvresError, OutOfMemory
-from .cases import Dataset, read_dataset
+from .cases import Dataset
 from .casesplits import Part
 from .checkpoint import CHECKPOINT, load_checkpoint
-from .comparison import CaseComparison, Contender, channels_for, compare_case, interval, summarise, write_comparison
+from .comparison import CaseComparison, Contender, summarise, write_comparison
 from .config import Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
 from .files import written_whole
 from .freezing import freeze
-from .inference import choose_device, is_out_of_memory, load_network
+from .inference import choose_device, is_out_of_memory
 from .manifest import Manifest
 from .memory import predict_training
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase
+from .proof import Proof, manifest_metrics, read_reference
 from .reduction import adapt_checkpoint, lighter
 from .runfolder import RecordingReporter, held
 from .sampling import BatchSource, CaseBatches
@@ -89,6 +88,8 @@ def _held(
         if options.resume:
             report.note(f"There is nothing in {output} to resume, so the fine-tuning starts.")
         plan = plan_tuning(base.manifest, dataset, output / "prepared", options, report)
+        if options.check_base:  # a mistake there is told before hours of training
+            read_reference(options.check_base, base, plan.plan)
         write_plan(output, plan)
     if (output / RESULT).is_file():
         return _finished(output, options, report)
@@ -131,9 +132,9 @@ class _Run:
     ):
         self.base, self.dataset, self.plan, self.output = base, dataset, plan, output
         self.options, self.device, self.report, self.stop = options, device, report, stop
-        self.reference = self._reference()
+        self.proof = Proof(base, dataset, output / "comparison", device, stop)
+        self.reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
         self.base_weights = base.load_weights()
-        self._base_network: SegmentationNetwork | None = None
 
     def whole(self) -> dict[str, Any]:
         """All trainings, the proof and the package."""
@@ -182,7 +183,7 @@ class _Run:
                 code="write_failed",
             )
         tuned = Contender(self._package_in_memory(), self._inference_network(result.weights))
-        scores = self._compare(part.held_out, tuned, report)
+        scores = self.proof.compare(part.held_out, tuned, report)
         summary = training_summary(
             Recipe("finetune", network=self.plan.network, training=self.plan.training),
             result,
@@ -311,42 +312,6 @@ class _Run:
 
     # --- proof ----------------------------------------------------------------------------------------------------
 
-    def _compare(
-        self, names: Sequence[str], tuned: Contender, report: Reporter, dataset: Dataset | None = None
-    ) -> list[CaseComparison]:
-        """Base and tuned model on the run's own cases, with their segmentations written, or on those of a data set.
-
-        A case that cannot be read (any more) is left out with a warning.
-        """
-        folder = self.output / "comparison" if dataset is None else None
-        dataset = dataset or self.dataset
-        found = []
-        for done, name in enumerate(names):
-            if self.stop.requested:
-                raise Cancelled(
-                    f"Stopped; everything that was trained is saved in {self.output}.",
-                    hint="Go on with the same command and --resume.",
-                )
-            report.progress("finetune.compare", done, len(names))
-            try:
-                case, base = dataset.case(name), self._base(dataset)
-                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report)))
-            except InvresError as error:
-                if error.code in ("write_failed", "out_of_memory"):
-                    raise
-                report.warning(f"The case {name} is not compared: {error.message}", case=name)
-        report.progress("finetune.compare", len(names), len(names))
-        return found
-
-    def _base(self, dataset: Dataset) -> Contender | None:
-        """The base model, if the data have its channels."""
-        if channels_for(self.base.manifest.plan.channels, dataset.channel_names) is None:
-            return None
-        if self._base_network is None:
-            self._base_network = load_network(self.base, self.device)
-        # A case for which the card was too small has moved it to the CPU.
-        return Contender(self.base, self._base_network.to(self.device))
-
     def _package_in_memory(self) -> ModelPackage:
         """The tuned model as far as segmenting needs it; it has no file yet."""
         plan = self.plan
@@ -379,11 +344,11 @@ class _Run:
         plan, manifest = self.plan, self.base.manifest
         held_out = any(one.held_out for one in plan.parts)
         if not held_out:
-            scored = self._compare(part.train[:SHOWN_TRAINING_CASES], tuned, self.report)
+            scored = self.proof.compare(part.train[:SHOWN_TRAINING_CASES], tuned, self.report)
         proof = summarise(scored, held_out, plan.scheme)
         # The last training has no held-out cases of its own where each was held out from another one.
         proof["of"] = "model" if part.held_out or not held_out else "trainings of the same kind on fewer cases"
-        check = None if self.reference is None else self._base_check(tuned, self.reference)
+        check = self.proof.forgotten(tuned, self.reference, self.report) if self.reference else None
         promoted = self.options.promote or (proof["promotable"] and (check is None or check["verdict"] != "worse"))
         proof |= {"promoted": promoted, "base_check": check}
         comparison = write_comparison(self.output, proof)
@@ -399,7 +364,7 @@ class _Run:
             scheme=plan.scheme,
             patch=plan.training.patch,
             training=summary,
-            metrics=_metrics(scored) if held_out and scored else {},
+            metrics=manifest_metrics(scored) if held_out and scored else {},
             licence=self.options.licence or manifest.licence,
             intended_use=manifest.intended_use,
             parent=manifest.id,
@@ -425,42 +390,6 @@ class _Run:
         for index in range(len(plan.parts) - 1):
             (self._folder(index) / CHECKPOINT).unlink(missing_ok=True)
         return result
-
-    def _reference(self) -> Dataset | None:
-        """Cases of the base model's own kind, which both models must be able to segment."""
-        if self.options.check_base is None:
-            return None
-        reference = read_dataset(self.options.check_base)
-        for who, channels in (("base", self.base.manifest.plan.channels), ("tuned", self.plan.plan.channels)):
-            if channels_for(channels, reference.channel_names) is None:
-                raise InvresError(
-                    f"The cases in {self.options.check_base} lack a channel of the {who} model, which takes "
-                    f"{', '.join(channel.name for channel in channels)}.",
-                    hint="Give other cases to --check-base, or leave it out.",
-                )
-        return reference
-
-    def _base_check(self, tuned: Contender, reference: Dataset) -> dict[str, Any]:
-        """Both models on cases of the base model's own kind."""
-        names = [case.name for case in reference.labelled_cases]
-        check = summarise(self._compare(names, tuned, self.report, reference), True, reference.scheme)
-        if check["verdict"] == "worse":
-            self.report.warning(
-                f"The tuned model has forgotten something of the base model's task: {check['sentence']}"
-            )
-        return check
-
-
-class _Quiet(Reporter):
-    """Passes warnings on and nothing else: the windows of a comparison are no progress of the run."""
-
-    def __init__(self, report: Reporter):
-        super().__init__()
-        self._report = report
-
-    def emit(self, event: dict[str, Any]) -> None:
-        if event["event"] == "warning":
-            self._report.emit(event)
 
 
 def _finished(output: Path, options: TuningOptions, report: Reporter) -> dict[str, Any]:
@@ -489,24 +418,6 @@ def _trained_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _comparison(entry: dict[str, Any]) -> CaseComparison:
     return from_dict(CaseComparison, entry, DONE)
-
-
-def _metrics(cases: list[CaseComparison]) -> dict[str, Any]:
-    """Of the tuned model on held-out cases, by label and metric, for the manifest."""
-    metrics: dict[str, Any] = {}
-    for name in cases[0].tuned:
-        metrics[name] = {}
-        for metric, key in (("Dice", "Dice"), ("HD95", "HD95_mm")):
-            values = [one.tuned[name][key] for one in cases]
-            bounds, method = interval(values)
-            metrics[name][metric] = {
-                "mean": float(np.mean(values)),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "median": float(np.median(values)),
-                "n": len(values),
-                "ci95": list(bounds) if bounds and method == "bootstrap" else None,
-            }
-    return metrics
 
 
 def _next_version(version: str) -> str:

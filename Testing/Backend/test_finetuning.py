@@ -248,6 +248,7 @@ def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, m
         return found(cases, held_out, scheme) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
 
     monkeypatch.setattr(finetuning, "summarise", forgotten)
+    monkeypatch.setattr(proof, "summarise", forgotten)
     result = tune(base, phantoms, tmp_path / "again", report, validation_count=1, check_base=phantoms)
     assert not result["promoted"] and any("forgotten" in message for message in told(report))
 
@@ -256,6 +257,7 @@ def test_check_base_wants_the_channels_of_both(base, phantoms, tmp_path):
     other = write_dataset(tmp_path / "other", cases=1, channels=("PD", "T2"))
     with pytest.raises(InvresError, match="lack a channel of the base model"):
         tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=other)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_the_tuned_model_becomes_the_one_that_its_name_stands_for_and_can_be_taken_back(base, tuned, tmp_path):
@@ -623,7 +625,7 @@ def test_two_processes_never_work_in_one_folder(base, phantoms, tuned, tmp_path)
     run = tmp_path / "run"
 
     def meddle():
-        with pytest.raises(InvresError, match="Another process .* is at work") as caught:
+        with pytest.raises(InvresError, match=r"Another process .* is at work") as caught:
             tune(base, phantoms, run, resume=True)
         assert caught.value.hint and caught.value.code == "in_use"
 

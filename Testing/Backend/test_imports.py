@@ -69,10 +69,11 @@ ALLOWED = {
     "reduction": "checkpoint config networks",
     "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
     "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
+    "proof": "cases comparison config events inference modelpackage networks trainer",
     "finetuning": (
         "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
-        "modelpackage networks prepared preprocessing reduction runfolder sampling stopfile syntheticbatches trainer training "
-        "transfer tuningplan"
+        "modelpackage networks prepared preprocessing proof reduction runfolder sampling stopfile syntheticbatches "
+        "trainer training transfer tuningplan"
     ),
     "worker": "config events inference modelpackage",
     "benchmark": "config events losses memory networks reversible step",
@@ -82,8 +83,8 @@ ALLOWED = {
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo doctor evaluation events finetuning inference lineage memory modelpackage networks "
-        "preprocessing stopfile trainer training tuningplan versions volume worker"
+        "benchmark cases config demo doctor evaluation events finetuning inference lineage memory modelpackage "
+        "networks preprocessing stopfile trainer training tuningplan versions volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
