@@ -142,7 +142,9 @@ def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
     return (float(low), float(high)), "bootstrap"
 
 
-def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelScheme) -> dict[str, Any]:
+def summarise(
+    cases: Sequence[CaseComparison], held_out: bool, scheme: LabelScheme, which: str = "held out from training"
+) -> dict[str, Any]:
     """All that is said of a comparison, as plain JSON values.
 
     `labels`: by name and metric the spread of base and tuned, and of their paired difference with its interval.
@@ -150,7 +152,7 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen.
     `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first.
-    held_out: False where the model was trained on these very cases, which proves nothing.
+    held_out: False where the model was trained on these very cases, which proves nothing. which: cases, in words.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
     by_patient: dict[str, list[float]] = {}
@@ -169,7 +171,7 @@ def summarise(cases: Sequence[CaseComparison], held_out: bool, scheme: LabelSche
         "n_patients": len({one.patient for one in cases}),
         "verdict": verdict,
         "promotable": held_out and _promotable(verdict, overall, tuned_dice),
-        "sentence": _sentence(verdict, overall, cases, held_out, worse),
+        "sentence": _sentence(verdict, overall, cases, held_out, worse, which),
         "difference": overall,
         "labels": labels,
         "worse_labels": worse,
@@ -324,12 +326,17 @@ def _promotable(verdict: str, overall: Mapping[str, Any], tuned_dice: float) -> 
 
 
 def _sentence(
-    verdict: str, overall: Mapping[str, Any], cases: Sequence[CaseComparison], held_out: bool, worse: Sequence[str]
+    verdict: str,
+    overall: Mapping[str, Any],
+    cases: Sequence[CaseComparison],
+    held_out: bool,
+    worse: Sequence[str],
+    which: str,
 ) -> str:
     if not cases:
         return "No case was held out, so there is no proof: not enough data to tell."
     count = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
-    where = f"On {count} held out from training"
+    where = f"On {count} {which}"
     if not held_out:
         where = f"With one patient no case can be held out; on the {count} that it was trained on"
     if verdict == "nothing to compare":
@@ -345,7 +352,7 @@ def _sentence(
         return f"{change}, which proves nothing about other cases: {NOT_ENOUGH}."
     words = {"as good": "as good as before", NOT_ENOUGH: NOT_ENOUGH}
     told = f"{change}: {words.get(verdict, f'{verdict} than before')}."
-    return f"{told} Worse than before: {', '.join(worse)}." if worse else told
+    return f"{told} Labels that got worse: {', '.join(worse)}." if worse else told
 
 
 def _worst_label(one: CaseComparison) -> str:

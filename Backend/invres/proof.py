@@ -62,7 +62,8 @@ class Proof:
     def forgotten(self, tuned: Contender, reference: Dataset, report: Reporter) -> dict[str, Any]:
         """Both models on cases of the base model's own kind; what `comparison.summarise` gives."""
         names = [case.name for case in reference.labelled_cases]
-        check = summarise(self.compare(names, tuned, report, reference), True, reference.scheme)
+        found = self.compare(names, tuned, report, reference)
+        check = summarise(found, True, reference.scheme, "of the base model's own kind")
         if check["verdict"] == "worse":
             report.warning(f"The tuned model has forgotten something of the base model's task: {check['sentence']}")
         return check

@@ -102,7 +102,7 @@ def test_a_label_that_got_worse_is_named_though_the_mean_got_better():
     ]
     found = summarise(some, True, LABELS)
     assert found["verdict"] == "better" and found["worse_labels"] == ["lower"]
-    assert found["sentence"].endswith("Worse than before: lower.")
+    assert found["sentence"].endswith("Labels that got worse: lower.")
 
 
 def test_a_new_label_has_scores_but_no_difference_and_does_not_count_in_the_verdict():

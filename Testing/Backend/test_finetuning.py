@@ -241,14 +241,15 @@ def test_synthetic_batches_train_too(base, tmp_path):
 def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, monkeypatch):
     result = tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=phantoms)
     proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
-    assert proof["base_check"]["n_cases"] == 3 and result["base_check"]["sentence"]
+    assert proof["base_check"]["n_cases"] == 3
+    assert result["base_check"]["sentence"].startswith("On 3 cases of the base model's own kind the Dice went from")
     report, found = Recorder(), finetuning.summarise
 
-    def forgotten(cases, held_out, scheme):
-        return found(cases, held_out, scheme) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
+    def forgotten(cases, *rest):
+        return found(cases, *rest) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
 
     monkeypatch.setattr(finetuning, "summarise", forgotten)
-    monkeypatch.setattr(proof, "summarise", forgotten)
+    monkeypatch.setattr("invres.proof.summarise", forgotten)
     result = tune(base, phantoms, tmp_path / "again", report, validation_count=1, check_base=phantoms)
     assert not result["promoted"] and any("forgotten" in message for message in told(report))
 
