@@ -10,7 +10,9 @@ import numpy as np
 from . import InvresError
 from .cases import Case
 
-__all__ = ["Part", "plan_parts"]
+__all__ = ["Part", "parts_of_splits", "plan_parts"]
+
+Split = tuple[tuple[str, ...], tuple[str, ...]]
 
 FEW = 10  # patients up to which every one is held out once
 FOLDS = 5
@@ -62,6 +64,35 @@ def plan_parts(cases: Sequence[Case], seed: int, folds: int = 0, validation_coun
     )
 
 
+def parts_of_splits(splits: Sequence[Split], cases: Sequence[Case], seed: int) -> tuple[Part, ...]:
+    """The trainings of a split that somebody chose: (training, held out) by name for each.
+
+    Names that are not among `cases` are passed over. Where there is one split its own model is what comes out of it, and
+    some of the training cases may choose the best epoch as in `plan_parts`; else a training on all cases follows.
+    Raises InvresError where one side of a split has no case left.
+    """
+    usable = {case.name for case in cases}
+    sides = [tuple(tuple(sorted(name for name in side if name in usable)) for side in split) for split in splits]
+    if not all(all(split) for split in sides):
+        raise InvresError(
+            "A split of splits_final.json has no usable case to train on, or none to hold out.",
+            hint="Correct it, or remove it to have the cases split anew.",
+        )
+    if len(sides) > 1:
+        return (*(Part(train, (), held) for train, held in sides), Part(tuple(sorted(usable))))
+    ((train, held),) = sides
+    rest = sorted({case.patient for case in cases if case.name in train})
+    np.random.RandomState(seed).shuffle(rest)
+    choosing = set(rest[: _choosing(rest)])
+    validation = tuple(case.name for case in cases if case.name in train and case.patient in choosing)
+    return (Part(tuple(name for name in train if name not in validation), tuple(sorted(validation)), held),)
+
+
+def _choosing(patients: Sequence[str]) -> int:
+    """How many of these are spared for choosing the epoch; with few, none is: the last epoch is taken."""
+    return round(CHOOSING_FRACTION * len(patients)) if len(patients) > 5 else 0
+
+
 def _single(cases: Sequence[Case], patients: list[str], count: int) -> Part:
     if count:
         sizes = [len(_names(cases, {patient})) for patient in patients]
@@ -74,8 +105,7 @@ def _single(cases: Sequence[Case], patients: list[str], count: int) -> Part:
     else:
         held = round(HELD_OUT_FRACTION * len(patients))
     rest = patients[held:]
-    # With few patients left to train on, none is spared for choosing: the last epoch is taken.
-    choosing = round(CHOOSING_FRACTION * len(rest)) if len(rest) > 5 else 0
+    choosing = _choosing(rest)
     names = [_names(cases, set(some)) for some in (rest[choosing:], rest[:choosing], patients[:held])]
     return Part(names[0], names[1], names[2])
 

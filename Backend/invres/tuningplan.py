@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from . import InvresError
-from .cases import Dataset, case_problems
-from .casesplits import Part, plan_parts
+from .cases import Dataset, case_problems, read_splits
+from .casesplits import Part, parts_of_splits, plan_parts
 from .config import (
     AugmentationConfig,
     ChannelPlan,
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 RUN = "run.json"
+SPLITS = "splits_final.json"
 DEFAULTS = TrainingConfig(
     iterations_per_epoch=25,
     epochs=40,
@@ -66,7 +67,8 @@ class TuningOptions:
 
     recipe: training and augmentation from it instead of the defaults; its network and spacing do not count.
     wishes: fields of `TrainingConfig` that go above both; time_s is for all trainings of the run together.
-    folds, validation_count: see `casesplits.plan_parts`; 0 leaves the choice to it.
+    folds, validation_count: see `casesplits.plan_parts`; where both are 0, a splits_final.json beside the data decides,
+    and where there is none the number of patients.
     vae: None keeps the base model's branch or its absence. synthetic: fraction of synthesised batches.
     spacing_mm: None keeps the base model's. normalisation: "data" takes CT figures anew from these cases.
     name, licence: of the tuned model; "" takes the base model's. promote: whatever the proof says.
@@ -160,6 +162,7 @@ def plan_tuning(
     dataset: with `merged_scheme`; may come from `read_dataset(path, checked=False)`.
     Raises InvresError where no case is left, none has a labelled voxel, or the wishes contradict one another.
     """
+    everything = dataset
     dataset, skipped = _with_files(dataset)
     for one in skipped:
         report.warning(f"The case {one.case} is left out: {one.reason}", case=one.case)
@@ -193,7 +196,11 @@ def plan_tuning(
     training = options.recipe.training if options.recipe else dataclasses.replace(DEFAULTS, patch=base.patch)
     training = dataclasses.replace(training, **options.wishes)
     cases = [case for case in dataset.cases if case.name in names]
-    parts = plan_parts(cases, training.seed, options.folds, options.validation_count)
+    file = dataset.root / SPLITS
+    if file.is_file() and not (options.folds or options.validation_count):
+        parts = parts_of_splits(read_splits(file, everything), cases, training.seed)
+    else:
+        parts = plan_parts(cases, training.seed, options.folds, options.validation_count)
     training = dataclasses.replace(training, time_s=training.time_s / len(parts))
     return TuningPlan(
         base_id=base.id,

@@ -8,7 +8,7 @@ import pytest
 
 from invres import InvresError
 from invres.cases import Case
-from invres.casesplits import plan_parts
+from invres.casesplits import parts_of_splits, plan_parts
 
 
 def cases(patients, each=1):
@@ -75,3 +75,20 @@ def test_what_leaves_nothing_to_train_on_is_refused(wish, told):
     with pytest.raises(InvresError, match=told) as caught:
         plan_parts(cases(4), 0, **wish)
     assert caught.value.hint
+
+
+def test_splits_that_somebody_chose_are_kept_to():
+    some = cases(12)
+    names = [case.name for case in some]
+    (part,) = parts_of_splits([(tuple(names[:9]), (*names[9:11], "left out"))], some, 0)
+    assert part.held_out == tuple(names[9:11]) and len(part.validation) == 1
+    assert sorted((*part.train, *part.validation)) == names[:9], "what is in no split takes no part"
+    (part,) = parts_of_splits([(tuple(names[:4]), tuple(names[4:]))], some, 0)
+    assert part.validation == ()
+    *folds, final = parts_of_splits(
+        [(tuple(names[:6]), tuple(names[6:])), (tuple(names[6:]), tuple(names[:6]))], some, 0
+    )
+    assert [fold.held_out for fold in folds] == [tuple(names[6:]), tuple(names[:6])]
+    assert final.train == tuple(names)
+    with pytest.raises(InvresError, match="no usable case"):
+        parts_of_splits([(tuple(names), ("left out",))], some, 0)

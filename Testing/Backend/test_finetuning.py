@@ -164,6 +164,16 @@ def test_many_cases_have_a_single_training_whose_own_model_is_proved(base, tmp_p
     assert set(entry["dice"]) == {"upper", "lower", "core", "mean"}
 
 
+def test_roles_of_cases_may_be_given_beside_the_data(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=4)
+    read_dataset(data).case("patient01").images[0].write_bytes(b"no image")
+    split = [{"train": ["patient03", "patient01"], "val": ["patient00"]}]
+    (data / "splits_final.json").write_text(json.dumps(split), encoding="utf-8")
+    tune(base, data, tmp_path / "run")
+    (part,) = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["parts"]
+    assert part == {"train": ["patient03"], "validation": [], "held_out": ["patient00"]}
+
+
 def test_other_labels_and_channels_go_by_name(base, tmp_path):
     labels = {"background": 0, "tumour": 1, "lower": 2, "Upper": 3}
     data = write_dataset(tmp_path / "data", cases=2, channels=("FLAIR", "T1"), labels=labels)
