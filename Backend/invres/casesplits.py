@@ -82,7 +82,7 @@ def parts_of_splits(splits: Sequence[Split], cases: Sequence[Case], seed: int) -
     for train, held in sides:
         if both := {patients[name] for name in train} & {patients[name] for name in held}:
             raise InvresError(
-                f"A split of splits_final.json has cases of the patient {min(both)} on both sides, which proves nothing.",
+                f"A split of splits_final.json has cases of the patient {min(both)} on both sides.",
                 hint="Put all cases of a patient on one side.",
             )
     if len(sides) > 1:
