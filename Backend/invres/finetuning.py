@@ -205,7 +205,7 @@ class _Run:
                 if not is_out_of_memory(error):
                     raise
             # Outside of the handler, whose traceback holds the tensors of the failed step.
-            self._reduce("Memory ran out", index)
+            self._reduce("Memory ran out")
 
     def _training(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
         plan, folder, config = self.plan, self._folder(index), self.plan.training
@@ -229,6 +229,7 @@ class _Run:
             keep_best=bool(part.validation),
         )
         if (folder / CHECKPOINT).is_file():
+            adapt_checkpoint(folder, network)
             trainer.resume()
         result = trainer.run()
         try:
@@ -285,7 +286,7 @@ class _Run:
             f"{format_bytes(predicted)}."
         )
 
-    def _reduce(self, reason: str, index: int | None = None) -> None:
+    def _reduce(self, reason: str) -> None:
         """Goes on with a configuration that needs less memory; tells and records it."""
         gc.collect()
         if self.device.type == "cuda":
@@ -305,10 +306,8 @@ class _Run:
             network=with_patch(self.plan.network, config.patch),
             reductions=(*self.plan.reductions, words),
         )
-        self.report.warning(f"{reason}; the training goes on with {words}.")
-        if index is not None:
-            adapt_checkpoint(self._folder(index), self._begun()[0])
         write_plan(self.output, self.plan)
+        self.report.warning(f"{reason}; the training goes on with {words}.")
 
     # --- proof ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, to_dict
 from .networks import SegmentationNetwork
 
@@ -43,14 +43,14 @@ def lighter(network: SegmentationNetwork, config: TrainingConfig) -> tuple[Train
 
 
 def adapt_checkpoint(folder: Path, network: SegmentationNetwork) -> None:
-    """Makes the checkpoint in `folder`, if there is one, fit `network`, whose sizes may differ in some tensors.
+    """Makes the checkpoint in `folder` fit `network`, where a smaller patch has changed the size of some tensors.
 
     These begin anew; everything else, the optimizer's memory of it included, stays. Raises OSError where the disk
     refuses; the older checkpoint is then still there.
     """
-    if not (folder / CHECKPOINT).is_file():
-        return
     state = load_checkpoint(folder)
+    if state["network"] == to_dict(network.config):
+        return
     fresh = network.state_dict()
     for key in ("weights", "best_weights"):
         if state[key] is not None:
