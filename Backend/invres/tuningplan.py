@@ -58,6 +58,8 @@ DEFAULTS = TrainingConfig(
     checkpoint_every_s=60.0,
 )
 """Half the learning rate of a training from the start (chosen), for weights that are good already."""
+NEW_LABELS_LEARNING_RATE = 1e-3
+"""Where the head begins anew for some label: at the rate above its random rows hardly move in a short training."""
 _LENGTHS = ("epochs", "time_s")
 
 
@@ -193,7 +195,7 @@ def plan_tuning(
             "With everything but the head frozen the VAE branch has nothing to regularise.",
             hint="Leave --vae out, or freeze less.",
         )
-    training = options.recipe.training if options.recipe else dataclasses.replace(DEFAULTS, patch=base.patch)
+    training = options.recipe.training if options.recipe else _defaults(base, dataset.scheme)
     training = dataclasses.replace(training, **options.wishes)
     cases = [case for case in dataset.cases if case.name in names]
     file = dataset.root / SPLITS
@@ -258,6 +260,13 @@ def read_plan(
     if ignored:
         report.warning(f"The run goes on as it was started; what is asked otherwise is left out: {', '.join(ignored)}.")
     return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **lengths))
+
+
+def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
+    """The training that fits most, for a model that knows all of these labels and for one that does not."""
+    known = None not in match_names(scheme.names, base.scheme.names) and scheme.regions == base.scheme.regions
+    rate = DEFAULTS.learning_rate if known else NEW_LABELS_LEARNING_RATE
+    return dataclasses.replace(DEFAULTS, patch=base.patch, learning_rate=rate)
 
 
 def _unset(key: str) -> Any:

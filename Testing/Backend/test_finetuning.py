@@ -31,7 +31,7 @@ from invres.reduction import lighter
 from invres.runfolder import RecordingReporter
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
-from invres.tuningplan import TuningOptions
+from invres.tuningplan import TuningOptions, plan_tuning
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
 
@@ -46,6 +46,12 @@ def base(phantoms, tmp_path_factory):
     """A model that knows the phantoms a little."""
     recipe = dataclasses.replace(tiny_recipe(iterations_per_epoch=20, epochs=2), name="Phantom")
     return train(read_dataset(phantoms), recipe, tmp_path_factory.mktemp("base"), TrainOptions(device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def without_forecast(monkeypatch):
+    """The forecast of memory takes seconds a run; `tuned` has it, and `test_memory` is about it."""
+    monkeypatch.setattr(finetuning, "predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
 
 
 def options(**wishes):
@@ -91,6 +97,9 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
     assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
     assert leftovers(run) == []
+    (predicted,) = [event["predicted_bytes"] for event in report.events if "predicted_bytes" in event]
+    measured = [event["measured_bytes"] for event in report.events if "measured_bytes" in event]
+    assert len(measured) == 4 and all(value == pytest.approx(predicted, rel=0.3) for value in measured)
     assert not same_weights(folder, base.path)
 
 
@@ -145,7 +154,7 @@ def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
 
 
 def test_a_model_that_got_worse_is_a_candidate_unless_it_is_promoted(base, phantoms, tmp_path):
-    ruinous = {"learning_rate": 3.0, "iterations_per_epoch": 10}
+    ruinous = {"learning_rate": 3.0, "iterations_per_epoch": 10, "validation_count": 1}
     result = tune(base, phantoms, tmp_path / "run", **ruinous)
     proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
     assert proof["difference"]["mean"] < 0 and not result["promoted"]
@@ -192,6 +201,14 @@ def test_other_labels_and_channels_go_by_name(base, tmp_path):
     inputs = [part for name, path in images.items() for part in ("-i", f"{name}={path}")]
     segmented = invres("segment", "-m", result["model"], *inputs, "-o", tmp_path / "s.nii.gz", "--device", "cpu")
     assert segmented.code == 0, segmented.err
+
+
+def test_the_defaults_are_gentle_unless_the_head_begins_anew(base, phantoms, tmp_path):
+    renamed = write_dataset(tmp_path / "data", labels={"background": 0, "upper": 1, "new": 2, "core": 3})
+    for data, rate in ((phantoms, 1e-4), (renamed, 1e-3)):
+        dataset = read_dataset(data)
+        plan = plan_tuning(base.manifest, dataset, tmp_path / "prepared", TuningOptions())
+        assert (plan.training.learning_rate, plan.training.patch) == (rate, base.manifest.patch)
 
 
 def test_a_label_that_the_base_lacks_is_shown_and_those_in_common_are_compared(base, tmp_path):
