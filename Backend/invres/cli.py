@@ -165,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
     _device(one)
 
+    _finetune(add("finetune", "Fine-tunes a model on your own cases and proves what it brought.", "finetune"))
+
     one = add("evaluate", "Scores segmentations against references.", "evaluate")
     one.add_argument("-p", "--predictions", required=True, type=Path, help="folder or file")
     one.add_argument("-r", "--references", required=True, type=Path, help="folder or file")
@@ -197,9 +199,17 @@ def _parser() -> argparse.ArgumentParser:
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")
 
-    one = add("models", "Lists, verifies, imports, exports or deletes model packages.", "models")
-    one.add_argument("action", choices=("list", "verify", "import", "export", "delete"))
-    one.add_argument("model", nargs="?", help="name or path (not for list)")
+    one = add(
+        "models",
+        "Lists, verifies, imports, exports or deletes model packages, and goes through their versions.",
+        "models",
+    )
+    actions = ("list", "verify", "import", "export", "delete", "history", "diff", "rollback")
+    one.add_argument("action", choices=actions)
+    one.add_argument("model", nargs="?", help="name, id or path (not for list)")
+    one.add_argument(
+        "other", nargs="?", help="diff: the newer model (default: what `model` was tuned from is the older)"
+    )
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
     one.add_argument("--models-dir", type=Path, help="folder of your own models")
 
@@ -225,6 +235,40 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-t", "--time", default="270s", metavar="270s", help="training time budget (default 270s)")
     _device(one)
     return parser
+
+
+def _finetune(one: argparse.ArgumentParser) -> None:
+    one.add_argument("-m", "--model", required=True, help="name of the model to begin with, or path of a package")
+    one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder, from 1 case up")
+    one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
+    one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
+    one.add_argument("--epochs", type=int, help="of each training (default 40, of 25 steps)")
+    one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
+    one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")
+    one.add_argument(
+        "--vae", action=argparse.BooleanOptionalAction, help="the VAE branch (default: as the model has it)"
+    )
+    one.add_argument(
+        "--synthetic", type=float, default=0.0, metavar="FRACTION", help="of the batches, made from your label maps"
+    )
+    one.add_argument(
+        "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm (default: what the model was trained at)"
+    )
+    one.add_argument(
+        "--normalisation", choices=("base", "data"), default="base", help="of CT: the model's, or anew from the data"
+    )
+    one.add_argument("-r", "--recipe", help="take training and augmentation from this recipe: name or JSON file")
+    one.add_argument("--seed", type=int)
+    one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
+    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
+    one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
+    one.add_argument("--check-base", type=Path, metavar="DATA", help="also see what is forgotten of these cases")
+    one.add_argument("--promote", action="store_true", help="take the tuned model whatever the proof says")
+    one.add_argument("--name", default="", help="of the tuned model (default: the model's)")
+    one.add_argument("--licence", default="", help="of the tuned model (default: the model's)")
+    _device(one)
 
 
 def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from . import InvresError
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
 from .events import JsonReporter, Reporter, format_bytes, format_seconds
+from .lineage import active_members, read_active
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
@@ -37,6 +38,7 @@ __all__ = [
     "describe",
     "devices",
     "evaluate",
+    "finetune",
     "models",
     "plan",
     "segment",
@@ -126,6 +128,56 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     for name, values in package.manifest.metrics.items():
         _say(report, f"  {name}: Dice {_spread(values['Dice'])} in validation")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
+
+
+def finetune(options: argparse.Namespace, report: Reporter) -> None:
+    package = _package(options.model)
+    wishes = {
+        field: value
+        for field, value in (
+            ("epochs", options.epochs),
+            ("learning_rate", options.lr),
+            ("seed", options.seed),
+            ("engine", options.engine),
+            ("precision", options.precision),
+            ("time_s", _seconds(options.time) if options.time else None),
+        )
+        if value is not None
+    }
+    recipe = _recipe(options.recipe) if options.recipe else None
+    from .cases import read_dataset
+    from .finetuning import finetune as run
+    from .stopfile import StopFile
+    from .tuningplan import TuningOptions
+
+    choices = TuningOptions(
+        device=options.device,
+        resume=options.resume,
+        recipe=recipe,
+        wishes=wishes,
+        folds=options.folds,
+        validation_count=options.validation_count,
+        freeze=options.freeze,
+        vae=options.vae,
+        synthetic=options.synthetic,
+        spacing_mm=tuple(options.spacing) if options.spacing else None,
+        normalisation=options.normalisation,
+        name=options.name,
+        licence=options.licence,
+        promote=options.promote,
+        check_base=options.check_base,
+    )
+    dataset = read_dataset(options.data, checked=False)
+    with StopFile(options.output).listening() as stop:
+        found = run(package, dataset, options.output, choices, report, stop)
+    _say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
+    if found["promoted"]:
+        _say(report, f"\nModel {found['version']}: {found['model']}")
+        _say(report, "`invres models import` makes it the one that its name stands for.")
+    else:
+        _say(report, f"\nNot promoted, for it is not shown to be as good as before. Candidate: {found['model']}")
+        _say(report, "The same command with --resume --promote takes it all the same.")
+    report.result(**found)
 
 
 def evaluate(options: argparse.Namespace, report: Reporter) -> None:
@@ -276,11 +328,14 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
     folder = options.models_dir or user_models_dir()
     if options.action == "list":
         found = list_packages([bundled_models_dir(), folder], report)
+        current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
         for package in found:
-            _say(report, f"{package.name}  {', '.join(package.manifest.scheme.names)}  {package.path}")
+            mark = "*" if package.id in current else " "
+            names = ", ".join(package.manifest.scheme.names)
+            _say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
         if not found:
             _say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
-        report.result(models=[_described(package) for package in found])
+        report.result(models=[{**_described(package), "active": package.id in current} for package in found])
         return
     if not options.model:
         raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
@@ -288,6 +343,8 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         package = import_package(options.model, folder)
         _say(report, f"Imported: {package.path}")
         report.result(path=str(package.path))
+    elif options.action in ("history", "diff", "rollback"):
+        _versions(options, folder, report)
     elif options.action == "export":
         if options.output is None:
             raise InvresError("`invres models export` needs --output FILE.invres.")
@@ -310,6 +367,26 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         what = "hash, shapes and finite weights are right" if thorough else "the hash of its weights is right"
         _say(report, f"{package.name} is intact: {what}.")
         report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
+
+
+def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
+    from .versions import difference, difference_table, history, history_table, rollback
+
+    package = _package(options.model, folder)
+    installed = list_packages([bundled_models_dir(), folder], report)
+    if options.action == "history":
+        found = history(package, installed, [bundled_models_dir(), folder])
+        _say(report, history_table(found))
+        report.result(versions=found)
+    elif options.action == "diff":
+        other = _package(options.other, folder) if options.other else None
+        compared = difference(package, other, installed)
+        _say(report, difference_table(compared))
+        report.result(**compared)
+    else:
+        parent = rollback(package, installed, folder)
+        _say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
+        report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
 
 
 def bench(options: argparse.Namespace, report: Reporter) -> None:

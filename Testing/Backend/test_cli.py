@@ -31,7 +31,22 @@ from invres.modelpackage import save_package
 from invres.networks import build
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
-VERBS = ("segment", "train", "evaluate", "check", "plan", "describe", "models", "devices", "worker", "bench", "demo")
+VERBS = tuple(
+    [
+        "segment",
+        "train",
+        "finetune",
+        "evaluate",
+        "check",
+        "plan",
+        "describe",
+        "models",
+        "devices",
+        "worker",
+        "bench",
+        "demo",
+    ]
+)
 SCHEME = LabelScheme((Label("upper", (1,), 1), Label("lower", (2,), 2), Label("core", (3,), 3)))
 
 
