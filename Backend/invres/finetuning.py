@@ -241,7 +241,7 @@ class _Run:
     def _begun(self) -> tuple[SegmentationNetwork, Transfer]:
         """The network with the base model's weights and its frozen part, on the CPU."""
         plan = self.plan
-        network = build(plan.network, plan.training.engine)
+        network = build(plan.network, plan.training.engine, plan.training.memory)
         channels = [channel.name for channel in plan.plan.channels]
         transfer = transfer_weights(self.base_weights, self.base.manifest, network, channels, plan.scheme)
         changed = {tensor.name for tensor in transfer.tensors if tensor.outcome != "reused"}
@@ -274,6 +274,7 @@ class _Run:
                 network.engine,
                 plan.scheme.regions,
                 config.precision,
+                config.memory,
             ).peak_bytes
             free = torch.cuda.mem_get_info(self.device)[0] * FREE_FRACTION if self.device.type == "cuda" else None
             if free is None or predicted <= free or lighter(network, config) is None:

@@ -22,12 +22,17 @@ SHRINK = 0.75
 def lighter(network: SegmentationNetwork, config: TrainingConfig) -> tuple[TrainingConfig, str] | None:
     """A configuration that needs less memory, and what changed in words; None where nothing is left to give up.
 
-    First the engine, which changes no result; then the batch; then the patch, down to twice the network's divisor.
+    First the engine and how far it goes, which change no result; then the batch; then the patch, down to twice the
+    network's divisor.
     """
     thrifty = next(engine for engine in THRIFTY if engine in network.engines)
     if network.engine != thrifty:
         words = f"the engine {thrifty} instead of {network.engine}, which needs less memory and more time"
         return dataclasses.replace(config, engine=thrifty), words
+    # "lowest", the next setting, keeps the state in 16 bits: no longer the same numbers, so not without being asked.
+    if network.engine == "reversible" and config.memory == "low":
+        words = "the memory setting lower instead of low, which needs more time"
+        return dataclasses.replace(config, memory="lower"), words
     if config.batch_size > 1:
         size = config.batch_size // 2
         return dataclasses.replace(config, batch_size=size), f"batches of {size} instead of {config.batch_size}"

@@ -31,22 +31,8 @@ from invres.modelpackage import save_package
 from invres.networks import build
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
-VERBS = tuple(
-    [
-        "segment",
-        "train",
-        "finetune",
-        "evaluate",
-        "check",
-        "plan",
-        "describe",
-        "models",
-        "devices",
-        "worker",
-        "bench",
-        "demo",
-    ]
-)
+TRAINING_VERBS = ("train", "finetune", "evaluate", "check", "plan", "bench", "demo")
+VERBS = ("segment", "describe", "models", "devices", "worker", *TRAINING_VERBS)
 SCHEME = LabelScheme((Label("upper", (1,), 1), Label("lower", (2,), 2), Label("core", (3,), 3)))
 
 

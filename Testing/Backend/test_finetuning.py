@@ -475,18 +475,21 @@ def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):
 # --- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def test_less_memory_is_engine_then_batch_then_patch_and_ends():
+def test_less_memory_is_engine_then_setting_then_batch_then_patch_and_ends():
     config = tiny_recipe().network
     recipe = tiny_recipe({"levels": 0}, patch=[64, 48, 17], batch_size=4, engine="stored").training
     network = build(dataclasses.replace(config, in_channels=1), "stored")
-    seen = []
+    seen, memory = [], []
     while (found := lighter(network, recipe)) is not None:
         recipe, words = found
         network.engine = recipe.engine
+        network.memory = recipe.memory
         seen.append((recipe.engine, recipe.batch_size, recipe.patch))
+        memory.append(recipe.memory)
         assert words
     assert seen[0] == ("reversible", 4, (64, 48, 17))
-    assert [batch for _, batch, _ in seen[:3]] == [4, 2, 1]
+    assert memory[:2] == ["low", "lower"] and set(memory[2:]) == {"lower"}
+    assert [batch for _, batch, _ in seen[:4]] == [4, 4, 2, 1]
     assert seen[-1] == ("reversible", 1, (16, 16, 16))
 
 
@@ -506,10 +509,13 @@ def test_when_memory_runs_out_the_training_goes_on_with_less_and_says_so(base, p
     recipe = tiny_recipe(epochs=3, iterations_per_epoch=2, patch=[16, 16, 32], engine="stored", checkpoint_every_s=0.0)
     result = tune(base, phantoms, run, report, recipe=recipe, vae=vae, validation_count=1)
     words = [message for message in told(report) if message.startswith("Memory ran out; the training goes on with")]
-    assert len(words) == len(result["reductions"]) >= 3
-    assert "engine reversible instead of stored" in words[0] and "batches of 1" in words[1] and "patches of" in words[2]
+    assert len(words) == len(result["reductions"]) >= 4
+    for part, sentence in zip(
+        ("engine reversible", "memory setting lower", "batches of 1", "patches of"), words, strict=False
+    ):
+        assert part in sentence
     assert result["training"]["iterations"] == 6
-    assert len([shape for shape in steps if shape[0] == 2 and shape[-1] == 32]) <= 3 + 2, "no step is done again"
+    assert len([shape for shape in steps if shape[0] == 2 and shape[-1] == 32]) <= 3 + 3, "no step is done again"
     package = verify_package(result["model"])
     assert package.manifest.patch[2] < 32 and package.manifest.training.engine == "reversible"
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["reductions"] == result["reductions"]

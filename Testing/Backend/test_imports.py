@@ -93,8 +93,9 @@ ALLOWED = {
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cardplan cases config cube demo depth devices doctor evaluation events finetuning inference lineage "
-        "memory modelpackage networks planning preprocessing stopfile trainer training tuningplan versions volume worker"
+        "benchmark cardplan cases config cube demo depth devices doctor evaluation events finetuning inference "
+        "lineage memory modelpackage networks planning preprocessing stopfile trainer training tuningplan versions "
+        "volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
