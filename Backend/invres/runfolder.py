@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -63,7 +64,7 @@ class RecordingReporter(Reporter):
         if self._heard:
             try:
                 self._report.emit(event)
-            except BrokenPipeError:
+            except OSError:  # a pipe that nobody reads, a full disk behind standard output
                 self._heard = False
         if event["event"] == "progress":
             now, stage = time.monotonic(), event["stage"]
@@ -71,6 +72,17 @@ class RecordingReporter(Reporter):
             if stage == before and now - then < _PROGRESS_EVERY_S and event["done"] < event["total"]:
                 return
             self._last_progress = stage, now
+        self._append(event)
+
+    def ended(self, result: dict[str, Any] | BaseException) -> None:
+        """Records how it ended; whoever called tells it to the reporter."""
+        if isinstance(result, InvresError):
+            event = {"event": "error", "code": result.code, "message": result.message, "hint": result.hint}
+        elif isinstance(result, BaseException):
+            code = "cancelled" if isinstance(result, KeyboardInterrupt) else "internal"
+            event = {"event": "error", "code": code, "message": f"{type(result).__name__}: {result}", "hint": ""}
+        else:
+            event = {"event": "result", **result}
         self._append(event)
 
     def _append(self, event: dict[str, Any]) -> None:
@@ -97,6 +109,7 @@ def _locked(stream: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        # Other errors say that this file system knows no locks: then there is no such protection.
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
     return True

@@ -669,6 +669,7 @@ def test_who_comes_back_later_reads_what_happened(tuned):
     for kind in ("epoch", "warning", "note", "memory"):
         wanted = [event for event in report.events if event["event"] == kind]
         assert [{k: v for k, v in line.items() if k != "time"} for line in lines if line["event"] == kind] == wanted
+    assert lines[-1] == {"time": lines[-1]["time"], "event": "result", **tuned[1]}
     progress = [line for line in lines if line["event"] == "progress"]
     assert 0 < len(progress) < len([event for event in report.events if event["event"] == "progress"])
 
@@ -699,3 +700,21 @@ def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, 
     result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
     assert any("is not compared" in message for message in told(report))
     assert "no proof" in result["sentence"] and not result["promoted"]
+
+
+def test_how_a_run_ended_is_on_record_too(base, phantoms, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop = AtStep(run, 1, lambda: (run / "stop").write_text("stop", encoding="utf-8"))
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=stop)
+
+    def step(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(RuntimeError):
+        tune(base, phantoms, run, resume=True)
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    errors = [(line["code"], line["message"]) for line in lines if line["event"] == "error"]
+    assert [code for code, _ in errors] == ["cancelled", "internal"] and "something else" in errors[1][1]
+    assert [line["event"] for line in lines].count("started") == 2
