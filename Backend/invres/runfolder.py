@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -20,6 +22,8 @@ __all__ = ["EVENTS", "RecordingReporter", "held"]
 EVENTS = "events.jsonl"
 _LOCK = "lock"
 _PROGRESS_EVERY_S = 1.0
+# Names that `files.written_whole`, model packages, checkpoints and prepared cases give to what is not whole yet.
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}(\..*)?|\..+\.[0-9a-f]{12}\.tmp|checkpoint\.pt\.tmp|.+-[0-9a-f]{16}\.tmp")
 # Windows lets nobody read what is locked: the byte that is locked lies behind the number.
 _BEYOND = 1024
 
@@ -28,6 +32,7 @@ _BEYOND = 1024
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder`; the system lets go of it when this one ends, however it ends.
 
+    What a killed process left half-written in it, or in a folder in it, is removed first.
     Raises InvresError where another process has it.
     """
     with open(folder / _LOCK, "a+", encoding="ascii") as stream:
@@ -39,6 +44,7 @@ def held(folder: Path) -> Iterator[None]:
                 hint="Wait for it, or stop it, before this run is resumed.",
                 code="in_use",
             )
+        _sweep(folder)
         with contextlib.suppress(OSError):  # a full disk: only the number is missing then
             stream.truncate(0)
             stream.write(str(os.getpid()))
@@ -95,6 +101,13 @@ class RecordingReporter(Reporter):
                 if stream.read(1) != b"\n":
                     stream.write(b"\n")
             stream.write(line.encode("ascii") + b"\n")
+
+
+def _sweep(folder: Path) -> None:
+    for path in [*folder.glob(".*"), *folder.glob("*/.*"), *folder.glob("*/*.tmp")]:
+        if _HALF_WRITTEN.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _locked(stream: IO[str]) -> bool:
