@@ -67,7 +67,14 @@ def finetune(
         raise InvresError(f"{output} is a file, but fine-tuning needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
     with held(output):
-        return _held(base, dataset, output, options, RecordingReporter(report, output), stop or StopFile(output))
+        recorder = RecordingReporter(report, output)
+        try:
+            result = _held(base, dataset, output, options, recorder, stop or StopFile(output))
+        except BaseException as error:
+            recorder.ended(error)
+            raise
+        recorder.ended(result)
+        return result
 
 
 def _held(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -19,6 +22,8 @@ __all__ = ["EVENTS", "RecordingReporter", "held"]
 EVENTS = "events.jsonl"
 _LOCK = "lock"
 _PROGRESS_EVERY_S = 1.0
+# Names that `files.written_whole`, model packages, checkpoints and prepared cases give to what is not whole yet.
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}(\..*)?|\..+\.[0-9a-f]{12}\.tmp|checkpoint\.pt\.tmp|.+-[0-9a-f]{16}\.tmp")
 # Windows lets nobody read what is locked: the byte that is locked lies behind the number.
 _BEYOND = 1024
 
@@ -27,6 +32,7 @@ _BEYOND = 1024
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder`; the system lets go of it when this one ends, however it ends.
 
+    What a killed process left half-written in it, or in a folder in it, is removed first.
     Raises InvresError where another process has it.
     """
     with open(folder / _LOCK, "a+", encoding="ascii") as stream:
@@ -38,6 +44,7 @@ def held(folder: Path) -> Iterator[None]:
                 hint="Wait for it, or stop it, before this run is resumed.",
                 code="in_use",
             )
+        _sweep(folder)
         with contextlib.suppress(OSError):  # a full disk: only the number is missing then
             stream.truncate(0)
             stream.write(str(os.getpid()))
@@ -63,7 +70,7 @@ class RecordingReporter(Reporter):
         if self._heard:
             try:
                 self._report.emit(event)
-            except BrokenPipeError:
+            except OSError:  # a pipe that nobody reads, a full disk behind standard output
                 self._heard = False
         if event["event"] == "progress":
             now, stage = time.monotonic(), event["stage"]
@@ -71,6 +78,17 @@ class RecordingReporter(Reporter):
             if stage == before and now - then < _PROGRESS_EVERY_S and event["done"] < event["total"]:
                 return
             self._last_progress = stage, now
+        self._append(event)
+
+    def ended(self, result: dict[str, Any] | BaseException) -> None:
+        """Records how it ended; whoever called tells it to the reporter."""
+        if isinstance(result, InvresError):
+            event = {"event": "error", "code": result.code, "message": result.message, "hint": result.hint}
+        elif isinstance(result, BaseException):
+            code = "cancelled" if isinstance(result, KeyboardInterrupt) else "internal"
+            event = {"event": "error", "code": code, "message": f"{type(result).__name__}: {result}", "hint": ""}
+        else:
+            event = {"event": "result", **result}
         self._append(event)
 
     def _append(self, event: dict[str, Any]) -> None:
@@ -85,6 +103,13 @@ class RecordingReporter(Reporter):
             stream.write(line.encode("ascii") + b"\n")
 
 
+def _sweep(folder: Path) -> None:
+    for path in [*folder.glob(".*"), *folder.glob("*/.*"), *folder.glob("*/*.tmp")]:
+        if _HALF_WRITTEN.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _locked(stream: IO[str]) -> bool:
     """Takes the lock, if it is free."""
     try:
@@ -97,6 +122,7 @@ def _locked(stream: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        # Other errors say that this file system knows no locks: then there is no such protection.
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
     return True

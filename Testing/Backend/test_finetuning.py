@@ -626,7 +626,7 @@ def test_thirty_kills_at_random_moments_end_with_the_very_weights_of_an_undistur
     assert result["sentence"] == whole["sentence"]
     one, other = (load_checkpoint(path / "final") for path in (run, tmp_path / "whole"))
     assert one["iteration"] == other["iteration"] == 12
-    assert not any(name.endswith(".tmp") for name in os.listdir(run / "final"))
+    assert leftovers(run) == []
 
 
 def test_an_ended_training_that_was_not_recorded_does_not_go_on(base, phantoms, tmp_path):
@@ -675,6 +675,7 @@ def test_who_comes_back_later_reads_what_happened(tuned):
     for kind in ("epoch", "warning", "note", "memory"):
         wanted = [event for event in report.events if event["event"] == kind]
         assert [{k: v for k, v in line.items() if k != "time"} for line in lines if line["event"] == kind] == wanted
+    assert lines[-1] == {"time": lines[-1]["time"], "event": "result", **tuned[1]}
     progress = [line for line in lines if line["event"] == "progress"]
     assert 0 < len(progress) < len([event for event in report.events if event["event"] == "progress"])
 
@@ -705,3 +706,34 @@ def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, 
     result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
     assert any("is not compared" in message for message in told(report))
     assert "no proof" in result["sentence"] and not result["promoted"]
+
+
+def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(base, phantoms, tmp_path):
+    run = tmp_path / "run"
+    (run / "prepared" / "patient00-0123456789abcdef.tmp").mkdir(parents=True)
+    (run / "fold0").mkdir()
+    (run / ".model.0123456789ab.tmp").mkdir()
+    for name in (".0123456789ab.json", "fold0/checkpoint.pt.tmp", "fold0/.0123456789ab"):
+        (run / name).write_bytes(b"half")
+    (run / ".notes").write_text("mine", encoding="utf-8")
+    (run / "fold0" / "my.tmp").write_text("mine", encoding="utf-8")
+    tune(base, phantoms, run, validation_count=1)
+    assert sorted(leftovers(run)) == [".notes", os.path.join("fold0", "my.tmp")]
+
+
+def test_how_a_run_ended_is_on_record_too(base, phantoms, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop = AtStep(run, 1, lambda: (run / "stop").write_text("stop", encoding="utf-8"))
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=stop)
+
+    def step(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(RuntimeError):
+        tune(base, phantoms, run, resume=True)
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    errors = [(line["code"], line["message"]) for line in lines if line["event"] == "error"]
+    assert [code for code, _ in errors] == ["cancelled", "internal"] and "something else" in errors[1][1]
+    assert [line["event"] for line in lines].count("started") == 2
