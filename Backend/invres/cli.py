@@ -262,6 +262,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int)
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
     one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
     one.add_argument("--check-base", type=Path, metavar="DATA", help="also see what is forgotten of these cases")

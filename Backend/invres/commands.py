@@ -140,6 +140,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
             ("seed", options.seed),
             ("engine", options.engine),
             ("precision", options.precision),
+            ("memory", options.memory),
             ("time_s", _seconds(options.time) if options.time else None),
         )
         if value is not None
