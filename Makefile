@@ -28,10 +28,10 @@ test: .venv/test.stamp
 
 ifeq ($(origin PYTHON),command line)
 gpu:
-	PYTHONPATH=Backend $(PYTHON) -m invres bench all --device cuda --output Testing/Benchmarks/gpu
+	PYTHONPATH=Backend $(PYTHON) -m invres bench all --device cuda --patch 128 128 128 --output Testing/Benchmarks/gpu
 else
 gpu: .venv/demo.stamp
-	$(BIN)/invres bench all --device cuda --output Testing/Benchmarks/gpu
+	$(BIN)/invres bench all --device cuda --patch 128 128 128 --output Testing/Benchmarks/gpu
 endif
 
 $(BIN)/python:

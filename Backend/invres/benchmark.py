@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import NETWORKS, LossWeights, NetworkConfig
 from .events import SILENT, Reporter, format_bytes
-from .memory import measure_training, predict_training
+from .losses import segmentation_loss
+from .memory import TrainingMemory, measure_step, measure_training, predict_training
 from .networks import build
+from .operations import Operations
+from .peers import PEERS, Peer, build_peer
 from .step import make_optimizer, training_step
 
 __all__ = ["ENGINE_TABLE", "bench_gradients", "bench_memory", "bench_time", "describe_machine", "table"]
@@ -21,9 +26,13 @@ __all__ = ["ENGINE_TABLE", "bench_gradients", "bench_memory", "bench_time", "des
 Triple = tuple[int, int, int]
 ENGINE_TABLE = {
     "unet3d": ("stored", "checkpoint"),
-    "partially_invres": ("stored", "checkpoint", "memcnn", "reversible"),
-    "fully_invres": ("stored", "checkpoint", "memcnn", "reversible"),
+    "partially_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
+    "fully_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
 }
+# Further rows of the invertible networks under our engine: (memory setting, precision).
+FURTHER_SETTINGS = (("lower", "fp32"), ("low", "bf16"), ("lower", "bf16"), ("lowest", "bf16"))
+TIMED_SETTINGS = (("lower", "fp32"), ("lowest", "fp32"))
+FLOPS_PATCH = (64, 64, 64)  # the ratio hardly depends on the size, the time to count does
 
 
 def describe_machine(device: str) -> str:
@@ -33,36 +42,98 @@ def describe_machine(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def _rows_of(name: str) -> list[tuple[str, str, str]]:
+    """(engine, memory setting, precision) of every row of a network."""
+    rows = [(engine, "low", "fp32") for engine in ENGINE_TABLE[name]]
+    return rows + ([("reversible", *pair) for pair in FURTHER_SETTINGS] if "reversible" in ENGINE_TABLE[name] else [])
+
+
 def bench_memory(
     patch: Triple, channels: int, classes: int, device: str = "cpu", measure: bool = False, report: Reporter = SILENT
 ) -> list[dict[str, Any]]:
-    """Peak live tensor bytes of a training step, ratios to `unet3d` under `stored` in the same run.
+    """Peak live tensor bytes of a training step, ratios to `unet3d` under `stored` in the same run; peers at the end.
 
-    measure False predicts on fake tensors (any size, nothing allocated); True runs the step. On a CUDA device
-    `torch.cuda.max_memory_allocated` stands beside it.
+    measure False predicts on fake tensors (any size, nothing allocated); True runs the step, as on a CUDA device, where
+    the peaks of the allocator stand beside it. flops_ratio: floating-point operations of a step relative to `stored`
+    of the same network. A row that fails has an `error` and no figures.
     """
     rows: list[dict[str, Any]] = []
-    pairs = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
-    for done, (name, engine) in enumerate(pairs):
-        report.progress("bench.memory", done, len(pairs))
+    real = measure or device.startswith("cuda")
+    todo = [(name, *row) for name in NETWORKS for row in _rows_of(name)]
+    total = len(todo) + len(PEERS)
+    stored_flops: dict[str, int] = {}
+    for done, (name, engine, memory, precision) in enumerate(todo):
+        report.progress("bench.memory", done, total)
         config = NetworkConfig(name=name, in_channels=channels, out_channels=classes)
-        on_card = device.startswith("cuda")
-        if on_card:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        if measure or on_card:
-            found = measure_training(config, patch, engine=engine, device=device)
-        else:
-            found = predict_training(config, patch, engine=engine)
-        row = {"network": name, "engine": engine, **dataclasses.asdict(found)}
-        base = rows[0] if rows else row
-        row["ratio"] = found.peak_bytes / base["peak_bytes"]
-        row["activation_ratio"] = found.activation_bytes / base["activation_bytes"]
-        if on_card:
-            row["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-        rows.append(row)
-    report.progress("bench.memory", len(pairs), len(pairs))
+        row = {"network": name, "engine": engine, "memory": memory, "precision": precision}
+
+        def figures(config: NetworkConfig = config, row: dict[str, Any] = row) -> dict[str, Any]:
+            options = {"engine": row["engine"], "memory": row["memory"], "precision": row["precision"]}
+            if real:
+                found = measure_training(config, patch, device=device, **options)
+            else:
+                found = predict_training(config, patch, **options)
+            flops = count_flops(config, FLOPS_PATCH, row["engine"], row["memory"])
+            base = stored_flops.setdefault(config.name, flops)
+            return {**dataclasses.asdict(found), "flops_ratio": flops / base}
+
+        rows.append({**row, **_tried(figures)})
+    for done, name in enumerate(PEERS):
+        report.progress("bench.memory", len(todo) + done, total)
+
+        def peer_figures(name: str = name) -> dict[str, Any] | None:
+            found = _peer_memory(name, patch, channels, classes, device, real)
+            return None if found is None else dataclasses.asdict(found)
+
+        if (values := _tried(peer_figures)) is not None:
+            rows.append({"network": name, "engine": "its own", "memory": "", "precision": "fp32", **values})
+    base = rows[0]
+    for row in rows:
+        if "peak_bytes" in row and "peak_bytes" in base:
+            row["ratio"] = row["peak_bytes"] / base["peak_bytes"]
+            row["activation_ratio"] = row["activation_bytes"] / base["activation_bytes"]
+    report.progress("bench.memory", total, total)
     return rows
+
+
+def _tried(figures: Callable[[], dict[str, Any] | None]) -> Any:
+    """figures(), or the error in words: one network that fails must not cost the figures of the others."""
+    try:
+        return figures()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _peer_memory(
+    name: str, patch: Triple, channels: int, classes: int, device: str, real: bool
+) -> TrainingMemory | None:
+    with contextlib.nullcontext() if real else FakeTensorMode(), torch.device(device):
+        network = build_peer(name, channels, classes, patch)
+        if network is None:
+            return None
+        image = torch.zeros(1, channels, *patch)
+        target = torch.zeros(1, *patch, dtype=torch.int16)
+        return measure_step(network.train(), image, target, lambda o: _peer_step(network, o, image, target))
+
+
+def _peer_step(network: Peer, optimizer: torch.optim.Optimizer, image: torch.Tensor, target: torch.Tensor) -> None:
+    """A training step of a peer's network with our loss."""
+    optimizer.zero_grad(set_to_none=True)
+    logits, further = network(image)
+    loss = segmentation_loss(logits, target, False, LossWeights()).total
+    del logits
+    (loss if further is None else loss + 0.1 * further).backward()
+    optimizer.step()
+
+
+def count_flops(config: NetworkConfig, patch: Triple, engine: str, memory: str) -> int:
+    """Floating-point operations of a training step, counted on fake tensors."""
+    with FakeTensorMode(), Operations() as counter:
+        network = build(config, engine, memory).train()
+        image = torch.zeros(1, config.in_channels, *patch)
+        target = torch.zeros(1, *patch, dtype=torch.int16)
+        training_step(network, make_optimizer(network), image, target, False, LossWeights(), check_finite=False)
+    return counter.total
 
 
 def bench_time(
@@ -70,29 +141,60 @@ def bench_time(
 ) -> list[dict[str, Any]]:
     """Median seconds of a training step; engines of one network take turns, so that a drifting machine hits all alike.
 
-    ratio: to `stored` of the same network.
+    ratio: to `stored` of the same network in float32. On a CUDA device also under bf16.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    precisions = ("fp32", "bf16") if device.startswith("cuda") else ("fp32",)
     for name in NETWORKS:
-        config = NetworkConfig(name=name, in_channels=channels, out_channels=classes)
-        torch.manual_seed(0)
-        network = build(config).to(device).train()
-        optimizer = make_optimizer(network)
-        image = torch.randn(1, channels, *patch, device=device)
-        target = torch.randint(0, classes, (1, *patch), device=device).to(torch.int16)
-        seconds: dict[str, list[float]] = {engine: [] for engine in ENGINE_TABLE[name]}
-        for turn in range(rounds + 1):
-            report.progress(f"bench.time {name}", turn, rounds + 1)
-            for engine, known in seconds.items():
-                network.engine = engine
-                start = _now(device)
-                training_step(network, optimizer, image, target, False, LossWeights())
-                known.append(_now(device) - start)
-        report.progress(f"bench.time {name}", rounds + 1, rounds + 1)
-        medians = {engine: statistics.median(known[1:]) for engine, known in seconds.items()}  # the first warms up
-        for engine, median in medians.items():
-            rows.append({"network": name, "engine": engine, "seconds": median, "ratio": median / medians["stored"]})
+
+        def figures(name: str = name) -> dict[str, Any]:
+            return {"rows": _time_rows(name, patch, channels, classes, device, rounds, precisions, report)}
+
+        found = _tried(figures)
+        rows += found.get("rows", [{"network": name, **found}])
     return rows
+
+
+def _time_rows(
+    name: str,
+    patch: Triple,
+    channels: int,
+    classes: int,
+    device: str,
+    rounds: int,
+    precisions: Sequence[str],
+    report: Reporter,
+) -> list[dict[str, Any]]:
+    config = NetworkConfig(name=name, in_channels=channels, out_channels=classes)
+    torch.manual_seed(0)
+    network = build(config).to(device).train()
+    optimizer = make_optimizer(network)
+    image = torch.randn(1, channels, *patch, device=device)
+    target = torch.randint(0, classes, (1, *patch), device=device).to(torch.int16)
+    runs = [(engine, "low", precision) for precision in precisions for engine in ENGINE_TABLE[name]]
+    if "reversible" in ENGINE_TABLE[name]:
+        runs += [("reversible", memory, precision) for memory, _ in TIMED_SETTINGS for precision in precisions]
+    seconds: dict[tuple[str, str, str], list[float]] = {run: [] for run in runs}
+    for turn in range(rounds + 1):
+        report.progress(f"bench.time {name}", turn, rounds + 1)
+        for (engine, memory, precision), known in seconds.items():
+            network.engine, network.memory = engine, memory
+            start = _now(device)
+            training_step(network, optimizer, image, target, False, LossWeights(), precision)
+            known.append(_now(device) - start)
+    report.progress(f"bench.time {name}", rounds + 1, rounds + 1)
+    medians = {run: statistics.median(known[1:]) for run, known in seconds.items()}  # the first warms up
+    return [
+        {
+            "network": name,
+            "engine": engine,
+            "memory": memory,
+            "precision": precision,
+            "seconds": median,
+            "ratio": median / medians["stored", "low", precision],
+        }
+        for (engine, memory, precision), median in medians.items()
+    ]
 
 
 def _now(device: str) -> float:
@@ -102,27 +204,47 @@ def _now(device: str) -> float:
 
 
 def bench_gradients(patch: Triple, channels: int, classes: int, report: Reporter = SILENT) -> list[dict[str, Any]]:
-    """The largest relative difference of any gradient (input and every parameter) to `stored`, float64 and float32."""
+    """The difference of all gradients (input and parameters) to `stored`, relative to their norm, for each engine.
+
+    relative_error is the largest of any single tensor. float64 and float32 of the same function; "lowest" is compared
+    with `stored` on the same grid. error_to_float64, in the rows of float32, is that to `stored` in float64: the part
+    of the difference that is float32's own.
+    """
     rows = []
+    exact: dict[str, list[torch.Tensor]] = {}
     names = [name for name in NETWORKS if "reversible" in ENGINE_TABLE[name]]
     pairs = [(name, dtype) for name in names for dtype in (torch.float64, torch.float32)]
     for done, (name, dtype) in enumerate(pairs):
         report.progress("bench.gradients", done, len(pairs))
         torch.manual_seed(0)
         network = build(NetworkConfig(name=name, in_channels=channels, out_channels=classes)).to(dtype)
-        image = torch.randn(1, channels, *patch, dtype=dtype, requires_grad=True)
-        wanted: list[torch.Tensor] = []
-        for engine in ENGINE_TABLE[name]:
-            network.engine = engine
+        image = torch.randn(1, channels, *patch).to(dtype).requires_grad_()
+        wanted: dict[bool, list[torch.Tensor]] = {}
+        runs = [(engine, "low") for engine in ENGINE_TABLE[name]] + [("reversible", "lower")]
+        # In float32 a value on the edge between two grid points may go either way in the two orders of summing.
+        runs += [("stored", "lowest"), ("reversible", "lowest")] if dtype == torch.float64 else []
+        for engine, memory in runs:
+            network.engine, network.memory = engine, memory
             network.zero_grad(set_to_none=True)
             image.grad = None
-            network(image).logits.square().mean().backward()  # memcnn refuses torch.autograd.grad
+            output = network(image).logits
+            assert output is not None
+            output.square().mean().backward()  # memcnn refuses torch.autograd.grad
             found = [t.grad for t in (image, *network.parameters()) if t.grad is not None]
-            wanted = wanted or found
-            error = max(float((f - w).norm() / w.norm().clamp(min=1e-12)) for f, w in zip(found, wanted, strict=True))
-            rows.append({"network": name, "engine": engine, "dtype": str(dtype)[6:], "relative_error": error})
+            reference = wanted.setdefault(memory == "lowest", found)
+            row = {"network": name, "engine": engine, "memory": memory, "dtype": str(dtype)[6:]}
+            rows.append({**row, "relative_error": _largest_error(found, reference)})
+            if dtype == torch.float64:
+                exact.setdefault(name, found)
+            else:
+                rows[-1]["error_to_float64"] = _largest_error(found, exact[name])
     report.progress("bench.gradients", len(pairs), len(pairs))
     return rows
+
+
+def _largest_error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
+    return max(float((f.double() - w.double()).norm() / w.double().norm().clamp(min=1e-12)) for f, w in pairs)
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

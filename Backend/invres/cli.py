@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, NETWORKS
+from .config import ENGINES, MEMORY_SETTINGS, NETWORKS
 from .events import JsonReporter, Reporter, TerminalReporter
 
 __all__ = ["main"]
+
+_MEMORY = (
+    "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
+    "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,10 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int)
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
     _device(one)
+
+    _finetune(add("finetune", "Fine-tunes a model on your own cases and proves what it brought.", "finetune"))
 
     one = add("evaluate", "Scores segmentations against references.", "evaluate")
     one.add_argument("-p", "--predictions", required=True, type=Path, help="folder or file")
@@ -171,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("plan", "Predicts the memory of training, or with --model that of segmenting; needs no GPU.", "plan")
     one.add_argument("-m", "--model", help="segmenting with this model: its name, or path of a package")
     one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
-    one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="segmenting: mm of its voxels")
+    one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm of the voxels")
     one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
     one.add_argument(
         "--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="segmenting: voxels"
@@ -180,16 +189,27 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
     one.add_argument("--engine", choices=ENGINES, default="auto")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, default="low", help=_MEMORY)
     one.add_argument("--vae", action="store_true", help="with the VAE branch")
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)
+    one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")
+    one.add_argument("--measure", action="store_true", help="run the step on this machine's GPU as well")
 
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")
 
-    one = add("models", "Lists, verifies, imports, exports or deletes model packages.", "models")
-    one.add_argument("action", choices=("list", "verify", "import", "export", "delete"))
-    one.add_argument("model", nargs="?", help="name or path (not for list)")
+    one = add(
+        "models",
+        "Lists, verifies, imports, exports or deletes model packages, and goes through their versions.",
+        "models",
+    )
+    actions = ("list", "verify", "import", "export", "delete", "history", "diff", "rollback")
+    one.add_argument("action", choices=actions)
+    one.add_argument("model", nargs="?", help="name, id or path (not for list)")
+    one.add_argument(
+        "other", nargs="?", help="diff: the newer model (default: what `model` was tuned from is the older)"
+    )
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
     one.add_argument("--models-dir", type=Path, help="folder of your own models")
 
@@ -198,11 +218,15 @@ def _parser() -> argparse.ArgumentParser:
     one = add("worker", "Answers requests, one JSON object a line on stdin, until stdin ends.", "worker")
     one.set_defaults(run_command=main)
 
-    one = add("bench", "Measures memory, time or gradients of all networks and engines.", "bench")
-    one.add_argument("what", choices=("memory", "time", "gradients", "all"))
+    one = add(
+        "bench",
+        "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.",
+        "bench",
+    )
+    one.add_argument("what", choices=("memory", "time", "gradients", "depth", "all"))
     one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
     one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")
-    one.add_argument("-o", "--output", type=Path, help="folder for a JSON and a Markdown file")
+    one.add_argument("-o", "--output", type=Path, help="folder for JSON, Markdown and the picture of depth")
     _size(one, 64)
     _device(one, default="cpu")
 
@@ -211,6 +235,41 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-t", "--time", default="270s", metavar="270s", help="training time budget (default 270s)")
     _device(one)
     return parser
+
+
+def _finetune(one: argparse.ArgumentParser) -> None:
+    one.add_argument("-m", "--model", required=True, help="name of the model to begin with, or path of a package")
+    one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder, from 1 case up")
+    one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
+    one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
+    one.add_argument("--epochs", type=int, help="of each training (default 40, of 25 steps)")
+    one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
+    one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")
+    one.add_argument(
+        "--vae", action=argparse.BooleanOptionalAction, help="the VAE branch (default: as the model has it)"
+    )
+    one.add_argument(
+        "--synthetic", type=float, default=0.0, metavar="FRACTION", help="of the batches, made from your label maps"
+    )
+    one.add_argument(
+        "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm (default: what the model was trained at)"
+    )
+    one.add_argument(
+        "--normalisation", choices=("base", "data"), default="base", help="of CT: the model's, or anew from the data"
+    )
+    one.add_argument("-r", "--recipe", help="take training and augmentation from this recipe: name or JSON file")
+    one.add_argument("--seed", type=int)
+    one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
+    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
+    one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
+    one.add_argument("--check-base", type=Path, metavar="DATA", help="also see what is forgotten of these cases")
+    one.add_argument("--promote", action="store_true", help="take the tuned model whatever the proof says")
+    one.add_argument("--name", default="", help="of the tuned model (default: the model's)")
+    one.add_argument("--licence", default="", help="of the tuned model (default: the model's)")
+    _device(one)
 
 
 def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:

@@ -8,6 +8,8 @@ import importlib
 import json
 import re
 import sys
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from . import InvresError
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
 from .events import JsonReporter, Reporter, format_bytes, format_seconds
+from .lineage import active_members, read_active
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
@@ -35,6 +38,7 @@ __all__ = [
     "describe",
     "devices",
     "evaluate",
+    "finetune",
     "models",
     "plan",
     "segment",
@@ -44,6 +48,9 @@ __all__ = [
 
 # The network of the last segmentation, for the next one in the same process.
 _kept: dict[str, Any] = {}
+
+
+BENCH_SECONDS = 420.0  # after which `bench` starts no further try for the largest cube
 
 
 def recipes_dir() -> Path:
@@ -111,13 +118,67 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .training import train as run
 
     dataset = read_dataset(options.data)
-    choices = TrainOptions(options.device, options.resume, options.fold, 5, options.validation_count, options.licence)
+    vram_bytes = _bytes(options.vram) if options.vram else 0
+    choices = TrainOptions(
+        options.device, options.resume, options.fold, 5, options.validation_count, options.licence, vram_bytes
+    )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, report, stop)
     _say(report, f"Model: {package.path}")
     for name, values in package.manifest.metrics.items():
         _say(report, f"  {name}: Dice {_spread(values['Dice'])} in validation")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
+
+
+def finetune(options: argparse.Namespace, report: Reporter) -> None:
+    package = _package(options.model)
+    wishes = {
+        field: value
+        for field, value in (
+            ("epochs", options.epochs),
+            ("learning_rate", options.lr),
+            ("seed", options.seed),
+            ("engine", options.engine),
+            ("precision", options.precision),
+            ("memory", options.memory),
+            ("time_s", _seconds(options.time) if options.time else None),
+        )
+        if value is not None
+    }
+    recipe = _recipe(options.recipe) if options.recipe else None
+    from .cases import read_dataset
+    from .finetuning import finetune as run
+    from .stopfile import StopFile
+    from .tuningplan import TuningOptions
+
+    choices = TuningOptions(
+        device=options.device,
+        resume=options.resume,
+        recipe=recipe,
+        wishes=wishes,
+        folds=options.folds,
+        validation_count=options.validation_count,
+        freeze=options.freeze,
+        vae=options.vae,
+        synthetic=options.synthetic,
+        spacing_mm=tuple(options.spacing) if options.spacing else None,
+        normalisation=options.normalisation,
+        name=options.name,
+        licence=options.licence,
+        promote=options.promote,
+        check_base=options.check_base,
+    )
+    dataset = read_dataset(options.data, checked=False)
+    with StopFile(options.output).listening() as stop:
+        found = run(package, dataset, options.output, choices, report, stop)
+    _say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
+    if found["promoted"]:
+        _say(report, f"\nModel {found['version']}: {found['model']}")
+        _say(report, "`invres models import` makes it the one that its name stands for.")
+    else:
+        _say(report, f"\nNot promoted, for it is not shown to be as good as before. Candidate: {found['model']}")
+        _say(report, "The same command with --resume --promote takes it all the same.")
+    report.result(**found)
 
 
 def evaluate(options: argparse.Namespace, report: Reporter) -> None:
@@ -154,26 +215,48 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
     if options.model:
         _plan_segmentation(options, report)
         return
-    from .memory import predict_training
+    from .cardplan import plan_for_card
+    from .inference import choose_device
+    from .memory import measure_training, predict_training
 
     _check_sizes(options)
+    spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
+    if min(spacing) <= 0:
+        raise InvresError(f"--spacing must be three lengths above 0 mm, got {options.spacing}.")
+    vram_bytes = _bytes(options.vram) if options.vram else 0
     config = NetworkConfig(
         name=options.network,
         in_channels=options.channels,
         out_channels=options.classes,
         vae=VAEConfig() if options.vae else None,
     )
-    found = predict_training(config, tuple(options.patch), options.batch, options.engine, precision=options.precision)
-    size = "x".join(map(str, options.patch))
-    _say(
-        report,
-        f"{options.network}, {options.channels} channels, {options.classes} classes, patch {size}, "
-        f"batch {options.batch}, {options.precision}: a training step needs {format_bytes(found.peak_bytes)}\n"
+    size: tuple[int, int, int] = tuple(options.patch)
+    choices = {"engine": options.engine, "precision": options.precision, "memory": options.memory}
+    found = predict_training(config, size, options.batch, **choices)
+    lines = [
+        f"{options.network}, {options.channels} channels, {options.classes} classes, patch {'x'.join(map(str, size))}, "
+        f"batch {options.batch}, {options.precision}, memory {options.memory}: "
+        f"a training step needs {format_bytes(found.peak_bytes)}",
         f"  parameters {format_bytes(found.parameter_bytes)}, gradients {format_bytes(found.gradient_bytes)}, "
-        f"optimizer {format_bytes(found.optimizer_bytes)}, activations {format_bytes(found.activation_bytes)}\n"
+        f"optimizer {format_bytes(found.optimizer_bytes)}, activations {format_bytes(found.activation_bytes)}",
+        f"  (of these: image and target {format_bytes(found.input_bytes)}, state and its gradient "
+        f"{format_bytes(found.state_bytes)}, stored or in work {format_bytes(found.working_bytes)})",
         "  plus the CUDA context and cuDNN's workspaces on a GPU",
-    )
-    report.result(**dataclasses.asdict(found))
+    ]
+    extra: dict[str, Any] = {}
+    if options.measure:
+        device = choose_device("cuda")
+        measured = measure_training(config, size, options.batch, device=str(device), **choices)
+        extra["measured"] = dataclasses.asdict(measured)
+        lines.append(f"  measured on {device}: {format_bytes(measured.peak_bytes)}")
+        if measured.allocated_bytes:
+            lines.append(f"  the card's allocator had {format_bytes(measured.allocated_bytes)} in use at its peak")
+    if vram_bytes:
+        fitting = plan_for_card(config, vram_bytes, options.batch, **choices, spacing_mm=spacing)
+        extra["card"] = dataclasses.asdict(fitting)
+        lines += fitting.sentences()
+    _say(report, "\n".join(lines))
+    report.result(**dataclasses.asdict(found), **extra)
 
 
 def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
@@ -246,11 +329,14 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
     folder = options.models_dir or user_models_dir()
     if options.action == "list":
         found = list_packages([bundled_models_dir(), folder], report)
+        current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
         for package in found:
-            _say(report, f"{package.name}  {', '.join(package.manifest.scheme.names)}  {package.path}")
+            mark = "*" if package.id in current else " "
+            names = ", ".join(package.manifest.scheme.names)
+            _say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
         if not found:
             _say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
-        report.result(models=[_described(package) for package in found])
+        report.result(models=[{**_described(package), "active": package.id in current} for package in found])
         return
     if not options.model:
         raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
@@ -258,6 +344,8 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         package = import_package(options.model, folder)
         _say(report, f"Imported: {package.path}")
         report.result(path=str(package.path))
+    elif options.action in ("history", "diff", "rollback"):
+        _versions(options, folder, report)
     elif options.action == "export":
         if options.output is None:
             raise InvresError("`invres models export` needs --output FILE.invres.")
@@ -282,42 +370,104 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
 
 
+def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
+    from .versions import difference, difference_table, history, history_table, rollback
+
+    package = _package(options.model, folder)
+    installed = list_packages([bundled_models_dir(), folder], report)
+    if options.action == "history":
+        found = history(package, installed, [bundled_models_dir(), folder])
+        _say(report, history_table(found))
+        report.result(versions=found)
+    elif options.action == "diff":
+        other = _package(options.other, folder) if options.other else None
+        compared = difference(package, other, installed)
+        _say(report, difference_table(compared))
+        report.result(**compared)
+    else:
+        parent = rollback(package, installed, folder)
+        _say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
+        report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
+
+
 def bench(options: argparse.Namespace, report: Reporter) -> None:
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
+    from .cube import bench_cube
+    from .depth import bench_depth, draw_depth
 
     _check_sizes(options)
+    deadline = time.monotonic() + BENCH_SECONDS
     patch = tuple(options.patch)
     size = (patch, options.channels, options.classes)
     device = "cuda:0" if options.device == "cuda" else options.device
+    on_card = device.startswith("cuda")
     results: dict[str, Any] = {"machine": describe_machine(device), "date": date.today().isoformat()}
-    texts = []
+    texts = [f"{results['machine']}, {results['date']}\n"]
 
-    def section(what: str, title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
-        results[what] = rows
-        texts.append(f"### {title}\n\n{table(rows, columns)}\n")
+    def section(what: str, title: str, make: Callable[[], list[dict[str, Any]]], columns: list[str]) -> None:
+        """Runs one part; in a run of all parts, one that fails is recorded and does not cost the others."""
+        if options.what not in (what, "all"):
+            return
+        try:
+            rows = make()
+        except Exception as error:
+            if options.what != "all" or isinstance(error, InvresError):
+                raise
+            results[what] = {"error": f"{type(error).__name__}: {error}"}
+            report.warning(f"The part {what} failed: {type(error).__name__}: {error}")
+            rows = []
+        else:
+            results[what] = rows
+        shown = [c for c in columns if any(row.get(c) not in (None, "", 0) for row in rows)]
+        if rows:
+            texts.append(f"### {title}\n\n{table(rows, shown)}\n")
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "bench.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            (options.output / "bench.md").write_text("\n".join(texts), encoding="utf-8")
 
-    words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1, float32"
-    if options.what in ("memory", "all"):
-        rows = bench_memory(*size, device, options.measure, report)
-        columns = ["network", "engine", "peak_bytes", "ratio", "activation_bytes", "activation_ratio"]
-        if "cuda_max_allocated_bytes" in rows[0]:
-            columns.append("cuda_max_allocated_bytes")
-        kind = "measured" if options.measure or device.startswith("cuda") else "predicted on fake tensors"
-        section("memory", f"Peak live tensor bytes of a training step ({kind}; {words})", rows, columns)
-    if options.what in ("time", "all"):
-        rows = bench_time(*size, device, options.rounds, report)
-        section("time", f"Median seconds of a training step ({words})", rows, ["network", "engine", "seconds", "ratio"])
-    if options.what in ("gradients", "all"):
-        small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
-        rows = bench_gradients(*small, report)
-        columns = ["network", "engine", "dtype", "relative_error"]
-        section("gradients", "Largest relative gradient difference to `stored`", rows, columns)
-    text = f"{results['machine']}, {results['date']}\n\n" + "\n".join(texts)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "bench.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        (options.output / "bench.md").write_text(text, encoding="utf-8")
-    _say(report, text)
+    words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
+    kind = "measured" if options.measure or on_card else "predicted on fake tensors"
+    row = ["network", "engine", "memory", "precision"]
+    section(
+        "memory",
+        f"Peak live tensor bytes of a training step ({kind}; {words})",
+        lambda: bench_memory(*size, device, options.measure, report),
+        [
+            *row,
+            *("parameter_bytes", "peak_bytes", "ratio", "activation_bytes", "activation_ratio", "flops_ratio"),
+            *("allocated_bytes", "reserved_bytes", "error"),
+        ],
+    )
+    section(
+        "time",
+        f"Median seconds of a training step ({words})",
+        lambda: bench_time(*size, device, options.rounds, report),
+        [*row, "seconds", "ratio", "error"],
+    )
+    small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
+    section(
+        "gradients",
+        "Largest relative difference of any gradient to `stored` (CPU)",
+        lambda: bench_gradients(*small, report),
+        ["network", "engine", "memory", "dtype", "relative_error", "error_to_float64"],
+    )
+    if on_card:
+        section(
+            "cube",
+            "Largest cube whose training step fits a card",
+            lambda: bench_cube(options.channels, options.classes, device, deadline, report),
+            ["card_gib", *row, "side", "complete", "error"],
+        )
+    section(
+        "depth",
+        "Peak memory and operations against depth, by strategy",
+        lambda: bench_depth(report=report),
+        ["strategy", "blocks", "peak_states", "flops_ratio"],
+    )
+    if options.output and isinstance(results.get("depth"), list):
+        draw_depth(results["depth"], options.output / "depth.png")
+    _say(report, "\n".join(texts))
     report.result(**results)
 
 
@@ -395,12 +545,20 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         network = dataclasses.replace(network, name=options.network)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("epochs", "seed", "engine", "precision")
+        for key in ("epochs", "seed", "engine", "precision", "memory")
         if getattr(options, key) is not None
     }
     if options.time:
         wishes["time_s"] = _seconds(options.time)
     return dataclasses.replace(recipe, network=network, training=dataclasses.replace(training, **wishes))
+
+
+def _bytes(text: str) -> int:
+    """8GB, 8GiB, 500MB or plain bytes; as on the boxes of graphics cards, a GB has 2^30 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])i?b?)?", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise InvresError(f"An amount of memory is given as 8GB or 500MB, got {text!r}.")
+    return round(float(match[1]) * 2 ** {None: 0, "k": 10, "m": 20, "g": 30}[match[2]])
 
 
 def _seconds(text: str) -> float:

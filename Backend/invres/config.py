@@ -16,6 +16,7 @@ from . import InvresError
 __all__ = [
     "DARKEST",
     "ENGINES",
+    "MEMORY_SETTINGS",
     "NETWORKS",
     "AugmentationConfig",
     "ChannelPlan",
@@ -32,7 +33,8 @@ __all__ = [
 ]
 
 NETWORKS = ("unet3d", "partially_invres", "fully_invres")
-ENGINES = ("auto", "stored", "checkpoint", "memcnn", "reversible")
+ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
+MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
 """Of empty background, in standard deviations. It keeps the darkness that scaling gives it, but an image of little
 contrast must not push it so far that it dominates the network's statistics."""
@@ -143,6 +145,9 @@ class TrainingConfig:
 
     learning_rate: 2e-4 with Adam is the paper's (section 3.3); the schedule and the rest are chosen.
     epochs counts `iterations_per_epoch` optimizer steps each; `time_s` (0 = none) ends the training earlier.
+    memory: how far the reversible engine goes to save memory. "low" is right for most: little memory at hardly any cost
+    in time. "lower" works on fewer channels at a time, and under bf16 or fp16 keeps gradients in 16 bits. "lowest" also
+    keeps the state itself in 16 bits, on a grid that it can be recomputed on exactly.
     """
 
     patch: Triple = (64, 64, 64)
@@ -157,6 +162,7 @@ class TrainingConfig:
     gradient_clip: float = 12.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: str = "auto"
+    memory: str = "low"
     foreground_fraction: float = 0.5
     validate_every: int = 1
     validation_cases: int = 0
@@ -168,6 +174,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise InvresError(f"There is no engine {self.engine!r}; the engines are {', '.join(ENGINES)}.")
+        if self.memory not in MEMORY_SETTINGS:
+            raise InvresError(
+                f"There is no memory setting {self.memory!r}; the settings are {', '.join(MEMORY_SETTINGS)}."
+            )
         for key in ("batch_size", "iterations_per_epoch", "epochs", "validate_every"):
             if getattr(self, key) < 1:
                 raise InvresError(f"training.{key} must be 1 or more, got {getattr(self, key)}.")

@@ -32,6 +32,7 @@ __all__ = [
     "NetworkKeeper",
     "SegmentOptions",
     "choose_device",
+    "is_out_of_memory",
     "load_network",
     "predict_probabilities",
     "segment",
@@ -263,7 +264,7 @@ def _predict_within_memory(
         try:
             return _predict_measured(scheme, network, device, prepared, window, options, stitch, report)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -310,7 +311,8 @@ def _predict_measured(
     return _Prediction(found.cpu().numpy(), window, count, measured)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a card or on the CPU, or Python had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,12 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from . import InvresError
 from .config import LossWeights
 
-__all__ = ["Losses", "NetworkOutput", "Regularisation", "regularisation_loss", "segmentation_loss", "total_loss"]
+__all__ = [
+    "Losses",
+    "NetworkOutput",
+    "Regularisation",
+    "check_target",
+    "regularisation_loss",
+    "segmentation_loss",
+    "sums_of_boxes",
+    "total_loss",
+]
 
 # Eq. 3 is 0/0 where a class is neither predicted nor present; this value (as in nnU-Net and MONAI) makes that Dice 1.
 SMOOTH = 1e-5
 # One slab of logits holds about this many voxels: small beside a training patch, large enough to keep a GPU busy.
 SLAB_VOXELS = 2**17
+# More of them would save little beside the logits, and each costs a few dozen operators.
+MAXIMUM_SLABS = 32
 
 
 class Losses(NamedTuple):
@@ -40,10 +51,15 @@ class Regularisation(NamedTuple):
 
 
 class NetworkOutput(Protocol):
-    """What `total_loss` reads from a network; the last three are None without a VAE branch."""
+    """What `total_loss` reads from a network.
+
+    sums: of `sums_of_boxes` over the volume, or None where there are logits. The other three: None without VAE branch.
+    """
 
     @property
-    def logits(self) -> Tensor: ...
+    def logits(self) -> Tensor | None: ...
+    @property
+    def sums(self) -> tuple[Tensor, ...] | None: ...
     @property
     def reconstruction(self) -> Tensor | None: ...
     @property
@@ -67,11 +83,28 @@ def segmentation_loss(logits: Tensor, target: Tensor, regions: bool, weights: Lo
     class that a patch lacks costs up to 1; where every voxel is ignored both terms are 0.
 
     Works in slabs of depth that are recomputed in backward: no float32 or one-hot map of the logits' full size is
-    made beside the gradient itself.
+    made beside the gradient itself. `sums_of_boxes` does without the logits' full size, too.
     Raises: InvresError where the shapes or the type of the target do not fit.
     """
-    _check(logits, target, regions)
-    sums = _sum_over_slabs(_region_sums if regions else _softmax_sums, logits, target)
+    check_target(target, logits.shape, regions)
+    return _from_sums(_sum_over_slabs(_region_sums if regions else _softmax_sums, logits, target), weights)
+
+
+def sums_of_boxes(target: Tensor, regions: bool) -> Callable[[Tensor, tuple[slice, ...]], tuple[Tensor, ...]]:
+    """A function of (logits of a box, its indices into N, K, D, H, W) that gives that box's share of the loss.
+
+    What it gives for all boxes of the volume, added up, is a network's `sums`, enough for `total_loss`. target: as in
+    `segmentation_loss`; call `check_target` before.
+    """
+
+    def sums(logits: Tensor, where: tuple[slice, ...]) -> tuple[Tensor, ...]:
+        part = target[where] if regions else target[where[:1] + where[2:]]
+        return (_region_sums if regions else _softmax_sums)(logits, part)
+
+    return sums
+
+
+def _from_sums(sums: Sequence[Tensor], weights: LossWeights) -> Losses:
     cross_entropy_sum, voxels, overlap, predicted, present = sums
     cross_entropy = cross_entropy_sum / voxels.clamp(min=1)
     dice = (1 - (2 * overlap + SMOOTH) / (predicted + present + SMOOTH)).mean()
@@ -108,25 +141,30 @@ def regularisation_loss(
 
 
 def total_loss(output: NetworkOutput, image: Tensor, target: Tensor, regions: bool, weights: LossWeights) -> Losses:
-    """Eq. 2: `segmentation_loss`, and with a VAE branch `regularisation_loss` added to the total.
+    """Eq. 2: `segmentation_loss` (from logits or their sums), and `regularisation_loss` added where a VAE branch ran.
 
     image: (N, C, D, H, W), the network's input. target, regions: as in `segmentation_loss`.
     """
-    losses = segmentation_loss(output.logits, target, regions, weights)
+    if output.logits is not None:
+        losses = segmentation_loss(output.logits, target, regions, weights)
+    else:
+        assert output.sums is not None, "a network gives logits or sums"
+        losses = _from_sums(output.sums, weights)
     if output.reconstruction is None or output.mean is None or output.log_variance is None:
         return losses
     vae = regularisation_loss(output.reconstruction, image, output.mean, output.log_variance, weights)
     return Losses(losses.total + vae.total, losses.cross_entropy, losses.dice, vae.reconstruction, vae.kullback_leibler)
 
 
-def _check(logits: Tensor, target: Tensor, regions: bool) -> None:
-    if logits.ndim != 5:
-        raise InvresError(f"Logits must be (N, K, D, H, W), got shape {list(logits.shape)}.")
+def check_target(target: Tensor, shape: Sequence[int], regions: bool) -> None:
+    """Raises InvresError unless the target fits logits of this shape (N, K, D, H, W)."""
+    if len(shape) != 5:
+        raise InvresError(f"Logits must be (N, K, D, H, W), got shape {list(shape)}.")
     if regions:
-        wanted = list(logits.shape)
+        wanted = list(shape)
     else:
-        wanted = [logits.shape[0], *logits.shape[2:]]
-        if logits.shape[1] < 2:
+        wanted = [shape[0], *shape[2:]]
+        if shape[1] < 2:
             raise InvresError("Exclusive labels need 2 or more output channels (background and a label), got 1.")
         if target.is_floating_point() or target.dtype == torch.bool:
             raise InvresError(f"The target of exclusive labels must hold whole numbers, got {target.dtype}.")
@@ -144,7 +182,8 @@ def _sum_over_slabs(function: Callable[..., tuple[Tensor, ...]], first: Tensor, 
 
     Each slab is evaluated again in backward, so that its temporaries and not those of the whole map are alive.
     """
-    planes = max(1, SLAB_VOXELS // max(1, first.shape[0] * first.shape[-2] * first.shape[-1]))
+    plane = first.shape[0] * first.shape[-2] * first.shape[-1]
+    planes = max(1, SLAB_VOXELS // max(1, plane), first.shape[-3] // MAXIMUM_SLABS)
     slabs = zip(first.split(planes, dim=-3), second.split(planes, dim=-3), strict=True)
     parts = [checkpoint(function, *slab, use_reentrant=False, preserve_rng_state=False) for slab in slabs]
     return [torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)]

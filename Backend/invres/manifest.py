@@ -29,6 +29,7 @@ class TrainingSummary:
     training_cases: int = 0
     validation_cases: int = 0
     engine: str = ""
+    memory: str = ""
     precision: str = ""
     seed: int = 0
     software: dict = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .config import LossWeights, NetworkConfig
-from .networks import build, with_patch
-from .step import make_optimizer, training_step
+from .networks import SegmentationNetwork, build, with_patch
+from .reversible import SETTINGS, abridged
+from .step import AUTOCAST_DTYPES, make_optimizer, training_step
 
 __all__ = [
     "LiveBytes",
     "PeakResident",
     "TrainingMemory",
+    "measure_step",
     "measure_training",
     "predict_forward",
     "predict_training",
@@ -106,7 +108,12 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state."""
+    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state.
+
+    Of the activations, input_bytes are image and target, state_bytes the reversible engine's state and its gradient (0
+    under other engines), working_bytes all the rest: what is stored, recomputed, or in work at the moment of the peak.
+    allocated_bytes, reserved_bytes: peaks of a CUDA card's allocator in the same step, workspaces included; else 0.
+    """
 
     peak_bytes: int
     parameter_bytes: int
@@ -114,6 +121,11 @@ class TrainingMemory:
     optimizer_bytes: int
     activation_bytes: int
     peak_op: str
+    input_bytes: int = 0
+    state_bytes: int = 0
+    working_bytes: int = 0
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 def predict_training(
@@ -123,13 +135,14 @@ def predict_training(
     engine: str = "auto",
     regions: bool = False,
     precision: str = "fp32",
+    memory: str = "low",
 ) -> TrainingMemory:
     """The peak of one training step, by running it on fake tensors: no memory is allocated, nothing is computed.
 
     Raises InvresError if the configuration does not describe a network.
     """
-    with FakeTensorMode():
-        return measure_training(config, patch, batch_size, engine, regions, precision)
+    with FakeTensorMode(), abridged():
+        return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
 
 
 def measure_training(
@@ -140,15 +153,32 @@ def measure_training(
     regions: bool = False,
     precision: str = "fp32",
     device: str = "cpu",
+    memory: str = "low",
 ) -> TrainingMemory:
     """The peak of one training step with Adam's state in place, on made-up data, in live tensor bytes."""
     with torch.device(device):
-        network = build(with_patch(config, patch), engine).train()
-    optimizer = make_optimizer(network, learning_rate=1e-4)
+        network = build(with_patch(config, patch), engine, memory).train()
     image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
     shape = (batch_size, config.out_channels, *patch) if regions else (batch_size, *patch)
     target = torch.zeros(shape, dtype=torch.bool if regions else torch.int16, device=device)
     weights = LossWeights()
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+
+    return measure_step(network, image, target, step, _state_bytes(network, image, precision))
+
+
+def measure_step(
+    network: torch.nn.Module,
+    image: torch.Tensor,
+    target: torch.Tensor,
+    step: Callable[[torch.optim.Optimizer], None],
+    state_bytes: int = 0,
+) -> TrainingMemory:
+    """The peak of `step(optimizer)` with Adam's state in place, for any network, on real or fake tensors."""
+    on_card = image.is_cuda
+    optimizer = make_optimizer(network, learning_rate=1e-4)
     probe = LiveBytes()
     probe.watch([image, target, *network.parameters(), *network.buffers()])
     with probe:
@@ -158,12 +188,40 @@ def measure_training(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         probe.reset_peak()
-        training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+        if on_card:
+            torch.cuda.synchronize(image.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(image.device)
+        step(optimizer)
     parameters = sum(_nbytes(p) for p in network.parameters())
     gradients = sum(_nbytes(p) for p in network.parameters() if p.requires_grad)
     state = sum(_nbytes(t) for t in tree_iter(optimizer.state_dict()["state"]) if isinstance(t, torch.Tensor))
     rest = probe.peak - parameters - gradients - state
-    return TrainingMemory(probe.peak, parameters, gradients, state, rest, probe.peak_op)
+    given = _nbytes(image) + _nbytes(target)
+    return TrainingMemory(
+        probe.peak,
+        parameters,
+        gradients,
+        state,
+        rest,
+        probe.peak_op,
+        given,
+        state_bytes,
+        max(0, rest - given - state_bytes),
+        torch.cuda.max_memory_allocated(image.device) if on_card else 0,
+        torch.cuda.max_memory_reserved(image.device) if on_card else 0,
+    )
+
+
+def _state_bytes(network: SegmentationNetwork, image: torch.Tensor, precision: str) -> int:
+    if network.engine != "reversible":
+        return 0
+    setting = SETTINGS[network.memory]
+    values = image.shape[0] * network.config.channels[0]
+    for size, divisor in zip(image.shape[2:], network.divisor, strict=True):
+        values *= size + (-size) % divisor
+    short = setting.short_gradients and precision in AUTOCAST_DTYPES
+    return values * ((2 if setting.fixed_point else 4) + (2 if short else 4))
 
 
 def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict
 from .events import SILENT, Reporter
+from .lineage import active_members, family_of, read_active, set_active
 from .manifest import Manifest, TrainingSummary, manifest_from_json, manifest_to_json
 from .packagefiles import (
     AGAIN,
@@ -260,19 +261,22 @@ def export_package(package: ModelPackage, destination: str | os.PathLike[str]) -
 def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike[str]) -> ModelPackage:
     """Copies a package (folder or `.invres`) into a folder of `models_dir` named after the model.
 
-    The same model (by id) replaces its older copy; another one of the same name gets a folder with its id.
+    The same model (by id) replaces its older copy; another one of the same name gets a folder with its id. A model that
+    was tuned from another one becomes the active version: the one that the name stands for.
     Raises InvresError as `open_package`, and for weights that fail their hash.
     """
     package = open_package(source)
     slug = re.sub(r"[^\w-]+", "-", package.name.lower()).strip("-")[:60] or "model"
     target = _absolute(models_dir) / slug
     if package.path == target:
+        _make_active(package, target.parent)
         return package
     if stored_at(target).exists() and not _is_model(target, package.id):
         target = target.with_name(f"{slug}-{package.id[:8]}")
     with temporary_folder(target) as folder:
         _copy_members(package, folder)
         publish(folder, target)
+    _make_active(package, target.parent)
     return open_package(target)
 
 
@@ -303,12 +307,14 @@ def find_package(
 ) -> ModelPackage:
     """The package at a path, or the installed one with this name, file name or id (8 digits or more of it).
 
+    Where several versions of one model have the name, it is the active one (see `lineage`).
     Raises InvresError if there is none, with the nearest name, or if several models share the name.
     """
     text = os.fspath(name_or_path)
     path = _absolute(text)
     if path.suffix.lower() == ENDING or os.path.basename(text) != text or (path / MANIFEST).is_file():
         return open_package(path)
+    models_dirs = list(models_dirs)
     packages = list_packages(models_dirs, report)
     wanted = text.casefold()
     fits = [
@@ -317,6 +323,10 @@ def find_package(
         if wanted in (package.name.casefold(), package.path.name.casefold().removesuffix(ENDING))
         or (len(wanted) >= 8 and package.id.startswith(wanted))
     ]
+    if len(fits) > 1:
+        manifests = [package.manifest for package in packages]
+        current = {manifest.id for manifest in active_members(manifests, read_active(map(_absolute, models_dirs)))}
+        fits = [package for package in fits if package.id in current] or fits
     if len(fits) == 1:
         return fits[0]
     if fits:
@@ -329,6 +339,15 @@ def find_package(
         f"There is no model {text!r}; {installed}.",
         hint=f"Did you mean {near[0]!r}?" if near else "`invres models import FILE` adds one.",
     )
+
+
+def _make_active(package: ModelPackage, models_dir: Path) -> None:
+    """A first version is active until another one is, and an only version needs no mark."""
+    known = {p.id: p.manifest for p in list_packages([bundled_models_dir(), models_dir])}
+    family = family_of(package.manifest, known)
+    others = [one for one in known.values() if one.id != package.id and family_of(one, known) == family]
+    if package.manifest.parent and others:
+        set_active(models_dir, family, package.id)
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

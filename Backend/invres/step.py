@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .config import LossWeights
-from .losses import Losses, total_loss
+from .losses import Losses, check_target, sums_of_boxes, total_loss
 from .networks import SegmentationNetwork
 
 __all__ = ["AUTOCAST_DTYPES", "autocast", "make_optimizer", "training_step"]
@@ -46,8 +48,9 @@ def training_step(
     Returns the losses of this step, detached.
     """
     optimizer.zero_grad(set_to_none=True)
+    check_target(target, (image.shape[0], _classes(network), *image.shape[2:]), regions)
     with autocast(image.device, precision):
-        output = network(image)
+        output = network(image, sums_of_boxes(target, regions))
     losses = total_loss(output, image, target, regions, weights)
     detached = Losses(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
     del output
@@ -69,3 +72,9 @@ def training_step(
     else:
         optimizer.step()
     return detached
+
+
+def _classes(network: torch.nn.Module) -> int:
+    """Output channels, also of a network wrapped for distributed training."""
+    inner: Any = getattr(network, "module", network)
+    return int(inner.config.out_channels)

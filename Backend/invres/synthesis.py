@@ -115,13 +115,14 @@ class SynthesisConfig:
 
 @torch.no_grad()
 def synthesise(
-    labels: Tensor, config: SynthesisConfig, generator: torch.Generator, patch: Triple
+    labels: Tensor, config: SynthesisConfig, generator: torch.Generator, patch: Triple, channels: int = 1
 ) -> tuple[Tensor, Tensor]:
     """An image of random contrast for each label map, and the label map moved with it.
 
     labels: integer (N, 1, D, H, W) on any device, at least as large as `patch` (see `input_patch`); -1 = ignore.
-    Returns image (N, 1, *patch) float32 with mean 0 and standard deviation 1 (where the background is masked: inside
-    the mask, and 0 outside, as prepared images are), and labels (N, 1, *patch) of the type given.
+    channels: images of the same anatomy, each of a contrast and with artefacts of its own.
+    Returns image (N, channels, *patch) float32, each channel with mean 0 and standard deviation 1 (where the background
+    is masked: inside the mask, and 0 outside, as prepared images are), and labels (N, 1, *patch) of the type given.
     All random numbers come from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
     Raises InvresError for a wrong shape or type.
     """
@@ -138,9 +139,16 @@ def synthesise(
         is_target = _is_target(label, config)
         mean, std = _draw_contrasts(config, generator, label.device)[:, label.long() % CONTRASTS]
         present = label != 0
-        if happens(generator, config.strip_probability):
-            mean, std, present = mean * is_target, std * is_target, present & is_target
-        images.append(_acquire(mean, std, present, config, generator))
+        stripped = happens(generator, config.strip_probability)
+        present = present & is_target if stripped else present
+        planes = []
+        for channel in range(channels):
+            if channel:
+                mean, std = _draw_contrasts(config, generator, label.device)[:, label.long() % CONTRASTS]
+            if stripped:
+                mean, std = mean * is_target, std * is_target
+            planes.append(_acquire(mean, std, present, config, generator))
+        images.append(torch.cat(planes))
         moved.append(torch.where(is_target, label, torch.zeros_like(label)))
     return torch.stack(images), torch.stack(moved)
 

@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint, random_state, restore_random_state, sav
 from .config import TrainingConfig, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
+from .guard import DriftGuard
 from .memory import LiveBytes
 from .networks import SegmentationNetwork
 from .sampling import BatchSource
@@ -34,10 +35,14 @@ Validation = Callable[[SegmentationNetwork], dict[str, float]]
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM inside `listening()`, or by hand; the loop saves and stops at the next step."""
+    """Set by SIGINT or SIGTERM inside `listening()`, or by hand; the loop saves and stops at the next step.
+
+    finish: the loop ends at the next step as if the training were complete, with the best weights so far.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.finish = False
 
     def __call__(self, *_: Any) -> None:
         if self.requested:  # asked twice: do not wait for the step
@@ -89,6 +94,8 @@ class Trainer:
 
     batches: a pure function of the iteration (`sampling.BatchSource`), so that a checkpoint needs no sampler state.
     validate: gives Dice by label name and their "mean" on full volumes, or None.
+    keep_best: the result has the weights of the best epoch; False (for a validation that must choose nothing, as the
+    same cases are scored afterwards): those of the last one.
     On the CPU an interrupted and resumed training ends with the very weights of an undisturbed one, provided that no
     time budget steers the schedule.
     """
@@ -103,6 +110,7 @@ class Trainer:
         validate: Validation | None = None,
         report: Reporter = SILENT,
         stop: StopRequest | None = None,
+        keep_best: bool = True,
     ):
         self.network = network
         self.batches = batches
@@ -112,6 +120,8 @@ class Trainer:
         self.validate = validate
         self.report = report
         self.stop = stop or StopRequest()
+        self.guard = DriftGuard(network, report)
+        self.keep_best = keep_best
         self.device = next(network.parameters()).device
         self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
         scaled = config.precision == "fp16" and self.device.type == "cuda"
@@ -185,11 +195,12 @@ class Trainer:
         self._started = self._saved = time.monotonic()
         per_epoch, total = config.iterations_per_epoch, config.iterations_per_epoch * config.epochs
         self.network.train()
-        early = False
+        # A training that had ended early and is resumed must not go on.
+        early = bool(self.history) and not self.epoch_losses and self._impatient()
         self._report_progress()
-        while self.iteration < total and not early and not self._out_of_time():
+        while self.iteration < total and not early and not self._must_end():
             self._one_step()
-            if self.iteration % per_epoch == 0 or self._out_of_time():
+            if self.iteration % per_epoch == 0 or self._must_end():
                 self._end_epoch()
                 early = self._impatient()
             if self.stop.requested:
@@ -224,6 +235,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, self.iteration, progress)
         image, target = self.batches.batch(self.iteration)
+        self.guard.before(self.iteration)
 
         def step() -> list[float]:
             losses = training_step(
@@ -241,6 +253,7 @@ class Trainer:
 
         # `iteration` counts steps of the whole training: a resumed one does not measure again.
         values = self._measured(step, [image, target]) if self.iteration < MEASURED_STEPS else step()
+        self.guard.after()
         self.epoch_losses.append(values)
         self.iteration += 1
         self._report_progress(loss=round(values[0], 5) if math.isfinite(values[0]) else None)
@@ -280,13 +293,13 @@ class Trainer:
         if not math.isfinite(means[0]):
             self.report.warning(f"The loss of epoch {epoch} was not finite in some steps, which were left out.")
         self.epoch_losses = []
-        last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._out_of_time()
+        last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._must_end()
         if self.validate is not None and (epoch % self.config.validate_every == 0 or last):
             self.network.eval()
             dice = self.validate(self.network)
             self.network.train()
             entry["dice"] = {name: round(value, 5) for name, value in dice.items()}
-            if self.best_dice is None or dice["mean"] > self.best_dice:
+            if self.keep_best and (self.best_dice is None or dice["mean"] > self.best_dice):
                 self.best_dice, self.best_epoch = dice["mean"], epoch
                 self.best_weights = _cpu_copy(self.network)
         entry["seconds"] = round(self._elapsed(), 2)
@@ -304,8 +317,9 @@ class Trainer:
     def _elapsed(self) -> float:
         return self.elapsed_s + (time.monotonic() - self._started if self._started else 0.0)
 
-    def _out_of_time(self) -> bool:
-        return 0 < self.config.time_s <= self._elapsed()
+    def _must_end(self) -> bool:
+        """The time budget is spent, or the end was asked for."""
+        return self.stop.finish or 0 < self.config.time_s <= self._elapsed()
 
     def _write_metrics(self) -> None:
         """All epochs so far, one JSON object a line; written anew so that a resumed run has no line twice."""

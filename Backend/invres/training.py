@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from . import InvresError, __version__
+from .cardplan import fit_recipe
 from .cases import Dataset, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
@@ -42,6 +43,7 @@ class TrainOptions:
     """What belongs to one run and not to a recipe.
 
     fold: which of `folds` is validated on; validation_count > 0 takes that many cases instead of a fold.
+    vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
     """
 
     device: str = "auto"
@@ -50,6 +52,7 @@ class TrainOptions:
     folds: int = 5
     validation_count: int = 0
     licence: str = ""
+    vram_bytes: int = 0
 
 
 def train(
@@ -83,11 +86,14 @@ def train(
         names = _split(dataset, labelled, recipe.training.seed, options)
         plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
         recipe = _fitted(recipe, dataset, plan)
+        if options.vram_bytes:
+            recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
+            recipe = dataclasses.replace(recipe, network=with_patch(recipe.network, recipe.training.patch))
     if set(names[0]) & set(names[1]):
         report.warning("There is only one patient, so the Dice is measured on the training case itself; expect less.")
     scheme, config = dataset.scheme, recipe.training
     torch.manual_seed(config.seed)
-    network = build(recipe.network, config.engine).to(device)
+    network = build(recipe.network, config.engine, config.memory).to(device)
     _announce_memory(recipe, network.engine, scheme, report)
     prepared = output / "prepared"
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
@@ -205,6 +211,7 @@ def training_summary(
         "training_cases": training_cases,
         "validation_cases": validation_cases,
         "engine": engine,
+        "memory": recipe.training.memory,
         "precision": recipe.training.precision,
         "seed": recipe.training.seed,
         "software": software_versions(),
@@ -227,7 +234,7 @@ def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
 def _announce_memory(recipe: Recipe, engine: str, scheme: LabelScheme, report: Reporter) -> None:
     config = recipe.training
     predicted = predict_training(
-        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision
+        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision, config.memory
     )
     report.emit({"event": "memory", "predicted_bytes": predicted.peak_bytes})
     report.note(

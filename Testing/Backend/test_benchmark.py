@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from invres import benchmark
+from invres import benchmark, cube
 from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
 from invres.config import NETWORKS
 from invres.events import Recorder
 from invres.networks import build
+from invres.peers import PEERS, build_peer
 from invres.reversible.steps import Couple
 
 PATCH = (17, 9, 12)
 PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
+ROWS = [(name, *row) for name in NETWORKS for row in benchmark._rows_of(name)]
+
+
+@pytest.fixture(autouse=True)
+def only_our_networks(monkeypatch):
+    """Peers have tests of their own."""
+    monkeypatch.setattr(benchmark, "PEERS", {})
 
 
 @pytest.fixture
@@ -40,14 +51,16 @@ def test_the_engine_table_lists_every_engine_of_every_network():
 def test_memory_has_a_row_for_every_network_and_engine(small_networks, measure):
     recorder = Recorder()
     rows = bench_memory(PATCH, 2, 3, measure=measure, report=recorder)
-    assert [(row["network"], row["engine"]) for row in rows] == PAIRS
+    assert [(row["network"], row["engine"], row["memory"], row["precision"]) for row in rows] == ROWS
+    assert not any("error" in row for row in rows)
     assert (rows[0]["ratio"], rows[0]["activation_ratio"]) == (1.0, 1.0)
     for row in rows:
         assert row["ratio"] == pytest.approx(row["peak_bytes"] / rows[0]["peak_bytes"])
         assert row["activation_ratio"] == pytest.approx(row["activation_bytes"] / rows[0]["activation_bytes"])
         assert row["peak_bytes"] > row["activation_bytes"] > 0
-        assert "cuda_max_allocated_bytes" not in row
-    ratio = {(row["network"], row["engine"]): row["ratio"] for row in rows}
+        assert row["allocated_bytes"] == 0
+        assert row["flops_ratio"] >= 1
+    ratio = {(row["network"], row["engine"]): row["ratio"] for row in rows if row["precision"] == "fp32"}
     assert ratio["fully_invres", "reversible"] < ratio["fully_invres", "memcnn"] < 1
     assert_progress_is_complete(recorder)
 
@@ -55,7 +68,8 @@ def test_memory_has_a_row_for_every_network_and_engine(small_networks, measure):
 def test_time_compares_the_engines_of_each_network(small_networks):
     recorder = Recorder()
     rows = bench_time(PATCH, 2, 3, rounds=2, report=recorder)
-    assert [(row["network"], row["engine"]) for row in rows] == PAIRS
+    assert [(row["network"], row["engine"]) for row in rows if row["memory"] == "low"] == PAIRS
+    assert {row["memory"] for row in rows} == {"low", "lower", "lowest"}
     stored = {row["network"]: row["seconds"] for row in rows if row["engine"] == "stored"}
     for row in rows:
         assert row["seconds"] > 0
@@ -69,8 +83,13 @@ def test_gradients_agree_under_every_engine(small_networks):
     rows = bench_gradients(PATCH, 2, 3, report=recorder)
     invertible = [(name, engine) for name, engine in PAIRS if name != "unet3d"]
     for dtype, limit in (("float64", 1e-9), ("float32", 1e-4)):
-        errors = {(row["network"], row["engine"]): row["relative_error"] for row in rows if row["dtype"] == dtype}
+        errors = {
+            (row["network"], row["engine"]): row["relative_error"]
+            for row in rows
+            if row["dtype"] == dtype and row["memory"] == "low"
+        }
         assert list(errors) == invertible
+        assert max(row["relative_error"] for row in rows if row["dtype"] == dtype) < limit
         assert max(errors.values()) < limit, errors
         assert all(error == 0 for (_, engine), error in errors.items() if engine == "stored")
         assert all(error > 0 for (_, engine), error in errors.items() if engine == "reversible"), "recomputed, not kept"
@@ -83,7 +102,7 @@ def test_wrong_gradients_are_reported_as_such(small_networks, monkeypatch):
 
     def wrong(state, gradients, sink, function, target, source):
         original(state, gradients, sink, function, target, source)
-        gradients.tensors[source].mul_(1.001)
+        gradients.writable(source).mul_(1.001)
 
     monkeypatch.setattr(Couple, "_retreat_half", staticmethod(wrong))
     rows = bench_gradients(PATCH, 1, 2)
@@ -105,3 +124,51 @@ def test_a_table_renders_bytes_figures_and_gaps_in_aligned_columns():
 
 def test_the_machine_is_named_in_words():
     assert describe_machine("cpu") == f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def test_a_network_that_fails_costs_only_its_own_row(small_networks, monkeypatch):
+    real = benchmark.predict_training
+
+    def failing(config, *arguments, **options):
+        if config.name == "partially_invres":
+            raise RuntimeError("no room\nand more")
+        return real(config, *arguments, **options)
+
+    monkeypatch.setattr(benchmark, "predict_training", failing)
+    rows = bench_memory(PATCH, 2, 3)
+    for row in rows:
+        assert row.get("error") == ("RuntimeError: no room" if row["network"] == "partially_invres" else None)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_takes_a_training_step_and_its_memory_is_known(name):
+    peer = build_peer(name, 2, 3, (32, 32, 32))
+    if peer is None:
+        pytest.skip(f"{PEERS[name][0]} is not installed")
+    image, target = torch.randn(1, 2, 32, 32, 32), torch.randint(0, 3, (1, 32, 32, 32))
+    optimizer = torch.optim.SGD(peer.parameters(), lr=0.1)
+    benchmark._peer_step(peer.train(), optimizer, image, target)
+    found_gradients = [p.grad for p in peer.parameters() if p.grad is not None]  # MONAI's VAE has a layer it never uses
+    assert len(found_gradients) > 10 and all(g.isfinite().all() for g in found_gradients)
+    found = benchmark._peer_memory(name, (32, 32, 32), 2, 3, "cpu", real=False)
+    assert found is not None and found.activation_bytes > found.input_bytes > 0
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setitem(PEERS, "nobody", ("no_such_library", None, ()))
+    assert build_peer("nobody", 1, 2, (8, 8, 8)) is None
+
+
+def test_the_largest_cube_is_found_by_halving(monkeypatch):
+    """On a made-up card: what fits is decided by the side alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
+    monkeypatch.setattr(cube, "_fits", lambda config, side, *rest: side <= (160 if config.name == "unet3d" else 304))
+    rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() + 60)
+    assert {(row["network"], row["side"], row["complete"]) for row in rows} == {
+        ("unet3d", 160, True),
+        ("fully_invres", 304, True),
+    }
+    assert {row["card_gib"] for row in rows} == {8}, "cards larger than the one at hand are left out"
+    rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() - 1)
+    assert not any(row["complete"] for row in rows)

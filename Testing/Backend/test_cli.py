@@ -31,7 +31,8 @@ from invres.modelpackage import save_package
 from invres.networks import build
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
-VERBS = ("segment", "train", "evaluate", "check", "plan", "describe", "models", "devices", "worker", "bench", "demo")
+TRAINING_VERBS = ("train", "finetune", "evaluate", "check", "plan", "bench", "demo")
+VERBS = ("segment", "describe", "models", "devices", "worker", *TRAINING_VERBS)
 SCHEME = LabelScheme((Label("upper", (1,), 1), Label("lower", (2,), 2), Label("core", (3,), 3)))
 
 
@@ -223,7 +224,7 @@ def test_every_command_that_succeeds_ends_with_one_result(place, data, tmp_path)
     for arguments in (
         ["check", "-d", data],
         ["plan", "-n", "unet3d", "--patch", 24, 24, 24],
-        ["plan", "--vae", "--patch", 32, 32, 32, "--precision", "bf16"],
+        ["plan", "--vae", "--patch", 32, 32, 32, "--precision", "bf16", "--memory", "lowest"],
         ["train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--time", "30s", "--seed", 5],
         ["describe", model],
         ["models", "export", model, "-o", tmp_path / "m.invres"],
@@ -649,6 +650,9 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["plan", "--channels", 0], "network.in_channels must be 1 or more"),
         (["plan", "--patch", 0, 64, 64], "--patch must be three sizes of 1 voxel or more"),
         (["plan", "--batch", 0], "--batch must be 1 or more"),
+        (["plan", "--vram", "much"], "An amount of memory is given as 8GB or 500MB, got 'much'"),
+        (["plan", "--spacing", 0, 1, 1], "--spacing must be three lengths above 0 mm"),
+        (["plan", "--memory", "least"], "invalid choice: 'least'"),
         (["plan", "-n", "unet3d", "--engine", "memcnn"], "unet3d does not run under the engine 'memcnn'"),
         (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
         (["check", "-d", "nowhere"], "There is no data set at nowhere"),

@@ -20,7 +20,8 @@ def outcome(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("demo")
     report = Recorder()
-    return folder, demo.run(folder, 3.0, "cpu", report), report
+    # Long enough for two steps on a busy machine: the first has no optimizer state yet.
+    return folder, demo.run(folder, 15.0, "cpu", report), report
 
 
 def test_the_segmentation_lies_on_the_grid_of_the_t1_and_nowhere_outside_the_head(outcome):

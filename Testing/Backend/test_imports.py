@@ -25,6 +25,7 @@ ALLOWED = {
     "probe": "",
     "devices": "",
     "randomness": "",
+    "lineage": "files",
     "curves": "files",
     "metrics": "config",
     "losses": "config",
@@ -41,6 +42,7 @@ ALLOWED = {
     "dataset_json": "config events volume",
     "layouts": "config dataset_json events volume",
     "cases": "config dataset_json events files layouts volume",
+    "casesplits": "cases",
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "prepared": "cases config events preprocessing volume",
@@ -48,30 +50,52 @@ ALLOWED = {
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
     "manifest": "config",
-    "modelpackage": "config events manifest networks packagefiles",
+    "modelpackage": "config events lineage manifest networks packagefiles",
+    "versions": "config lineage modelpackage",
+    "transfer": "config manifest networks",
+    "freezing": "networks transfer",
     "step": "config losses networks",
-    "memory": "config events losses networks step",
+    "memory": "config events losses networks reversible step",
+    "cardplan": "config events memory networks",
+    "guard": "events reversible",
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "region": "preprocessing volume",
+    "syntheticbatches": "config preprocessing randomness sampling synthesis",
     "inference": "config devices events memory modelpackage networks preprocessing region restoration volume",
     "planning": "devices events inference manifest memory networks region volume",
-    "trainer": "checkpoint config distributed events files losses memory networks sampling step",
+    "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
     "training": (
-        "cases checkpoint config curves distributed events files inference losses memory metrics modelpackage networks "
-        "prepared preprocessing sampling step trainer"
+        "cardplan cases checkpoint config curves distributed events files inference losses memory metrics modelpackage "
+        "networks prepared preprocessing sampling step trainer"
     ),
     "worker": "events",
-    "benchmark": "config events losses memory networks reversible step",
+    "peers": "",
+    "operations": "",
+    "depth": "config events memory networks operations reversible",
+    "cube": "config events memory",
+    "benchmark": "config events losses memory networks operations peers step",
+    "stopfile": "trainer",
+    "runfolder": "events",
+    "reduction": "checkpoint config networks",
+    "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
+    "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
+    "proof": "cases comparison config events inference modelpackage networks trainer",
+    "finetuning": (
+        "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
+        "modelpackage networks prepared preprocessing proof reduction runfolder sampling stopfile syntheticbatches "
+        "trainer training transfer tuningplan"
+    ),
     "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
     "commands": (
-        "benchmark cases config demo devices doctor evaluation events inference memory modelpackage networks planning "
-        "preprocessing trainer training volume worker"
+        "benchmark cardplan cases config cube demo depth devices doctor evaluation events finetuning inference "
+        "lineage memory modelpackage networks planning preprocessing stopfile trainer training tuningplan versions "
+        "volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

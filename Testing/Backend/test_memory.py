@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from invres import InvresError
 from invres.benchmark import ENGINE_TABLE
-from invres.config import NETWORKS, NetworkConfig, VAEConfig
+from invres.config import MEMORY_SETTINGS, NETWORKS, NetworkConfig, VAEConfig
 from invres.memory import LiveBytes, measure_training, predict_training
 from invres.networks import build
+from invres.reversible import SETTINGS, readout
 
 MIB = 2**20
 PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
@@ -118,6 +119,14 @@ def test_tensors_made_before_are_counted_only_if_they_are_watched(probe):
         assert probe.current == 80 + 40 + c.numel() * 4, "an operator that returns a makes it known"
 
 
+@pytest.fixture
+def fine(monkeypatch):
+    """Settings that cut even tiny maps into many slabs and parts."""
+    for name, setting in SETTINGS.items():
+        monkeypatch.setitem(SETTINGS, name, dataclasses.replace(setting, slab_minimum=64))
+    monkeypatch.setattr(readout, "MINIMUM_LOGITS", 64)
+
+
 def small(name, **changes):
     return NetworkConfig(name=name, in_channels=2, out_channels=3, channels=(4, 16), **changes)
 
@@ -146,6 +155,57 @@ def test_the_prediction_holds_for_every_kind_of_step(options, vae):
     config = small("fully_invres", vae=vae, learnable_resampling=True)
     predicted, measured = (f(config, (12, 9, 8), **options) for f in (predict_training, measure_training))
     assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.01 * measured.peak_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("memory", MEMORY_SETTINGS)
+@pytest.mark.parametrize("name", ["partially_invres", "fully_invres"])
+def test_the_prediction_holds_for_every_memory_setting(name, memory, precision, fine):
+    """Of many slabs only three are predicted, and that must be enough."""
+    options = {"memory": memory, "precision": precision}
+    config = small(name, vae=VAEConfig(latent=4))
+    predicted, measured = (f(config, (25, 24, 32), **options) for f in (predict_training, measure_training))
+    assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.01 * measured.peak_bytes
+
+
+def test_each_memory_setting_needs_less_than_the_one_before():
+    config = NetworkConfig(in_channels=4, out_channels=4, channels=(12, 32))
+    for precision in ("fp32", "bf16"):
+        peaks = [predict_training(config, (96, 96, 96), memory=m, precision=precision) for m in MEMORY_SETTINGS]
+        low, lower, lowest = (found.activation_bytes for found in peaks)
+        assert low > 1.05 * lower > 1.1 * lowest
+
+
+def test_many_classes_cost_no_more_than_few():
+    few, many = (
+        predict_training(NetworkConfig(in_channels=4, out_channels=k, channels=(12, 32)), (64, 64, 64)).peak_bytes
+        for k in (3, 104)
+    )
+    assert many < 1.15 * few
+
+
+@pytest.mark.parametrize("name", ["partially_invres", "fully_invres"])
+def test_the_vae_branch_takes_at_most_a_twentieth_more(name):
+    config = NetworkConfig(name=name, in_channels=4, out_channels=4)
+    with_branch = dataclasses.replace(config, vae=VAEConfig())
+    plain, branched = (predict_training(c, (128, 128, 128)).peak_bytes for c in (config, with_branch))
+    assert branched < 1.05 * plain
+
+
+def test_the_default_network_keeps_to_its_share_of_the_baselines_memory():
+    """The figures that Testing/Benchmarks/RESULTS.md gives for 128 x 128 x 128 with 4 channels."""
+    base = predict_training(NetworkConfig(name="unet3d", in_channels=4, out_channels=4), (128,) * 3)
+    for name, memory, precision, total, activations in (
+        ("fully_invres", "low", "fp32", 0.18, 0.14),
+        ("fully_invres", "lower", "fp32", 0.155, 0.12),
+        ("fully_invres", "lower", "bf16", 0.13, 0.095),
+        ("fully_invres", "lowest", "bf16", 0.10, 0.065),
+        ("partially_invres", "low", "fp32", 0.25, 0.24),
+    ):
+        config = NetworkConfig(name=name, in_channels=4, out_channels=4)
+        found = predict_training(config, (128,) * 3, memory=memory, precision=precision)
+        assert found.peak_bytes <= total * base.peak_bytes, (name, memory, precision)
+        assert found.activation_bytes <= activations * base.activation_bytes, (name, memory, precision)
 
 
 def test_the_parts_of_the_prediction_are_those_of_the_network():
@@ -181,7 +241,7 @@ def test_depth_costs_no_activations():
         config = NetworkConfig(channels=(16, 32), blocks=(blocks,) * 2, decoder_blocks=(blocks,))
         return predict_training(config, (64, 64, 64), engine=engine).activation_bytes
 
-    assert activations(8, "reversible") < 1.05 * activations(1, "reversible")
+    assert activations(16, "reversible") < 1.02 * activations(1, "reversible")
     assert activations(8, "stored") > 4 * activations(1, "stored")
 
 
@@ -196,7 +256,7 @@ def test_predicting_a_huge_patch_allocates_nothing():
     predict_training(config, (8, 8, 8))  # imports what is imported on first use
     before = resident()
     found = predict_training(config, (256, 256, 256))
-    assert found.peak_bytes > 1024 * MIB
+    assert found.peak_bytes > 512 * MIB
     assert resident() - before < 64 * MIB
 
 

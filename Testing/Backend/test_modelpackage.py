@@ -59,6 +59,7 @@ TRAINING = {
     "training_cases": 8,
     "validation_cases": 2,
     "engine": "reversible",
+    "memory": "low",
     "precision": "fp32",
     "seed": 7,
     "software": {"torch": "2.13.0"},
@@ -614,7 +615,7 @@ def test_exporting_twice_gives_the_same_bytes_and_importing_the_same_package(tmp
 
 
 def test_importing_replaces_the_same_model_and_keeps_another_of_the_same_name(tmp_path):
-    first, second = _save(tmp_path / "one.invres"), _save(tmp_path / "two.invres")
+    first, second = (_save(tmp_path / f"{name}.invres", parent="") for name in ("one", "two"))
     for package in (first, first, second, second):
         import_package(package.path, tmp_path / "models")
     names = sorted(os.listdir(tmp_path / "models"))
@@ -663,7 +664,7 @@ def test_a_name_that_fits_none_or_several_models_is_said_so(tmp_path):
     with pytest.raises(InvresError, match="none is installed") as caught:
         find_package("kidney", [tmp_path])
     assert "import" in caught.value.hint
-    first, second = _save(tmp_path / "one"), _save(tmp_path / "two")
+    first, second = (_save(tmp_path / name, parent="") for name in ("one", "two"))
     with pytest.raises(InvresError, match="installed are Hippocampus") as caught:
         find_package("Hipocampus", [tmp_path])
     assert caught.value.hint == "Did you mean 'Hippocampus'?"

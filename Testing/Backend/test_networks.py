@@ -255,8 +255,8 @@ def test_by_default_the_networks_have_about_the_baselines_parameter_count(name):
 
 def test_the_complete_configuration_is_kept_with_the_network():
     config = build(NetworkConfig(levels=3)).config
-    assert config.channels == (16, 48, 128)
-    assert (config.blocks, config.decoder_blocks) == ((1, 1, 1), (1, 1))
+    assert config.channels == (12, 64, 128)
+    assert (config.blocks, config.decoder_blocks) == ((1, 1, 2), (1, 1))
     assert config.strides == ((2, 2, 2), (2, 2, 2))
     assert build(config).config == config
 
@@ -356,7 +356,7 @@ def test_the_vae_branch_reconstructs_the_input_while_training_only(name, strides
     assert output.reconstruction.shape == image.shape
     assert output.mean.shape == output.log_variance.shape == (2, 5)
     network.eval()
-    assert network(image)[1:] == (None, None, None)
+    assert network(image)[1:] == (None, None, None, None)
     assert network(image_for(config, (8, 8, 11), dtype=torch.float32)).logits.shape == (2, 3, 8, 8, 11)
 
 

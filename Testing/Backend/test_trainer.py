@@ -16,6 +16,7 @@ from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, Trai
 from invres.events import Recorder
 from invres.networks import build, with_patch
 from invres.preprocessing import prepare
+from invres.reversible import Couple
 from invres.sampling import CaseBatches
 from invres.trainer import StopRequest, Trainer, learning_rate_factor
 
@@ -362,3 +363,23 @@ def test_events_tell_progress_losses_and_memory(cases, tmp_path):
 def test_the_loss_falls(cases, tmp_path):
     result = trainer_of(cases, tmp_path, epochs=2, iterations_per_epoch=25, schedule="constant").run()
     assert result.history[1]["loss"] < 0.8 * result.history[0]["loss"]
+
+
+def test_drift_is_reported_and_a_drifting_block_is_stored_from_then_on(cases, tmp_path):
+    recorder = Recorder()
+    trainer = trainer_of(cases, tmp_path / "run", report=recorder, epochs=1, iterations_per_epoch=12)
+    trainer.run()
+    (event,) = [e for e in recorder.events if e["event"] == "drift"]
+    couplings = [step for step in trainer.network.program.steps if isinstance(step, Couple)]
+    assert event["blocks"] == len(couplings)
+    assert 0 < event["worst"] < 1e-4 and event["overflows"] == 0
+    recorder = Recorder()
+    trainer = trainer_of(cases, tmp_path / "other", report=recorder, epochs=1, iterations_per_epoch=12)
+    last = [step for step in trainer.network.program.steps if isinstance(step, Couple)][-1]
+    with torch.no_grad():
+        last.n2[0].conv.bias.fill_(3e5)
+    trainer.run()
+    (event,) = [e for e in recorder.events if e["event"] == "drift"]
+    assert event["worst"] > 1e-3
+    assert last.keep
+    assert [e for e in recorder.events if e["event"] == "warning" and "its input is stored" in e["message"]]

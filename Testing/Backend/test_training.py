@@ -470,3 +470,19 @@ def test_a_full_disk_while_training_loses_no_weights(phantoms, tmp_path):
     assert leftovers(tmp_path / "run") == []
     train(dataset, recipe, tmp_path / "run", options)
     assert [entry["epoch"] for entry in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def test_training_for_a_small_card_takes_the_memory_setting_that_fits_and_records_it(phantoms, tmp_path):
+    recipe = tiny_recipe({"channels": [8, 16]}, **QUICK)
+    vram_bytes = 10**9
+    report = Recorder()
+    package = train(
+        read_dataset(phantoms), recipe, tmp_path / "run", TrainOptions(device="cpu", vram_bytes=vram_bytes), report
+    )
+    assert package.manifest.training.memory == "low"
+    assert any("which takes" in event["message"] for event in report.events if event["event"] == "note")
+    lower = tiny_recipe({"channels": [8, 16]}, memory="lowest", **QUICK)
+    package = train(read_dataset(phantoms), lower, tmp_path / "other", TrainOptions(device="cpu"), report)
+    assert package.manifest.training.memory == "lowest"
+    with pytest.raises(InvresError, match="too little for the recipe"):
+        train(read_dataset(phantoms), recipe, tmp_path / "third", TrainOptions(device="cpu", vram_bytes=10**6))

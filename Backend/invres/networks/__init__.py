@@ -15,13 +15,14 @@ __all__ = ["NetworkOutput", "SegmentationNetwork", "build", "with_patch"]
 _CLASSES = {"unet3d": UNet3D, "partially_invres": PartiallyInvRes, "fully_invres": FullyInvRes}
 
 
-def build(config: NetworkConfig, engine: str = "auto") -> SegmentationNetwork:
+def build(config: NetworkConfig, engine: str = "auto", memory: str = "low") -> SegmentationNetwork:
     """The network that `config` describes, freshly initialised.
 
     engine: "auto" takes `reversible` where the network has an inverse, else `stored`.
+    memory: how far that engine goes: "low", "lower" or "lowest".
     Raises InvresError if widths, blocks or engine do not fit the architecture.
     """
-    return _CLASSES[config.name](config, engine)
+    return _CLASSES[config.name](config, engine, memory)
 
 
 def with_patch(config: NetworkConfig, patch: tuple[int, int, int]) -> NetworkConfig:

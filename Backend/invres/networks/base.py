@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,21 +13,26 @@ from torch.nn import functional
 
 from .. import InvresError
 from ..config import NetworkConfig
-from ..reversible import Program, Step
+from ..reversible import SETTINGS, Program, Readout, Step
 from .vae import VAEBranch
 
 __all__ = ["NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
 
 Triple = tuple[int, int, int]
+Reduce = Callable[[torch.Tensor, tuple[slice, ...]], tuple[torch.Tensor, ...]]
 
 
 class NetworkOutput(NamedTuple):
-    """logits (N, K, D, H, W); the other three are None unless the VAE branch ran (see vae.VAEOutput)."""
+    """logits (N, K, D, H, W), or None where `sums` took their place (see `SegmentationNetwork`).
 
-    logits: torch.Tensor
+    reconstruction, mean, log_variance: None unless the VAE branch ran (see vae.VAEOutput).
+    """
+
+    logits: torch.Tensor | None
     reconstruction: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     log_variance: torch.Tensor | None = None
+    sums: tuple[torch.Tensor, ...] | None = None
 
 
 def complete_config(
@@ -74,19 +80,25 @@ def complete_config(
 class SegmentationNetwork(nn.Module):
     """Base class. `forward(x)` takes (N, C, D, H, W) of any size and returns a `NetworkOutput`.
 
+    forward(x, reduce): the logits are made box by box and never as a whole; reduce(logits, where) turns those of a box
+    (indices into N, K, D, H, W) into sums over its voxels, and the output has the sums over the volume instead.
     config: complete, as `complete_config` gives it.
     engine: the memory strategy used when gradients are wanted; may be changed at any time.
     engines: the strategies that this network has.
+    memory: how far the reversible engine goes (see `reversible.SETTINGS`); may be changed at any time.
     """
 
     engines: tuple[str, ...] = ("stored", "checkpoint")
     automatic_engine = "stored"
 
-    def __init__(self, config: NetworkConfig, engine: str):
+    def __init__(self, config: NetworkConfig, engine: str, memory: str = "low"):
         super().__init__()
         self.config = config
+        self.memory = memory
         strides = config.strides
         self.divisor: Triple = tuple(math.prod(s[axis] for s in strides) for axis in range(3))  # type: ignore[assignment]
+        if memory not in SETTINGS:
+            raise InvresError(f"There is no memory setting {memory!r}; the settings are {', '.join(SETTINGS)}.")
         self.vae: VAEBranch | None = None
         if config.vae is not None:
             self.vae = VAEBranch(config.vae, config.channels[-1], config.in_channels, strides)
@@ -105,7 +117,7 @@ class SegmentationNetwork(nn.Module):
             )
         self._engine = name
 
-    def forward(self, x: torch.Tensor) -> NetworkOutput:
+    def forward(self, x: torch.Tensor, reduce: Reduce | None = None) -> NetworkOutput:
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise InvresError(
                 f"The network takes (N, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}.",
@@ -118,19 +130,35 @@ class SegmentationNetwork(nn.Module):
                 f"{self.config.levels} levels of {self.config.name}, where instance norm needs two or more.",
                 hint=f"Take a patch above {max(self.divisor)} voxels along one axis, or fewer network.levels.",
             )
-        logits, features = self.compute(self._pad(x), wants_features=self.vae is not None and self.training)
-        logits = logits[:, :, : size[0], : size[1], : size[2]]
+        readout = None
+        if reduce is not None:
+            parameters = [p for module in self.head_modules() for p in module.parameters()]
+            readout = Readout(self.apply_head, parameters, self.config.out_channels, size, reduce)
+        found, features = self.compute(self._pad(x), self.vae is not None and self.training, readout)
+        logits = None if readout is not None else found[0][:, :, : size[0], : size[1], : size[2]]
+        sums = found if readout is not None else None
         if self.vae is None or features is None:
-            return NetworkOutput(logits)
+            return NetworkOutput(logits, sums=sums)
         if tuple(size) != tuple(self.vae.patch):
             raise InvresError(
                 f"The VAE branch was built for patches of {list(self.vae.patch)} voxels, got {list(size)}.",
                 hint="Train with that patch, or set network.vae.patch to the patch in use.",
             )
-        return NetworkOutput(logits, *self.vae(features))
+        branch = self.vae(features)
+        return NetworkOutput(logits, branch.reconstruction, branch.mean, branch.log_variance, sums)
 
-    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: padded input. Returns logits of x's size and, if wanted, the bottom features."""
+    def compute(
+        self, x: torch.Tensor, wants_features: bool, readout: Readout | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """x: padded input. Returns (logits of x's size,) or the readout's sums; and, if wanted, the bottom features."""
+        raise NotImplementedError
+
+    def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
+        """Logits from the last maps, voxel by voxel."""
+        raise NotImplementedError
+
+    def head_modules(self) -> Sequence[nn.Module]:
+        """The layers that `apply_head` uses."""
         raise NotImplementedError
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,20 +177,38 @@ class ProgramNetwork(SegmentationNetwork):
     not be inverted.
     """
 
-    engines = ("stored", "checkpoint", "memcnn", "reversible")
+    engines = ("stored", "checkpoint", "recursive", "memcnn", "reversible")
     automatic_engine = "reversible"
 
-    def __init__(self, config: NetworkConfig, steps: list[Step], tap: int, engine: str):
-        super().__init__(config, engine)
+    def __init__(self, config: NetworkConfig, steps: list[Step], tap: int, engine: str, memory: str):
+        super().__init__(config, engine, memory)
         half = config.channels[0] // 2
         self.stem = nn.Conv3d(config.in_channels, config.channels[0], config.kernel, padding=config.kernel // 2)
         self.program = Program(steps, tap=tap, private=True)
+        self.program.memory = memory
         # One convolution for each half: the same as one over both, without joining them first.
         self.heads = nn.ModuleList(nn.Conv3d(half, config.out_channels, 1, bias=index == 0) for index in range(2))
 
-    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        start = self.stem(x)
-        start = start if start.dtype == torch.float64 else start.float()
-        (x1, x2), tapped = self.program(start.chunk(2, dim=1), self.engine, tapped=wants_features)
-        logits = self.heads[0](x1) + self.heads[1](x2)
-        return logits, torch.cat(tapped, dim=1) if wants_features else None
+    @property
+    def memory(self) -> str:
+        return self._memory
+
+    @memory.setter
+    def memory(self, name: str) -> None:
+        self._memory = name
+        if "program" in self._modules:
+            self.program.memory = name
+
+    def compute(
+        self, x: torch.Tensor, wants_features: bool, readout: Readout | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        found, tapped = self.program((x,), self.engine, wants_features, self.stem, readout)
+        features = torch.cat(tapped, dim=1) if wants_features else None
+        return (found if readout is not None else (self.apply_head(*found),)), features
+
+    def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
+        x1, x2 = maps
+        return self.heads[0](x1) + self.heads[1](x2)
+
+    def head_modules(self) -> Sequence[nn.Module]:
+        return list(self.heads)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..config import NetworkConfig
+from ..reversible import Unit
 
 __all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "make_norm"]
 
@@ -50,12 +51,30 @@ class ConvUnit(nn.Module):
             x = self.dropout(x)
         return self.conv(x)
 
+    def lean(self) -> Unit | None:
+        """The same for the engine's own gradient, which leaves out batch norm, active dropout and changed layers."""
+        norm: nn.GroupNorm | None = None
+        if type(self.norm) is nn.GroupNorm:
+            norm = self.norm
+        elif type(self.norm) is not nn.Identity:
+            return None
+        if type(self.conv) is not nn.Conv3d or type(self.act) is not nn.LeakyReLU:
+            return None
+        if self.dropout is not None and self.training:
+            return None
+        return Unit(norm, self.act.negative_slope, self.conv)
+
 
 class CouplingFunction(nn.Sequential):
     """N1 or N2 of equation 1: `config.convolutions` units of constant width. Need not be invertible itself."""
 
     def __init__(self, channels: int, config: NetworkConfig):
         super().__init__(*(ConvUnit(channels, channels, config) for _ in range(config.convolutions)))
+
+    def units(self) -> list[Unit] | None:
+        """The units for the engine's own gradient, or None if it has none for one of them."""
+        found = [part.lean() if type(part) is ConvUnit else None for part in self]
+        return None if None in found else found  # type: ignore[return-value]
 
 
 class DoubleConv(nn.Module):

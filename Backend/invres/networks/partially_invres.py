@@ -26,7 +26,7 @@ class PartiallyInvRes(ProgramNetwork):
     grow in number with depth, where they cost almost no memory.
     """
 
-    def __init__(self, config: NetworkConfig, engine: str = "auto"):
+    def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
         config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
         channels, strides = config.channels, config.strides
         if config.learnable_resampling:
@@ -50,4 +50,4 @@ class PartiallyInvRes(ProgramNetwork):
         for level, stride in reversed(list(enumerate(strides))):
             steps.append(AddFromBelow(Interpolate(channels[level + 1], channels[level], stride)))
             couple(level, config.decoder_blocks[level])
-        super().__init__(config, steps, tap, engine)
+        super().__init__(config, steps, tap, engine, memory)

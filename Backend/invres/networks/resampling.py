@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ..reversible import State, Step
+from ..reversible import State, Step, same_memory
 from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
@@ -38,8 +39,8 @@ def unsqueeze(x: torch.Tensor, stride: Triple) -> torch.Tensor:
 class SqueezeDown(Step):
     """Splits each half (x1, x2) by channel; the last `moved` channels are squeezed and pushed, the others wait beneath.
 
-    This is the encoder's split of figure 3: one part goes down, the other is the skip connection. The waiting
-    buffers keep their full width, so that `SqueezeUp` can put the moved channels back without a new allocation.
+    This is the encoder's split of figure 3: one part goes down, the other is the skip connection. What goes down stays
+    in the memory that it has, its voxels sorted anew there: the state of a program has one size from end to end.
     """
 
     def __init__(self, moved: int, stride: Triple):
@@ -93,15 +94,53 @@ def _join(stack: Stack, stride: Triple) -> Stack:
 
 
 def _push_squeezed(state: State, moved: int, stride: Triple) -> None:
-    for x in (state[-2], state[-1]):
-        state.push(squeeze(x[:, x.shape[1] - moved :], stride))
+    for index in (len(state) - 2, len(state) - 1):
+        x = state.writable(index)
+        state.push_part(_squeeze_in_place(x[:, x.shape[1] - moved :], stride, state.journal.slab_elements))
 
 
 def _pop_unsqueezed(state: State, moved: int, stride: Triple) -> None:
     d2, d1 = state.pop(), state.pop()
     for index, d in ((-2, d1), (-1, d2)):
         x = state.writable(index)
-        x[:, x.shape[1] - moved :] = unsqueeze(d, stride)
+        part = x[:, x.shape[1] - moved :]
+        if same_memory(d, x):
+            _unsqueeze_in_place(part, d, stride, state.journal.slab_elements)
+        else:
+            part.copy_(unsqueeze(d, stride))
+
+
+def _squeezed_view(x: torch.Tensor, stride: Triple) -> torch.Tensor:
+    """The same memory in the shape that `squeeze` gives: each channel's voxels become its phases' voxels."""
+    n, c, d, h, w = x.shape
+    sd, sh, sw = stride
+    return x.view(n, c * sd * sh * sw, d // sd, h // sh, w // sw)
+
+
+def _channel_runs(x: torch.Tensor, elements: int) -> range:
+    each = max(1, x[:, :1].numel())
+    return range(0, x.shape[1], max(1, elements // each))
+
+
+def _squeeze_in_place(x: torch.Tensor, stride: Triple, elements: int) -> torch.Tensor:
+    """`squeeze` within x's own memory, some channels at a time; x itself is no longer of use until it is undone."""
+    view, phases, runs = _squeezed_view(x, stride), math.prod(stride), _channel_runs(x, elements)
+    for start in runs:
+        stop = min(start + runs.step, x.shape[1])
+        view[:, start * phases : stop * phases] = _apart(squeeze(x[:, start:stop], stride), x)
+    return view
+
+
+def _unsqueeze_in_place(x: torch.Tensor, view: torch.Tensor, stride: Triple, elements: int) -> None:
+    phases, runs = math.prod(stride), _channel_runs(x, elements)
+    for start in runs:
+        stop = min(start + runs.step, x.shape[1])
+        x[:, start:stop] = _apart(unsqueeze(view[:, start * phases : stop * phases], stride), x)
+
+
+def _apart(piece: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A squeeze along one axis may be a mere view, which must not be copied onto its own memory."""
+    return piece.clone() if same_memory(piece, x) else piece
 
 
 class Mix(Step):
@@ -111,6 +150,8 @@ class Mix(Step):
     channel and half, the identity at the start (chosen: training starts from the plain squeeze of the paper).
     transpose=True applies Q^T, the upward direction.
     """
+
+    fits_grid = False
 
     def __init__(self, channels: int, phases: int, transpose: bool = False):
         super().__init__()
@@ -174,7 +215,15 @@ class Pool(nn.Module):
         self.convs = nn.ModuleList(nn.Conv3d(in_channels, out_channels // 2, 1) for _ in range(2))
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
-        pooled = torch.cat([functional.max_pool3d(x, self.stride) for x in (x1, x2)], dim=1)
+        return self.combine(self.shrink(x1), self.shrink(x2))
+
+    def shrink(self, half: torch.Tensor) -> torch.Tensor:
+        """One half of the state, pooled."""
+        return functional.max_pool3d(half, self.stride)
+
+    def combine(self, pooled1: torch.Tensor, pooled2: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Both halves at the coarser level."""
+        pooled = torch.cat([pooled1, pooled2], dim=1)
         return [conv(pooled) for conv in self.convs]
 
 
@@ -187,8 +236,12 @@ class Interpolate(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
-        narrow = self.conv(torch.cat([x1, x2], dim=1))
-        return [
-            functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)
-            for half in narrow.chunk(2, dim=1)
-        ]
+        return [self.widen(half) for half in self.narrow(x1, x2)]
+
+    def narrow(self, x1: torch.Tensor, x2: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Both halves at the finer width, still coarse."""
+        return self.conv(torch.cat([x1, x2], dim=1)).chunk(2, dim=1)
+
+    def widen(self, half: torch.Tensor) -> torch.Tensor:
+        """One half at the finer resolution."""
+        return functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..config import NetworkConfig
+from ..reversible import Readout
 from ..reversible.recompute import frozen_statistics
 from .base import SegmentationNetwork, complete_config
 from .blocks import DoubleConv
@@ -28,17 +30,19 @@ class UNet3D(SegmentationNetwork):
     engine="checkpoint" recomputes the inside of each level.
     """
 
-    def __init__(self, config: NetworkConfig, engine: str = "auto"):
+    def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
         ones = (1,) * len(CHANNELS)
         config = complete_config(config, CHANNELS, ones, ones[1:])
-        super().__init__(config, engine)
+        super().__init__(config, engine, memory)
         channels = config.channels
         inputs = (config.in_channels, *channels[:-1])
         self.encoder = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, channels, strict=True))
         self.decoder = nn.ModuleList(DoubleConv(fine + coarse, fine, config) for fine, coarse in pairwise(channels))
         self.head = nn.Conv3d(channels[0], config.out_channels, 1)
 
-    def compute(self, x: torch.Tensor, wants_features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def compute(
+        self, x: torch.Tensor, wants_features: bool, readout: Readout | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
@@ -50,7 +54,14 @@ class UNet3D(SegmentationNetwork):
             scale = tuple(float(s) for s in self.config.strides[level])
             x = functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
             x = self._level(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
-        return self.head(x), features if wants_features else None
+        found = (self.head(x),) if readout is None else readout.of([x])
+        return found, features if wants_features else None
+
+    def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
+        return self.head(*maps)
+
+    def head_modules(self) -> Sequence[nn.Module]:
+        return [self.head]
 
     def _level(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.engine == "checkpoint" and torch.is_grad_enabled():

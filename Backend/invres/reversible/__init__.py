@@ -1,12 +1,30 @@
 """The reversible engine and the other memory strategies, behind one switch.
 
 A network is written once, as a `Program`: a list of steps over a stack of state tensors. Every strategy
-(`stored`, `checkpoint`, `memcnn`, `reversible`) runs the same steps with the same parameters and gives the
+(`stored`, `checkpoint`, `recursive`, `memcnn`, `reversible`) runs the same steps with the same parameters and gives the
 same output and gradients; they differ in what they keep in memory between forward and backward.
 """
 
+from .drift import drifting
 from .program import Program
-from .state import State
+from .readout import Readout
+from .setting import SETTINGS
+from .slabs import abridged
+from .state import State, same_memory
 from .steps import AddFromBelow, Branch, Couple, Step
+from .unit import Unit
 
-__all__ = ["AddFromBelow", "Branch", "Couple", "Program", "State", "Step"]
+__all__ = [
+    "SETTINGS",
+    "AddFromBelow",
+    "Branch",
+    "Couple",
+    "Program",
+    "Readout",
+    "State",
+    "Step",
+    "Unit",
+    "abridged",
+    "drifting",
+    "same_memory",
+]

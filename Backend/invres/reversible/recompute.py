@@ -27,7 +27,12 @@ class AutocastState(NamedTuple):
         return AutocastState(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+        # Autocast's cache would keep a cast copy of every recomputed map, which looks like a parameter to it.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        """Autocast off, for code that chooses its precision itself."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=False)
 
 
 class RandomState(NamedTuple):

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fixed_point import decode, encode, shift_by
+from .journal import Journal
 from .recompute import RandomState, draws_random_numbers
+from .slabs import depth_slabs
 
-__all__ = ["State"]
+__all__ = ["State", "same_memory"]
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if both share a storage. By identity, because fake tensors have no address."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 class State:
@@ -19,28 +27,48 @@ class State:
 
     A tensor that came from outside is never written to: the first change makes a new one, later changes are in
     place. This is what lets a caller keep and reuse its input (a skip connection, a raw image).
+    fixed: the tensors are int16 on the grid of `fixed_point`; `state[i]` then gives a decoded copy.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], owned: bool = False):
-        self.tensors = list(tensors)
-        self._owned = [owned] * len(self.tensors)
-        self.stash: list[torch.Tensor] = []
-        self.random_states: list[RandomState | None] = []
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], owned: bool = False, journal: Journal | None = None, fixed: bool = False
+    ):
+        self.journal = journal or Journal()
+        self.fixed = fixed
+        self.tensors: list[torch.Tensor] = []
+        self._owned: list[bool] = []
+        for tensor in tensors:
+            plain = tensor.contiguous()
+            self.tensors.append(plain)
+            self._owned.append(owned or plain is not tensor)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.tensors[index]
+        tensor = self.tensors[index]
+        return decode(tensor, self.journal.dtype) if tensor.dtype == torch.int16 else tensor
 
     def __len__(self) -> int:
         return len(self.tensors)
 
     def add(self, index: int, value: torch.Tensor, sign: int = 1) -> None:
         """tensors[index] += sign * value, keeping the state's own dtype."""
-        if self._owned[index]:
+        if self.fixed:
+            for start, stop in depth_slabs(value.shape, self.journal.slab_elements):
+                self.add_planes(index, start, stop, value[:, :, start:stop], sign)
+        elif self._owned[index]:
             self.tensors[index].add_(value, alpha=sign)
         else:
             own = self.tensors[index]
-            self.tensors[index] = torch.add(own, value.to(own.dtype), alpha=sign)
-            self._owned[index] = True
+            self.replace(index, torch.add(own, value.to(own.dtype), alpha=sign).contiguous())
+
+    def add_planes(self, index: int, start: int, stop: int, value: torch.Tensor, sign: int = 1) -> None:
+        """The same for the planes from `start` to before `stop`."""
+        planes = self.writable(index)[:, :, start:stop]
+        if not self.fixed:
+            planes.add_(value, alpha=sign)
+            return
+        overflows = shift_by(planes, value, sign)
+        if sign > 0:
+            self.journal.count_overflows(overflows)
 
     def replace(self, index: int, value: torch.Tensor) -> None:
         """Puts a fresh tensor in place of tensors[index]."""
@@ -55,9 +83,16 @@ class State:
 
     def push(self, value: torch.Tensor) -> None:
         """Puts a tensor on top; copied if it shares memory with another, which changing it in place would change."""
-        storage = value.untyped_storage()._cdata
-        shared = value._is_view() or any(t.untyped_storage()._cdata == storage for t in self.tensors)
-        self.tensors.append(value.clone() if shared else value)
+        if self.fixed and value.dtype != torch.int16:
+            value, outside = encode(value)
+            self.journal.count_overflows(outside)
+        shared = value._is_view() or any(same_memory(t, value) for t in self.tensors)
+        self.tensors.append(value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous())
+        self._owned.append(True)
+
+    def push_part(self, view: torch.Tensor) -> None:
+        """Puts a view of a writable tensor of the stack on top: nobody reads that part of it until `view` is popped."""
+        self.tensors.append(view)
         self._owned.append(True)
 
     def pop(self) -> torch.Tensor:
@@ -67,11 +102,16 @@ class State:
 
     def evaluate(self, module: nn.Module, *sources: torch.Tensor) -> Any:
         """module(*sources), noting where the random generators stood if the module draws from them."""
-        draws = draws_random_numbers(module)
-        self.random_states.append(RandomState.now(sources[0].device) if draws else None)
+        self.note_random_numbers(module)
         return module(*sources)
+
+    def note_random_numbers(self, module: nn.Module) -> None:
+        if not self.journal.recording:
+            return
+        draws = draws_random_numbers(module)
+        self.journal.random_states.append(RandomState.now(self.tensors[-1].device) if draws else None)
 
     def same_numbers(self) -> AbstractContextManager[None]:
         """Inside it, the last module that `evaluate` ran draws the same numbers again; each call goes one back."""
-        random_state = self.random_states.pop()
+        random_state = self.journal.random_states.pop()
         return nullcontext() if random_state is None else random_state.restored()

@@ -1,0 +1,198 @@
+"""What fits into a given amount of GPU memory: memory setting, patch, depth and width."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import InvresError
+from .config import MEMORY_SETTINGS, NetworkConfig, Recipe, TrainingConfig
+from .events import Reporter, format_bytes
+from .memory import TrainingMemory, predict_training
+from .networks import build
+
+__all__ = ["CardPlan", "card_bytes", "fit_recipe", "plan_for_card"]
+
+Triple = tuple[int, int, int]
+# What a card needs besides live tensors: the CUDA context with its kernels, and cuDNN's workspaces.
+CONTEXT_BYTES = 800 * 2**20
+ROUNDING = 1.08  # the allocator's blocks are larger than the tensors in them
+STEP = 16  # patches grow by this many voxels
+LARGEST_SIDE = 640
+WIDTH_FACTORS = (4, 3, 2)
+WHOLE_VOLUME = (240, 240, 155)  # voxels of BraTS and of many 1 mm brains
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """What fits into `vram_bytes`. patch (D, H, W) is the largest with `memory`; needed_bytes with the margin for it.
+
+    block_factor: by how much the blocks of every level may be multiplied at that patch's half in every direction, and
+    width_factor by how much the widths. whole_volume_bytes: of a training step on a volume of 240x240x155.
+    """
+
+    vram_bytes: int
+    memory: str
+    patch: Triple
+    needed_bytes: int
+    block_factor: int
+    width_factor: int
+    whole_volume_bytes: dict[str, int]
+
+    def sentences(self) -> list[str]:
+        """The plan in words."""
+        size = "x".join(map(str, self.patch))
+        half = "x".join(str(max(STEP, side // 2)) for side in self.patch)
+        lines = [
+            f"{format_bytes(self.vram_bytes)} hold a patch of {size} voxels with memory {self.memory!r}: "
+            f"{format_bytes(self.needed_bytes)} with {format_bytes(CONTEXT_BYTES)} for the CUDA context and workspaces "
+            f"and {round(100 * (ROUNDING - 1))} % for the allocator's rounding.",
+            f"At {half} voxels there is room for {self.block_factor} times the blocks, or {self.width_factor} times "
+            "the width, of every level.",
+        ]
+        whole = "x".join(map(str, WHOLE_VOLUME))
+        for memory, needed in self.whole_volume_bytes.items():
+            verdict = "which fits" if needed <= self.vram_bytes else "which does not fit"
+            lines.append(f"A whole volume of {whole} needs {format_bytes(needed)} with memory {memory!r}, {verdict}.")
+        return lines
+
+
+def card_bytes(found: TrainingMemory) -> int:
+    """Bytes of a card that a training step takes: live tensors, rounding, context and workspaces."""
+    return round(found.peak_bytes * ROUNDING) + CONTEXT_BYTES
+
+
+def plan_for_card(
+    config: NetworkConfig,
+    vram_bytes: int,
+    batch_size: int = 1,
+    engine: str = "auto",
+    precision: str = "fp32",
+    memory: str = "low",
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> CardPlan:
+    """The largest patch, of equal extent in mm along the axes, then blocks and width at half of it.
+
+    Raises InvresError if not even a patch of two steps fits.
+    """
+
+    @functools.cache
+    def needed(network: NetworkConfig, patch: Triple, setting: str = memory) -> int:
+        return card_bytes(predict_training(network, patch, batch_size, engine, precision=precision, memory=setting))
+
+    def patch_of(side: int) -> Triple:
+        finest = min(spacing_mm)
+        d, h, w = (max(STEP, round(side * finest / s / STEP) * STEP) for s in spacing_mm)
+        return d, h, w
+
+    side = _largest_side(lambda side: needed(config, patch_of(side)), vram_bytes)
+    if side == 0:
+        raise InvresError(
+            f"{format_bytes(vram_bytes)} are too little to train {config.name}: a patch of {2 * STEP} voxels takes "
+            f"{format_bytes(needed(config, patch_of(2 * STEP)))} with the margin for a card.",
+            hint="Choose fewer network.levels or narrower network.channels, or train on the CPU.",
+        )
+    half = patch_of(max(2 * STEP, side // 2))
+    full = build(dataclasses.replace(config, vae=None)).config
+    room = vram_bytes - needed(config, half)
+    each = ROUNDING * 4 * _block_bytes(full)
+    factor = next((f for f in WIDTH_FACTORS if needed(_wider(full, f), half) <= vram_bytes), 1)
+    reversible = engine in ("auto", "reversible") and config.name != "unet3d"
+    settings = dict.fromkeys((memory, _settings(config)[-1])) if reversible else (memory,)
+    whole = {setting: needed(config, WHOLE_VOLUME, setting) for setting in settings}
+    patch = patch_of(side)
+    blocks = 1 + max(0, int(room // each)) if each else 1
+    return CardPlan(vram_bytes, memory, patch, needed(config, patch), blocks, factor, whole)
+
+
+def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter) -> Recipe:
+    """The recipe with the mildest memory setting, and failing that the largest patch, that the card holds.
+
+    Raises InvresError if nothing fits.
+    """
+    training, network = recipe.training, recipe.network
+    reversible = network.name != "unet3d" and training.engine in ("auto", "reversible")
+    settings = (
+        [s for s in _settings(network) if _rank(s) >= _rank(training.memory)] if reversible else [training.memory]
+    )
+
+    @functools.cache
+    def needed(memory: str, patch: Triple) -> int:
+        found = predict_training(
+            network, patch, training.batch_size, training.engine, regions, training.precision, memory
+        )
+        return card_bytes(found)
+
+    for memory in settings:
+        if needed(memory, training.patch) <= vram_bytes:
+            return _with(recipe, report, vram_bytes, needed(memory, training.patch), memory=memory)
+    memory, longest = settings[-1], max(training.patch)
+
+    def patch_of(side: int) -> Triple:
+        d, h, w = (max(STEP, round(p * side / longest / STEP) * STEP) for p in training.patch)
+        return d, h, w
+
+    side = _largest_side(lambda side: needed(memory, patch_of(side)), vram_bytes)
+    if side == 0 or side >= longest:
+        raise InvresError(
+            f"{format_bytes(vram_bytes)} are too little for the recipe {recipe.name} even with memory {memory!r}.",
+            hint="Choose fewer network.levels, batch_size 1 or precision bf16, or train on the CPU.",
+        )
+    patch = patch_of(side)
+    return _with(recipe, report, vram_bytes, needed(memory, patch), memory=memory, patch=patch)
+
+
+def _with(recipe: Recipe, report: Reporter, vram_bytes: int, needed: int, **changes: object) -> Recipe:
+    training: TrainingConfig = dataclasses.replace(recipe.training, **changes)  # type: ignore[arg-type]
+    report.note(
+        f"For {format_bytes(vram_bytes)}: patch {'x'.join(map(str, training.patch))}, memory {training.memory!r}, "
+        f"which takes {format_bytes(needed)} of the card."
+    )
+    return dataclasses.replace(recipe, training=training)
+
+
+def _settings(config: NetworkConfig) -> tuple[str, ...]:
+    """Those that the network can run with; a learnable resampling leaves the grid of the last."""
+    return MEMORY_SETTINGS[:-1] if config.learnable_resampling else MEMORY_SETTINGS
+
+
+def _rank(memory: str) -> int:
+    return MEMORY_SETTINGS.index(memory)
+
+
+def _largest_side(needed: Callable[[int], int], vram_bytes: int) -> int:
+    """The largest multiple of STEP whose cost fits, 0 if two steps do not: a guess, then step by step."""
+    small, large = 4 * STEP, 8 * STEP
+    at_small, at_large = needed(small), needed(large)
+    per_voxel = max((at_large - at_small) / (large**3 - small**3), 1e-9)
+    voxels = max(0.0, (vram_bytes - at_small) / per_voxel + small**3)
+    side = min(LARGEST_SIDE, max(2, int(voxels ** (1 / 3) // STEP)) * STEP)
+    while side < LARGEST_SIDE and needed(side + STEP) <= vram_bytes:
+        side += STEP
+    while side >= 2 * STEP and needed(side) > vram_bytes:
+        side -= STEP
+    return side if side >= 2 * STEP else 0
+
+
+def _block_bytes(config: NetworkConfig) -> int:
+    """Bytes of the parameters that every level's blocks add once more."""
+
+    def parameters(factor: int) -> int:
+        deeper = dataclasses.replace(
+            config,
+            blocks=tuple(factor * b for b in config.blocks),
+            decoder_blocks=tuple(factor * b for b in config.decoder_blocks),
+            vae=None,
+        )
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in build(deeper).parameters())
+
+    return 0 if config.name == "unet3d" else parameters(2) - parameters(1)
+
+
+def _wider(config: NetworkConfig, factor: int) -> NetworkConfig:
+    return dataclasses.replace(config, channels=tuple(factor * c for c in config.channels))

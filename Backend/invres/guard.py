@@ -1,0 +1,71 @@
+"""Watches over the reversible engine while training: what it recomputes must be what was there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .events import Reporter
+from .reversible import Program
+
+__all__ = ["CHECK_EVERY", "DRIFT_LIMIT", "DriftGuard"]
+
+CHECK_EVERY = 100  # training steps; a check copies some thousand values of each level, and waits for the device once
+FIRST_CHECK = 10  # not in the first steps, whose memory is measured
+DRIFT_LIMIT = 1e-3  # relative; float32 gives 1e-6 to 1e-5, and above 1e-3 gradients lose digits that bfloat16 has
+
+
+class DriftGuard:
+    """Call `before` and `after` around every training step; nothing happens in most of them.
+
+    A coupling whose input is recomputed with a relative error above DRIFT_LIMIT keeps its input from then on, as plain
+    autograd would, and a warning says so. With a fixed-point state, sums that left its range are counted and reported.
+    """
+
+    def __init__(self, network: torch.nn.Module, report: Reporter):
+        program = getattr(network, "program", None)
+        self._program = program if isinstance(program, Program) else None
+        self._network = network
+        self._report = report
+
+    def before(self, iteration: int) -> None:
+        if self._program is not None and getattr(self._network, "engine", "") == "reversible":
+            self._program.watch.due = iteration % CHECK_EVERY == FIRST_CHECK
+
+    def after(self) -> None:
+        if self._program is None or not self._program.watch.due:
+            return
+        watch = self._program.watch
+        watch.due = False
+        errors = self._program.reconstruction_errors()
+        if not errors:
+            return
+        overflows = 0 if watch.overflows is None else int(watch.overflows)
+        worst = max(errors, key=lambda index: errors[index])
+        self._report.emit(
+            {
+                "event": "drift",
+                "worst": _finite(errors[worst]),
+                "block": worst,
+                "blocks": len(errors),
+                "overflows": overflows,
+            }
+        )
+        for index in self._program.keep_drifting(DRIFT_LIMIT):
+            self._report.warning(
+                f"Block {index} of the network is recomputed with a relative error of {errors[index]:.1e}; from now on "
+                "its input is stored, which takes a little more memory."
+            )
+        if overflows:
+            self._report.warning(
+                f"{overflows} values of the 16-bit state left the range of -64 to 64 since the last check; if that "
+                "goes on, train with memory 'lower'."
+            )
+        watch.errors.clear()
+        watch.overflows = None
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no infinity."""
+    return error if math.isfinite(error) else None

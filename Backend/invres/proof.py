@@ -1,0 +1,123 @@
+"""The proof of a fine-tuning: base and tuned model on the cases that tell, read one by one, stopped when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import Cancelled, InvresError
+from .cases import Dataset, read_dataset
+from .comparison import CaseComparison, Contender, channels_for, compare_case, interval, summarise
+from .config import PreparationPlan
+from .events import Reporter
+from .inference import load_network
+from .modelpackage import ModelPackage
+from .networks import SegmentationNetwork
+from .trainer import StopRequest
+
+__all__ = ["Proof", "manifest_metrics", "read_reference"]
+
+
+class Proof:
+    """Compares the base model with tuned ones. folder: where segmentations are written."""
+
+    def __init__(self, base: ModelPackage, dataset: Dataset, folder: Path, device: torch.device, stop: StopRequest):
+        self._model, self._dataset, self._folder = base, dataset, folder
+        self._device, self._stop = device, stop
+        self._network: SegmentationNetwork | None = None
+
+    def compare(
+        self, names: Sequence[str], tuned: Contender, report: Reporter, dataset: Dataset | None = None
+    ) -> list[CaseComparison]:
+        """Base and tuned model on the run's own cases, with their segmentations written, or on those of a data set.
+
+        A case that cannot be read (any more) is left out with a warning.
+        """
+        folder = self._folder if dataset is None else None
+        dataset = dataset or self._dataset
+        found = []
+        for done, name in enumerate(names):
+            if self._stop.requested:
+                raise Cancelled(
+                    f"Stopped; everything that was trained is saved in {self._folder.parent}.",
+                    hint="Go on with the same command and --resume.",
+                )
+            report.progress("finetune.compare", done, len(names))
+            try:
+                case, base = dataset.case(name), self._base(dataset)
+                # A case for which the card was too small has moved both to the CPU.
+                tuned.network.to(self._device)
+                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report)))
+            except InvresError as error:
+                if error.code in ("write_failed", "out_of_memory"):
+                    raise
+                report.warning(f"The case {name} is not compared: {error.message}", case=name)
+        report.progress("finetune.compare", len(names), len(names))
+        return found
+
+    def forgotten(self, tuned: Contender, reference: Dataset, report: Reporter) -> dict[str, Any]:
+        """Both models on cases of the base model's own kind; what `comparison.summarise` gives."""
+        names = [case.name for case in reference.labelled_cases]
+        found = self.compare(names, tuned, report, reference)
+        check = summarise(found, True, reference.scheme, "of the base model's own kind")
+        if check["verdict"] == "worse":
+            report.warning(f"The tuned model has forgotten something of the base model's task: {check['sentence']}")
+        return check
+
+    def _base(self, dataset: Dataset) -> Contender | None:
+        """The base model, if the data have its channels."""
+        if channels_for(self._model.manifest.plan.channels, dataset.channel_names) is None:
+            return None
+        if self._network is None:
+            self._network = load_network(self._model, self._device)
+        return Contender(self._model, self._network.to(self._device))
+
+
+def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan) -> Dataset:
+    """Cases of the base model's own kind, which it and a model of this plan must be able to segment.
+
+    Raises InvresError where they lack a channel of one of the two.
+    """
+    reference = read_dataset(path)
+    for who, channels in (("base", base.manifest.plan.channels), ("tuned", plan.channels)):
+        if channels_for(channels, reference.channel_names) is None:
+            raise InvresError(
+                f"The cases in {path} lack a channel of the {who} model, which takes "
+                f"{', '.join(channel.name for channel in channels)}.",
+                hint="Give other cases to --check-base, or leave it out.",
+            )
+    return reference
+
+
+def manifest_metrics(cases: list[CaseComparison]) -> dict[str, Any]:
+    """Of the tuned model on held-out cases, by label and metric, for the manifest."""
+    metrics: dict[str, Any] = {}
+    for name in cases[0].tuned:
+        metrics[name] = {}
+        for metric, key in (("Dice", "Dice"), ("HD95", "HD95_mm")):
+            values = [one.tuned[name][key] for one in cases]
+            bounds, method = interval(values)
+            metrics[name][metric] = {
+                "mean": float(np.mean(values)),
+                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "median": float(np.median(values)),
+                "n": len(values),
+                "ci95": list(bounds) if bounds and method == "bootstrap" else None,
+            }
+    return metrics
+
+
+class _Quiet(Reporter):
+    """Passes warnings on and nothing else: the windows of a comparison are no progress of the run."""
+
+    def __init__(self, report: Reporter):
+        super().__init__()
+        self._report = report
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["event"] == "warning":
+            self._report.emit(event)

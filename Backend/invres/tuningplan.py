@@ -1,0 +1,375 @@
+"""What is settled before a fine-tuning begins, and recorded in its folder so that it can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from . import InvresError
+from .cases import Dataset, case_problems, read_splits
+from .casesplits import Part, parts_of_splits, plan_parts
+from .config import (
+    AugmentationConfig,
+    ChannelPlan,
+    LabelScheme,
+    NetworkConfig,
+    PreparationPlan,
+    Recipe,
+    TrainingConfig,
+    VAEConfig,
+    from_dict,
+    to_dict,
+)
+from .events import SILENT, Reporter
+from .files import written_whole
+from .freezing import FROZEN_PARTS
+from .manifest import Manifest
+from .networks import with_patch
+from .prepared import prepare_cases
+from .preprocessing import make_plan
+from .transfer import match_names
+
+__all__ = [
+    "RUN",
+    "SkippedCase",
+    "TuningOptions",
+    "TuningPlan",
+    "merged_scheme",
+    "plan_tuning",
+    "read_plan",
+    "write_plan",
+]
+
+RUN = "run.json"
+SPLITS = "splits_final.json"
+DEFAULTS = TrainingConfig(
+    iterations_per_epoch=25,
+    epochs=40,
+    learning_rate=1e-4,
+    warmup_iterations=10,
+    validate_every=5,
+    early_stop_epochs=20,
+    checkpoint_every_s=60.0,
+)
+"""Half the learning rate of a training from the start (chosen), for weights that are good already."""
+NEW_LABELS_LEARNING_RATE = 1e-3
+"""Where the head begins anew for some label: at the rate above its random rows hardly move in a short training."""
+_LENGTHS = ("epochs", "time_s")
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """What the person asks for.
+
+    recipe: training and augmentation from it instead of the defaults; its network and spacing do not count.
+    wishes: fields of `TrainingConfig` that go above both; time_s is for all trainings of the run together.
+    folds, validation_count: see `casesplits.plan_parts`; where both are 0, a splits_final.json beside the data decides,
+    and where there is none the number of patients.
+    vae: None keeps the base model's branch or its absence. synthetic: fraction of synthesised batches.
+    spacing_mm: None keeps the base model's. normalisation: "data" takes CT figures anew from these cases.
+    name, licence: of the tuned model; "" takes the base model's. promote: whatever the proof says.
+    check_base: a data set of cases for the base model, to see what was forgotten.
+    """
+
+    device: str = "auto"
+    resume: bool = False
+    recipe: Recipe | None = None
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+    folds: int = 0
+    validation_count: int = 0
+    freeze: str = "none"
+    vae: bool | None = None
+    synthetic: float = 0.0
+    spacing_mm: tuple[float, float, float] | None = None
+    normalisation: Literal["base", "data"] = "base"
+    name: str = ""
+    licence: str = ""
+    promote: bool = False
+    check_base: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.freeze not in FROZEN_PARTS:
+            raise InvresError(
+                f"There is no part {self.freeze!r} to freeze; the parts are {', '.join(FROZEN_PARTS)}.",
+                hint="Choose one of them.",
+            )
+        if not 0 <= self.synthetic <= 1:
+            raise InvresError(
+                f"The fraction of synthetic batches must be from 0 to 1, got {self.synthetic:g}.",
+                hint="0.5 makes every second batch synthetic.",
+            )
+        if self.spacing_mm is not None and not all(np.isfinite(side) and side > 0 for side in self.spacing_mm):
+            raise InvresError(
+                f"The spacing must be three sizes above 0 mm, got {list(self.spacing_mm)}.",
+                hint="Give it superior, anterior, right; or leave it out to keep the base model's.",
+            )
+
+
+@dataclass(frozen=True)
+class SkippedCase:
+    """A case that takes no part, and why, in one sentence."""
+
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """A run. training.time_s is for one part. reductions: what was given up for want of memory, in words."""
+
+    base_id: str
+    base_name: str
+    base_version: str
+    network: NetworkConfig
+    training: TrainingConfig
+    augmentation: AugmentationConfig
+    plan: PreparationPlan
+    scheme: LabelScheme
+    parts: tuple[Part, ...]
+    freeze: str = "none"
+    synthetic: float = 0.0
+    skipped: tuple[SkippedCase, ...] = ()
+    reductions: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All cases that take part."""
+        return tuple(sorted({name for part in self.parts for name in (*part.train, *part.validation, *part.held_out)}))
+
+
+def merged_scheme(scheme: LabelScheme, base: LabelScheme) -> LabelScheme:
+    """The data's labels, with colour and terminology of the base model's labels of the same name."""
+    labels = []
+    for label, place in zip(scheme.labels, match_names(scheme.names, base.names), strict=True):
+        if place is not None:
+            known = base.labels[place]
+            label = dataclasses.replace(
+                label, colour=label.colour or known.colour, terminology=label.terminology or known.terminology
+            )
+        labels.append(label)
+    return dataclasses.replace(scheme, labels=tuple(labels))
+
+
+def plan_tuning(
+    base: Manifest, dataset: Dataset, prepared: Path, options: TuningOptions, report: Reporter = SILENT
+) -> TuningPlan:
+    """Settles all of a run, and prepares every case in the folder `prepared` on the way; bad ones are left out.
+
+    dataset: with `merged_scheme`; may come from `read_dataset(path, checked=False)`.
+    Raises InvresError where no case is left, none has a labelled voxel, or the wishes contradict one another.
+    """
+    everything = dataset
+    dataset, skipped = _with_files(dataset)
+    for one in skipped:
+        report.warning(f"The case {one.case} is left out: {one.reason}", case=one.case)
+    plan, dataset, unreadable = _preparation(base, dataset, options, report)
+    names, empty, broken = _prepared(dataset, plan, prepared, report)
+    skipped += unreadable + broken
+    if not names:
+        raise InvresError(
+            f"No case of {dataset.name} can be trained on: {skipped[0].case}: {skipped[0].reason}"
+            if skipped
+            else f"The data set {dataset.name} has no case with a label.",
+            hint="See what `invres check` says about the data.",
+        )
+    if len(empty) == len(names):
+        raise InvresError(
+            f"No case of {dataset.name} has a labelled voxel ({', '.join(dataset.scheme.names)}).",
+            hint="Check the label files and the label values in dataset.json with `invres check`.",
+        )
+    if empty:
+        report.warning(f"{len(empty)} of {len(names)} cases have an empty label and teach background only.")
+    if options.synthetic and any(channel.modality == "CT" for channel in plan.channels):
+        raise InvresError(
+            "Synthetic images have random contrasts, which suits MR but not the fixed scale of CT.",
+            hint="Leave --synthetic out.",
+        )
+    if options.freeze == "all-but-head" and options.vae:
+        raise InvresError(
+            "With everything but the head frozen the VAE branch has nothing to regularise.",
+            hint="Leave --vae out, or freeze less.",
+        )
+    training = options.recipe.training if options.recipe else _defaults(base, dataset.scheme)
+    training = dataclasses.replace(training, **options.wishes)
+    cases = [case for case in dataset.cases if case.name in names]
+    file = dataset.root / SPLITS
+    if file.is_file() and not (options.folds or options.validation_count):
+        parts = parts_of_splits(read_splits(file, everything), cases, training.seed)
+    else:
+        parts = plan_parts(cases, training.seed, options.folds, options.validation_count)
+    training = dataclasses.replace(training, time_s=training.time_s / len(parts))
+    return TuningPlan(
+        base_id=base.id,
+        base_name=base.name,
+        base_version=base.version,
+        network=_network(base, plan, dataset.scheme, training, options),
+        training=training,
+        augmentation=options.recipe.augmentation if options.recipe else AugmentationConfig(),
+        plan=plan,
+        scheme=dataset.scheme,
+        parts=parts,
+        freeze=options.freeze,
+        synthetic=options.synthetic,
+        skipped=tuple(skipped),
+    )
+
+
+def write_plan(folder: Path, plan: TuningPlan) -> None:
+    """run.json, whole or not at all. Raises OSError where the disk refuses."""
+    with written_whole(folder / RUN) as temporary:
+        temporary.write_text(json.dumps(to_dict(plan), indent=1), encoding="utf-8")
+
+
+def read_plan(
+    folder: Path, base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter = SILENT
+) -> TuningPlan:
+    """The run as it was started; what is asked now may only change its length, other wishes give a warning.
+
+    Raises InvresError for a damaged run.json, another base model, or data with other labels.
+    """
+    try:
+        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        plan = from_dict(TuningPlan, content, RUN)
+    except (ValueError, InvresError):
+        raise InvresError(f"{folder / RUN} is damaged.", hint="Fine-tune again in a new folder.") from None
+    if base.id != plan.base_id:
+        raise InvresError(
+            f"The run in {folder} was started from {plan.base_name} {plan.base_version}, another model than "
+            f"{base.name} {base.version}.",
+            hint=f"Give the model that it was started from (id {plan.base_id[:8]}), or another folder.",
+        )
+    if to_dict(dataset.scheme) != to_dict(plan.scheme):
+        raise InvresError(
+            f"The labels of {dataset.name} differ from those that the run in {folder} was started with.",
+            hint="Resume with the data set it was started with.",
+        )
+    wishes = dict(options.wishes)
+    if "time_s" in wishes:
+        wishes["time_s"] /= len(plan.parts)
+    lengths = {key: wishes.pop(key) for key in _LENGTHS if key in wishes}
+    ignored = [key for key, value in wishes.items() if value != getattr(plan.training, key)]
+    ignored += [
+        key for key in ("freeze", "synthetic") if getattr(options, key) not in (getattr(plan, key), _unset(key))
+    ]
+    if ignored:
+        report.warning(f"The run goes on as it was started; what is asked otherwise is left out: {', '.join(ignored)}.")
+    return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **lengths))
+
+
+def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
+    """The training that fits most, for a model that knows all of these labels and for one that does not."""
+    known = None not in match_names(scheme.names, base.scheme.names) and scheme.regions == base.scheme.regions
+    rate = DEFAULTS.learning_rate if known else NEW_LABELS_LEARNING_RATE
+    return dataclasses.replace(DEFAULTS, patch=base.patch, learning_rate=rate)
+
+
+def _unset(key: str) -> Any:
+    return getattr(TuningOptions(), key)
+
+
+def _with_files(dataset: Dataset) -> tuple[Dataset, list[SkippedCase]]:
+    """The data set without cases whose files or labels are missing; those without a label are not worth a word."""
+    reasons = {name: sentence for name, _, sentence in reversed(case_problems(dataset))}
+    skipped = [SkippedCase(name, reason) for name, reason in reasons.items()]
+    cases = tuple(case for case in dataset.labelled_cases if case.name not in reasons)
+    return dataclasses.replace(dataset, cases=cases), skipped
+
+
+def _preparation(
+    base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter
+) -> tuple[PreparationPlan, Dataset, list[SkippedCase]]:
+    """The base model's preparation, with figures from the data for channels that it does not know."""
+    known = base.plan.channels
+    places = match_names(dataset.channel_names, [channel.name for channel in known], alone=True)
+    channels: list[ChannelPlan | None] = []
+    for name, modality, place in zip(dataset.channel_names, dataset.modalities, places, strict=True):
+        same = place is not None and known[place].modality == modality
+        if place is not None and not same:
+            report.warning(
+                f"The channel {name} is {modality} here and {known[place].modality} in the base model; "
+                "its intensities are scaled as those of the data."
+            )
+        keep = same and options.normalisation == "base"
+        channels.append(dataclasses.replace(known[place], name=name) if keep and place is not None else None)
+    fresh: PreparationPlan | None = None
+    skipped: list[SkippedCase] = []
+    if None in channels and dataset.cases:
+        dataset, skipped = _readable(dataset, report)
+        if dataset.cases:
+            fresh = make_plan(dataset, dataset.cases, base.plan.spacing_mm, report)
+    spacing = options.spacing_mm or base.plan.spacing_mm
+    settled = tuple(
+        channel or (fresh.channels[index] if fresh else ChannelPlan(dataset.channel_names[index]))
+        for index, channel in enumerate(channels)
+    )
+    crop = base.plan.crop_to_nonzero and all(channel.modality != "CT" for channel in settled)
+    return PreparationPlan(settled, spacing, crop), dataset, skipped
+
+
+def _readable(dataset: Dataset, report: Reporter) -> tuple[Dataset, list[SkippedCase]]:
+    good, skipped = [], []
+    for case in dataset.cases:
+        try:
+            dataset.load(case)
+        except (InvresError, OSError, RuntimeError, ValueError) as error:
+            skipped.append(_skip(case.name, error, report))
+        else:
+            good.append(case)
+    return dataclasses.replace(dataset, cases=tuple(good)), skipped
+
+
+def _prepared(
+    dataset: Dataset, plan: PreparationPlan, folder: Path, report: Reporter
+) -> tuple[list[str], list[str], list[SkippedCase]]:
+    """Names of the cases that could be prepared, those of them without a labelled voxel, and the others."""
+    names, empty, skipped = [], [], []
+    report.progress("prepare.cases", 0, len(dataset.cases))
+    for index, case in enumerate(dataset.cases):
+        try:
+            (one,) = prepare_cases(dataset, [case.name], plan, folder, _WithoutProgress(report))
+        # One broken file must not cost the other cases: InvresError, and what readers throw for damaged data.
+        except (InvresError, RuntimeError, ValueError) as error:
+            if isinstance(error, InvresError) and error.code == "write_failed":
+                raise
+            skipped.append(_skip(case.name, error, report))
+        else:
+            names.append(case.name)
+            if one.label is None or not bool((np.asarray(one.label) > 0).any()):
+                empty.append(case.name)
+        report.progress("prepare.cases", index + 1, len(dataset.cases))
+    return names, empty, skipped
+
+
+def _skip(case: str, error: Exception, report: Reporter) -> SkippedCase:
+    reason = error.message if isinstance(error, InvresError) else f"It cannot be read: {error}."
+    report.warning(f"The case {case} is left out: {reason}", case=case)
+    return SkippedCase(case, reason)
+
+
+class _WithoutProgress(Reporter):
+    """Passes everything on but progress, which the caller counts in cases."""
+
+    def __init__(self, report: Reporter):
+        super().__init__()
+        self._report = report
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["event"] != "progress":
+            self._report.emit(event)
+
+
+def _network(
+    base: Manifest, plan: PreparationPlan, scheme: LabelScheme, training: TrainingConfig, options: TuningOptions
+) -> NetworkConfig:
+    wants = (base.network.vae is not None) if options.vae is None else options.vae
+    vae = (base.network.vae or VAEConfig()) if wants and options.freeze != "all-but-head" else None
+    network = dataclasses.replace(
+        base.network, in_channels=len(plan.channels), out_channels=scheme.out_channels, vae=vae
+    )
+    return with_patch(network, training.patch)

@@ -1,0 +1,75 @@
+"""The plan for a card: what it says fits is predicted to fit, and the mildest change is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from invres import InvresError, cardplan
+from invres.cardplan import card_bytes, fit_recipe, plan_for_card
+from invres.config import NetworkConfig, Recipe, TrainingConfig
+from invres.events import Recorder
+from invres.memory import predict_training
+
+SMALL = NetworkConfig(in_channels=2, out_channels=3, channels=(8, 16))
+MIB = 2**20
+
+
+def needed(patch, memory="low", config=SMALL, batch=1):
+    return card_bytes(predict_training(config, patch, batch, memory=memory))
+
+
+def test_the_largest_patch_fits_and_the_next_larger_does_not():
+    vram = 1100 * MIB
+    plan = plan_for_card(SMALL, vram)
+    side = plan.patch[0]
+    assert plan.patch == (side, side, side) and side % cardplan.STEP == 0
+    assert plan.needed_bytes == needed(plan.patch) <= vram < needed((side + cardplan.STEP,) * 3)
+    assert plan.whole_volume_bytes["lowest"] < plan.whole_volume_bytes["low"]
+    assert plan.width_factor >= 1 and plan.block_factor > 10
+    text = "\n".join(plan.sentences())
+    assert f"a patch of {side}x{side}x{side} voxels" in text
+    assert "A whole volume of 240x240x155 needs" in text
+
+
+def test_anisotropic_voxels_get_a_flat_patch():
+    plan = plan_for_card(SMALL, 1000 * MIB, spacing_mm=(4.0, 1.0, 1.0))
+    assert plan.patch[1] == plan.patch[2] >= 3 * plan.patch[0]
+
+
+def test_a_card_that_is_too_small_is_said_to_be():
+    with pytest.raises(InvresError, match="too little to train fully_invres"):
+        plan_for_card(SMALL, cardplan.CONTEXT_BYTES)
+
+
+def recipe(patch=(96, 96, 96), **training):
+    return Recipe("r", "", SMALL, TrainingConfig(patch=patch, batch_size=1, **training))
+
+
+def test_a_recipe_that_fits_is_left_as_it_is():
+    given, recorder = recipe(), Recorder()
+    assert fit_recipe(given, needed((96, 96, 96)), False, recorder) == given
+    assert "memory 'low'" in recorder.events[-1]["message"]
+
+
+def test_the_memory_setting_is_changed_before_the_patch():
+    found = fit_recipe(recipe(), needed((96, 96, 96)) - 1, False, Recorder())
+    assert (found.training.memory, found.training.patch) == ("lower", (96, 96, 96))
+    found = fit_recipe(recipe(), needed((96, 96, 96), "lower") - 1, False, Recorder())
+    assert (found.training.memory, found.training.patch) == ("lowest", (96, 96, 96))
+
+
+def test_the_patch_shrinks_only_where_nothing_else_helps():
+    vram = needed((96, 96, 96), "lowest") - 1
+    found = fit_recipe(recipe(), vram, False, Recorder()).training
+    assert found.memory == "lowest" and found.patch < (96, 96, 96)
+    assert needed(found.patch, "lowest") <= vram
+    with pytest.raises(InvresError, match="too little for the recipe r"):
+        fit_recipe(recipe(), cardplan.CONTEXT_BYTES, False, Recorder())
+
+
+def test_a_learnable_resampling_is_not_put_on_a_grid():
+    learnable = dataclasses.replace(recipe(), network=dataclasses.replace(SMALL, learnable_resampling=True))
+    vram = card_bytes(predict_training(learnable.network, (96, 96, 96), memory="lower")) - 1
+    assert fit_recipe(learnable, vram, False, Recorder()).training.memory == "lower"

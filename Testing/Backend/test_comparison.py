@@ -1,0 +1,254 @@
+"""Before and after: paired scores, honest intervals, verdicts in words, and the worst place of each case."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from grids import RAS
+from test_transfer import scheme
+from tiny_datasets import invres
+
+from invres import InvresError
+from invres.cases import Case, Dataset
+from invres.comparison import (
+    CaseComparison,
+    Contender,
+    channels_for,
+    compare_case,
+    comparison_table,
+    interval,
+    summarise,
+    write_comparison,
+)
+from invres.config import ChannelPlan, NetworkConfig, PreparationPlan
+from invres.manifest import Manifest
+from invres.modelpackage import ModelPackage
+from invres.networks import NetworkOutput
+from invres.volume import Geometry, Volume, write_volume
+
+LABELS = scheme("upper", "lower")
+
+
+def scores(**dice):
+    return {
+        name: {"Dice": value, "HD95_mm": 10 * (1 - value), "VolumeError_ml": 1 - value} for name, value in dice.items()
+    }
+
+
+def case(name, base, tuned, patient=""):
+    of_base = {} if base is None else scores(upper=base, lower=base)
+    return CaseComparison(name, patient or name, of_base, scores(upper=tuned, lower=tuned))
+
+
+def cases(*pairs):
+    return [case(f"c{place}", base, tuned) for place, (base, tuned) in enumerate(pairs)]
+
+
+# --- what is claimed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict", "promotable"),
+    [
+        ([(0.5, 0.7)], "not enough data to tell", True),
+        ([(0.5, 0.7), (0.5, 0.7)], "not enough data to tell", True),
+        ([(0.5, 0.4), (0.5, 0.4)], "not enough data to tell", False),
+        ([(0.5, 0.70), (0.5, 0.71), (0.5, 0.72)], "better", True),
+        ([(0.5, 0.30), (0.5, 0.31), (0.5, 0.32)], "worse", False),
+        ([(0.5, 0.4), (0.5, 0.9), (0.5, 0.45)], "not enough data to tell", True),
+        ([(0.5, 0.6)] * 4 + [(0.5, 0.58)] * 4, "better", True),
+        ([(0.8, 0.7)] * 4 + [(0.8, 0.75)] * 4, "worse", False),
+        ([(0.8, 0.8 + 0.001 * (i % 5 - 2)) for i in range(12)], "as good", True),
+        ([(0.8, 0.8 + 0.1 * (i % 5 - 2)) for i in range(12)], "not enough data to tell", False),
+        ([(None, 0.5)] * 3, "nothing to compare", True),
+        ([(None, 0.0)] * 3, "nothing to compare", False),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_cases_do(pairs, verdict, promotable):
+    found = summarise(cases(*pairs), True, LABELS)
+    assert found["verdict"] == verdict
+    expected = promotable if verdict != "not enough data to tell" else found["difference"]["mean"] >= 0
+    assert found["promotable"] is expected
+    told = {"better": "better than before", "worse": "worse than before", "as good": "as good as before"}
+    assert told.get(verdict, verdict.split()[-1]) in found["sentence"]
+    assert f"{len(pairs)} case" in found["sentence"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_cases_that_were_trained_on_prove_nothing():
+    found = summarise(cases(*[(0.5, 0.9)] * 8), False, LABELS)
+    assert (found["verdict"], found["promotable"]) == ("not enough data to tell", False)
+    assert "no case can be held out" in found["sentence"] and "not enough data to tell" in found["sentence"]
+
+
+def test_no_case_at_all_is_said():
+    assert "no proof" in summarise([], True, LABELS)["sentence"]
+
+
+def test_several_cases_of_one_patient_are_one_observation():
+    many = [case(f"c{i}", 0.5, 0.7, patient="one") for i in range(9)]
+    found = summarise(many, True, LABELS)
+    assert (found["n_cases"], found["n_patients"], found["difference"]["n"]) == (9, 1, 1)
+    assert found["verdict"] == "not enough data to tell" and found["difference"]["ci95"] is None
+
+
+def test_a_label_that_got_worse_is_named_though_the_mean_got_better():
+    some = [
+        CaseComparison(f"c{i}", f"c{i}", scores(upper=0.5, lower=0.6), scores(upper=0.9, lower=0.5 + 0.001 * i))
+        for i in range(5)
+    ]
+    found = summarise(some, True, LABELS)
+    assert found["verdict"] == "better" and found["worse_labels"] == ["lower"]
+    assert found["sentence"].endswith("Labels that got worse: lower.")
+
+
+def test_a_new_label_has_scores_but_no_difference_and_does_not_count_in_the_verdict():
+    some = [CaseComparison(f"c{i}", f"c{i}", scores(upper=0.5), scores(upper=0.7, lower=0.1)) for i in range(3)]
+    found = summarise(some, True, LABELS)
+    assert found["difference"]["mean"] == pytest.approx(0.2)
+    lower = found["labels"]["lower"]["Dice"]
+    assert (lower["base"]["n"], lower["tuned"]["n"], lower["difference"]["n"]) == (0, 3, 0)
+
+
+def test_the_worst_cases_come_first():
+    found = summarise(cases((0.5, 0.6), (0.9, 0.5), (0.5, 0.55)), True, LABELS)
+    assert [one["case"] for one in found["cases"]] == ["c1", "c2", "c0"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_few_differences_get_students_interval(n):
+    values = [0.1 * i for i in range(n)]
+    bounds, method = interval(values)
+    factor = {2: 12.706, 3: 4.303, 4: 3.182}[n]
+    half = factor * np.std(values, ddof=1) / np.sqrt(n)
+    assert method == "t" and bounds == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3)
+
+
+def test_more_differences_are_resampled_and_one_has_no_interval():
+    values = np.random.RandomState(0).normal(0.1, 0.05, 12).tolist()
+    bounds, method = interval(values)
+    assert method == "bootstrap" and min(values) < bounds[0] < np.mean(values) < bounds[1] < max(values)
+    assert interval(values) == (bounds, method)
+    assert interval([0.3]) == (None, "")
+
+
+def test_the_table_and_both_files_are_for_people_and_programs(tmp_path):
+    found = summarise(cases((0.5, 0.7), (0.9, 0.6), (0.5, 0.8)), True, LABELS)
+    path = write_comparison(tmp_path, found)
+    assert json.loads(path.read_text(encoding="utf-8")) == found
+    text = (tmp_path / "comparison.txt").read_text(encoding="utf-8")
+    assert text.strip() == comparison_table(found)
+    lines = text.splitlines()
+    assert lines[0] == found["sentence"]
+    assert any(line.split()[:2] == ["upper", "Dice"] for line in lines)
+    assert [line.split()[0] for line in lines[-3:]] == ["c1", "c0", "c2"]
+    comparison_table(summarise(cases((None, 0.7)), True, LABELS))
+    comparison_table(summarise([], True, LABELS))
+
+
+# --- one case ------------------------------------------------------------------------------------------------------
+
+
+GRID = Geometry((12, 14, 16), (2.0, 1.0, 1.5), (5.0, -3.0, 20.0), RAS * [-1, 1, -1])
+
+
+class Thresholds(torch.nn.Module):
+    """Logits that follow the z-scored image: label k above the k-th threshold."""
+
+    def __init__(self, *thresholds):
+        super().__init__()
+        self.thresholds = thresholds
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        value = x[:, :1]
+        return NetworkOutput(torch.cat([torch.zeros_like(value), *((value - t) * 1e3 for t in self.thresholds)], dim=1))
+
+
+def contender(labels, *thresholds, channels=("T1",)):
+    manifest = Manifest(
+        name="M",
+        id="0" * 32,
+        created="",
+        network=NetworkConfig(in_channels=len(channels), out_channels=labels.out_channels),
+        plan=PreparationPlan(tuple(ChannelPlan(c) for c in channels), GRID.canonical().spacing_mm, False),
+        scheme=labels,
+        patch=(16, 16, 16),
+        sha256="0" * 64,
+        weights_bytes=0,
+    )
+    return Contender(ModelPackage(None, manifest), Thresholds(*thresholds))
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A data set of one case: a bright box of label 7 "upper" in a dark volume, on a flipped grid."""
+    image = np.random.RandomState(0).normal(0, 0.01, GRID.shape).astype(np.float32)
+    label = np.zeros(GRID.shape, np.uint8)
+    label[2:8, 3:9, 4:12] = 7
+    image[label == 7] += 10
+    write_volume(tmp_path / "i.nii.gz", Volume(image, GRID))
+    write_volume(tmp_path / "l.nii.gz", Volume(label, GRID))
+    from invres.config import Label, LabelScheme
+
+    labels = LabelScheme((Label("Upper", (7,), 7),), ignore_value=9)
+    files = Case("one", (tmp_path / "i.nii.gz",), tmp_path / "l.nii.gz")
+    return Dataset("D", ("T1",), ("MR",), labels, (files,), tmp_path, "test"), label, tmp_path
+
+
+def test_a_case_is_scored_by_label_name_whatever_the_values_of_the_models_are(one):
+    dataset, label, folder = one
+    good, blind = contender(scheme("lower", "upper"), 1e6, 1.0), contender(scheme("upper"), 1e6)
+    found = compare_case(dataset, dataset.cases[0], blind, good, folder / "out")
+    assert found.tuned["Upper"] == {"Dice": 1.0, "HD95_mm": 0.0, "VolumeError_ml": 0.0}
+    assert found.base["Upper"]["Dice"] == 0 and found.base["Upper"]["VolumeError_ml"] == pytest.approx(
+        label.astype(bool).sum() * 3.0 / 1000
+    )
+    assert found.difference() == 1 and found.worst_point_mm is None
+    from invres.volume import read_volume
+
+    written = read_volume(found.files["tuned"], kind="labels")
+    assert set(np.unique(written.canonical().array)) == {0, 2}, "the model's own values"
+
+
+def test_the_worst_point_is_the_middle_of_the_largest_error_in_ras(one):
+    dataset, label, _ = one
+    found = compare_case(dataset, dataset.cases[0], None, contender(scheme("upper"), 1e6))
+    index = np.linalg.inv(GRID.affine) @ [*found.worst_point_mm, 1]
+    place = tuple(np.round(index[:3]).astype(int))
+    # The box is 6, 6 and 8 voxels of 2, 1 and 1.5 mm: its middle is 3 mm from the nearest side, along the second axis.
+    assert label[place] == 7 and place[1] in (5, 6) and 3 <= place[0] <= 6 and 5 <= place[2] <= 10
+    assert found.base == {} and found.difference() is None
+
+
+def test_voxels_to_ignore_count_for_nobody(one):
+    dataset, label, folder = one
+    label[9:] = 9
+    label[2:4] = np.where(label[2:4] == 7, 9, label[2:4])
+    write_volume(folder / "l.nii.gz", Volume(label, GRID))
+    found = compare_case(dataset, dataset.cases[0], None, contender(scheme("upper"), 1.0))
+    assert found.tuned["Upper"]["Dice"] == 1
+
+
+def test_a_model_whose_channel_is_missing_is_told(one):
+    dataset, *_ = one
+    assert channels_for([ChannelPlan("T2"), ChannelPlan("t1")], ("T1", "T2")) == [1, 0]
+    assert channels_for([ChannelPlan("T2"), ChannelPlan("PD")], ("T1", "T2")) is None
+    with pytest.raises(InvresError, match="takes the channels T2, PD") as caught:
+        compare_case(dataset, dataset.cases[0], None, contender(scheme("upper"), 1.0, channels=("T2", "PD")))
+    assert caught.value.hint
+
+
+def test_a_label_on_another_grid_is_told(one):
+    dataset, label, folder = one
+    other = Geometry(GRID.shape, (2.0, 1.0, 1.6), GRID.origin_mm, GRID.direction)
+    write_volume(folder / "l.nii.gz", Volume(label, other))
+    with pytest.raises(InvresError, match="another grid"):
+        compare_case(dataset, dataset.cases[0], None, contender(scheme("upper"), 1.0))
+
+
+def test_the_verb_explains_itself():
+    assert "--check-base" in invres("finetune", "--help").out

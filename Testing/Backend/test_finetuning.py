@@ -1,0 +1,739 @@
+"""`invres finetune`: from one case up, across labels and channels, with proof, and through every interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
+
+from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, trainer
+from invres.cases import read_dataset
+from invres.checkpoint import load_checkpoint
+from invres.config import VAEConfig, to_dict
+from invres.events import Recorder
+from invres.finetuning import finetune
+from invres.inference import load_network
+from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
+from invres.networks import build, with_patch
+from invres.reduction import lighter
+from invres.runfolder import RecordingReporter
+from invres.stopfile import StopFile
+from invres.training import TrainOptions, train
+from invres.tuningplan import TuningOptions, plan_tuning
+
+QUICK = {"epochs": 1, "iterations_per_epoch": 2}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("phantoms"))
+
+
+@pytest.fixture(scope="module")
+def base(phantoms, tmp_path_factory):
+    """A model that knows the phantoms a little."""
+    recipe = dataclasses.replace(tiny_recipe(iterations_per_epoch=20, epochs=2), name="Phantom")
+    return train(read_dataset(phantoms), recipe, tmp_path_factory.mktemp("base"), TrainOptions(device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def without_forecast(monkeypatch):
+    """The forecast of memory takes seconds a run; `tuned` has it, and `test_memory` is about it."""
+    monkeypatch.setattr(finetuning, "predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
+
+
+def options(**wishes):
+    settings = {
+        key: wishes.pop(key) for key in list(wishes) if key in {f.name for f in dataclasses.fields(TuningOptions)}
+    }
+    recipe = settings.pop("recipe", None) or tiny_recipe(**{**QUICK, **wishes})
+    return TuningOptions(device="cpu", recipe=recipe, **settings)
+
+
+def tune(base, data, output, report=None, stop=None, **wishes):
+    chosen = options(**wishes)
+    return finetune(base, read_dataset(data, checked=False), output, chosen, report or Recorder(), stop)
+
+
+def told(report, kind="warning"):
+    return [event["message"] for event in report.events if event["event"] == kind]
+
+
+def same_weights(one, other):
+    first, second = (open_package(path).load_weights() for path in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- what a fine-tuning leaves -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(base, phantoms, tmp_path_factory):
+    run, report = tmp_path_factory.mktemp("tuned") / "run", Recorder()
+    return run, tune(base, phantoms, run, report, epochs=2), report
+
+
+def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, tuned):
+    run, result, report = tuned
+    folder = run / ("model" if result["promoted"] else "candidate")
+    package = verify_package(folder)
+    assert str(package.path) == result["model"]
+    manifest = package.manifest
+    assert (manifest.parent, manifest.name, manifest.version) == (base.id, "Phantom", "1.1.0")
+    assert manifest.training.training_cases == 3 and manifest.training.validation_cases == 3
+    assert manifest.metrics["upper"]["Dice"]["n"] == 3
+    assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
+    assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
+    assert leftovers(run) == []
+    (predicted,) = [event["predicted_bytes"] for event in report.events if "predicted_bytes" in event]
+    measured = [event["measured_bytes"] for event in report.events if "measured_bytes" in event]
+    assert len(measured) == 4 and all(value == pytest.approx(predicted, rel=0.3) for value in measured)
+    assert not same_weights(folder, base.path)
+
+
+def test_the_proof_is_in_the_result_and_in_files(tuned):
+    run, result, _ = tuned
+    proof = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    assert result["verdict"] == proof["verdict"] and result["sentence"] == proof["sentence"]
+    assert proof["held_out"] and proof["n_patients"] == 3 and result["promoted"] is proof["promoted"]
+    assert proof["of"] == "trainings of the same kind on fewer cases"
+    assert sorted(one["case"] for one in proof["cases"]) == ["patient00", "patient01", "patient02"]
+    differences = [one["difference"] for one in proof["cases"]]
+    assert differences == sorted(differences)
+    for one in proof["cases"]:
+        assert all(os.path.isfile(one["files"][which]) for which in ("base", "tuned"))
+        assert len(one["worst_point_mm"]) == 3
+    assert (run / "comparison.txt").read_text(encoding="utf-8").startswith(proof["sentence"])
+    transfer = json.loads((run / "transfer.json").read_text(encoding="utf-8"))
+    assert transfer["counts"] == result["transfer"]["counts"] and transfer["counts"]["reused"] == len(
+        transfer["tensors"]
+    )
+
+
+def test_every_case_is_scored_by_a_training_that_has_not_seen_it(tuned):
+    run, _, _ = tuned
+    plan = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    *folds, final = plan["parts"]
+    assert [len(fold["held_out"]) for fold in folds] == [1, 1, 1] and final["held_out"] == []
+    for index, fold in enumerate(folds):
+        assert not set(fold["train"]) & set(fold["held_out"])
+        scores = json.loads((run / f"fold{index}" / "done.json").read_text(encoding="utf-8"))["scores"]
+        assert [one["case"] for one in scores] == fold["held_out"]
+
+
+def test_spacing_and_normalisation_are_the_base_models_unless_asked_otherwise(base, phantoms, tuned, tmp_path):
+    run, _, _ = tuned
+    plan = json.loads((run / "run.json").read_text(encoding="utf-8"))["plan"]
+    assert plan == to_dict(base.manifest.plan)
+    result = tune(base, phantoms, tmp_path, spacing_mm=(3.0, 2.0, 2.0), validation_count=1)
+    assert open_package(result["model"]).manifest.plan.spacing_mm == (3.0, 2.0, 2.0)
+
+
+def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=1)
+    result = tune(base, data, tmp_path / "run")
+    assert result["verdict"] == "not enough data to tell" and not result["promoted"]
+    assert "no case can be held out" in result["sentence"]
+    assert open_package(tmp_path / "run" / "candidate").manifest.metrics == {}
+    assert not (tmp_path / "run" / "model").exists()
+    again = tune(base, data, tmp_path / "run", resume=True, promote=True)
+    assert again["promoted"] and verify_package(tmp_path / "run" / "model").id == result["model_id"]
+    assert tune(base, data, tmp_path / "run", resume=True, promote=True) == again
+
+
+def test_a_model_that_got_worse_is_a_candidate_unless_it_is_promoted(base, phantoms, tmp_path):
+    ruinous = {"learning_rate": 3.0, "iterations_per_epoch": 10, "validation_count": 1}
+    result = tune(base, phantoms, tmp_path / "run", **ruinous)
+    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert proof["difference"]["mean"] < 0 and not result["promoted"]
+    assert result["model"].endswith("candidate")
+    assert tune(base, phantoms, tmp_path / "other", promote=True, **ruinous)["promoted"]
+
+
+def test_many_cases_have_a_single_training_whose_own_model_is_proved(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=11)
+    report = Recorder()
+    result = tune(base, data, tmp_path / "run", report)
+    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert proof["of"] == "model" and proof["n_patients"] == 3
+    assert result["training"]["training_cases"] == 7
+    (entry,) = [event for event in report.events if event["event"] == "epoch"]
+    assert set(entry["dice"]) == {"upper", "lower", "core", "mean"}
+
+
+def test_roles_of_cases_may_be_given_beside_the_data(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=4)
+    read_dataset(data).case("patient01").images[0].write_bytes(b"no image")
+    split = [{"train": ["patient03", "patient01"], "val": ["patient00"]}]
+    (data / "splits_final.json").write_text(json.dumps(split), encoding="utf-8")
+    tune(base, data, tmp_path / "run")
+    (part,) = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["parts"]
+    assert part == {"train": ["patient03"], "validation": [], "held_out": ["patient00"]}
+
+
+def test_other_labels_and_channels_go_by_name(base, tmp_path):
+    labels = {"background": 0, "tumour": 1, "lower": 2, "Upper": 3}
+    data = write_dataset(tmp_path / "data", cases=2, channels=("FLAIR", "T1"), labels=labels)
+    result = tune(base, data, tmp_path / "run")
+    manifest = open_package(result["model"]).manifest
+    assert [channel.name for channel in manifest.plan.channels] == ["FLAIR", "T1"]
+    assert manifest.scheme.names == ("tumour", "lower", "Upper") and manifest.network.in_channels == 2
+    assert result["transfer"]["labels"] == {
+        "reused": ["lower", "Upper"],
+        "initialised": ["tumour"],
+        "dropped": ["core"],
+    }
+    assert result["transfer"]["channels"]["averaged"] == ["FLAIR"]
+    assert result["verdict"] == "nothing to compare", "the base model cannot run without T2"
+    images = {c.name: read_dataset(data).cases[0].images[i] for i, c in enumerate(manifest.plan.channels)}
+    inputs = [part for name, path in images.items() for part in ("-i", f"{name}={path}")]
+    segmented = invres("segment", "-m", result["model"], *inputs, "-o", tmp_path / "s.nii.gz", "--device", "cpu")
+    assert segmented.code == 0, segmented.err
+
+
+def test_the_defaults_are_gentle_unless_the_head_begins_anew(base, phantoms, tmp_path):
+    renamed = write_dataset(tmp_path / "data", labels={"background": 0, "upper": 1, "new": 2, "core": 3})
+    for data, rate in ((phantoms, 1e-4), (renamed, 1e-3)):
+        dataset = read_dataset(data)
+        plan = plan_tuning(base.manifest, dataset, tmp_path / "prepared", TuningOptions())
+        assert (plan.training.learning_rate, plan.training.patch) == (rate, base.manifest.patch)
+
+
+def test_a_label_that_the_base_lacks_is_shown_and_those_in_common_are_compared(base, tmp_path):
+    labels = {"background": 0, "upper": 1, "new": 2, "core": 3}
+    data = write_dataset(tmp_path / "data", cases=2, labels=labels)
+    tune(base, data, tmp_path / "run")
+    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert proof["labels"]["new"]["Dice"]["base"]["n"] == 0 and proof["labels"]["new"]["Dice"]["tuned"]["n"] == 2
+    assert proof["labels"]["upper"]["Dice"]["difference"]["n"] == 2
+
+
+def test_colours_and_codes_of_the_base_models_labels_are_kept(base, phantoms, tmp_path):
+    manifest = base.manifest
+    first, *rest = manifest.scheme.labels
+    first = dataclasses.replace(first, colour=(1, 2, 3), terminology="a~b")
+    coloured = save_package(
+        tmp_path / "base",
+        name="Coloured",
+        network=manifest.network,
+        state_dict=base.load_weights(),
+        plan=manifest.plan,
+        scheme=dataclasses.replace(manifest.scheme, labels=(first, *rest)),
+        patch=manifest.patch,
+        licence="CC-BY-4.0",
+    )
+    found = open_package(tune(coloured, phantoms, tmp_path / "run", validation_count=1)["model"]).manifest
+    assert (found.scheme.labels[0].colour, found.scheme.labels[0].terminology) == ((1, 2, 3), "a~b")
+    assert found.licence == "CC-BY-4.0"
+
+
+@pytest.mark.parametrize("part", ["encoder", "all-but-head"])
+def test_frozen_weights_are_the_base_models_to_the_bit(base, phantoms, tmp_path, part):
+    result = tune(base, phantoms, tmp_path, freeze=part, validation_count=1)
+    old, new = base.load_weights(), open_package(result["model"]).load_weights()
+    same = {key for key in new if torch.equal(new[key], old[key])}
+    assert "stem.weight" in same and "heads.0.weight" not in same
+    assert (same == {key for key in new if not key.startswith("heads")}) is (part == "all-but-head")
+
+
+def test_the_vae_branch_may_be_added_and_left_out(base, phantoms, tmp_path):
+    first = tune(base, phantoms, tmp_path / "1", vae=True, validation_count=1)
+    package = open_package(first["model"])
+    assert package.manifest.network.vae == VAEConfig(patch=(16, 12, 16))
+    kept = open_package(tune(package, phantoms, tmp_path / "2", validation_count=1)["model"])
+    assert kept.manifest.network.vae is not None and kept.manifest.version == "1.2.0"
+    left = open_package(tune(package, phantoms, tmp_path / "3", vae=False, validation_count=1)["model"])
+    assert left.manifest.network.vae is None
+
+
+def test_synthetic_batches_train_too(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=1)
+    result = tune(base, data, tmp_path / "run", synthetic=1.0)
+    plain = tune(base, data, tmp_path / "plain")
+    assert not same_weights(result["model"], plain["model"])
+
+
+def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, monkeypatch):
+    result = tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=phantoms)
+    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert proof["base_check"]["n_cases"] == 3
+    assert result["base_check"]["sentence"].startswith("On 3 cases of the base model's own kind the Dice went from")
+    report, found = Recorder(), finetuning.summarise
+
+    def forgotten(cases, *rest):
+        return found(cases, *rest) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
+
+    monkeypatch.setattr(finetuning, "summarise", forgotten)
+    monkeypatch.setattr("invres.proof.summarise", forgotten)
+    result = tune(base, phantoms, tmp_path / "again", report, validation_count=1, check_base=phantoms)
+    assert not result["promoted"] and any("forgotten" in message for message in told(report))
+
+
+def test_check_base_wants_the_channels_of_both(base, phantoms, tmp_path):
+    other = write_dataset(tmp_path / "other", cases=1, channels=("PD", "T2"))
+    with pytest.raises(InvresError, match="lack a channel of the base model"):
+        tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=other)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_tuned_model_becomes_the_one_that_its_name_stands_for_and_can_be_taken_back(base, tuned, tmp_path):
+    _, result, _ = tuned
+    folder = tmp_path / "models"
+    import_package(base.path, folder)
+    assert invres("models", "import", result["model"], "--models-dir", folder).code == 0
+    assert find_package("Phantom", [folder]).id == result["model_id"]
+    history = invres("models", "history", "Phantom", "--models-dir", folder, "--json").of("result")[0]["versions"]
+    assert [(one["version"], one["active"]) for one in history] == [("1.0.0", False), ("1.1.0", True)]
+    different = invres("models", "diff", "Phantom", "--models-dir", folder, "--json").of("result")[0]
+    assert different["configuration"]["version"] == ["1.0.0", "1.1.0"]
+    assert max(one["change"] for one in different["tensors"]) > 0
+    back = invres("models", "rollback", "Phantom", "--models-dir", folder, "--json")
+    assert back.code == 0 and back.of("result")[0]["active"] == base.id
+    assert find_package("Phantom", [folder]).id == base.id
+    again = invres("models", "rollback", "Phantom", "--models-dir", folder)
+    assert again.code == 2 and "was not tuned from another model" in again.err
+    for action in ("history", "diff"):
+        assert invres("models", action, "Phantom", "--models-dir", folder).code in (0, 2)
+
+
+# --- bad data and mistakes -----------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_case_is_skipped_and_reported(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=4)
+    dataset = read_dataset(data)
+    broken, cut, shifted, _ = dataset.cases
+    broken.images[0].write_bytes(b"no image")
+    cut.label.unlink()
+    image = sitk.ReadImage(str(shifted.images[1]))
+    image.SetOrigin([origin + 5 for origin in image.GetOrigin()])
+    sitk.WriteImage(image, str(shifted.images[1]))
+    report = Recorder()
+    result = tune(base, data, tmp_path / "run", report)
+    assert [one["case"] for one in result["skipped_cases"]] == [cut.name, broken.name, shifted.name]
+    assert all(one["reason"].endswith(".") for one in result["skipped_cases"])
+    left_out = [message for message in told(report) if "is left out" in message]
+    assert len(left_out) == 3 and result["training"]["training_cases"] == 1
+
+
+def test_no_usable_case_is_one_sentence(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=1)
+    read_dataset(data).cases[0].images[0].write_bytes(b"no image")
+    outcome = invres("finetune", "-m", base.path, "-d", data, "-o", tmp_path / "run", "--device", "cpu", "--json")
+    assert outcome.code == 2
+    assert outcome.events[-1]["message"].startswith("No case of Phantoms can be trained on: patient00:")
+    assert not (tmp_path / "run" / "run.json").exists(), "the same command works once the data are mended"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "told"),
+    [
+        ({"freeze": "everything"}, "no part 'everything'"),
+        ({"synthetic": 2.0}, "from 0 to 1"),
+        ({"spacing_mm": (1.0, 0.0, 1.0)}, "three sizes above 0"),
+        ({"freeze": "all-but-head", "vae": True}, "nothing to regularise"),
+        ({"folds": 7}, "3 patients"),
+        ({"validation_count": 3}, "leave no patient"),
+    ],
+)
+def test_mistakes_are_one_sentence_with_a_next_step(base, phantoms, tmp_path, wishes, told):
+    with pytest.raises(InvresError, match=told) as caught:
+        tune(base, phantoms, tmp_path / "run", **wishes)
+    assert caught.value.hint and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_empty_labels_are_refused_where_there_is_nothing_else(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=2, empty=(0, 1))
+    with pytest.raises(InvresError, match="has a labelled voxel"):
+        tune(base, data, tmp_path / "run")
+
+
+def test_a_run_is_not_written_over_and_only_its_own_model_and_labels_resume_it(base, phantoms, tuned, tmp_path):
+    run, _, _ = tuned
+    with pytest.raises(InvresError, match="already a fine-tuning"):
+        tune(base, phantoms, run)
+    manifest = base.manifest
+    other = save_package(
+        tmp_path / "other",
+        name="Other",
+        network=manifest.network,
+        state_dict=base.load_weights(),
+        plan=manifest.plan,
+        scheme=manifest.scheme,
+        patch=manifest.patch,
+    )
+    with pytest.raises(InvresError, match="another model than"):
+        tune(other, phantoms, run, resume=True)
+    relabelled = write_dataset(tmp_path / "data", labels={"background": 0, "a": 1, "b": 2, "c": 3})
+    with pytest.raises(InvresError, match="labels of Phantoms differ"):
+        tune(base, relabelled, run, resume=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InvresError, match="damaged"):
+        tune(base, phantoms, tmp_path / "damaged", resume=True)
+
+
+# --- stopping ------------------------------------------------------------------------------------------------------
+
+
+class AtStep(StopFile):
+    """Does something when the training asks at its nth step whether to stop."""
+
+    def __init__(self, folder, step, action):
+        super().__init__(folder)
+        self.step, self.action = step, action
+
+    @property
+    def requested(self):
+        self.step -= 1
+        if self.step == 0:
+            self.action()
+        return super().requested
+
+    @requested.setter
+    def requested(self, value):
+        self._asked = value
+
+
+def test_a_stop_file_saves_and_stops_and_resuming_gives_the_same_model(base, phantoms, tuned, tmp_path):
+    _, result, _ = tuned
+    run = tmp_path / "run"
+    stop = AtStep(run, 3, lambda: (run / "stop").write_text("stop", encoding="utf-8"))
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=stop, epochs=2)
+    assert not (run / "stop").exists() and load_checkpoint(run / "fold0")["iteration"] == 3
+    again = tune(base, phantoms, run, epochs=2, resume=True)
+    assert same_weights(again["model"], result["model"])
+
+
+@pytest.mark.parametrize(("step", "scored"), [(2, 1), (14, 2)])
+def test_keep_best_ends_now_and_proves_what_is_there(base, phantoms, tmp_path, step, scored):
+    run, report = tmp_path / "run", Recorder()
+    stop = AtStep(run, step, lambda: (run / "stop").write_text("keep-best", encoding="utf-8"))
+    result = tune(base, phantoms, run, report, stop, epochs=5)
+    assert result["training"]["training_cases"] == 2, "the training at hand, not a new one on all cases"
+    proof = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    assert proof["n_cases"] == scored and proof["held_out"]
+    assert any("Ended as asked" in message for message in told(report, "note"))
+    assert not (run / "stop").exists() and verify_package(result["model"])
+
+
+def test_half_written_stop_files_are_not_heeded(tmp_path):
+    stop = StopFile(tmp_path)
+    for text in ("", "keep", "st", "\x00"):
+        (tmp_path / "stop").write_text(text, encoding="utf-8")
+        assert not stop.requested and not stop.finish
+    (tmp_path / "stop").write_bytes(b"\xff\xfe")
+    assert not stop.requested and not stop.finish
+    (tmp_path / "stop").write_text("keep-best\n", encoding="utf-8")
+    assert stop.finish and not stop.requested
+    stop.clear(also_keep_best=False)
+    assert stop.finish
+    stop.clear()
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals between processes")
+@pytest.mark.slow
+def test_a_signal_saves_and_stops_with_exit_code_130(base, phantoms, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", epochs=2000, iterations_per_epoch=2)
+    run = tmp_path / "run"
+    command = ("finetune", "-m", base.path, "-d", phantoms, "-o", run, "-r", recipe, "--device", "cpu", "--json")
+    process = start_process(*command)
+    for line in process.stdout:
+        if json.loads(line)["event"] == "epoch":
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    error = json.loads(out.splitlines()[-1])
+    assert error["code"] == "cancelled" and "--resume" in error["hint"]
+    assert load_checkpoint(run / "fold0")["iteration"] >= 2
+
+
+def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):
+    started = time.monotonic()
+    result = tune(base, phantoms, tmp_path / "run", epochs=10000, wishes={"time_s": 2.0})
+    assert time.monotonic() - started < 40
+    plan = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert plan["training"]["time_s"] == 0.5
+    assert 0 < result["training"]["iterations"] < 20000
+
+
+# --- memory and disk -----------------------------------------------------------------------------------------------
+
+
+def test_less_memory_is_engine_then_setting_then_batch_then_patch_and_ends():
+    config = tiny_recipe().network
+    recipe = tiny_recipe({"levels": 0}, patch=[64, 48, 17], batch_size=4, engine="stored").training
+    network = build(dataclasses.replace(config, in_channels=1), "stored")
+    seen, memory = [], []
+    while (found := lighter(network, recipe)) is not None:
+        recipe, words = found
+        network.engine = recipe.engine
+        network.memory = recipe.memory
+        seen.append((recipe.engine, recipe.batch_size, recipe.patch))
+        memory.append(recipe.memory)
+        assert words
+    assert seen[0] == ("reversible", 4, (64, 48, 17))
+    assert memory[:2] == ["low", "lower"] and set(memory[2:]) == {"lower"}
+    assert [batch for _, batch, _ in seen[:4]] == [4, 4, 2, 1]
+    assert seen[-1] == ("reversible", 1, (16, 16, 16))
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_when_memory_runs_out_the_training_goes_on_with_less_and_says_so(base, phantoms, tmp_path, monkeypatch, vae):
+    """Memory that is taken away in the middle: from the 4th step on only patches below 16 x 16 x 24 fit."""
+    real, steps = trainer.training_step, []
+
+    def step(network, optimizer, image, *rest):
+        steps.append(image.shape)
+        if len(steps) > 3 and image[0, 0].numel() * image.shape[0] > 16**3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(network, optimizer, image, *rest)
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    report, run = Recorder(), tmp_path / "run"
+    recipe = tiny_recipe(epochs=3, iterations_per_epoch=2, patch=[16, 16, 32], engine="stored", checkpoint_every_s=0.0)
+    result = tune(base, phantoms, run, report, recipe=recipe, vae=vae, validation_count=1)
+    words = [message for message in told(report) if message.startswith("Memory ran out; the training goes on with")]
+    assert len(words) == len(result["reductions"]) >= 4
+    for part, sentence in zip(
+        ("engine reversible", "memory setting lower", "batches of 1", "patches of"), words, strict=False
+    ):
+        assert part in sentence
+    assert result["training"]["iterations"] == 6
+    assert len([shape for shape in steps if shape[0] == 2 and shape[-1] == 32]) <= 3 + 3, "no step is done again"
+    package = verify_package(result["model"])
+    assert package.manifest.patch[2] < 32 and package.manifest.training.engine == "reversible"
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["reductions"] == result["reductions"]
+
+
+def test_when_nothing_is_left_to_give_up_it_is_told(base, phantoms, tmp_path, monkeypatch):
+    def step(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(OutOfMemory, match="not enough memory to train") as caught:
+        tune(base, phantoms, tmp_path / "run")
+    assert caught.value.hint and caught.value.exit_code == 3
+
+
+def test_another_error_is_not_taken_for_want_of_memory(base, phantoms, tmp_path, monkeypatch):
+    def step(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(RuntimeError, match="something else"):
+        tune(base, phantoms, tmp_path / "run")
+
+
+def test_a_full_disk_loses_nothing_and_is_told(base, phantoms, tuned, tmp_path):
+    _, result, _ = tuned
+    run = tmp_path / "run"
+    stop = AtStep(run, 3, lambda: (run / "stop").write_text("stop", encoding="utf-8"))
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=stop, epochs=2)
+    size = (run / "fold0" / "checkpoint.pt").stat().st_size
+    report = Recorder()
+    with files_up_to(size // 2), pytest.raises(InvresError, match="could not be saved") as caught:
+        tune(base, phantoms, run, report, epochs=2, resume=True)
+    assert "Free some space" in caught.value.hint and caught.value.code == "write_failed"
+    assert load_checkpoint(run / "fold0")["iteration"] == 3
+    again = tune(base, phantoms, run, epochs=2, resume=True)
+    assert same_weights(again["model"], result["model"]) and leftovers(run) == []
+
+
+# --- kill -9 -------------------------------------------------------------------------------------------------------
+
+KILLS = 31
+AT_MOST_S = 150  # where other programs use the machine too; else about 50
+LONG = {"epochs": 3, "iterations_per_epoch": 4, "checkpoint_every_s": 0.0}
+
+
+def _one_life(base_path, data, run, place):
+    """A run in a process of its own; with a place it kills itself in the middle of writing that many checkpoints on."""
+    torch.set_num_threads(1)
+    written, save = [0], checkpoint.torch.save
+
+    def half_saved(state, stream):
+        written[0] += 1
+        if written[0] == place:
+            stream.write(b"half of a checkpoint" * 500)
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, stream)
+
+    checkpoint.torch.save = half_saved
+    # What takes seconds in each life and writes nothing that is resumed from.
+    finetuning.draw_curves = lambda folder: None
+    finetuning.predict_training = lambda *_: SimpleNamespace(peak_bytes=0)
+    chosen = options(resume=True, **LONG)
+    finetune(open_package(base_path), read_dataset(data, checked=False), run, chosen)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_end_with_the_very_weights_of_an_undisturbed_run(base, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = tune(base, data, tmp_path / "whole", **LONG)
+    finally:
+        torch.set_num_threads(threads)
+    # Forked from a process that has imported all this but computed nothing: a life costs no import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["invres.finetuning"])
+    moments, run = random.Random(0), tmp_path / "run"
+    started, kills, inside, ends = time.monotonic(), 0, 0, 0
+
+    def live(place, seconds):
+        life = context.Process(target=_one_life, args=(base.path, data, run, place))
+        life.start()
+        life.join(seconds)
+        if life.is_alive():
+            life.kill()
+        life.join()
+        return life.exitcode
+
+    while kills < KILLS and time.monotonic() - started < AT_MOST_S:
+        place = moments.randint(1, 8) if moments.random() < 0.4 else 0
+        code = live(place, 60 if place else moments.uniform(0.1, 1.5))
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+        inside += code != 0 and place > 0
+        if code == 0:  # a whole run went by between the kills: check it and begin the next one
+            ends += 1
+            assert same_weights(json.loads((run / "result.json").read_text())["model"], whole["model"])
+            shutil.rmtree(run)
+    assert kills >= 30 and inside >= 5, f"{kills} kills, {inside} of them inside a checkpoint, {ends} runs ended"
+    assert live(0, 120) == 0
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    assert same_weights(result["model"], whole["model"])
+    assert result["sentence"] == whole["sentence"]
+    one, other = (load_checkpoint(path / "final") for path in (run, tmp_path / "whole"))
+    assert one["iteration"] == other["iteration"] == 12
+    assert leftovers(run) == []
+
+
+def test_an_ended_training_that_was_not_recorded_does_not_go_on(base, phantoms, tmp_path):
+    """Killed between the end of a training (by its patience, say) and the record of it."""
+    recipe = tiny_recipe(epochs=50, iterations_per_epoch=1, early_stop_epochs=1, learning_rate=1e-9)
+    first = tune(base, write_dataset(tmp_path / "d", cases=12), tmp_path / "run", recipe=recipe, validation_count=2)
+    iterations = first["training"]["iterations"]
+    assert iterations < 50
+    for name in ("result.json", "final/done.json"):
+        (tmp_path / "run" / name).unlink()
+    again = tune(base, tmp_path / "d", tmp_path / "run", recipe=recipe, resume=True)
+    assert again["training"]["iterations"] == iterations and same_weights(first["model"], again["model"])
+
+
+def test_networks_of_a_run_segment_like_their_package(tuned):
+    """What was compared is what is packed."""
+    run, result, _ = tuned
+    package = open_package(result["model"])
+    network = load_network(package, torch.device("cpu"))
+    weights = load_checkpoint(run / "final")["weights"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+    assert with_patch(package.manifest.network, (8, 8, 8)).vae is None
+    assert np.isfinite(result["training"]["seconds"])
+
+
+# --- the folder of a run -------------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_work_in_one_folder(base, phantoms, tuned, tmp_path):
+    run = tmp_path / "run"
+
+    def meddle():
+        with pytest.raises(InvresError, match=r"Another process .* is at work") as caught:
+            tune(base, phantoms, run, resume=True)
+        assert caught.value.hint and caught.value.code == "in_use"
+
+    result = tune(base, phantoms, run, stop=AtStep(run, 2, meddle), epochs=2)
+    assert same_weights(result["model"], tuned[1]["model"])
+    assert tune(base, phantoms, run, resume=True) == result, "the lock went with its holder"
+
+
+def test_who_comes_back_later_reads_what_happened(tuned):
+    run, _, report = tuned
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["event"] == "started" and lines[0]["pid"] == os.getpid() and all(line["time"] for line in lines)
+    for kind in ("epoch", "warning", "note", "memory"):
+        wanted = [event for event in report.events if event["event"] == kind]
+        assert [{k: v for k, v in line.items() if k != "time"} for line in lines if line["event"] == kind] == wanted
+    assert lines[-1] == {"time": lines[-1]["time"], "event": "result", **tuned[1]}
+    progress = [line for line in lines if line["event"] == "progress"]
+    assert 0 < len(progress) < len([event for event in report.events if event["event"] == "progress"])
+
+
+def test_a_line_cut_by_a_kill_spoils_only_itself_and_a_reader_that_went_away_nothing(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "epo')
+
+    class Gone(Recorder):
+        def emit(self, event):
+            raise BrokenPipeError
+
+    report = RecordingReporter(Gone(), tmp_path)
+    report.note("Still here.")
+    lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '{"event": "epo'
+    assert [json.loads(line)["event"] for line in lines[1:]] == ["started", "note"]
+
+
+def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, tmp_path):
+    data, run, report = write_dataset(tmp_path / "data", cases=2), tmp_path / "run", Recorder()
+    plan = {}
+
+    def vanish():
+        plan.update(json.loads((run / "run.json").read_text(encoding="utf-8")))
+        (held,) = plan["parts"][0]["held_out"]
+        read_dataset(data).case(held).images[0].write_bytes(b"no image")
+
+    result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
+    assert any("is not compared" in message for message in told(report))
+    assert "no proof" in result["sentence"] and not result["promoted"]
+
+
+def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(base, phantoms, tmp_path):
+    run = tmp_path / "run"
+    (run / "prepared" / "patient00-0123456789abcdef.tmp").mkdir(parents=True)
+    (run / "fold0").mkdir()
+    (run / ".model.0123456789ab.tmp").mkdir()
+    for name in (".0123456789ab.json", "fold0/checkpoint.pt.tmp", "fold0/.0123456789ab"):
+        (run / name).write_bytes(b"half")
+    (run / ".notes").write_text("mine", encoding="utf-8")
+    (run / "fold0" / "my.tmp").write_text("mine", encoding="utf-8")
+    tune(base, phantoms, run, validation_count=1)
+    assert sorted(leftovers(run)) == [".notes", os.path.join("fold0", "my.tmp")]
+
+
+def test_how_a_run_ended_is_on_record_too(base, phantoms, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop = AtStep(run, 1, lambda: (run / "stop").write_text("stop", encoding="utf-8"))
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=stop)
+
+    def step(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(RuntimeError):
+        tune(base, phantoms, run, resume=True)
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    errors = [(line["code"], line["message"]) for line in lines if line["event"] == "error"]
+    assert [code for code, _ in errors] == ["cancelled", "internal"] and "something else" in errors[1][1]
+    assert [line["event"] for line in lines].count("started") == 2
