@@ -65,6 +65,9 @@ CONFIG = TrainingConfig(
     warmup_iterations=20,
     checkpoint_every_s=60,
 )
+# Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would shift the
+# statistics that instance norm divides by.
+WINDOW = (64, 64, 64)
 NETWORK = NetworkConfig(name="fully_invres", out_channels=4, channels=(16, 32, 64, 128))
 # Contrasts are random, within what a spoiled gradient echo of any T1 weighting gives (white matter = 220; T1 of white
 # matter 0.55 to 0.9 s, grey matter 0.9 to 1.45 s, CSF 3.5 to 4.5 s; TR 8 to 25 ms, flip 15 to 35 degrees). Any order of
@@ -131,7 +134,7 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
         state_dict=result.weights,
         plan=PreparationPlan((ChannelPlan("T1", "MR"),), SPACING_MM),
         scheme=SCHEME,
-        patch=config.patch,
+        patch=WINDOW,
         description="CSF, grey and white matter of brain-extracted MR; minutes of training on synthetic contrasts.",
         training=training_summary(recipe, result, network.engine, 1, 0),
         intended_use="Demonstration only.",
@@ -140,9 +143,7 @@ def run(output: Path, time_s: float, device: str = "auto", report: Reporter = SI
     volume = output / "icbm152_t1.nii.gz"
     write_volume(volume, t1)
     segmentation = output / "icbm152_t1.seg.nrrd"
-    # Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would
-    # shift the statistics that instance norm divides by.
-    options = SegmentOptions(device=str(chosen), window=(64, 64, 64))
+    options = SegmentOptions(device=str(chosen))
     summary = segment(package, {"T1": files["t1"]}, segmentation, options, report=report, network=network)
     labels = read_volume(segmentation, kind="labels")
     write_volume(output / "icbm152_t1_labels.nii.gz", labels)

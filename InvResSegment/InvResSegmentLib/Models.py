@@ -166,7 +166,7 @@ def _trainingData(training: dict[str, Any]) -> str:
     if validation:
         text = _("{cases} cases, validated on {validation} others").format(cases=cases, validation=validation)
     else:
-        text = _("{cases} cases").format(cases=cases)
+        text = _("one case") if cases == 1 else _("{cases} cases").format(cases=cases)
     recipe = training.get("recipe")
     return _("{text} (recipe {recipe})").format(text=text, recipe=recipe) if recipe else text
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
-PATH = REPOSITORY / "Testing" / "Benchmarks" / "conformance.py"
+PATH = Path(__file__).resolve().parents[1] / "Benchmarks" / "conformance.py"
 SPEC = importlib.util.spec_from_file_location("conformance", PATH)
 assert SPEC is not None and SPEC.loader is not None
 conformance = sys.modules["conformance"] = importlib.util.module_from_spec(SPEC)
