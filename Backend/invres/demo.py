@@ -65,8 +65,8 @@ CONFIG = TrainingConfig(
     warmup_iterations=20,
     checkpoint_every_s=60,
 )
-# Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would shift the
-# statistics that instance norm divides by.
+# Somewhat larger than the training patch, but inside the volume: a window filled up with repeated border would shift
+# the statistics that instance norm divides by.
 WINDOW = (64, 64, 64)
 NETWORK = NetworkConfig(name="fully_invres", out_channels=4, channels=(16, 32, 64, 128))
 # Contrasts are random, within what a spoiled gradient echo of any T1 weighting gives (white matter = 220; T1 of white
