@@ -5,31 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import re
 import sys
-import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from . import InvresError
+from .bench_command import bench
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
-from .events import JsonReporter, Reporter, format_bytes, format_seconds
-from .lineage import active_members, read_active
-from .modelpackage import (
-    ModelPackage,
-    bundled_models_dir,
-    delete_package,
-    export_package,
-    find_package,
-    import_package,
-    is_bundled,
-    list_packages,
-    verify_hash,
-    verify_package,
-)
+from .console import check_sizes, package_named, recipes_dir, say, spread
+from .events import Reporter, format_bytes, format_seconds
+from .model_commands import describe, models
 
 __all__ = [
     "bench",
@@ -50,27 +36,8 @@ __all__ = [
 _kept: dict[str, Any] = {}
 
 
-BENCH_SECONDS = 420.0  # after which `bench` starts no further try for the largest cube
-
-
-def recipes_dir() -> Path:
-    """The named recipes that come with InvResSegment."""
-    return bundled_models_dir().parent / "Recipes"
-
-
-def user_models_dir() -> Path:
-    """Where `models import` puts packages unless told otherwise."""
-    return Path.home() / "InvResSegment" / "Models"
-
-
-def _say(report: Reporter, text: str) -> None:
-    """The human form of a result; programs read the result event instead."""
-    if not isinstance(report, JsonReporter):
-        print(text)
-
-
 def segment(options: argparse.Namespace, report: Reporter) -> None:
-    package = _package(options.model)
+    package = package_named(options.model)
     _load_torch(report)
     from .inference import NetworkKeeper, SegmentOptions
     from .inference import segment as run
@@ -103,10 +70,10 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         tuple(settings["window"]),
         found["seconds"]["predict"],
     )
-    _say(report, f"Segmentation: {found['output']}")
+    say(report, f"Segmentation: {found['output']}")
     for name, volume in found["volumes_ml"].items():
-        _say(report, f"  {name}: {volume:.2f} mL")
-    _say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
+        say(report, f"  {name}: {volume:.2f} mL")
+    say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
     report.result(**found)
 
 
@@ -124,14 +91,14 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, report, stop)
-    _say(report, f"Model: {package.path}")
+    say(report, f"Model: {package.path}")
     for name, values in package.manifest.metrics.items():
-        _say(report, f"  {name}: Dice {_spread(values['Dice'])} in validation")
+        say(report, f"  {name}: Dice {spread(values['Dice'])} in validation")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
 
 
 def finetune(options: argparse.Namespace, report: Reporter) -> None:
-    package = _package(options.model)
+    package = package_named(options.model)
     wishes = {
         field: value
         for field, value in (
@@ -171,13 +138,13 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
     dataset = read_dataset(options.data, checked=False)
     with StopFile(options.output).listening() as stop:
         found = run(package, dataset, options.output, choices, report, stop)
-    _say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
+    say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
     if found["promoted"]:
-        _say(report, f"\nModel {found['version']}: {found['model']}")
-        _say(report, "`invres models import` makes it the one that its name stands for.")
+        say(report, f"\nModel {found['version']}: {found['model']}")
+        say(report, "`invres models import` makes it the one that its name stands for.")
     else:
-        _say(report, f"\nNot promoted, for it is not shown to be as good as before. Candidate: {found['model']}")
-        _say(report, "The same command with --resume --promote takes it all the same.")
+        say(report, f"\nNot promoted, for it is not shown to be as good as before. Candidate: {found['model']}")
+        say(report, "The same command with --resume --promote takes it all the same.")
     report.result(**found)
 
 
@@ -189,8 +156,8 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
     scheme = read_dataset(options.data, checked=False).scheme if options.data else None
     metrics = run(options.predictions, options.references, scheme, report, options.tolerance)
     write_metrics(options.output, metrics)
-    _say(report, summary_table(metrics))
-    _say(report, f"\nWritten: {options.output}")
+    say(report, summary_table(metrics))
+    say(report, f"\nWritten: {options.output}")
     report.result(output=str(options.output), summary=metrics["summary"])
 
 
@@ -200,9 +167,9 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
 
     dataset = read_dataset(options.data, checked=False)
     findings = check_dataset(dataset, report)
-    _say(report, f"{dataset.name}: {len(dataset.cases)} cases, {dataset.layout}.")
-    _say(report, f"Channels: {', '.join(dataset.channel_names)}. Labels: {', '.join(dataset.scheme.names)}.")
-    _say(report, findings_table(findings))
+    say(report, f"{dataset.name}: {len(dataset.cases)} cases, {dataset.layout}.")
+    say(report, f"Channels: {', '.join(dataset.channel_names)}. Labels: {', '.join(dataset.scheme.names)}.")
+    say(report, findings_table(findings))
     report.result(
         dataset=dataset.name,
         layout=dataset.layout,
@@ -219,7 +186,7 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
     from .inference import choose_device
     from .memory import measure_training, predict_training
 
-    _check_sizes(options)
+    check_sizes(options)
     spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
     if min(spacing) <= 0:
         raise InvresError(f"--spacing must be three lengths above 0 mm, got {options.spacing}.")
@@ -255,7 +222,7 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
         fitting = plan_for_card(config, vram_bytes, options.batch, **choices, spacing_mm=spacing)
         extra["card"] = dataclasses.asdict(fitting)
         lines += fitting.sentences()
-    _say(report, "\n".join(lines))
+    say(report, "\n".join(lines))
     report.result(**dataclasses.asdict(found), **extra)
 
 
@@ -265,7 +232,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
             "`invres plan --model` needs the volume: --shape D H W and --spacing D H W.",
             hint="Give its voxels and their size in mm, superior, anterior, right.",
         )
-    manifest = _package(options.model).manifest
+    manifest = package_named(options.model).manifest
     _load_torch(report)
     from .inference import choose_device
     from .planning import plan_segmentation
@@ -279,7 +246,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
         None if options.roi_shape is None else tuple(options.roi_shape),
         report=report,
     )
-    _say(report, found.sentence)
+    say(report, found.sentence)
     report.result(**dataclasses.asdict(found))
 
 
@@ -289,7 +256,7 @@ def devices(options: argparse.Namespace, report: Reporter) -> None:
     found, torch_version = list_devices()
     for device in found:
         free = "" if device.free_bytes is None else f", {format_bytes(device.free_bytes)} free"
-        _say(report, f"{device.name}  {device.title}{free}")
+        say(report, f"{device.name}  {device.title}{free}")
     if not torch_version:
         report.note("torch is not installed or cannot be imported, so only the CPU is listed.")
     report.result(devices=[dataclasses.asdict(device) for device in found], auto=found[0].name, torch=torch_version)
@@ -301,201 +268,12 @@ def worker(options: argparse.Namespace, report: Reporter) -> None:
     serve(options.run_command)
 
 
-def describe(options: argparse.Namespace, report: Reporter) -> None:
-    package = _package(options.model)
-    manifest = package.manifest
-    lines = [
-        f"{manifest.name} {manifest.version}: {manifest.description}".rstrip(": "),
-        f"  network    {manifest.network.name}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
-        f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
-        f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}",
-        f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
-        f"  window     {' x '.join(map(str, manifest.patch))} voxels",
-        f"  licence    {manifest.licence or 'not stated'}",
-        f"  use        {manifest.intended_use}",
-    ]
-    for name, values in manifest.metrics.items():
-        if dice := values.get("Dice"):
-            lines.append(f"  Dice       {name}: {_spread(dice)}")
-    _say(report, "\n".join(lines))
-    report.result(**_described(package))
-
-
-def _described(package: ModelPackage) -> dict[str, Any]:
-    return {"path": str(package.path), "bundled": is_bundled(package), "manifest": to_dict(package.manifest)}
-
-
-def models(options: argparse.Namespace, report: Reporter) -> None:
-    folder = options.models_dir or user_models_dir()
-    if options.action == "list":
-        found = list_packages([bundled_models_dir(), folder], report)
-        current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
-        for package in found:
-            mark = "*" if package.id in current else " "
-            names = ", ".join(package.manifest.scheme.names)
-            _say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
-        if not found:
-            _say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
-        report.result(models=[{**_described(package), "active": package.id in current} for package in found])
-        return
-    if not options.model:
-        raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
-    if options.action == "import":
-        package = import_package(options.model, folder)
-        _say(report, f"Imported: {package.path}")
-        report.result(path=str(package.path))
-    elif options.action in ("history", "diff", "rollback"):
-        _versions(options, folder, report)
-    elif options.action == "export":
-        if options.output is None:
-            raise InvresError("`invres models export` needs --output FILE.invres.")
-        path = export_package(_package(options.model, folder), options.output)
-        _say(report, f"Exported: {path}")
-        report.result(path=str(path))
-    elif options.action == "delete":
-        package = _package(options.model, folder)
-        delete_package(package)
-        _say(report, f"Deleted: {package.path}")
-        report.result(path=str(package.path))
-    else:
-        package = _package(options.model, folder)
-        thorough = _importable("torch") and _importable("safetensors.torch")
-        if thorough:
-            verify_package(package.path)
-        else:
-            verify_hash(package)
-            report.note("torch is not installed, so shapes and values were not checked, only the hash of the weights.")
-        what = "hash, shapes and finite weights are right" if thorough else "the hash of its weights is right"
-        _say(report, f"{package.name} is intact: {what}.")
-        report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
-
-
-def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
-    from .versions import difference, difference_table, history, history_table, rollback
-
-    package = _package(options.model, folder)
-    installed = list_packages([bundled_models_dir(), folder], report)
-    if options.action == "history":
-        found = history(package, installed, [bundled_models_dir(), folder])
-        _say(report, history_table(found))
-        report.result(versions=found)
-    elif options.action == "diff":
-        other = _package(options.other, folder) if options.other else None
-        compared = difference(package, other, installed)
-        _say(report, difference_table(compared))
-        report.result(**compared)
-    else:
-        parent = rollback(package, installed, folder)
-        _say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
-        report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
-
-
-def bench(options: argparse.Namespace, report: Reporter) -> None:
-    from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
-    from .cube import bench_cube
-    from .depth import bench_depth, draw_depth
-
-    _check_sizes(options)
-    deadline = time.monotonic() + BENCH_SECONDS
-    patch = tuple(options.patch)
-    size = (patch, options.channels, options.classes)
-    device = "cuda:0" if options.device == "cuda" else options.device
-    on_card = device.startswith("cuda")
-    results: dict[str, Any] = {"machine": describe_machine(device), "date": date.today().isoformat()}
-    texts = [f"{results['machine']}, {results['date']}\n"]
-
-    def section(what: str, title: str, make: Callable[[], list[dict[str, Any]]], columns: list[str]) -> None:
-        """Runs one part; in a run of all parts, one that fails is recorded and does not cost the others."""
-        if options.what not in (what, "all"):
-            return
-        try:
-            rows = make()
-        except Exception as error:
-            if options.what != "all" or isinstance(error, InvresError):
-                raise
-            results[what] = {"error": f"{type(error).__name__}: {error}"}
-            report.warning(f"The part {what} failed: {type(error).__name__}: {error}")
-            rows = []
-        else:
-            results[what] = rows
-        shown = [c for c in columns if any(row.get(c) not in (None, "", 0) for row in rows)]
-        if rows:
-            texts.append(f"### {title}\n\n{table(rows, shown)}\n")
-        if options.output:
-            options.output.mkdir(parents=True, exist_ok=True)
-            (options.output / "bench.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            (options.output / "bench.md").write_text("\n".join(texts), encoding="utf-8")
-
-    words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
-    kind = "measured" if options.measure or on_card else "predicted on fake tensors"
-    row = ["network", "engine", "memory", "precision"]
-    section(
-        "memory",
-        f"Peak live tensor bytes of a training step ({kind}; {words})",
-        lambda: bench_memory(*size, device, options.measure, report),
-        [
-            *row,
-            *("parameter_bytes", "peak_bytes", "ratio", "activation_bytes", "activation_ratio", "flops_ratio"),
-            *("allocated_bytes", "reserved_bytes", "error"),
-        ],
-    )
-    section(
-        "time",
-        f"Median seconds of a training step ({words})",
-        lambda: bench_time(*size, device, options.rounds, report),
-        [*row, "seconds", "ratio", "error"],
-    )
-    small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
-    section(
-        "gradients",
-        "Largest relative difference of any gradient to `stored` (CPU)",
-        lambda: bench_gradients(*small, report),
-        ["network", "engine", "memory", "dtype", "relative_error", "error_to_float64"],
-    )
-    if on_card:
-        section(
-            "cube",
-            "Largest cube whose training step fits a card",
-            lambda: bench_cube(options.channels, options.classes, device, deadline, report),
-            ["card_gib", *row, "side", "complete", "error"],
-        )
-    section(
-        "depth",
-        "Peak memory and operations against depth, by strategy",
-        lambda: bench_depth(report=report),
-        ["strategy", "blocks", "peak_states", "flops_ratio"],
-    )
-    if options.output and isinstance(results.get("depth"), list):
-        draw_depth(results["depth"], options.output / "depth.png")
-    _say(report, "\n".join(texts))
-    report.result(**results)
-
-
 def demo(options: argparse.Namespace, report: Reporter) -> None:
     from .demo import run
 
     found = run(options.output, _seconds(options.time), options.device, report)
-    _say(report, found["text"])
+    say(report, found["text"])
     report.result(**found)
-
-
-def _spread(values: dict[str, Any]) -> str:
-    """Mean, standard deviation and number of cases, as far as a manifest has them."""
-    mean, sd = (f"{value:.4f}" if isinstance(value := values.get(key), (int, float)) else "" for key in ("mean", "sd"))
-    return f"{mean or 'not known'}{f' ± {sd}' if sd else ''} (n = {values.get('n', 'not known')})"
-
-
-def _package(model: str, folder: Path | None = None) -> ModelPackage:
-    """A model by path or by name."""
-    return find_package(model, [bundled_models_dir(), folder or user_models_dir()])
-
-
-def _importable(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except Exception:  # a half-installed package fails in many ways
-        return False
-    return True
 
 
 def _load_torch(report: Reporter) -> None:
@@ -513,13 +291,6 @@ def _load_torch(report: Reporter) -> None:
             code="missing_package",
         ) from None
     report.progress("start", 1, 1)
-
-
-def _check_sizes(options: argparse.Namespace) -> None:
-    if min(options.patch) < 1:
-        raise InvresError(f"--patch must be three sizes of 1 voxel or more, got {options.patch}.")
-    if vars(options).get("batch", 1) < 1:
-        raise InvresError(f"--batch must be 1 or more, got {options.batch}.")
 
 
 def _recipe(name: str) -> Recipe:

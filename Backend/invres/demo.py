@@ -233,4 +233,4 @@ class _TissueBatches:
                 cut.append(slice(start, start + size))
             parts.append(both[:, cut[0], cut[1], cut[2]])
         patches = torch.stack(parts)
-        return patches[:, :1], patches[:, 1].to(torch.int16)
+        return patches[:, :1].contiguous(), patches[:, 1].to(torch.int16)

@@ -92,17 +92,19 @@ ALLOWED = {
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
         "preprocessing sampling synthesis trainer training volume"
     ),
+    "console": "events modelpackage",
+    "model_commands": "config console events lineage modelpackage versions",
+    "bench_command": "benchmark console cube depth events files",
     "commands": (
-        "benchmark cardplan cases config cube demo depth devices doctor evaluation events finetuning inference "
-        "lineage memory modelpackage networks planning preprocessing stopfile trainer training tuningplan versions "
-        "volume worker"
+        "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference memory "
+        "model_commands networks planning preprocessing stopfile trainer training tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))
 PANEL_FILES = sorted(MODULE.rglob("*.py"))
-COMMAND_LINE = ("cli.py", "commands.py")
+COMMAND_LINE = ("cli.py", "console.py")
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 

@@ -1,0 +1,100 @@
+"""`invres bench`: runs the parts that were asked for and writes their tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+from . import InvresError
+from .console import check_sizes, say
+from .events import Reporter
+from .files import written_whole
+
+__all__ = ["bench"]
+
+BENCH_SECONDS = 420.0  # after which `bench` starts no further try for the largest cube
+
+
+def bench(options: argparse.Namespace, report: Reporter) -> None:
+    from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
+    from .cube import bench_cube
+    from .depth import bench_depth, draw_depth
+
+    check_sizes(options)
+    deadline = time.monotonic() + BENCH_SECONDS
+    patch = tuple(options.patch)
+    size = (patch, options.channels, options.classes)
+    device = "cuda:0" if options.device == "cuda" else options.device
+    on_card = device.startswith("cuda")
+    results: dict[str, Any] = {"machine": describe_machine(device), "date": date.today().isoformat()}
+    texts = [f"{results['machine']}, {results['date']}\n"]
+
+    def section(what: str, title: str, make: Callable[[], list[dict[str, Any]]], columns: list[str]) -> None:
+        """Runs one part; in a run of all parts, one that fails is recorded and does not cost the others."""
+        if options.what not in (what, "all"):
+            return
+        try:
+            rows = make()
+        except Exception as error:
+            if options.what != "all" or isinstance(error, InvresError):
+                raise
+            results[what] = {"error": f"{type(error).__name__}: {error}"}
+            report.warning(f"The part {what} failed: {type(error).__name__}: {error}")
+            rows = []
+        else:
+            results[what] = rows
+        shown = [c for c in columns if any(row.get(c) not in (None, "", 0) for row in rows)]
+        if rows:
+            texts.append(f"### {title}\n\n{table(rows, shown)}\n")
+        if options.output:
+            for name, text in (("bench.json", json.dumps(results, indent=1)), ("bench.md", "\n".join(texts))):
+                with written_whole(options.output / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+    words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
+    kind = "measured" if options.measure or on_card else "predicted on fake tensors"
+    row = ["network", "engine", "memory", "precision"]
+    section(
+        "memory",
+        f"Peak live tensor bytes of a training step ({kind}; {words})",
+        lambda: bench_memory(*size, device, options.measure, report),
+        [
+            *row,
+            *("parameter_bytes", "peak_bytes", "ratio", "activation_bytes", "activation_ratio", "flops_ratio"),
+            *("allocated_bytes", "reserved_bytes", "error"),
+        ],
+    )
+    section(
+        "time",
+        f"Median seconds of a training step ({words})",
+        lambda: bench_time(*size, device, options.rounds, report),
+        [*row, "seconds", "ratio", "error"],
+    )
+    small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
+    section(
+        "gradients",
+        "Largest relative difference of any gradient to `stored` (CPU)",
+        lambda: bench_gradients(*small, report),
+        ["network", "engine", "memory", "dtype", "relative_error", "error_to_float64"],
+    )
+    if on_card:
+        section(
+            "cube",
+            "Largest cube whose training step fits a card",
+            lambda: bench_cube(options.channels, options.classes, device, deadline, report),
+            ["card_gib", *row, "side", "complete", "error"],
+        )
+    section(
+        "depth",
+        "Peak memory and operations against depth, by strategy",
+        lambda: bench_depth(report=report),
+        ["strategy", "blocks", "peak_states", "flops_ratio"],
+    )
+    if options.output and isinstance(results.get("depth"), list):
+        draw_depth(results["depth"], options.output / "depth.png")
+    say(report, "\n".join(texts))
+    report.result(**results)

@@ -1,0 +1,124 @@
+"""`invres describe` and `invres models`: what is installed, and what becomes of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+from . import InvresError
+from .config import to_dict
+from .console import package_named, say, spread, user_models_dir
+from .events import Reporter
+from .lineage import active_members, read_active
+from .modelpackage import (
+    ModelPackage,
+    bundled_models_dir,
+    delete_package,
+    export_package,
+    import_package,
+    is_bundled,
+    list_packages,
+    verify_hash,
+    verify_package,
+)
+
+__all__ = ["describe", "models"]
+
+
+def describe(options: argparse.Namespace, report: Reporter) -> None:
+    package = package_named(options.model)
+    manifest = package.manifest
+    lines = [
+        f"{manifest.name} {manifest.version}: {manifest.description}".rstrip(": "),
+        f"  network    {manifest.network.name}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
+        f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
+        f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}",
+        f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
+        f"  window     {' x '.join(map(str, manifest.patch))} voxels",
+        f"  licence    {manifest.licence or 'not stated'}",
+        f"  use        {manifest.intended_use}",
+    ]
+    for name, values in manifest.metrics.items():
+        if dice := values.get("Dice"):
+            lines.append(f"  Dice       {name}: {spread(dice)}")
+    say(report, "\n".join(lines))
+    report.result(**_described(package))
+
+
+def models(options: argparse.Namespace, report: Reporter) -> None:
+    folder = options.models_dir or user_models_dir()
+    if options.action == "list":
+        found = list_packages([bundled_models_dir(), folder], report)
+        current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
+        for package in found:
+            mark = "*" if package.id in current else " "
+            names = ", ".join(package.manifest.scheme.names)
+            say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
+        if not found:
+            say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
+        report.result(models=[{**_described(package), "active": package.id in current} for package in found])
+        return
+    if not options.model:
+        raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
+    if options.action == "import":
+        package = import_package(options.model, folder)
+        say(report, f"Imported: {package.path}")
+        report.result(path=str(package.path))
+    elif options.action in ("history", "diff", "rollback"):
+        _versions(options, folder, report)
+    elif options.action == "export":
+        if options.output is None:
+            raise InvresError("`invres models export` needs --output FILE.invres.")
+        path = export_package(package_named(options.model, folder), options.output)
+        say(report, f"Exported: {path}")
+        report.result(path=str(path))
+    elif options.action == "delete":
+        package = package_named(options.model, folder)
+        delete_package(package)
+        say(report, f"Deleted: {package.path}")
+        report.result(path=str(package.path))
+    else:
+        package = package_named(options.model, folder)
+        thorough = _importable("torch") and _importable("safetensors.torch")
+        if thorough:
+            verify_package(package.path)
+        else:
+            verify_hash(package)
+            report.note("torch is not installed, so shapes and values were not checked, only the hash of the weights.")
+        what = "hash, shapes and finite weights are right" if thorough else "the hash of its weights is right"
+        say(report, f"{package.name} is intact: {what}.")
+        report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
+
+
+def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
+    from .versions import difference, difference_table, history, history_table, rollback
+
+    package = package_named(options.model, folder)
+    installed = list_packages([bundled_models_dir(), folder], report)
+    if options.action == "history":
+        found = history(package, installed, [bundled_models_dir(), folder])
+        say(report, history_table(found))
+        report.result(versions=found)
+    elif options.action == "diff":
+        other = package_named(options.other, folder) if options.other else None
+        compared = difference(package, other, installed)
+        say(report, difference_table(compared))
+        report.result(**compared)
+    else:
+        parent = rollback(package, installed, folder)
+        say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
+        report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
+
+
+def _described(package: ModelPackage) -> dict[str, Any]:
+    return {"path": str(package.path), "bundled": is_bundled(package), "manifest": to_dict(package.manifest)}
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # a half-installed package fails in many ways
+        return False
+    return True
