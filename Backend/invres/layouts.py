@@ -80,6 +80,26 @@ def _iseg(root: Path) -> Dataset | None:
     return make_dataset(root.name, ["T1", "T2"], scheme, cases, root, "iSeg") if cases else None
 
 
+def _hcp(root: Path) -> Dataset | None:
+    """HCP Young Adult, "Structural Preprocessed": 100307/T1w/{T1w,T2w}_acpc_dc_restore.nii.gz with ribbon.nii.gz.
+
+    The ribbon has FreeSurfer's values of white matter and cortex on either side; it says nothing of the rest.
+    """
+    found: list[Found] = []
+    for subject in list_folders(root, r"\d{6}"):
+        files = {stem_of(file): file for file in list_volumes(subject / "T1w")}
+        contrasts = {"T1": "T1w_acpc_dc_restore", "T2": "T2w_acpc_dc_restore"}
+        images = {channel: files[stem] for channel, stem in contrasts.items() if stem in files}
+        if images:
+            found.append((subject.name, subject.name, images, files.get("ribbon")))
+    if not found:
+        return None
+    sides = (("left white matter", 2), ("left cortex", 3), ("right white matter", 41), ("right cortex", 42))
+    scheme = LabelScheme(tuple(Label(name, (value,), value) for name, value in sides))
+    channels, cases = _with_common_channels(found)
+    return make_dataset(root.name, channels, scheme, cases, root, "HCP")
+
+
 def _bids(root: Path) -> Dataset | None:
     """BIDS derivatives: sub-*/[ses-*/]anat/*_T1w.nii.gz, labels *_dseg.nii.gz there or in derivatives/*/sub-*/."""
     found: list[Found] = []
@@ -227,6 +247,7 @@ FOLDER_READERS: tuple[Callable[[Path], Dataset | None], ...] = (
     _brats,
     _kits,
     _iseg,
+    _hcp,
     _bids,
     _folder_pair,
     _folder_per_case,

@@ -220,6 +220,36 @@ def test_kits_is_ct_and_its_test_cases_have_no_label(tmp_path):
     assert [case.name for case in dataset.labelled_cases] == ["case_00000"]
 
 
+def test_hcp_has_t1_and_t2_with_the_cortical_ribbon(tmp_path):
+    for subject in ("100307", "100408", "101006"):
+        put(tmp_path / subject / "T1w" / "T1w_acpc_dc_restore.nii.gz")
+        put(tmp_path / subject / "T1w" / "T1w_acpc_dc_restore_brain.nii.gz")
+        put(tmp_path / subject / "T1w" / "T2w_acpc_dc_restore.nii.gz")
+        put(tmp_path / subject / "T1w" / "ribbon.nii.gz", [2, 3, 41, 42])
+    (tmp_path / "101006" / "T1w" / "ribbon.nii.gz").unlink()
+    put(tmp_path / "100307" / "MNINonLinear" / "T1w_restore.nii.gz")
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "HCP" and dataset.channel_names == ("T1", "T2")
+    assert [case.name for case in dataset.cases] == ["100307", "100408", "101006"]
+    assert [case.name for case in dataset.labelled_cases] == ["100307", "100408"]
+    assert [path.name for path in dataset.cases[0].images] == [
+        "T1w_acpc_dc_restore.nii.gz",
+        "T2w_acpc_dc_restore.nii.gz",
+    ]
+    images, label = dataset.load(dataset.cases[0])
+    assert len(images) == 2 and set(label.array[label.array > 0]) == {2, 3, 41, 42}
+    assert [found.output_value for found in dataset.scheme.labels] == [2, 3, 41, 42]
+
+
+def test_hcp_subject_without_t2_is_named(tmp_path):
+    for subject in ("100307", "100408"):
+        put(tmp_path / subject / "T1w" / "T1w_acpc_dc_restore.nii.gz")
+        put(tmp_path / subject / "T1w" / "T2w_acpc_dc_restore.nii.gz")
+    (tmp_path / "100408" / "T1w" / "T2w_acpc_dc_restore.nii.gz").unlink()
+    with pytest.raises(InvresError, match=r"100408.*T2w_acpc_dc_restore"):
+        read_dataset(tmp_path)
+
+
 def break_json(folder):
     (folder / "dataset.json").write_text("{not json")
 
