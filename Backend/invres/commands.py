@@ -80,11 +80,12 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
 def train(options: argparse.Namespace, report: Reporter) -> None:
     recipe = _changed(_recipe(options.recipe), options)
     from .cases import read_dataset
+    from .labelmaps import read_label_maps
     from .trainer import StopRequest
     from .training import TrainOptions
     from .training import train as run
 
-    dataset = read_dataset(options.data)
+    dataset = read_label_maps(options.data, recipe.labels) if recipe.label_maps else read_dataset(options.data)
     vram_bytes = _bytes(options.vram) if options.vram else 0
     choices = TrainOptions(
         options.device, options.resume, options.fold, 5, options.validation_count, options.licence, vram_bytes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from . import InvresError
+from .synthesisconfig import LabelMapConfig
 
 __all__ = [
     "DARKEST",
@@ -266,6 +267,9 @@ class Recipe:
     """A named training configuration: what `Resources/Recipes/*.json` holds.
 
     spacing_mm: target spacing (D, H, W canonical); None takes the training cases' median.
+    window: voxels (D, H, W) of the sliding window that the model will segment with; (0, 0, 0) = the training patch.
+    label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
+    labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
     """
 
     name: str = "default"
@@ -274,6 +278,21 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     spacing_mm: tuple[float, float, float] | None = None
+    window: Triple = (0, 0, 0)
+    label_maps: LabelMapConfig | None = None
+    labels: tuple[Label, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.labels) != (self.label_maps is not None):
+            raise InvresError(
+                f"The recipe {self.name} must give labels and label_maps together, or neither of them.",
+                hint="Leave labels out for a data set with images: it states its labels itself.",
+            )
+
+    @property
+    def window_or_patch(self) -> Triple:
+        """The window that the trained model segments with."""
+        return self.window if min(self.window) > 0 else self.training.patch
 
     @staticmethod
     def read(path: Path) -> Recipe:

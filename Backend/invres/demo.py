@@ -27,7 +27,8 @@ from .modelpackage import save_package
 from .networks import build
 from .overlay import draw_overlay
 from .sampling import seeded_generator
-from .synthesis import SynthesisConfig, input_patch, synthesise_from_probabilities, tissue_maps_from_gm_wm
+from .synthesis import input_patch, synthesise_from_probabilities, tissue_maps_from_gm_wm
+from .synthesisconfig import SynthesisConfig
 from .trainer import StopRequest, Trainer
 from .training import training_summary
 from .volume import Volume, read_volume, resample, write_volume

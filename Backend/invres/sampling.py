@@ -13,7 +13,7 @@ from .augmentation import augment, input_patch
 from .config import AugmentationConfig, LabelScheme, TrainingConfig
 from .preprocessing import PreparedCase, target_table
 
-__all__ = ["BatchSource", "CaseBatches", "seeded_generator"]
+__all__ = ["BatchSource", "CaseBatches", "cut_padded", "seeded_generator"]
 
 VOXELS_PER_LABEL = 4096  # remembered per case and label as centres of foreground patches
 CROP, AUGMENT = 1, 2
@@ -91,9 +91,9 @@ class CaseBatches:
             random = np.random.RandomState(np.random.SeedSequence([self.config.seed, place, CROP]).generate_state(4))
             case = self.cases[index]
             corner = self._corner(case, self._centres[index], random)
-            images.append(_cut_padded(case.image, corner, self.patch_in, None))
+            images.append(cut_padded(case.image, corner, self.patch_in, None))
             assert case.label is not None  # only labelled cases are trained on
-            labels.append(_cut_padded(case.label[None], corner, self.patch_in, -1))
+            labels.append(cut_padded(case.label[None], corner, self.patch_in, -1))
         return np.stack(images), np.stack(labels)
 
     def _corner(self, case: PreparedCase, centres: list[np.ndarray], random: np.random.RandomState) -> list[int]:
@@ -128,7 +128,7 @@ def _label_voxels(case: PreparedCase) -> list[np.ndarray]:
     return found
 
 
-def _cut_padded(array: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: int | None) -> np.ndarray:
+def cut_padded(array: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: int | None) -> np.ndarray:
     """array[:, corner : corner + size]; beyond the array `fill`, or the border repeated where fill is None."""
     inside, before_after = [slice(None)], [(0, 0)]
     for start, length, whole in zip(corner, size, array.shape[1:], strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,9 @@ from .augmentation import (
 from .augmentation import input_patch as augmentation_input_patch
 from .config import DARKEST, AugmentationConfig
 from .randomness import happens, normal_noise, uniform
+from .synthesisconfig import SynthesisConfig
 
 __all__ = [
-    "SynthesisConfig",
     "background_clusters",
     "input_patch",
     "synthesise",
@@ -48,79 +46,21 @@ RIM_VOXELS = 0.5
 template's own brain mask within 3 %; a full voxel would spill over it."""
 
 
-@dataclass(frozen=True)
-class SynthesisConfig:
-    """How images are synthesised (Billot et al., arXiv 2107.09559).
-
-    Values marked as chosen are ours. The others are those of the authors' SynthSeg code as last published
-    (`SynthSeg/training.py` and `scripts/tutorials/3-training.py`); its earlier revisions had scale 0.15,
-    elastic_voxels 3 and bias_field 0.5.
-
-    Space (lengths in voxels, which are 1 mm in the source): each axis scaled by 1 +- scale, rotated by
-    +- rotation_degrees, sheared by +- shear; elastic displacement with a standard deviation up to elastic_voxels at
-    control points elastic_spacing apart (source: the same, integrated as a velocity; here displacements
-    themselves, limited so that they do not fold).
-    Contrast (0..255): mean and standard deviation of each label uniform in the pairs given; blur_voxels is the
-    largest sigma of the partial-volume blur (chosen; the source blurs with the acquisition only).
-    Artefacts: bias_field (log factor at 4 control points per axis) up to this standard deviation; gamma exp(N(0,
-    gamma_std^2)) (chosen; source: 0.5); with low_resolution_probability (chosen; source: nearly always) either
-    voxels enlarged by up to low_resolution along all axes or slices thickened by up to thick_slices along one
-    (chosen: alike often; the source prefers slices); noise_std up to this (chosen).
-    Background (label 0; probabilities chosen): exactly zero, as after masking, or a texture like any other label,
-    otherwise dark noisy air.
-
-    means: for labels 1, 2, ... a pair instead of `mean`, where something is known about the contrast; for example that
-    under T1 weighting fluid is dark and white matter bright. Empty: every label is drawn from `mean`.
-    groups: labels that share one contrast, for example left and right of a structure.
-    targets: labels that are returned; all others only shape the image and come back as 0. Empty: all.
-    strip_probability: how often everything but the targets is removed from the image, as by skull stripping.
-    """
-
-    scale: float = 0.2
-    rotation_degrees: float = 15.0
-    shear: float = 0.012
-    elastic_voxels: float = 4.0
-    elastic_spacing: float = 25.0
-    mean: tuple[float, float] = (25.0, 225.0)
-    std: tuple[float, float] = (5.0, 25.0)
-    blur_voxels: float = 0.7
-    bias_field: float = 0.7
-    gamma_std: float = 0.4
-    low_resolution_probability: float = 0.75
-    low_resolution: float = 4.0
-    thick_slices: float = 8.0
-    noise_std: float = 10.0
-    zero_background_probability: float = 0.4
-    textured_background_probability: float = 0.2
-    means: tuple[tuple[float, float], ...] = ()
-    groups: tuple[tuple[int, ...], ...] = ()
-    targets: tuple[int, ...] = ()
-    strip_probability: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.scale < 1:
-            raise InvresError(f"synthesis.scale must be between 0 and 1, got {self.scale}.")
-        if self.elastic_spacing < 1:
-            raise InvresError(f"synthesis.elastic_spacing must be 1 voxel or more, got {self.elastic_spacing}.")
-        if min(self.low_resolution, self.thick_slices) < 1:
-            raise InvresError(
-                "synthesis.low_resolution and thick_slices are factors of 1 or more, "
-                f"got {self.low_resolution} and {self.thick_slices}."
-            )
-        pairs = [("mean", self.mean), ("std", self.std), *(("means", pair) for pair in self.means)]
-        for name, (low, high) in pairs:
-            if not 0 <= low <= high:
-                raise InvresError(f"synthesis.{name} must be two numbers from 0 up, low then high, got {[low, high]}.")
-
-
 @torch.no_grad()
 def synthesise(
-    labels: Tensor, config: SynthesisConfig, generator: torch.Generator, patch: Triple, channels: int = 1
+    labels: Tensor,
+    config: SynthesisConfig,
+    generator: torch.Generator,
+    patch: Triple,
+    channels: int = 1,
+    finer: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """An image of random contrast for each label map, and the label map moved with it.
 
     labels: integer (N, 1, D, H, W) on any device, at least as large as `patch` (see `input_patch`); -1 = ignore.
     channels: images of the same anatomy, each of a contrast and with artefacts of its own.
+    finer: voxels of the label map along each axis of one image voxel. Above 1 the image voxel is the mean of what lies
+    in it, so that it has true partial volume, and the label that of its centre; `patch` counts image voxels.
     Returns image (N, channels, *patch) float32, each channel with mean 0 and standard deviation 1 (where the background
     is masked: inside the mask, and 0 outside, as prepared images are), and labels (N, 1, *patch) of the type given.
     All random numbers come from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
@@ -131,25 +71,31 @@ def synthesise(
             "synthesise wants an integer label map (N, 1, D, H, W), "
             f"got {labels.dtype} with shape {list(labels.shape)}."
         )
-    _check_patch(labels, patch)
+    fine_patch = (finer * patch[0], finer * patch[1], finer * patch[2])
+    _check_patch(labels, fine_patch)
     images, moved = [], []
     for label in labels:
-        grid = _draw_grid(label, config, generator, patch)
-        label = sample_labels(label, grid)
-        is_target = _is_target(label, config)
-        mean, std = _draw_contrasts(config, generator, label.device)[:, label.long() % CONTRASTS]
-        present = label != 0
-        stripped = happens(generator, config.strip_probability)
-        present = present & is_target if stripped else present
+        grid = _draw_grid(label, config, generator, fine_patch)
+        objects = sample_labels(label, grid)
+        if finer > 1:
+            grid = F.avg_pool3d(grid.movedim(-1, 1), finer).movedim(1, -1)
+            label = sample_labels(label, grid)
+        else:
+            label = objects
+        shown = objects
+        if happens(generator, config.strip_probability):
+            shown = torch.where(_is_target(objects, config), objects, torch.zeros_like(objects))
+        present = _whole_voxels((shown != 0).float(), finer) > 1 - EMPTY
         planes = []
-        for channel in range(channels):
-            if channel:
-                mean, std = _draw_contrasts(config, generator, label.device)[:, label.long() % CONTRASTS]
-            if stripped:
-                mean, std = mean * is_target, std * is_target
+        for _ in range(channels):
+            contrast = _draw_contrasts(config, generator, label.device)
+            if shown is not objects:
+                contrast[:, 0] = 0
+            mean, std = contrast[:, shown.long() % CONTRASTS]
+            mean, std = _whole_voxels(mean, finer), _whole_voxels(std, finer)
             planes.append(_acquire(mean, std, present, config, generator))
         images.append(torch.cat(planes))
-        moved.append(torch.where(is_target, label, torch.zeros_like(label)))
+        moved.append(torch.where(_is_target(label, config), label, torch.zeros_like(label)))
     return torch.stack(images), torch.stack(moved)
 
 
@@ -304,11 +250,24 @@ def _draw_contrasts(config: SynthesisConfig, generator: torch.Generator, device:
     table = bounds[:, :1] + (bounds[:, 1:] - bounds[:, :1]) * torch.rand((2, CONTRASTS), generator=generator)
     for label, (low, high) in enumerate(config.means, start=1):
         table[0, label] = low + (high - low) * torch.rand((), generator=generator)
+    if config.tissues and happens(generator, config.tissue_probability):
+        bounds_of_tissues = (config.mean,) * len(config.tissues)
+        if config.families:
+            bounds_of_tissues = config.families[int(torch.randint(len(config.families), (), generator=generator))]
+        for tissue, (low, high) in zip(config.tissues, bounds_of_tissues, strict=True):
+            spread = torch.randn(len(tissue), generator=generator) * config.tissue_spread
+            table[0, list(tissue)] = (uniform(generator, low, high) + spread).clamp_(min=0)
     for group in config.groups:
-        table[:, list(group)] = table[:, group[0], None]
+        if group:
+            table[:, list(group)] = table[:, group[0], None]
     if not happens(generator, config.textured_background_probability):
         table[:, 0] = 0
     return table.to(device)
+
+
+def _whole_voxels(fine: Tensor, finer: int) -> Tensor:
+    """The mean over each image voxel of (1, D, H, W)."""
+    return fine if finer == 1 else F.avg_pool3d(fine[None], finer)[0]
 
 
 def _is_target(label: Tensor, config: SynthesisConfig) -> Tensor:

@@ -13,7 +13,8 @@ from .config import AugmentationConfig, LabelScheme, TrainingConfig
 from .preprocessing import PreparedCase, inside_values
 from .randomness import happens
 from .sampling import BatchSource, CaseBatches, seeded_generator
-from .synthesis import SynthesisConfig, background_clusters, input_patch, synthesise
+from .synthesis import background_clusters, input_patch, synthesise
+from .synthesisconfig import SynthesisConfig
 
 __all__ = ["MixedBatches", "SyntheticBatches"]
 

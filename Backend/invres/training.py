@@ -21,13 +21,14 @@ from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
 from .files import written_whole
 from .inference import SegmentOptions, choose_device, predict_probabilities
+from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_training
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, scheme_targets
-from .sampling import CaseBatches
+from .sampling import BatchSource, CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = ["TrainOptions", "software_versions", "train", "validator"]
@@ -84,7 +85,10 @@ def train(
                 f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
             )
         names = _split(dataset, labelled, recipe.training.seed, options)
-        plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
+        if recipe.label_maps is not None:
+            plan = label_map_plan(recipe)
+        else:
+            plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
         recipe = _fitted(recipe, dataset, plan)
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
@@ -97,17 +101,34 @@ def train(
     _announce_memory(recipe, network.engine, scheme, report)
     prepared = output / "prepared"
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
-    training_cases, validation_cases = (prepare_cases(dataset, part, plan, prepared, report, stopped) for part in names)
-    batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
-    _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
+    batches: BatchSource
+    validation_cases: list[PreparedCase] = []
+    scenes: SyntheticScenes | None = None
+    validate: Validation | None = None
+    if recipe.label_maps is not None:
+        batches = label_map_batches(dataset, names[0], recipe, prepared, device, report)
+        scenes = SyntheticScenes(dataset, names[1], recipe, prepared, device, report) if names[1] else None
+        validate = scenes.validate if scenes is not None else None
+    else:
+        training_cases, validation_cases = (
+            prepare_cases(dataset, part, plan, prepared, report, stopped) for part in names
+        )
+        batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
+        _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
+        validate = validator(validation_cases, scheme, config, device)
     if not options.resume:
         # Not before every case was read: after a mistake in the data the same command is given again.
         _write_run(output, recipe, plan, names, dataset)
-    validate = validator(validation_cases, scheme, config, device)
     trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
     result = trainer.run()
+    network.load_state_dict(result.weights)
+    network.eval()
+    if scenes is not None:
+        scores = scenes.scores(network)
+    else:
+        scores = np.array([_dice(network, case, scheme, config, device) for case in validation_cases])
     return save_package(
         output / MODEL,
         name=recipe.name,
@@ -115,10 +136,10 @@ def train(
         state_dict=result.weights,
         plan=plan,
         scheme=scheme,
-        patch=config.patch,
+        patch=recipe.window_or_patch,
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
-        metrics=_metrics(validation_cases, scheme, network, result, config, device),
+        metrics=_metrics(scores, scheme),
         licence=options.licence,
     )
 
@@ -173,20 +194,10 @@ def _dice(
     return dice_by_label(predicted & (reference >= 0), targets)
 
 
-def _metrics(
-    cases: list[PreparedCase],
-    scheme: LabelScheme,
-    network: SegmentationNetwork,
-    result: TrainingResult,
-    config: TrainingConfig,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Dice of the best weights on every validation case: mean, sd and n by label, for the package."""
-    if not cases:
+def _metrics(scores: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:
+    """Dice (cases, labels) as mean, sd and n by label, for the package."""
+    if not len(scores):
         return {}
-    network.load_state_dict(result.weights)
-    network.eval()
-    scores = np.array([_dice(network, case, scheme, config, device) for case in cases])
     return {
         name: {
             "Dice": {

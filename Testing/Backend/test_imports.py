@@ -20,7 +20,8 @@ MODULE = REPOSITORY / "InvResSegment"
 # A new file gets a row here.
 ALLOWED = {
     "events": "",
-    "config": "",
+    "synthesisconfig": "",
+    "config": "synthesisconfig",
     "files": "",
     "probe": "",
     "devices": "",
@@ -30,7 +31,7 @@ ALLOWED = {
     "metrics": "config",
     "losses": "config",
     "augmentation": "config randomness",
-    "synthesis": "augmentation config randomness",
+    "synthesis": "augmentation config randomness synthesisconfig",
     "reversible": "",
     "networks": "config reversible",
     "image_header": "events",
@@ -62,13 +63,17 @@ ALLOWED = {
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "region": "preprocessing volume",
-    "syntheticbatches": "config preprocessing randomness sampling synthesis",
+    "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
+    "labelmapbatches": "config randomness sampling synthesis synthesisconfig",
     "inference": "config devices events memory modelpackage networks preprocessing region restoration volume",
     "planning": "devices events inference manifest memory networks region volume",
     "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
+    "labelmaps": (
+        "cases config dataset_json events files inference labelmapbatches metrics networks synthesisconfig volume"
+    ),
     "training": (
-        "cardplan cases checkpoint config curves distributed events files inference losses memory metrics modelpackage "
-        "networks prepared preprocessing sampling step trainer"
+        "cardplan cases checkpoint config curves distributed events files inference labelmaps losses memory metrics "
+        "modelpackage networks prepared preprocessing sampling step trainer"
     ),
     "worker": "events",
     "peers": "",
@@ -90,14 +95,14 @@ ALLOWED = {
     "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
-        "preprocessing sampling synthesis trainer training volume"
+        "preprocessing sampling synthesis synthesisconfig trainer training volume"
     ),
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
     "commands": (
         "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference memory "
-        "model_commands networks planning preprocessing stopfile trainer training tuningplan volume worker"
+        "labelmaps model_commands networks planning preprocessing stopfile trainer training tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

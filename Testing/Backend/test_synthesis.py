@@ -13,13 +13,13 @@ import torch
 from invres import InvresError
 from invres.config import from_dict, to_dict
 from invres.synthesis import (
-    SynthesisConfig,
     background_clusters,
     input_patch,
     synthesise,
     synthesise_from_probabilities,
     tissue_maps_from_gm_wm,
 )
+from invres.synthesisconfig import SynthesisConfig
 
 PLAIN = SynthesisConfig(
     scale=0.0,

@@ -12,7 +12,8 @@ from invres import InvresError
 from invres.config import AugmentationConfig, Label, LabelScheme, TrainingConfig
 from invres.preprocessing import PreparedCase
 from invres.sampling import CaseBatches
-from invres.synthesis import SynthesisConfig, synthesise
+from invres.synthesis import synthesise
+from invres.synthesisconfig import SynthesisConfig
 from invres.syntheticbatches import MixedBatches, SyntheticBatches
 from invres.volume import Geometry
 

@@ -1,0 +1,113 @@
+"""Training batches from label maps alone: no image is needed, every contrast is drawn at random (SynthSeg's idea)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from . import InvresError
+from .config import LabelScheme, TrainingConfig
+from .randomness import happens, uniform
+from .sampling import cut_padded, seeded_generator
+from .synthesis import input_patch, synthesise
+from .synthesisconfig import LabelMapConfig
+
+__all__ = ["LabelMapBatches"]
+
+PLACE, SYNTHESISE = 5, 6
+
+
+class LabelMapBatches:
+    """Batches synthesised from label maps (D, H, W) in canonical orientation (last axis: to the right).
+
+    maps: int16, with the values of the files. Patches lie with their centre in the box around the scheme's labels.
+    Everything but the choice of the patch is computed on the training device; a batch is a pure function of seed and
+    iteration. Raises InvresError for a label that no map has, and for regions.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[np.ndarray],
+        scheme: LabelScheme,
+        label_maps: LabelMapConfig,
+        config: TrainingConfig,
+        device: torch.device,
+    ):
+        if scheme.regions:
+            raise InvresError("Training on label maps alone needs labels that exclude one another, not regions.")
+        self.config, self.device, self._settings = config, device, label_maps
+        values = sorted({int(value) for one in maps for value in np.unique(one)} | {0})
+        # Small numbers without gaps keep the table of contrasts short, whatever the values of the files are.
+        self._code = {value: code for code, value in enumerate(values)}
+        target = np.zeros(len(values), np.int16)
+        for number, label in enumerate(scheme.labels, start=1):
+            codes = [self._code[value] for value in label.values if value in self._code]
+            if not codes:
+                raise InvresError(
+                    f"No label map has a value of {label.name} ({', '.join(map(str, label.values))}).",
+                    hint="Correct the labels of the recipe, or leave this one out.",
+                )
+            target[codes] = number
+        mirror = np.arange(len(values), dtype=np.int16)
+        for left, right in label_maps.mirrored:
+            if left in self._code and right in self._code:
+                mirror[self._code[left]], mirror[self._code[right]] = self._code[right], self._code[left]
+        self._mirror = mirror
+        self._maps = [np.searchsorted(values, one).astype(np.int16) for one in maps]
+        self._boxes = [_box(target[one] > 0) for one in self._maps]
+        self._target = torch.from_numpy(target).to(device)
+        self.synthesis = dataclasses.replace(
+            label_maps.synthesis,
+            groups=self._codes(label_maps.same_contrast or label_maps.mirrored),
+            tissues=self._codes(label_maps.similar),
+            targets=tuple(np.flatnonzero(target).tolist()),
+        )
+        depth, height, width = (label_maps.finer * size for size in config.patch)
+        self.patch_in = input_patch(self.synthesis, (depth, height, width))
+
+    def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(image (N, 1, D, H, W) float32, target int16 (N, D, H, W) with 1..n for the scheme's labels)."""
+        settings, images, targets = self._settings, [], []
+        for place in range(iteration * self.config.batch_size, (iteration + 1) * self.config.batch_size):
+            generator = seeded_generator(self.config.seed, place, SYNTHESISE)
+            image, codes = synthesise(
+                self._cut(place), self.synthesis, generator, self.config.patch, finer=settings.finer
+            )
+            gain = math.exp(uniform(generator, -settings.gain, settings.gain))
+            images.append(image.mul_(gain).add_(uniform(generator, -settings.offset, settings.offset)))
+            targets.append(self._target[codes[:, 0].long()])
+        return torch.cat(images), torch.cat(targets)
+
+    def _cut(self, place: int) -> torch.Tensor:
+        """A part of size `patch_in` of a map, perhaps mirrored, in codes: int16 (1, 1, ...)."""
+        turn, position = divmod(place, len(self._maps))
+        order = np.random.RandomState((self.config.seed * 1_000_003 + turn) % 2**32).permutation(len(self._maps))
+        index = int(order[position])
+        generator = seeded_generator(self.config.seed, place, PLACE)
+        corner = []
+        for (low, high), outer, inner in zip(self._boxes[index], self.patch_in, self.config.patch, strict=True):
+            reach = inner * self._settings.finer // 2
+            # Patches stay inside the box of the labels; along an axis where they are wider they lie in its middle.
+            low, high = min(low + reach, (low + high) // 2), max(high - reach, (low + high) // 2)
+            corner.append(round(uniform(generator, low, high)) - outer // 2)
+        part = cut_padded(self._maps[index][None], corner, self.patch_in, 0)
+        if self._settings.mirrored and happens(generator, 0.5):
+            part = self._mirror[part[..., ::-1]]
+        return torch.from_numpy(np.ascontiguousarray(part)).to(self.device)[None]
+
+    def _codes(self, groups: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """Groups of file values as groups of codes; what is in no map is left out."""
+        return tuple(tuple(self._code[value] for value in group if value in self._code) for group in groups)
+
+
+def _box(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(first, last + 1) along each axis; the whole axis where nothing is inside."""
+    found = []
+    for axis in range(3):
+        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        found.append((int(hit[0]), int(hit[-1]) + 1) if hit.size else (0, mask.shape[axis]))
+    return found
