@@ -7,7 +7,7 @@ fine-tuned to the two parts, anterior and posterior, with 1, 3, 5, 10 and 20 cas
 on a network of random weights: same cases, same order, same number of steps of the same size, so the same time on one
 machine. All models are scored on the same 40 cases, which none of them has seen. Further cells try other learning
 rates. Every finished cell is kept in FOLDER: after a kill the same command goes on and loses one cell at most.
-Prints Markdown. One thread; steps, not seconds, end a training, so the figures do not depend on what else runs.
+Prints Markdown, after each cell all that there is so far. One thread; steps, not seconds, end a training, so the figures do not depend on what else runs.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ class Cell:
 
 CELLS = (
     *(Cell(count, start) for count in COUNTS for start in ("tuned", "scratch")),
-    *(Cell(RATES_AT, start, 3e-3) for start in ("tuned", "scratch")),
-    *(Cell(RATES_AT, start, 3e-4) for start in ("tuned", "scratch")),
-    Cell(RATES_AT, "tuned", 1e-4),
+    *(Cell(RATES_AT, "tuned", rate) for rate in (3e-3, 3e-4, 1e-4)),
+    *(Cell(RATES_AT, "scratch", rate) for rate in (3e-3, 3e-4)),
 )
 
 
@@ -99,7 +98,7 @@ def main() -> None:
             cell.name,
             lambda cell=cell, data=data, start=start: _cell(cell, data, start, on_test, output, options, report),
         )
-    print(_markdown(output, options, len(rest)))
+        print(_markdown(output, options, len(rest)), flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -107,8 +106,8 @@ def _options() -> argparse.Namespace:
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=300, help="of each fine-tuning and of each training from scratch")
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning and of each training from scratch")
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 48, 32])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -219,7 +218,7 @@ def _score(package: ModelPackage, data: Dataset) -> dict[str, Any]:
 
 def _kept(output: Path, name: str, compute: Any) -> None:
     """cells/NAME.json, computed where it is not there."""
-    path = output / "cells" / f"{name}.json"
+    path = _path(output, name)
     path.parent.mkdir(exist_ok=True)
     if not path.is_file():
         content = compute()
@@ -230,8 +229,12 @@ def _kept(output: Path, name: str, compute: Any) -> None:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
+def _path(output: Path, name: str) -> Path:
+    return output / "cells" / f"{name}.json"
+
+
 def _read(output: Path, name: str) -> dict[str, Any]:
-    return json.loads((output / "cells" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(_path(output, name).read_text(encoding="utf-8"))
 
 
 def _values(record: dict[str, Any], metric: str = "Dice") -> np.ndarray:
@@ -256,8 +259,11 @@ def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str
         "| cases | from scratch: Dice | HD95 mm | fine-tuned: Dice | HD95 mm | difference in Dice [95 % interval] |",
         "|---|---|---|---|---|---|",
     ]
+    there = {cell: _read(output, cell.name) for cell in CELLS if _path(output, cell.name).is_file()}
     for count in COUNTS:
-        scratch, tuned = (_read(output, Cell(count, start).name) for start in ("scratch", "tuned"))
+        scratch, tuned = (there.get(Cell(count, start)) for start in ("scratch", "tuned"))
+        if scratch is None or tuned is None:
+            continue
         paired = _values(tuned) - _values(scratch)
         ends, _ = interval(paired.tolist())
         assert ends is not None  # there are 40 cases
@@ -267,12 +273,12 @@ def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str
             f"| {paired.mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] |"
         )
     lines += ["", f"| learning rate, {RATES_AT} cases | from scratch: Dice | fine-tuned: Dice |", "|---|---|---|"]
-    cells = {(cell.start, _read(output, cell.name)["learning_rate"]): cell for cell in CELLS if cell.cases == RATES_AT}
-    for rate in sorted({rate for _, rate in cells}):
-        row = [cells.get((start, rate)) for start in ("scratch", "tuned")]
-        shown = ["" if cell is None else _mean_sd(_values(_read(output, cell.name))) for cell in row]
+    rates = {(cell.start, there[cell]["learning_rate"]): there[cell] for cell in there if cell.cases == RATES_AT}
+    for rate in sorted({rate for _, rate in rates}):
+        row = [rates.get((start, rate)) for start in ("scratch", "tuned")]
+        shown = ["" if record is None else _mean_sd(_values(record)) for record in row]
         lines.append(f"| {rate:g} | {shown[0]} | {shown[1]} |")
-    seconds = [_read(output, cell.name)["training"]["seconds"] for cell in CELLS]
+    seconds = [record["training"]["seconds"] for record in there.values()]
     lines += ["", f"A training of {options.steps} steps took {min(seconds):.0f} to {max(seconds):.0f} s."]
     return "\n".join(lines)
 
