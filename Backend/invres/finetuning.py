@@ -164,7 +164,7 @@ class _Run:
         tuned = contender_of(self.base.manifest, plan, self.options, result.weights, self.device)
         scores = self.proof.compare(part.held_out, tuned, report)
         summary = training_summary(
-            Recipe("finetune", network=plan.network, training=plan.training),
+            Recipe("finetune", network=plan.network, training=plan.training, augmentation=plan.augmentation),
             result,
             engine,
             len(part.train),

@@ -178,7 +178,8 @@ class PartTrainer:
         real = CaseBatches(cases, plan.scheme, config, plan.augmentation, self._device)
         if not plan.synthetic:
             return real
-        synthetic = SyntheticBatches(cases, plan.scheme, config, self._device)
+        dropout = plan.augmentation.channel_dropout
+        synthetic = SyntheticBatches(cases, plan.scheme, config, self._device, dropout)
         return MixedBatches(real, synthetic, plan.synthetic, config.seed)
 
     def _reduce(self, reason: str) -> None:

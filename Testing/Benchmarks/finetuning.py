@@ -7,7 +7,8 @@ fine-tuned to the two parts, anterior and posterior, with 1, 3, 5, 10 and 20 cas
 on a network of random weights: same cases, same order, same number of steps of the same size, so the same time on one
 machine. All models are scored on the same 40 cases, which none of them has seen. Further cells try other learning
 rates. Every finished cell is kept in FOLDER: after a kill the same command goes on and loses one cell at most.
-Prints Markdown, after each cell all that there is so far. One thread; steps, not seconds, end a training, so the figures do not depend on what else runs.
+Prints Markdown, after each cell all that there is so far. One thread; steps, not seconds, end a training, so the
+figures do not depend on what else runs.
 """
 
 from __future__ import annotations
