@@ -41,6 +41,7 @@ STILL = {
 }
 EVERYTHING = dict.fromkeys(STILL, 1.0)
 GRID = Geometry((24, 20, 22), (1, 1, 1), (0, 0, 0), RAS)
+SCHEME = plain_scheme([("a", (1,))])
 TWO = with_dropout(PreparationPlan((ChannelPlan("T1"), ChannelPlan("T2"))), 0.5)
 
 
@@ -136,9 +137,7 @@ def random_cases(absent=((), (), ())):
 
 def batches(cases, dropout, augmentation=EVERYTHING):
     config = TrainingConfig(patch=(12, 10, 14), batch_size=3, seed=5)
-    return CaseBatches(
-        cases, plain_scheme([("a", (1,))]), config, AugmentationConfig(**augmentation, channel_dropout=dropout), CPU
-    )
+    return CaseBatches(cases, SCHEME, config, AugmentationConfig(**augmentation, channel_dropout=dropout), CPU)
 
 
 def test_dropout_blanks_whole_channels_and_changes_nothing_else():
@@ -171,9 +170,7 @@ def test_what_a_case_lacks_is_zero_after_every_augmentation_and_what_it_has_stay
 
 def test_synthetic_batches_blank_channels_too_and_need_no_first_channel():
     config = TrainingConfig(patch=(12, 10, 14), batch_size=3, seed=5)
-    source = SyntheticBatches(
-        random_cases(((0,), (), ())), plain_scheme([("a", (1,))]), config, CPU, channel_dropout=0.5
-    )
+    source = SyntheticBatches(random_cases(((0,), (), ())), SCHEME, config, CPU, channel_dropout=0.5)
     source.channels = 2
     gone = [(source.batch(i)[0] == 0).flatten(2).all(dim=2) for i in range(8)]
     assert 0 < int(torch.stack(gone).sum()) < 24 and not any(bool(one.all(dim=1).any()) for one in gone)

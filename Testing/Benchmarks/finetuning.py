@@ -66,10 +66,11 @@ class Cell:
         return f"{self.start}_{self.cases}" + (f"_{self.rate:g}" if self.rate else "")
 
 
-CELLS = (
-    *(Cell(count, start) for count in COUNTS for start in ("tuned", "scratch")),
-    *(Cell(RATES_AT, "tuned", rate) for rate in (3e-3, 3e-4, 1e-4)),
-    *(Cell(RATES_AT, "scratch", rate) for rate in (3e-3, 3e-4)),
+CELLS = (  # what tells most comes first
+    *(Cell(count, start) for count in (3, 1, 20) for start in ("tuned", "scratch")),
+    *(Cell(RATES_AT, "tuned", rate) for rate in (3e-3, 3e-4)),
+    *(Cell(count, start) for count in (10, 5) for start in ("tuned", "scratch")),
+    *(Cell(RATES_AT, start, rate) for start, rate in (("scratch", 3e-3), ("tuned", 1e-4), ("scratch", 3e-4))),
 )
 
 
@@ -108,7 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning and of each training from scratch")
+    parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning and of each training from scratch")
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 48, 32])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
