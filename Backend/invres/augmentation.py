@@ -19,8 +19,10 @@ __all__ = [
     "apply_gamma",
     "apply_low_resolution",
     "augment",
+    "blank_channels",
     "centre_crop",
     "draw_displacement",
+    "draw_presence",
     "input_patch",
     "rotation_matrix",
     "sample_image",
@@ -186,6 +188,26 @@ def apply_low_resolution(image: Tensor, factors: tuple[float, float, float]) -> 
         return image
     averaged = F.interpolate(image[None], size=small, mode="area")
     return F.interpolate(averaged, size=shape, mode="trilinear", align_corners=False)[0]
+
+
+def draw_presence(present: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Which channels of a batch stay, bool (N, C), on the CPU.
+
+    Each of those that are `present` (N, C) goes with the given probability; where all would go, one of them stays,
+    each as likely as the others.
+    """
+    stays = present & (torch.rand(present.shape, generator=generator) >= probability)
+    chosen = torch.rand(present.shape[0], generator=generator)
+    for sample, (row, number) in enumerate(zip(stays, chosen.tolist(), strict=True)):
+        if not row.any():
+            places = present[sample].nonzero()[:, 0]
+            row[places[int(number * len(places))]] = True
+    return stays
+
+
+def blank_channels(image: Tensor, present: Tensor) -> Tensor:
+    """Zeros, in place, for the channels of (N, C, D, H, W) that are not `present` (N, C)."""
+    return image.masked_fill_(~present.to(image.device)[:, :, None, None, None], 0)
 
 
 def _vary_space(

@@ -12,15 +12,12 @@ import torch
 from . import InvresError
 from .config import MEMORY_SETTINGS, NetworkConfig, Recipe, TrainingConfig
 from .events import Reporter, format_bytes
-from .memory import TrainingMemory, predict_training
+from .memory import CONTEXT_BYTES, ROUNDING, card_bytes, predict_training
 from .networks import build
 
-__all__ = ["CardPlan", "card_bytes", "fit_recipe", "plan_for_card"]
+__all__ = ["CardPlan", "fit_recipe", "plan_for_card"]
 
 Triple = tuple[int, int, int]
-# What a card needs besides live tensors: the CUDA context with its kernels, and cuDNN's workspaces.
-CONTEXT_BYTES = 800 * 2**20
-ROUNDING = 1.08  # the allocator's blocks are larger than the tensors in them
 STEP = 16  # patches grow by this many voxels
 LARGEST_SIDE = 640
 WIDTH_FACTORS = (4, 3, 2)
@@ -61,11 +58,6 @@ class CardPlan:
         return lines
 
 
-def card_bytes(found: TrainingMemory) -> int:
-    """Bytes of a card that a training step takes: live tensors, rounding, context and workspaces."""
-    return round(found.peak_bytes * ROUNDING) + CONTEXT_BYTES
-
-
 def plan_for_card(
     config: NetworkConfig,
     vram_bytes: int,
@@ -82,7 +74,8 @@ def plan_for_card(
 
     @functools.cache
     def needed(network: NetworkConfig, patch: Triple, setting: str = memory) -> int:
-        return card_bytes(predict_training(network, patch, batch_size, engine, precision=precision, memory=setting))
+        found = predict_training(network, patch, batch_size, engine, precision=precision, memory=setting)
+        return card_bytes(found.peak_bytes)
 
     def patch_of(side: int) -> Triple:
         finest = min(spacing_mm)
@@ -125,7 +118,7 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
         found = predict_training(
             network, patch, training.batch_size, training.engine, regions, training.precision, memory
         )
-        return card_bytes(found)
+        return card_bytes(found.peak_bytes)
 
     for memory in settings:
         if needed(memory, training.patch) <= vram_bytes:

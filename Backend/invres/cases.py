@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from . import InvresError
 from .dataset_json import Case, Dataset, file_names, read_json, read_json_layout, stem_of
+from .events import Reporter
 from .files import written_whole
 from .layouts import FOLDER_READERS
 
@@ -21,6 +23,7 @@ __all__ = [
     "case_problems",
     "read_dataset",
     "read_splits",
+    "report_missing_channels",
     "split_by_count",
     "split_cases",
     "write_dataset_json",
@@ -35,11 +38,12 @@ FORMATS = (
 )
 
 
-def read_dataset(path: Path | str, *, checked: bool = True) -> Dataset:
+def read_dataset(path: Path | str, *, checked: bool = True, partial: bool = False) -> Dataset:
     """Reads a data set from a dataset.json or from its folder and recognises the layout by itself.
 
     Only paths and JSON are read; label files are opened only where nothing states the label values.
     checked False leaves missing files and wrong channel counts in the result, for the data doctor to list.
+    partial: a case may lack channels, as long as it has one.
     Raises InvresError for a path that is no data set, for broken JSON, and (checked) for the first case with a
     missing file, a wrong number of channels or a name given twice.
     """
@@ -59,9 +63,12 @@ def read_dataset(path: Path | str, *, checked: bool = True) -> Dataset:
             f"The data set {path} ({dataset.layout}) has no training case.",
             hint="Put image files where its format wants them, or correct `file_ending` or `training` in dataset.json.",
         )
-    if checked and (problems := case_problems(dataset)):
+    if checked and (problems := case_problems(dataset, partial)):
         more = f" ({len(problems) - 1} more problems were found.)" if len(problems) > 1 else ""
-        raise InvresError(problems[0][2] + more, hint="Run `invres check` on the data set for the whole list.")
+        hint = "Run `invres check` on the data set for the whole list."
+        if problems[0][1] == "missing_channel":
+            hint = f"Train with --channel-dropout for a model that can do without a channel. {hint}"
+        raise InvresError(problems[0][2] + more, hint=hint)
     return dataset
 
 
@@ -77,10 +84,11 @@ def _read_folder(folder: Path) -> Dataset:
     )
 
 
-def case_problems(dataset: Dataset) -> list[tuple[str, str, str]]:
+def case_problems(dataset: Dataset, partial: bool = False) -> list[tuple[str, str, str]]:
     """What is wrong with the files of each case: (case name, code, one sentence), without opening a volume.
 
-    Codes: duplicate_name, channel_count, missing_file.
+    Codes: duplicate_name, channel_count, missing_file, and missing_channel where the case has other channels; with
+    `partial` the last is no problem.
     """
     counts = Counter(case.name for case in dataset.cases)
     problems = [
@@ -96,14 +104,37 @@ def case_problems(dataset: Dataset) -> list[tuple[str, str, str]]:
                 f"set has {wanted} a case, for the channels {', '.join(dataset.channel_names)}."
             )
             problems.append((case.name, "channel_count", sentence))
-        files = [("image", path) for path in case.images]
-        if case.label is not None:
-            files.append(("label", case.label))
-        for kind, path in files:
-            # A DICOM series is a folder.
-            if not path.exists():
-                problems.append((case.name, "missing_file", f"The {kind} file {path} of {case.name} does not exist."))
+        present = dataset.present(case)
+        code = "missing_channel" if any(present) else "missing_file"
+        for number, (image, there) in enumerate(zip(case.images, present, strict=True)):
+            if not there and not (partial and any(present)):
+                what = f"image file {image} of {case.name} does not exist"
+                if image is None:
+                    channel = dataset.channel_names[number] if number < len(dataset.channel_names) else number
+                    what = f"case {case.name} has no file of {channel}"
+                problems.append((case.name, code, f"The {what}."))
+        # A DICOM series is a folder.
+        if case.label is not None and not case.label.exists():
+            sentence = f"The label file {case.label} of {case.name} does not exist."
+            problems.append((case.name, "missing_file", sentence))
     return problems
+
+
+def report_missing_channels(dataset: Dataset, names: Sequence[str], report: Reporter) -> None:
+    """Tells how many of the named cases lack a channel. Raises InvresError for a channel that all of them lack."""
+    present = [dataset.present(dataset.case(name)) for name in names]
+    if dataset.channels_in_one_file or not present:
+        return
+    counts = [sum(there) for there in zip(*present, strict=True)]
+    if 0 in counts:
+        channel = dataset.channel_names[counts.index(0)]
+        raise InvresError(
+            f"No case has the channel {channel}, so nothing can be learnt of it.",
+            hint="Leave it out of the data set's channels.",
+        )
+    if lacking := sum(not all(there) for there in present):
+        each = ", ".join(f"{name} {count}" for name, count in zip(dataset.channel_names, counts, strict=True))
+        report.note(f"{lacking} of {len(names)} cases lack a channel; there are {each}.")
 
 
 def write_dataset_json(dataset: Dataset, path: Path | str) -> None:
@@ -112,7 +143,8 @@ def write_dataset_json(dataset: Dataset, path: Path | str) -> None:
     The file appears whole or not at all. `read_dataset` gives back the same channels, labels and cases.
     Raises InvresError where the file cannot be written.
     """
-    path, first = Path(path), dataset.cases[0].images[0]
+    path = Path(path)
+    first = next(image for case in dataset.cases for image in case.images if image is not None)
     labels: dict[str, Any] = {"background": 0}
     for label in dataset.scheme.labels:
         labels[label.name] = list(label.values) if dataset.scheme.regions else label.values[0]
@@ -134,7 +166,7 @@ def write_dataset_json(dataset: Dataset, path: Path | str) -> None:
 
 
 def _case_entry(case: Case, root: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"images": [_relative(image, root) for image in case.images]}
+    entry: dict[str, Any] = {"images": [None if image is None else _relative(image, root) for image in case.images]}
     if case.label is not None:
         entry["label"] = _relative(case.label, root)
     if case.patient != case.name:

@@ -28,6 +28,8 @@ _MEMORY = (
     "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
 )
 
+_DROPOUT = "blank each channel so often in training, as 0.25, so that the model can do without some of them"
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage like any other bad input: one sentence, and JSON where JSON was asked for."""
@@ -159,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
@@ -252,6 +255,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--synthetic", type=float, default=0.0, metavar="FRACTION", help="of the batches, made from your label maps"
     )
+    one.add_argument("--channel-dropout", type=float, metavar="P", help=f"{_DROPOUT} (default: as the model was)")
     one.add_argument(
         "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm (default: what the model was trained at)"
     )

@@ -85,7 +85,10 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .training import TrainOptions
     from .training import train as run
 
-    dataset = read_label_maps(options.data, recipe.labels) if recipe.label_maps else read_dataset(options.data)
+    if recipe.label_maps is not None:
+        dataset = read_label_maps(options.data, recipe.labels)
+    else:
+        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0)
     vram_bytes = _bytes(options.vram) if options.vram else 0
     choices = TrainOptions(
         options.device, options.resume, options.fold, 5, options.validation_count, options.licence, vram_bytes
@@ -129,6 +132,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         freeze=options.freeze,
         vae=options.vae,
         synthetic=options.synthetic,
+        channel_dropout=options.channel_dropout,
         spacing_mm=tuple(options.spacing) if options.spacing else None,
         normalisation=options.normalisation,
         name=options.name,
@@ -322,7 +326,11 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     }
     if options.time:
         wishes["time_s"] = _seconds(options.time)
-    return dataclasses.replace(recipe, network=network, training=dataclasses.replace(training, **wishes))
+    augmentation = recipe.augmentation
+    if options.channel_dropout is not None:
+        augmentation = dataclasses.replace(augmentation, channel_dropout=options.channel_dropout)
+    training = dataclasses.replace(training, **wishes)
+    return dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
 
 
 def _bytes(text: str) -> int:

@@ -14,7 +14,7 @@ from scipy import ndimage, stats
 
 from . import InvresError
 from .cases import Case, Dataset
-from .config import LabelScheme, to_dict
+from .config import ChannelPlan, LabelScheme, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
 from .inference import SegmentOptions, segment_volumes
@@ -28,6 +28,8 @@ from .volume import Volume, write_segmentation
 __all__ = [
     "CaseComparison",
     "Contender",
+    "can_segment",
+    "channels_for",
     "compare_case",
     "comparison_table",
     "interval",
@@ -87,9 +89,9 @@ def compare_case(
 ) -> CaseComparison:
     """Segments one labelled case with both models and scores them against its label map, on the case's own grid.
 
-    base: None where it cannot take these channels. folder: where both segmentations are written, if anywhere.
+    base: None where it cannot take the case's channels. folder: where both segmentations are written, if anywhere.
     Labels of `dataset` are matched to those of each model by name.
-    Raises InvresError for a case that cannot be read, or a model that lacks one of its channels.
+    Raises InvresError for a case that cannot be read, or that lacks a channel which a model needs.
     """
     volumes, label = dataset.load(case, report)
     if label is None:
@@ -108,7 +110,7 @@ def compare_case(
                 f"which {dataset.name} does not have.",
                 hint=f"Its channels are {', '.join(dataset.channel_names)}; rename them if they are the same.",
             )
-        ordered = [volumes[place] for place in chosen]
+        ordered = [None if place is None else volumes[place] for place in chosen]
         found, _, _ = segment_volumes(contender.package, contender.network, ordered, SegmentOptions(), report)
         predicted, reference = _on_one_grid(found, label, case.name)
         scores[key], wrong = _scores(predicted, reference, manifest.scheme, dataset.scheme)
@@ -122,11 +124,24 @@ def compare_case(
     )
 
 
-def channels_for(wanted: Sequence[Any], names: Sequence[str]) -> list[int] | None:
-    """Places, among `names`, of a model's channels in its order; None where one is missing."""
+def channels_for(wanted: Sequence[ChannelPlan], names: Sequence[str]) -> list[int | None] | None:
+    """Places, among `names`, of a model's channels in its order, None for an optional one that is missing.
+
+    None instead of a list where one that is not optional is missing, or all are.
+    """
     places = match_names([channel.name for channel in wanted], names, alone=True)
-    found = [place for place in places if place is not None]
-    return found if len(found) == len(places) else None
+    needed = any(place is None and not channel.optional for place, channel in zip(places, wanted, strict=True))
+    return None if needed or all(place is None for place in places) else places
+
+
+def can_segment(wanted: Sequence[ChannelPlan], dataset: Dataset, case: Case) -> bool:
+    """Whether a case has the channels that a model of these needs."""
+    if dataset.channels_in_one_file:
+        return channels_for(wanted, dataset.channel_names) is not None
+    places = channels_for(wanted, dataset.channel_names)
+    there = dict(enumerate(dataset.present(case)))
+    found = [place is not None and there.get(place, False) for place in places or ()]
+    return any(found) and all(here or channel.optional for here, channel in zip(found, wanted, strict=True))
 
 
 def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:

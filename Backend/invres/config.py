@@ -113,6 +113,8 @@ class AugmentationConfig:
 
     Rotation in degrees about each axis, scale as a factor, elastic displacement in voxels (standard deviation
     at the control points), noise relative to the image's own standard deviation (images are z-scored).
+    channel_dropout: probability that a channel of a patch is blanked, never all of them; above 0 the model can do
+    without any of its channels as long as one is there.
     """
 
     spatial_probability: float = 0.5
@@ -132,6 +134,14 @@ class AugmentationConfig:
     brightness: tuple[float, float] = (0.75, 1.25)
     low_resolution_probability: float = 0.15
     low_resolution: tuple[float, float] = (1.0, 2.0)
+    channel_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.channel_dropout < 1:
+            raise InvresError(
+                f"augmentation.channel_dropout must be 0 or more and below 1, got {self.channel_dropout}.",
+                hint="0.25 blanks each channel in a quarter of the patches.",
+            )
 
 
 _NOT_NEGATIVE = (
@@ -200,6 +210,7 @@ class ChannelPlan:
     """One input channel. modality "CT" is clipped and scaled by data-set figures, all else is z-scored per image.
 
     clip, mean, std: used for CT only (Hounsfield units inside the foreground of the training cases).
+    optional: a case may lack it, where it has another channel; the network then gets zeros for it.
     """
 
     name: str = "image"
@@ -207,6 +218,7 @@ class ChannelPlan:
     clip: tuple[float, float] | None = None
     mean: float = 0.0
     std: float = 1.0
+    optional: bool = False
 
 
 @dataclass(frozen=True)

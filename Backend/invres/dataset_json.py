@@ -40,13 +40,14 @@ ENDINGS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".h
 class Case:
     """One examination: files only, nothing is loaded.
 
-    images: one file per channel in the data set's channel order, or one 4D file that holds all channels.
+    images: one file per channel in the data set's channel order, or one 4D file that holds all channels. None, or a
+    path where nothing is, stands for a channel that the case lacks.
     label: the label map; None for a case that is only segmented.
     patient: cases of one patient never lie on both sides of a split; the case's name where nothing else is known.
     """
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Path | None, ...]
     label: Path | None = None
     patient: str = ""
 
@@ -87,16 +88,25 @@ class Dataset:
             f"The data set {self.name} has no case {name!r}.", hint="Give one of the names that `invres check` lists."
         )
 
+    def present(self, case: Case) -> tuple[bool, ...]:
+        """Whether the case has a file, for each entry of its `images`."""
+        return tuple(image is not None and image.exists() for image in case.images)
+
     def geometry(self, case: Case) -> Geometry:
-        """The grid of a case's first image, from its header alone."""
-        return read_geometry(case.images[0])
+        """The grid of a case's first image that is there, from its header alone."""
+        return read_geometry(next((image for image in case.images if image and image.exists()), self._first(case)))
 
-    def load(self, case: Case, report: Reporter = SILENT) -> tuple[list[Volume], Volume | None]:
-        """The image volumes of a case in channel order, and its label map if it has one.
+    def load(self, case: Case, report: Reporter = SILENT) -> tuple[list[Volume | None], Volume | None]:
+        """The image volumes of a case in channel order, None for one that it lacks, and its label map if it has one.
 
-        Raises InvresError for an unreadable file and for a number of channels other than the data set's.
+        Raises InvresError for an unreadable file, for a case without any image, and for a number of channels other
+        than the data set's.
         """
-        volumes = [volume for path in case.images for volume in read_channels(path, report=report)]
+        if not any(self.present(case)):
+            read_geometry(self._first(case))  # says so
+        volumes: list[Volume | None] = []
+        for image in case.images:
+            volumes += read_channels(image, report=report) if image is not None and image.exists() else [None]
         if len(volumes) != len(self.channel_names):
             raise InvresError(
                 f"The case {case.name} has {len(volumes)} image volumes ({file_names(case.images)}), but the data set "
@@ -104,6 +114,13 @@ class Dataset:
                 hint="Add or remove image files until each case has one for every channel.",
             )
         return volumes, None if case.label is None else read_volume(case.label, kind="labels", report=report)
+
+    def _first(self, case: Case) -> Path:
+        """The first of a case's files, there or not. Raises InvresError where none is named."""
+        for image in case.images:
+            if image is not None:
+                return image
+        raise InvresError(f"The case {case.name} has no image file.", hint="Give it one, or leave the case out.")
 
 
 def read_json(path: Path) -> Any:
@@ -149,25 +166,28 @@ def _nnunet(path: Path, description: dict[str, Any]) -> Dataset:
         cases = [_listed_case(path, name, entry) for name, entry in _mapping(path, "dataset", description).items()]
         layout = "nnU-Net v2 (dataset.json that lists its files)"
     else:
-        cases = _nnunet_cases(path, str(description.get("file_ending", ".nii.gz")))
+        cases = _nnunet_cases(path, str(description.get("file_ending", ".nii.gz")), len(channels))
         layout = "nnU-Net v2"
     in_one_file = bool(description.get("channels_in_one_file", False))
     return make_dataset(str(description.get("name") or root.name), channels, scheme, cases, root, layout, in_one_file)
 
 
-def _nnunet_cases(path: Path, ending: str) -> list[Case]:
-    images: dict[str, list[Path]] = {}
-    for file in list_files(path.parent / "imagesTr"):
+def _nnunet_cases(path: Path, ending: str, channels: int) -> list[Case]:
+    folder = path.parent / "imagesTr"
+    found: dict[str, set[int]] = {}
+    for file in list_files(folder):
         if match := re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", file.name):
-            images.setdefault(match[1], []).append(file)
+            found.setdefault(match[1], set()).add(int(match[2]))
     label_folder = path.parent / "labelsTr"
     labels = [file.name.removesuffix(ending) for file in list_files(label_folder) if file.name.endswith(ending)]
     # Where label files exist at all each case needs one; an absent one is reported as a missing file.
-    names = sorted(images.keys() | set(labels))
-    return [
-        Case(name, tuple(sorted(images.get(name, []))), label_folder / f"{name}{ending}" if labels else None)
-        for name in names
-    ]
+    cases = []
+    for name in sorted(found.keys() | set(labels)):
+        # A channel that is not there gets the path where it should lie; one too many is left to be reported.
+        numbers = sorted(found.get(name, set()) | set(range(channels)))
+        images = tuple(folder / f"{name}_{number:04d}{ending}" for number in numbers)
+        cases.append(Case(name, images, label_folder / f"{name}{ending}" if labels else None))
+    return cases
 
 
 def _listed_case(path: Path, name: str, entry: Any) -> Case:
@@ -179,7 +199,7 @@ def _listed_case(path: Path, name: str, entry: Any) -> Case:
     label = entry.get("label")
     return Case(
         name,
-        tuple(path.parent / str(image) for image in entry["images"]),
+        tuple(None if image is None else path.parent / str(image) for image in entry["images"]),
         path.parent / str(label) if label else None,
         str(entry.get("patient") or ""),
     )
@@ -329,6 +349,6 @@ def list_folders(folder: Path, pattern: str = ".+") -> list[Path]:
     return sorted(path for path in names if re.fullmatch(pattern, path.name))
 
 
-def file_names(paths: Iterable[Path]) -> str:
+def file_names(paths: Iterable[Path | None]) -> str:
     """The bare names for a sentence."""
-    return ", ".join(path.name for path in paths) or "none"
+    return ", ".join(path.name for path in paths if path is not None) or "none"

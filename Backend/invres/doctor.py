@@ -54,7 +54,7 @@ def check_dataset(dataset: Dataset, report: Reporter = SILENT) -> list[Finding]:
     on. Emits progress per case under the stage "check.cases".
     """
     findings = [_file_finding(*problem) for problem in case_problems(dataset)]
-    broken = {finding.case for finding in findings if finding.code != "duplicate_name"}
+    broken = {finding.case for finding in findings if finding.code not in ("duplicate_name", "missing_channel")}
     spacings: dict[str, tuple[float, float, float]] = {}
     digests: dict[str, str] = {}
     report.progress("check.cases", 0, len(dataset.cases))
@@ -103,6 +103,7 @@ def _file_finding(case: str, code: str, message: str) -> Finding:
         "duplicate_name": "Rename one of the cases; training refuses the data set until then.",
         "channel_count": "Add or remove image files of this case; training refuses the data set until then.",
         "missing_file": "Put the file there or remove the case; training refuses the data set until then.",
+        "missing_channel": "Put the file there or remove the case; only training with channel dropout accepts it.",
     }
     return Finding(case, "error", code, message, actions[code])
 
@@ -112,17 +113,21 @@ def _check_case(
 ) -> Iterator[Finding]:
     """The findings of one case; notes its spacing and the digest of its voxels for comparison with the others."""
     recorder = Recorder()
-    volumes, label = dataset.load(case, recorder)
+    found, label = dataset.load(case, recorder)
     for event in recorder.events:
         if event["event"] == "warning":
             code = "not_finite" if "NaN" in event["message"] else "header_repaired"
             yield Finding(case.name, "warning", code, event["message"], "The repaired volume is used; nothing to do.")
-    stored = volumes[0].geometry
-    volumes = [volume.canonical() for volume in volumes]
+    there = [place for place, volume in enumerate(found) if volume is not None]
+    names = [dataset.channel_names[place] for place in there]
+    modalities = tuple(dataset.modalities[place] for place in there)
+    originals = [volume for volume in found if volume is not None]
+    stored = originals[0].geometry
+    volumes = [volume.canonical() for volume in originals]
     grid = volumes[0].geometry
     spacings[case.name] = grid.spacing_mm
     digests[case.name] = _digest(volumes)
-    for name, modality, volume in zip(dataset.channel_names, dataset.modalities, volumes, strict=True):
+    for name, modality, volume in zip(names, modalities, volumes, strict=True):
         yield from _check_volume(case.name, name, modality, volume)
         if not grid.same_as(volume.geometry, tolerance_mm=IMAGE_TOLERANCE_MM):
             difference = grid.difference(volume.geometry)
@@ -130,8 +135,8 @@ def _check_case(
                 case.name,
                 "error",
                 "grid_mismatch",
-                f"{dataset.channel_names[0]} and {name} of {case.name} lie on different grids ({difference}).",
-                f"Resample the channels of the case to the grid of {dataset.channel_names[0]}; training refuses it.",
+                f"{names[0]} and {name} of {case.name} lie on different grids ({difference}).",
+                f"Resample the channels of the case to the grid of {names[0]}; training refuses it.",
             )
     if label is None:
         yield Finding(
@@ -147,7 +152,7 @@ def _check_case(
     label = (Volume(label.array, stored) if close else label).canonical()
     yield from _check_label_values(case.name, label.array, dataset.scheme)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
-        yield from _check_label_place(case.name, volumes, label.array, dataset.modalities)
+        yield from _check_label_place(case.name, volumes, label.array, modalities)
     else:
         yield _label_grid(case.name, stored, stored_label)
 

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from monai.inferers.utils import sliding_window_inference
 
 from . import InvresError, OutOfMemory, __version__
-from .config import LabelScheme
+from .config import ChannelPlan, LabelScheme
 from .devices import device_info
 from .events import SILENT, Reporter
 from .memory import LiveBytes, PeakResident
@@ -191,13 +191,14 @@ def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
 def segment_volumes(
     package: ModelPackage,
     network: SegmentationNetwork,
-    volumes: list[Volume],
+    volumes: Sequence[Volume | None],
     options: SegmentOptions = SegmentOptions(),
     report: Reporter = SILENT,
 ) -> tuple[Volume, np.ndarray, PreparedCase]:
     """Segments one case. Returns the labels (file values, on the grid of the first volume), the probabilities on the
     prepared grid (K, d, h, w), and the prepared case (only the part around a region of interest).
 
+    volumes: in the order of the model's channels, None for an optional one that the case lacks.
     When memory runs out it stitches on the CPU, then halves the window, then goes to the CPU, each with a warning.
     Raises OutOfMemory when none of that is enough.
     """
@@ -226,7 +227,7 @@ class _SegmentedCase:
 def _segment_case(
     package: ModelPackage,
     network: SegmentationNetwork,
-    volumes: list[Volume],
+    volumes: Sequence[Volume | None],
     options: SegmentOptions,
     report: Reporter,
 ) -> _SegmentedCase:
@@ -330,6 +331,7 @@ def segment(
     keeper: NetworkKeeper | None = None,
 ) -> dict[str, Any]:
     """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
+    Optional channels may be left out.
 
     probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
@@ -343,7 +345,10 @@ def segment(
         if path is not None:
             _check_writable(path)
     report.progress("segment.read", 0, 1)
-    volumes = _read_inputs([channel.name for channel in manifest.plan.channels], inputs, package.name, report)
+    volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
+    missing = [c.name for c, volume in zip(manifest.plan.channels, volumes, strict=True) if volume is None]
+    if missing:
+        report.note(f"There is no {' and no '.join(missing)}; the model was trained to do without.")
     report.progress("segment.read", 1, 1)
     clock.lap("read")
     if network is None:
@@ -359,10 +364,11 @@ def segment(
     clock.lap("write")
     device = next(network.parameters()).device
     # The tensors share the memory of the prepared image; the volumes of the files stand beside them.
-    beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes)
+    beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes if volume is not None)
     return {
         "output": str(output),
         "probabilities": written,
+        "missing_channels": missing,
         "volumes_ml": volumes_ml,
         "seconds": clock.rounded(),
         "measured_bytes": found.prediction.measured_bytes + beside,
@@ -423,8 +429,14 @@ def _write_probabilities(path: Path | None, found: _SegmentedCase, scheme: Label
     return written
 
 
-def _read_inputs(names: list[str], inputs: Mapping[str, Path], model: str, report: Reporter) -> list[Volume]:
-    """One volume for each of the model's channels, in its order; names are matched whatever their case."""
+def _read_inputs(
+    channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str, report: Reporter
+) -> Sequence[Volume | None]:
+    """One volume for each of the model's channels, in its order, None for an optional one that is not given.
+
+    Names are matched whatever their case.
+    """
+    names = [channel.name for channel in channels]
     each = " ".join(f"--input {name}=FILE" for name in names)
     if list(inputs) == [""]:
         volumes = read_channels(inputs[""], report=report)
@@ -436,10 +448,16 @@ def _read_inputs(names: list[str], inputs: Mapping[str, Path], model: str, repor
             )
         return volumes
     given = {key.casefold(): path for key, path in inputs.items()}
-    if len(given) < len(inputs) or given.keys() != {name.casefold() for name in names}:
+    needed = {channel.name.casefold() for channel in channels if not channel.optional}
+    if len(given) < len(inputs) or not needed <= given.keys() <= {name.casefold() for name in names}:
         got = ", ".join(name or "a file without a channel name" for name in inputs)
-        raise InvresError(f"The model {model} takes {_counted(names)}; got {got}.", hint=f"Give each once: {each}.")
-    return [read_volume(given[name.casefold()], report=report) for name in names]
+        optional = ", ".join(channel.name for channel in channels if channel.optional)
+        may_miss = f" It can do without some of {optional}." if optional else ""
+        raise InvresError(
+            f"The model {model} takes {_counted(names)}; got {got}.", hint=f"Give each once: {each}.{may_miss}"
+        )
+    paths = [given.get(name.casefold()) for name in names]
+    return [None if path is None else read_volume(path, report=report) for path in paths]
 
 
 def _counted(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from .synthesisconfig import LabelMapConfig
 
 __all__ = ["LabelMapBatches"]
 
-PLACE, SYNTHESISE = 5, 6
+PLACE, SYNTHESISE = 6, 7
 
 
 class LabelMapBatches:

@@ -15,6 +15,7 @@ from .config import Label, LabelScheme
 from .dataset_json import (
     Case,
     Dataset,
+    file_names,
     is_number,
     label_pairs,
     list_files,
@@ -166,7 +167,7 @@ def _folder_pair(root: Path) -> Dataset | None:
     with_image = {case.name for case in cases}
     if cases and label_files and not with_image & label_files.keys():
         raise InvresError(
-            f"No file in {root / images} (as {cases[0].images[0].name}) has the name of one in {root / labels}.",
+            f"No file in {root / images} (as {file_names(cases[0].images)}) has the name of one in {root / labels}.",
             hint="Give image and label equal names, or write a dataset.json for files such as CASE_0000.nii.gz.",
         )
     for name in sorted(label_files.keys() - with_image):
@@ -181,7 +182,7 @@ def _channel_count(cases: list[Case]) -> int:
     """How many channels the first readable image file holds."""
     for case in cases:
         try:
-            return len(read_channels(case.images[0]))
+            return sum(len(read_channels(image)) for image in case.images if image is not None)
         except InvresError:
             continue  # named with its case when that case is loaded
     return 1

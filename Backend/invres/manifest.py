@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 class TrainingSummary:
     """How the weights came about; counts and versions only, nothing about patients.
 
-    seconds: time spent training. software: name -> version.
+    seconds: time spent training. channel_dropout: how often each channel was blanked. software: name -> version.
     """
 
     recipe: str = ""
@@ -32,6 +32,7 @@ class TrainingSummary:
     memory: str = ""
     precision: str = ""
     seed: int = 0
+    channel_dropout: float = 0.0
     software: dict = field(default_factory=dict)
 
 
@@ -79,6 +80,8 @@ class Manifest:
             raise InvresError(
                 f"network.in_channels is {self.network.in_channels}, but plan names {len(self.plan.channels)} channels."
             )
+        if len(self.plan.channels) == 1 and self.plan.channels[0].optional:
+            raise InvresError("plan.channels has a single channel, which cannot be optional.")
         if self.network.out_channels != self.scheme.out_channels:
             raise InvresError(
                 f"network.out_channels is {self.network.out_channels}, but the labels of scheme need "

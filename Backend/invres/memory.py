@@ -26,9 +26,13 @@ from .reversible import SETTINGS, abridged
 from .step import AUTOCAST_DTYPES, make_optimizer, training_step
 
 __all__ = [
+    "CONTEXT_BYTES",
+    "ROUNDING",
     "LiveBytes",
     "PeakResident",
     "TrainingMemory",
+    "card_bytes",
+    "has_room",
     "measure_step",
     "measure_training",
     "predict_forward",
@@ -36,6 +40,23 @@ __all__ = [
 ]
 
 Triple = tuple[int, int, int]
+
+CONTEXT_BYTES = 800 * 2**20
+"""Of a card, besides live tensors: the CUDA context with its kernels, and cuDNN's workspaces."""
+ROUNDING = 1.08
+"""The allocator's blocks are larger than the tensors in them."""
+MARGIN = 1.1
+"""Of what a running process sees free, part goes to the same two and to the rest of the machine."""
+
+
+def card_bytes(peak_bytes: int) -> int:
+    """Bytes that a whole card must have for so many live ones: with rounding, context and workspaces."""
+    return round(peak_bytes * ROUNDING) + CONTEXT_BYTES
+
+
+def has_room(peak_bytes: int, free_bytes: int | None) -> bool:
+    """Whether so many live bytes fit into what is free now; where that is not known, they are taken to."""
+    return free_bytes is None or peak_bytes * MARGIN <= free_bytes
 
 
 class LiveBytes(TorchDispatchMode):

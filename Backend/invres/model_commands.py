@@ -30,10 +30,12 @@ __all__ = ["describe", "models"]
 def describe(options: argparse.Namespace, report: Reporter) -> None:
     package = package_named(options.model)
     manifest = package.manifest
+    optional = [channel.name for channel in manifest.plan.channels if channel.optional]
     lines = [
         f"{manifest.name} {manifest.version}: {manifest.description}".rstrip(": "),
         f"  network    {manifest.network.name}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
         f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
+        *([f"  optional   {', '.join(optional)}; one channel must be there"] if optional else []),
         f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}",
         f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
         f"  window     {' x '.join(map(str, manifest.patch))} voxels",

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from . import InvresError
-from .devices import DeviceInfo, device_info
+from .devices import device_info
 from .events import SILENT, Reporter, format_bytes, format_seconds
 from .inference import window_count
 from .manifest import Manifest
-from .memory import predict_forward
+from .memory import has_room, predict_forward
 from .networks import build
 from .region import region_shape
 from .volume import Geometry
@@ -23,8 +23,6 @@ __all__ = ["SegmentationPlan", "plan_segmentation", "remember_speed"]
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
-# What allocators, cuDNN's workspaces and the rest of the machine take beyond the arrays that are counted.
-MARGIN = 1.1
 # Windows are tried in these parts of the wanted one; below the last the network sees too little.
 PARTS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 SMALLEST_SIDE = 32
@@ -97,7 +95,7 @@ def plan_segmentation(
         found = choice, on_device, on_host, seen
         first = first or found
         report.progress("plan", index + 1, len(choices) + 1)
-        if _has_room(here, on_device) and _has_room(main, on_host):
+        if has_room(on_device, here.free_bytes) and has_room(on_host, main.free_bytes):
             best = found
             break
     assert first is not None
@@ -188,10 +186,6 @@ def _bytes(
         return predicting, max(preparing, restoring)
     everything = max(preparing + weights, files + predicting, restoring + weights)
     return everything, everything
-
-
-def _has_room(device: DeviceInfo, needed_bytes: int) -> bool:
-    return device.free_bytes is None or needed_bytes * MARGIN <= device.free_bytes
 
 
 def _seconds_per_voxel(manifest: Manifest, device: torch.device, window: Triple) -> float:

@@ -53,7 +53,7 @@ def prepare_cases(
 
 def _key(dataset: Dataset, case: Case, plan: PreparationPlan) -> str:
     """A folder name that changes with the files, the plan and the labels."""
-    files = [path for path in (*case.images, case.label) if path is not None]
+    files = [path for path in (*case.images, case.label) if path is not None and path.exists()]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     content = json.dumps([stamps, to_dict(plan), to_dict(dataset.scheme)])
     safe = "".join(c if c.isalnum() and c.isascii() else "_" for c in case.name)[:60]
@@ -68,8 +68,8 @@ def _write(home: Path, case: PreparedCase) -> None:
         np.save(temporary / "image.npy", case.image)
         if case.label is not None:
             np.save(temporary / "label.npy", case.label)
-        grids = {"geometry": _to_json(case.geometry), "original": _to_json(case.original)}
-        (temporary / "grids.json").write_text(json.dumps(grids), encoding="utf-8")
+        rest = {"geometry": _to_json(case.geometry), "original": _to_json(case.original), "absent": case.absent}
+        (temporary / "grids.json").write_text(json.dumps(rest), encoding="utf-8")
         os.rename(temporary, home)
     except OSError as error:
         raise InvresError(
@@ -82,14 +82,15 @@ def _write(home: Path, case: PreparedCase) -> None:
 
 
 def _read(home: Path, name: str) -> PreparedCase:
-    grids = json.loads((home / "grids.json").read_text(encoding="utf-8"))
+    rest = json.loads((home / "grids.json").read_text(encoding="utf-8"))
     label = home / "label.npy"
     return PreparedCase(
         name,
         np.load(home / "image.npy", mmap_mode="r"),
         np.load(label, mmap_mode="r") if label.exists() else None,
-        _from_json(grids["geometry"]),
-        _from_json(grids["original"]),
+        _from_json(rest["geometry"]),
+        _from_json(rest["original"]),
+        tuple(rest.get("absent", ())),
     )
 
 

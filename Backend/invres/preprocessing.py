@@ -7,6 +7,7 @@ values of all regions in ascending order; `scheme_targets` turns these numbers i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ __all__ = [
     "prepare",
     "scheme_targets",
     "target_table",
+    "with_dropout",
 ]
 
 # Headers are stored in float32 at best; label tools round origins a little more.
@@ -52,7 +54,7 @@ class PreparedCase:
     """Network input of one case.
 
     image: float32 (C, D, H, W). label: int16 (D, H, W), 0..n inside and -1 = ignore, or None.
-    geometry: of both arrays; original: of the files.
+    geometry: of both arrays; original: of the files. absent: the channels that the case lacks; they are all zero.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PreparedCase:
     label: np.ndarray | None
     geometry: Geometry
     original: Geometry
+    absent: tuple[int, ...] = ()
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -89,9 +92,10 @@ def make_plan(
     for index, case in enumerate(chosen):
         if index in sampled:
             volumes, label = dataset.load(case, report)
-            volumes = [volume.canonical() for volume in volumes]
-            spacings.append(volumes[0].geometry.spacing_mm)
-            for channel, voxels in enumerate(_foreground(volumes, label, dataset.scheme, index)):
+            there = {place: volume.canonical() for place, volume in enumerate(volumes) if volume is not None}
+            spacings.append(next(iter(there.values())).geometry.spacing_mm)
+            voxels_of = _foreground(list(there.values()), label, dataset.scheme, index)
+            for channel, voxels in zip(there, voxels_of, strict=True):
                 samples[channel].append(voxels)
         else:
             spacings.append(dataset.geometry(case).canonical().spacing_mm)
@@ -104,6 +108,20 @@ def make_plan(
         for name, modality, voxels in zip(dataset.channel_names, dataset.modalities, samples, strict=True)
     )
     return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct)
+
+
+def with_dropout(plan: PreparationPlan, probability: float) -> PreparationPlan:
+    """The plan of a network that is trained with each channel blanked with this probability, which may be 0.
+
+    Raises InvresError for a single channel, which cannot be blanked.
+    """
+    if probability > 0 and len(plan.channels) == 1:
+        raise InvresError(
+            f"Channel dropout needs two channels or more; there is {plan.channels[0].name} alone.",
+            hint="Leave it out, or set it to 0.",
+        )
+    channels = tuple(dataclasses.replace(channel, optional=probability > 0) for channel in plan.channels)
+    return dataclasses.replace(plan, channels=channels)
 
 
 def _foreground(volumes: list[Volume], label: Volume | None, scheme: LabelScheme, seed: int) -> Iterator[np.ndarray]:
@@ -123,6 +141,11 @@ def _foreground(volumes: list[Volume], label: Volume | None, scheme: LabelScheme
 def _channel_plan(name: str, modality: str, samples: list[np.ndarray]) -> ChannelPlan:
     if modality != "CT":
         return ChannelPlan(name, modality)
+    if not samples:
+        raise InvresError(
+            f"None of the cases that were looked at has the channel {name}, so its Hounsfield units are not known.",
+            hint="Give more cases that have it, or leave it out of the data set's channels.",
+        )
     voxels = np.concatenate(samples).astype(np.float64)
     low, high = (float(value) for value in np.percentile(voxels, (0.5, 99.5)))
     clipped = np.clip(voxels, low, high)
@@ -133,58 +156,77 @@ def _channel_plan(name: str, modality: str, samples: list[np.ndarray]) -> Channe
 
 
 def prepare(
-    volumes: list[Volume],
+    volumes: Sequence[Volume | None],
     label: Volume | None,
     plan: PreparationPlan,
     scheme: LabelScheme,
     name: str = "",
     report: Reporter = SILENT,
 ) -> PreparedCase:
-    """Volumes of one case, in channel order, as network input.
+    """Volumes of one case, in channel order, as network input; None for an optional channel that it lacks.
 
     Canonical orientation, crop to the box where any channel differs from zero (if the plan says so), linear
     resampling to the plan's spacing (Gaussian smoothing first where it shrinks more than 1.5-fold), intensities: MR
     z-scored by the non-zero mask if that is below 75 % of the crop (outside stays dark: 0 there would be the tissue's
-    mean) and by all voxels otherwise; CT clipped and scaled by the plan.
+    mean) and by all voxels otherwise; CT clipped and scaled by the plan. A channel that is lacking is zero throughout,
+    as where it was blanked in training.
 
     Volumes are finite, as `read_volume` makes them. original is the grid of the first volume as given.
-    Raises InvresError for a wrong number of channels, volumes on different grids, a label on another grid (origins
-    up to 0.01 mm apart are accepted), and a volume in which every voxel is the same.
+    Raises InvresError for a wrong number of channels, a lacking one that is not optional, volumes on different grids, a
+    label on another grid (origins up to 0.01 mm apart are accepted), and a volume in which every voxel is the same.
     """
-    original = volumes[0].geometry if volumes else None
-    if original is None or len(volumes) != len(plan.channels):
+    given = [volume for volume in volumes if volume is not None]
+    if not given or len(volumes) != len(plan.channels):
         raise InvresError(
-            f"{_subject(name)} has {len(volumes)} volumes, but {len(plan.channels)} are wanted "
+            f"{_subject(name)} has {len(given)} volumes, but {len(plan.channels)} are wanted "
             f"({', '.join(channel.name for channel in plan.channels)}).",
             hint="Give one volume for each channel, in this order.",
         )
-    names = [channel.name for channel in plan.channels]
-    volumes = [_snapped(volume, original, IMAGE_TOLERANCE_MM) for volume in volumes]
+    absent = tuple(place for place, volume in enumerate(volumes) if volume is None)
+    needed = [plan.channels[place].name for place in absent if not plan.channels[place].optional]
+    if needed:
+        raise InvresError(
+            f"{_subject(name)} has no {' and no '.join(needed)} volume, which the model needs.",
+            hint="Only a model that was trained with channel dropout can do without a channel.",
+        )
+    original = given[0].geometry
+    channels = [channel for place, channel in enumerate(plan.channels) if place not in absent]
+    names = [channel.name for channel in channels]
+    given = [_snapped(volume, original, IMAGE_TOLERANCE_MM) for volume in given]
     label = None if label is None else _snapped(label, original, LABEL_TOLERANCE_MM)
-    check_grids(volumes, label, names, name)
-    for channel, volume in zip(names, volumes, strict=True):
+    check_grids(given, label, names, name)
+    for channel, volume in zip(names, given, strict=True):
         lowest, highest = volume.array.min(), volume.array.max()
         if lowest == highest:
             raise InvresError(
                 f"There is nothing to segment in the {channel} volume of {_subject(name)}: every voxel is {lowest:g}.",
                 hint="Check that the right file was chosen and that it was exported completely.",
             )
-    grid = volumes[0].geometry
-    box = nonzero_box([volume.array for volume in volumes]) if plan.crop_to_nonzero else nonzero_box([])
+    grid = given[0].geometry
+    box = nonzero_box([volume.array for volume in given]) if plan.crop_to_nonzero else nonzero_box([])
     cropped = grid.crop(box)
     same = np.allclose(cropped.spacing_mm, plan.spacing_mm, rtol=SAME_SPACING, atol=0)
     target = cropped if same else cropped.with_spacing(plan.spacing_mm)
 
-    image = np.empty((len(volumes), *target.shape), dtype=np.float32)
-    for index, volume in enumerate(volumes):
+    image = np.empty((len(given), *target.shape), dtype=np.float32)
+    for index, volume in enumerate(given):
         part = np.ascontiguousarray(volume.array[box], dtype=np.float32)
         image[index] = part if same else _resample_image(Volume(part, cropped), target).array
-    _normalise(image, plan.channels)
+    _normalise(image, channels)
+    if absent:
+        image = _with_blanks(image, absent)
     prepared_label = None
     if label is not None:
         inside = _renumber(np.ascontiguousarray(label.array[box]), scheme, name, report)
         prepared_label = inside if same else _resample_label(inside, cropped, target)
-    return PreparedCase(name, image, prepared_label, target, original)
+    return PreparedCase(name, image, prepared_label, target, original, absent)
+
+
+def _with_blanks(image: np.ndarray, absent: Sequence[int]) -> np.ndarray:
+    """The planes of the channels that are there, with planes of zeros in the places `absent`."""
+    whole = np.zeros((len(image) + len(absent), *image.shape[1:]), dtype=image.dtype)
+    whole[[place for place in range(len(whole)) if place not in absent]] = image
+    return whole
 
 
 def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence[str], case: str = "") -> None:

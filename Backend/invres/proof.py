@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from . import Cancelled, InvresError
-from .cases import Dataset, read_dataset
-from .comparison import CaseComparison, Contender, channels_for, compare_case, interval, summarise
+from .cases import Case, Dataset, read_dataset
+from .comparison import CaseComparison, Contender, can_segment, channels_for, compare_case, interval, summarise
 from .config import PreparationPlan
 from .events import Reporter
 from .inference import load_network
@@ -48,7 +48,8 @@ class Proof:
                 )
             report.progress("finetune.compare", done, len(names))
             try:
-                case, base = dataset.case(name), self._base(dataset)
+                case = dataset.case(name)
+                base = self._base(dataset, case)
                 # A case for which the card was too small has moved both to the CPU.
                 tuned.network.to(self._device)
                 found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report)))
@@ -68,9 +69,9 @@ class Proof:
             report.warning(f"The tuned model has forgotten something of the base model's task: {check['sentence']}")
         return check
 
-    def _base(self, dataset: Dataset) -> Contender | None:
-        """The base model, if the data have its channels."""
-        if channels_for(self._model.manifest.plan.channels, dataset.channel_names) is None:
+    def _base(self, dataset: Dataset, case: Case) -> Contender | None:
+        """The base model, if the case has its channels."""
+        if not can_segment(self._model.manifest.plan.channels, dataset, case):
             return None
         if self._network is None:
             self._network = load_network(self._model, self._device)
@@ -82,7 +83,8 @@ def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan) -> Dat
 
     Raises InvresError where they lack a channel of one of the two.
     """
-    reference = read_dataset(path)
+    partial = all(channel.optional for channel in (*base.manifest.plan.channels, *plan.channels))
+    reference = read_dataset(path, partial=partial)
     for who, channels in (("base", base.manifest.plan.channels), ("tuned", plan.channels)):
         if channels_for(channels, reference.channel_names) is None:
             raise InvresError(

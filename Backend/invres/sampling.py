@@ -9,14 +9,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .augmentation import augment, input_patch
+from .augmentation import augment, blank_channels, draw_presence, input_patch
 from .config import AugmentationConfig, LabelScheme, TrainingConfig
 from .preprocessing import PreparedCase, target_table
 
 __all__ = ["BatchSource", "CaseBatches", "cut_padded", "seeded_generator"]
 
 VOXELS_PER_LABEL = 4096  # remembered per case and label as centres of foreground patches
-CROP, AUGMENT = 1, 2
+CROP, AUGMENT, BLANK = 1, 2, 5
 
 
 class BatchSource(Protocol):
@@ -39,6 +39,7 @@ class CaseBatches:
     Every case is used once before any is used again. A patch is centred on a voxel of a randomly chosen label of the
     case with probability `config.foreground_fraction`, else anywhere. Where it reaches beyond the volume the border
     is repeated and the target ignored. The next batch is cut by a thread while the device works on this one.
+    Channels that a case lacks are zero, and so are those that `augmentation.channel_dropout` blanks.
     unlabelled: names of cases whose label is background throughout.
     """
 
@@ -59,20 +60,27 @@ class CaseBatches:
         self._centres = [_label_voxels(case) for case in cases]
         self.unlabelled = [case.name for case, found in zip(cases, self._centres, strict=True) if not found]
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[int, Future[tuple[np.ndarray, np.ndarray]]] | None = None
+        self._next: tuple[int, Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] | None = None
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._next is not None and self._next[0] == iteration:
-            images, labels = self._next[1].result()
+            images, labels, present = self._next[1].result()
         else:
-            images, labels = self._cut(iteration)
+            images, labels, present = self._cut(iteration)
         self._next = (iteration + 1, self._thread.submit(self._cut, iteration + 1))
         image = torch.from_numpy(images).to(self.device, non_blocking=True)
         label = torch.from_numpy(labels).to(self.device, non_blocking=True)
         generator = seeded_generator(self.config.seed, iteration, AUGMENT)
         image, moved = augment(image, label, self.augmentation, generator, self.config.patch)
         assert moved is not None  # a label went in
-        return image, self._target(moved[:, 0])
+        return self._blanked(image, torch.from_numpy(present), iteration), self._target(moved[:, 0])
+
+    def _blanked(self, image: torch.Tensor, present: torch.Tensor, iteration: int) -> torch.Tensor:
+        """Zeros, in place, for channels that are not there or left out; after all else, which may make noise there."""
+        probability = self.augmentation.channel_dropout
+        if probability > 0:
+            present = draw_presence(present, probability, seeded_generator(self.config.seed, iteration, BLANK))
+        return image if bool(present.all()) else blank_channels(image, present)
 
     def _target(self, label: torch.Tensor) -> torch.Tensor:
         """Labels (N, D, H, W) as they are; for regions one mask each, float (N, R, D, H, W), -1 = ignore."""
@@ -81,9 +89,10 @@ class CaseBatches:
         masks = self._regions[:, label.clamp(min=0).long()].transpose(0, 1).to(torch.int8)
         return torch.where(label.unsqueeze(1) < 0, torch.full_like(masks, -1), masks)
 
-    def _cut(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-        """Patches of size `patch_in`: images (N, C, ...) float32, labels (N, 1, ...) int16."""
-        images, labels = [], []
+    def _cut(self, iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Patches of size `patch_in`: images (N, C, ...) float32, labels (N, 1, ...) int16; and which channels of the
+        cases are there, bool (N, C)."""
+        images, labels, present = [], [], []
         for place in range(iteration * self.config.batch_size, (iteration + 1) * self.config.batch_size):
             turn, position = divmod(place, len(self.cases))
             order = np.random.RandomState((self.config.seed * 1_000_003 + turn) % 2**32).permutation(len(self.cases))
@@ -94,7 +103,8 @@ class CaseBatches:
             images.append(cut_padded(case.image, corner, self.patch_in, None))
             assert case.label is not None  # only labelled cases are trained on
             labels.append(cut_padded(case.label[None], corner, self.patch_in, -1))
-        return np.stack(images), np.stack(labels)
+            present.append([channel not in case.absent for channel in range(len(case.image))])
+        return np.stack(images), np.stack(labels), np.array(present)
 
     def _corner(self, case: PreparedCase, centres: list[np.ndarray], random: np.random.RandomState) -> list[int]:
         """Where the patch of size `patch_in` starts; its centre part of size `config.patch` stays inside if it fits."""

@@ -25,28 +25,34 @@ MIX, SYNTHESISE = 3, 4
 class SyntheticBatches(CaseBatches):
     """As `CaseBatches`, with images of random contrast made from the label maps.
 
-    What is not labelled is divided, by the intensities of the case's first channel, into a few anonymous structures,
-    so that the labels lie in an anatomy; of the intensities themselves nothing is kept.
+    What is not labelled is divided, by the intensities of the first channel that the case has, into a few anonymous
+    structures, so that the labels lie in an anatomy; of the intensities themselves nothing is kept.
     """
 
     def __init__(
-        self, cases: Sequence[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device
+        self,
+        cases: Sequence[PreparedCase],
+        scheme: LabelScheme,
+        config: TrainingConfig,
+        device: torch.device,
+        channel_dropout: float = 0.0,
     ):
         if not cases:
             raise InvresError("There is no case to synthesise images from.", hint="Give at least one labelled case.")
         self.channels = cases[0].image.shape[0]
         labels = len(inside_values(scheme))
         maps = [_structures(case, labels, config.seed, place) for place, case in enumerate(cases)]
-        super().__init__(maps, scheme, config, AugmentationConfig(), device)
+        super().__init__(maps, scheme, config, AugmentationConfig(channel_dropout=channel_dropout), device)
         self.synthesis = SynthesisConfig(targets=tuple(range(1, labels + 1)))
         self.patch_in = input_patch(self.synthesis, config.patch)
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        maps, _ = self._cut(iteration)
+        maps, _, _ = self._cut(iteration)
         labels = torch.from_numpy(maps).to(self.device)
         generator = seeded_generator(self.config.seed, iteration, SYNTHESISE)
         image, moved = synthesise(labels, self.synthesis, generator, self.config.patch, self.channels)
-        return image, self._target(moved[:, 0])
+        everything = torch.ones(image.shape[:2], dtype=torch.bool)
+        return self._blanked(image, everything, iteration), self._target(moved[:, 0])
 
 
 class MixedBatches:
@@ -66,7 +72,7 @@ def _structures(case: PreparedCase, labels: int, seed: int, place: int) -> Prepa
     """The case with, for an image, its label map and above it the numbers of the structures around: int16."""
     assert case.label is not None  # only labelled cases are trained on
     label = np.asarray(case.label)
-    image = np.asarray(case.image[0])
+    image = np.asarray(case.image[next(place for place in range(len(case.image)) if place not in case.absent)])
     try:
         # Prepared images are z-scored; the head is looked for in an image whose air is 0.
         around = background_clusters(
@@ -75,4 +81,4 @@ def _structures(case: PreparedCase, labels: int, seed: int, place: int) -> Prepa
     except InvresError:  # an image without anything around its labels
         around = np.zeros(label.shape, np.int16)
     numbers = np.where((label == 0) & (around > 0), around + labels, label).astype(np.int16)
-    return dataclasses.replace(case, image=numbers[None], label=label)
+    return dataclasses.replace(case, image=numbers[None], label=label, absent=())

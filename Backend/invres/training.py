@@ -14,7 +14,7 @@ import torch
 
 from . import InvresError, __version__
 from .cardplan import fit_recipe
-from .cases import Dataset, split_by_count, split_cases
+from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
@@ -27,11 +27,11 @@ from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
-from .preprocessing import PreparedCase, make_plan, scheme_targets
+from .preprocessing import PreparedCase, make_plan, scheme_targets, with_dropout
 from .sampling import BatchSource, CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
-__all__ = ["TrainOptions", "software_versions", "train", "validator"]
+__all__ = ["TrainOptions", "software_versions", "train", "training_summary", "validator"]
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 RUN = "run.json"
@@ -88,7 +88,9 @@ def train(
         if recipe.label_maps is not None:
             plan = label_map_plan(recipe)
         else:
+            report_missing_channels(dataset, names[0], report)
             plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
+            plan = with_dropout(plan, recipe.augmentation.channel_dropout)
         recipe = _fitted(recipe, dataset, plan)
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
@@ -225,6 +227,7 @@ def training_summary(
         "memory": recipe.training.memory,
         "precision": recipe.training.precision,
         "seed": recipe.training.seed,
+        "channel_dropout": recipe.augmentation.channel_dropout,
         "software": software_versions(),
     }
 

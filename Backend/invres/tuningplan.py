@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import InvresError
-from .cases import Dataset, case_problems, read_splits
+from .cases import Dataset, case_problems, read_splits, report_missing_channels
 from .casesplits import Part, parts_of_splits, plan_parts
 from .config import (
     AugmentationConfig,
@@ -32,7 +32,7 @@ from .freezing import FROZEN_PARTS
 from .manifest import Manifest
 from .networks import with_patch
 from .prepared import prepare_cases
-from .preprocessing import make_plan
+from .preprocessing import make_plan, with_dropout
 from .transfer import match_names
 
 __all__ = [
@@ -72,6 +72,7 @@ class TuningOptions:
     folds, validation_count: see `casesplits.plan_parts`; where both are 0, a splits_final.json beside the data decides,
     and where there is none the number of patients.
     vae: None keeps the base model's branch or its absence. synthetic: fraction of synthesised batches.
+    channel_dropout: see `AugmentationConfig`; None takes the recipe's or, where that has none, the base model's.
     spacing_mm: None keeps the base model's. normalisation: "data" takes CT figures anew from these cases.
     name, licence: of the tuned model; "" takes the base model's. promote: whatever the proof says.
     check_base: a data set of cases for the base model, to see what was forgotten.
@@ -86,6 +87,7 @@ class TuningOptions:
     freeze: str = "none"
     vae: bool | None = None
     synthetic: float = 0.0
+    channel_dropout: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
     normalisation: Literal["base", "data"] = "base"
     name: str = ""
@@ -165,10 +167,13 @@ def plan_tuning(
     Raises InvresError where no case is left, none has a labelled voxel, or the wishes contradict one another.
     """
     everything = dataset
-    dataset, skipped = _with_files(dataset)
+    augmentation = _augmentation(base, dataset, options)
+    dropout = augmentation.channel_dropout
+    dataset, skipped = _with_files(dataset, partial=dropout > 0)
     for one in skipped:
         report.warning(f"The case {one.case} is left out: {one.reason}", case=one.case)
     plan, dataset, unreadable = _preparation(base, dataset, options, report)
+    plan = with_dropout(plan, dropout)
     names, empty, broken = _prepared(dataset, plan, prepared, report)
     skipped += unreadable + broken
     if not names:
@@ -178,6 +183,7 @@ def plan_tuning(
             else f"The data set {dataset.name} has no case with a label.",
             hint="See what `invres check` says about the data.",
         )
+    report_missing_channels(dataset, names, report)
     if len(empty) == len(names):
         raise InvresError(
             f"No case of {dataset.name} has a labelled voxel ({', '.join(dataset.scheme.names)}).",
@@ -210,7 +216,7 @@ def plan_tuning(
         base_version=base.version,
         network=_network(base, plan, dataset.scheme, training, options),
         training=training,
-        augmentation=options.recipe.augmentation if options.recipe else AugmentationConfig(),
+        augmentation=augmentation,
         plan=plan,
         scheme=dataset.scheme,
         parts=parts,
@@ -257,6 +263,8 @@ def read_plan(
     ignored += [
         key for key in ("freeze", "synthetic") if getattr(options, key) not in (getattr(plan, key), _unset(key))
     ]
+    if options.channel_dropout not in (None, plan.augmentation.channel_dropout):
+        ignored.append("channel_dropout")
     if ignored:
         report.warning(f"The run goes on as it was started; what is asked otherwise is left out: {', '.join(ignored)}.")
     return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **lengths))
@@ -269,13 +277,22 @@ def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
     return dataclasses.replace(DEFAULTS, patch=base.patch, learning_rate=rate)
 
 
+def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions) -> AugmentationConfig:
+    """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so."""
+    chosen = options.recipe.augmentation if options.recipe else AugmentationConfig()
+    dropout = options.channel_dropout
+    if dropout is None:
+        dropout = chosen.channel_dropout or (base.training.channel_dropout if len(dataset.channel_names) > 1 else 0.0)
+    return dataclasses.replace(chosen, channel_dropout=dropout)
+
+
 def _unset(key: str) -> Any:
     return getattr(TuningOptions(), key)
 
 
-def _with_files(dataset: Dataset) -> tuple[Dataset, list[SkippedCase]]:
+def _with_files(dataset: Dataset, partial: bool) -> tuple[Dataset, list[SkippedCase]]:
     """The data set without cases whose files or labels are missing; those without a label are not worth a word."""
-    reasons = {name: sentence for name, _, sentence in reversed(case_problems(dataset))}
+    reasons = {name: sentence for name, _, sentence in reversed(case_problems(dataset, partial))}
     skipped = [SkippedCase(name, reason) for name, reason in reasons.items()]
     cases = tuple(case for case in dataset.labelled_cases if case.name not in reasons)
     return dataclasses.replace(dataset, cases=cases), skipped

@@ -7,17 +7,17 @@ import dataclasses
 import pytest
 
 from invres import InvresError, cardplan
-from invres.cardplan import card_bytes, fit_recipe, plan_for_card
+from invres.cardplan import fit_recipe, plan_for_card
 from invres.config import NetworkConfig, Recipe, TrainingConfig
 from invres.events import Recorder
-from invres.memory import predict_training
+from invres.memory import CONTEXT_BYTES, card_bytes, predict_training
 
 SMALL = NetworkConfig(in_channels=2, out_channels=3, channels=(8, 16))
 MIB = 2**20
 
 
 def needed(patch, memory="low", config=SMALL, batch=1):
-    return card_bytes(predict_training(config, patch, batch, memory=memory))
+    return card_bytes(predict_training(config, patch, batch, memory=memory).peak_bytes)
 
 
 def test_the_largest_patch_fits_and_the_next_larger_does_not():
@@ -40,7 +40,7 @@ def test_anisotropic_voxels_get_a_flat_patch():
 
 def test_a_card_that_is_too_small_is_said_to_be():
     with pytest.raises(InvresError, match="too little to train fully_invres"):
-        plan_for_card(SMALL, cardplan.CONTEXT_BYTES)
+        plan_for_card(SMALL, CONTEXT_BYTES)
 
 
 def recipe(patch=(96, 96, 96), **training):
@@ -66,10 +66,10 @@ def test_the_patch_shrinks_only_where_nothing_else_helps():
     assert found.memory == "lowest" and found.patch < (96, 96, 96)
     assert needed(found.patch, "lowest") <= vram
     with pytest.raises(InvresError, match="too little for the recipe r"):
-        fit_recipe(recipe(), cardplan.CONTEXT_BYTES, False, Recorder())
+        fit_recipe(recipe(), CONTEXT_BYTES, False, Recorder())
 
 
 def test_a_learnable_resampling_is_not_put_on_a_grid():
     learnable = dataclasses.replace(recipe(), network=dataclasses.replace(SMALL, learnable_resampling=True))
-    vram = card_bytes(predict_training(learnable.network, (96, 96, 96), memory="lower")) - 1
+    vram = card_bytes(predict_training(learnable.network, (96, 96, 96), memory="lower").peak_bytes) - 1
     assert fit_recipe(learnable, vram, False, Recorder()).training.memory == "lower"

@@ -271,8 +271,12 @@ def break_missing_image(folder):
         file.unlink()
 
 
-def break_channel_count(folder):
+def break_missing_channel(folder):
     (folder / "imagesTr" / "b_0001.nii.gz").unlink()
+
+
+def break_channel_count(folder):
+    put(folder / "imagesTr" / "b_0002.nii.gz")
 
 
 def break_no_case(folder):
@@ -291,8 +295,9 @@ def edit(folder, **changes):
         (break_json, "not readable JSON"),
         (break_nothing_known, "No data set format was recognised"),
         (break_missing_label, "label file .* does not exist"),
-        (break_missing_image, "b has 0 image files"),
-        (break_channel_count, r"b has 1 image files \(b_0000.nii.gz\)"),
+        (break_missing_image, "image file .*b_0000.nii.gz of b does not exist"),
+        (break_missing_channel, "image file .*b_0001.nii.gz of b does not exist"),
+        (break_channel_count, r"b has 3 image files \(b_0000.nii.gz, b_0001.nii.gz, b_0002.nii.gz\)"),
         (break_no_case, "has no training case"),
         (lambda f: edit(f, channel_names={}), "must number the channels"),
         (lambda f: edit(f, labels={"x": 1, "y": 1}), "value 1 stands for x and y"),

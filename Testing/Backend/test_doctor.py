@@ -150,7 +150,7 @@ def test_a_broken_case_does_not_stop_the_check(build):
     build.add("last", label=label_of())
     recorder = Recorder()
     findings = {(finding.case, finding.code) for finding in check_dataset(build.dataset(), recorder)}
-    assert findings == {("cut", "unreadable"), ("gone", "missing_file"), ("last", "empty_label")}
+    assert findings == {("cut", "unreadable"), ("gone", "missing_channel"), ("last", "empty_label")}
     assert [event["done"] for event in recorder.events] == [0, 1, 2, 3, 4, 5]
 
 
@@ -164,7 +164,7 @@ def test_the_doctor_lists_what_the_strict_reader_refuses(tmp_path):
     description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"x": 1, "y": 2}, "numTraining": 3}
     (tmp_path / "dataset.json").write_text(json.dumps(description))
     found = [(f.case, f.code) for f in check_dataset(read_dataset(tmp_path, checked=False))]
-    assert found == [("b", "channel_count"), ("", "case_count")]
+    assert found == [("b", "missing_channel"), ("", "case_count")]
 
 
 @pytest.mark.parametrize("other_type", [np.float32, np.float64])

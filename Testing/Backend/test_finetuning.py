@@ -18,7 +18,7 @@ import SimpleITK as sitk
 import torch
 from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
 
-from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, trainer
+from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, trainer
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
@@ -51,7 +51,7 @@ def base(phantoms, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_forecast(monkeypatch):
     """The forecast of memory takes seconds a run; `tuned` has it, and `test_memory` is about it."""
-    monkeypatch.setattr(finetuning, "predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
+    monkeypatch.setattr(parttraining, "predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
 
 
 def options(**wishes):
@@ -578,8 +578,8 @@ def _one_life(base_path, data, run, place):
 
     checkpoint.torch.save = half_saved
     # What takes seconds in each life and writes nothing that is resumed from.
-    finetuning.draw_curves = lambda folder: None
-    finetuning.predict_training = lambda *_: SimpleNamespace(peak_bytes=0)
+    parttraining.draw_curves = lambda folder: None
+    parttraining.predict_training = lambda *_: SimpleNamespace(peak_bytes=0)
     chosen = options(resume=True, **LONG)
     finetune(open_package(base_path), read_dataset(data, checked=False), run, chosen)
 

@@ -87,10 +87,14 @@ ALLOWED = {
     "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
     "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
     "proof": "cases comparison config events inference modelpackage networks trainer",
+    "parttraining": (
+        "cases casesplits checkpoint config curves devices events files freezing inference memory modelpackage "
+        "networks prepared preprocessing reduction sampling syntheticbatches trainer training transfer tuningplan"
+    ),
+    "tunedmodel": "comparison config events files manifest modelpackage networks tuningplan",
     "finetuning": (
-        "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
-        "modelpackage networks prepared preprocessing proof reduction runfolder sampling stopfile syntheticbatches "
-        "trainer training transfer tuningplan"
+        "cases casesplits checkpoint comparison config events files inference modelpackage parttraining proof "
+        "runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": (

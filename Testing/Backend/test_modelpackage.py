@@ -62,6 +62,7 @@ TRAINING = {
     "memory": "low",
     "precision": "fp32",
     "seed": 7,
+    "channel_dropout": 0.25,
     "software": {"torch": "2.13.0"},
 }
 METRICS = {

@@ -1,0 +1,202 @@
+"""The trainings of a fine-tuning, each with the memory that there is: less and less until it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import InvresError, OutOfMemory
+from .cases import Dataset
+from .casesplits import Part
+from .checkpoint import CHECKPOINT, load_checkpoint
+from .config import TrainingConfig
+from .curves import draw_curves
+from .devices import device_info
+from .events import Reporter, format_bytes
+from .files import written_whole
+from .freezing import freeze
+from .inference import is_out_of_memory
+from .memory import has_room, predict_training
+from .modelpackage import ModelPackage
+from .networks import SegmentationNetwork, build, with_patch
+from .prepared import prepare_cases
+from .preprocessing import PreparedCase
+from .reduction import adapt_checkpoint, lighter
+from .sampling import BatchSource, CaseBatches
+from .syntheticbatches import MixedBatches, SyntheticBatches
+from .trainer import StopRequest, Trainer, TrainingResult
+from .training import validator
+from .transfer import STEMS, Transfer, transfer_weights
+from .tuningplan import TuningPlan, write_plan
+
+__all__ = ["TRANSFER", "PartTrainer"]
+
+TRANSFER = "transfer.json"
+
+
+class PartTrainer:
+    """Trains the parts of one run, in the folder `output`.
+
+    plan: as it is by now; what is given up for want of memory is recorded in it and in run.json.
+    """
+
+    def __init__(
+        self,
+        base: ModelPackage,
+        dataset: Dataset,
+        plan: TuningPlan,
+        output: Path,
+        device: torch.device,
+        report: Reporter,
+        stop: StopRequest,
+    ):
+        self.plan = plan
+        self._base, self._dataset, self._output = base, dataset, output
+        self._device, self._report, self._stop = device, report, stop
+        self._base_weights = base.load_weights()
+
+    def folder(self, index: int) -> Path:
+        """Where the checkpoint and the record of a part are."""
+        return self._output / ("final" if index == len(self.plan.parts) - 1 else f"fold{index}")
+
+    def fit_memory(self) -> None:
+        """Says what is taken over and what a step will need; on a card, gives up what does not fit before it fails."""
+        network, transfer = self._begun()
+        with written_whole(self._output / TRANSFER) as temporary:
+            temporary.write_text(json.dumps(transfer.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+        self._report.note(transfer.sentence())
+        while True:
+            plan, config = self.plan, self.plan.training
+            predicted = predict_training(
+                plan.network,
+                config.patch,
+                config.batch_size,
+                network.engine,
+                plan.scheme.regions,
+                config.precision,
+                config.memory,
+            ).peak_bytes
+            # In main memory, where others' pages can move out, a step is tried.
+            free = device_info(self._device).free_bytes if self._device.type == "cuda" else None
+            if has_room(predicted, free) or lighter(network, config) is None:
+                break
+            self._reduce(f"A step would need {format_bytes(predicted)}, more than the card has free")
+            network, _ = self._begun()
+        self._report.emit({"event": "memory", "predicted_bytes": predicted})
+        self._report.note(
+            f"{plan.network.name} under the {network.engine} engine: a training step is predicted to need "
+            f"{format_bytes(predicted)}."
+        )
+
+    def train(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
+        """Trains a part, or goes on with it. The result, and the engine that it was trained under.
+
+        Raises InvresError where it was ended before its first step or its end cannot be saved; OutOfMemory where there
+        is nothing left to give up.
+        """
+        result, engine = self._trained(index, part, report)
+        if not result.iterations:
+            raise InvresError(
+                "The training was ended before its first step, so there is nothing to keep.",
+                hint="Go on with --resume.",
+            )
+        if load_checkpoint(self.folder(index))["iteration"] != result.iterations:
+            raise InvresError(
+                f"The end of the training could not be saved in {self.folder(index)}.",
+                hint="Free some space and go on with --resume.",
+                code="write_failed",
+            )
+        return result, engine
+
+    def trained_weights(self, index: int) -> dict[str, torch.Tensor]:
+        """Of a part that is done: the best ones, or the last where nothing chose."""
+        state = load_checkpoint(self.folder(index))
+        return state["best_weights"] or state["weights"]
+
+    # --- one training ---------------------------------------------------------------------------------------------
+
+    def _trained(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
+        while True:
+            try:
+                return self._training(index, part, report)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the handler, whose traceback holds the tensors of the failed step.
+            self._reduce("Memory ran out")
+
+    def _training(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
+        plan, folder, config = self.plan, self.folder(index), self.plan.training
+        # Fresh tensors and the VAE's samples are the same however often this training is begun again.
+        torch.manual_seed((config.seed + index) % 2**32)
+        network, _ = self._begun()
+        network.to(self._device)
+        prepared = self._output / "prepared"
+        names = (part.train, part.validation or part.held_out)
+        training, watched = (prepare_cases(self._dataset, some, plan.plan, prepared, report) for some in names)
+        trainer = Trainer(
+            network,
+            self._batches(training, config),
+            config,
+            folder,
+            plan.scheme.regions,
+            validator(watched, plan.scheme, config, self._device),
+            report,
+            self._stop,
+            # Cases that are scored afterwards may be watched but choose nothing.
+            keep_best=bool(part.validation),
+        )
+        if (folder / CHECKPOINT).is_file():
+            adapt_checkpoint(folder, network)
+            trainer.resume()
+        result = trainer.run()
+        try:
+            draw_curves(folder)
+        except OSError as error:
+            report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+        return result, network.engine
+
+    def _begun(self) -> tuple[SegmentationNetwork, Transfer]:
+        """The network with the base model's weights and its frozen part, on the CPU."""
+        plan = self.plan
+        network = build(plan.network, plan.training.engine, plan.training.memory)
+        channels = [channel.name for channel in plan.plan.channels]
+        transfer = transfer_weights(self._base_weights, self._base.manifest, network, channels, plan.scheme)
+        changed = {tensor.name for tensor in transfer.tensors if tensor.outcome != "reused"}
+        # The bias goes with the first convolution's weights.
+        changed |= {stem.replace("weight", "bias") for stem in STEMS if stem in changed}
+        freeze(network, plan.freeze, changed)
+        return network, transfer
+
+    def _batches(self, cases: list[PreparedCase], config: TrainingConfig) -> BatchSource:
+        plan = self.plan
+        real = CaseBatches(cases, plan.scheme, config, plan.augmentation, self._device)
+        if not plan.synthetic:
+            return real
+        dropout = plan.augmentation.channel_dropout
+        synthetic = SyntheticBatches(cases, plan.scheme, config, self._device, dropout)
+        return MixedBatches(real, synthetic, plan.synthetic, config.seed)
+
+    def _reduce(self, reason: str) -> None:
+        """Goes on with a configuration that needs less memory; tells and records it."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        network, _ = self._begun()
+        found = lighter(network, self.plan.training)
+        if found is None:
+            raise OutOfMemory(
+                f"There is not enough memory to train {self.plan.network.name}, even on patches of "
+                f"{'x'.join(map(str, self.plan.training.patch))} voxels.",
+                hint="Close other programs, or start from a smaller model.",
+            )
+        config, words = found
+        changes: dict[str, Any] = {"training": config, "network": with_patch(self.plan.network, config.patch)}
+        self.plan = dataclasses.replace(self.plan, reductions=(*self.plan.reductions, words), **changes)
+        write_plan(self._output, self.plan)
+        self._report.warning(f"{reason}; the training goes on with {words}.")
