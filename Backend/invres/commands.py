@@ -39,9 +39,10 @@ _kept: dict[str, Any] = {}
 def segment(options: argparse.Namespace, report: Reporter) -> None:
     package = package_named(options.model)
     _load_torch(report)
-    from .inference import NetworkKeeper, SegmentOptions
+    from .inference import NetworkKeeper
     from .inference import segment as run
     from .planning import remember_speed
+    from .prediction import SegmentOptions
 
     each = " ".join(f"--input {channel.name}=FILE" for channel in package.manifest.plan.channels)
     inputs: dict[str, Path] = {}
@@ -188,8 +189,8 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
         _plan_segmentation(options, report)
         return
     from .cardplan import plan_for_card
-    from .inference import choose_device
     from .memory import measure_training, predict_training
+    from .prediction import choose_device
 
     check_sizes(options)
     spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
@@ -239,8 +240,8 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
         )
     manifest = package_named(options.model).manifest
     _load_torch(report)
-    from .inference import choose_device
     from .planning import plan_segmentation
+    from .prediction import choose_device
 
     found = plan_segmentation(
         manifest,

@@ -17,10 +17,11 @@ from .cases import Case, Dataset
 from .config import ChannelPlan, LabelScheme, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
-from .inference import SegmentOptions, segment_volumes
+from .inference import segment_volumes
 from .metrics import score_masks
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
+from .prediction import SegmentOptions
 from .preprocessing import LABEL_TOLERANCE_MM
 from .transfer import match_names
 from .volume import Volume, write_segmentation

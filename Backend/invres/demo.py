@@ -20,12 +20,13 @@ from scipy.ndimage import gaussian_filter
 from . import Cancelled, InvresError
 from .config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, Recipe, TrainingConfig
 from .events import SILENT, Reporter, format_bytes, format_seconds
-from .inference import SegmentOptions, choose_device, segment
+from .inference import segment
 from .memory import predict_training
 from .metrics import score_case
 from .modelpackage import save_package
 from .networks import build
 from .overlay import draw_overlay
+from .prediction import SegmentOptions, choose_device
 from .sampling import seeded_generator
 from .synthesis import input_patch, synthesise_from_probabilities, tissue_maps_from_gm_wm
 from .synthesisconfig import SynthesisConfig
@@ -59,7 +60,7 @@ MARGIN = 6  # voxels around the brain that patches may reach into
 SPACING_MM = (2.0, 2.0, 2.0)
 CONFIG = TrainingConfig(
     patch=(40, 40, 40),
-    batch_size=2,  # faster than one on a CPU: see inference.predict_probabilities
+    batch_size=2,  # faster than one on a CPU: see prediction.predict_probabilities
     iterations_per_epoch=100,
     epochs=1000,  # the time budget ends it
     learning_rate=4e-3,

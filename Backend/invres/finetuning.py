@@ -17,9 +17,9 @@ from .comparison import CaseComparison, summarise, write_comparison
 from .config import Recipe, from_dict, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
-from .inference import choose_device
 from .modelpackage import ModelPackage
 from .parttraining import TRANSFER, PartTrainer
+from .prediction import choose_device
 from .proof import Proof, manifest_metrics, read_reference
 from .runfolder import RecordingReporter, held
 from .stopfile import StopFile

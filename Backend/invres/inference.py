@@ -1,94 +1,33 @@
-"""From volumes to a segmentation on the input's own grid: a sliding window, stitched with Gaussian weights."""
+"""From volumes to a segmentation on the input's own grid."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers.utils import sliding_window_inference
 
-from . import InvresError, OutOfMemory, __version__
+from . import InvresError, __version__
 from .config import ChannelPlan, LabelScheme
 from .devices import device_info
 from .events import SILENT, Reporter
-from .memory import LiveBytes, PeakResident
+from .memory import PeakResident
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
+from .prediction import Prediction, SegmentOptions, choose_device, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, clear_outside, crop_to_region
 from .restoration import restore_probabilities, restore_volume
 from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = [
-    "NetworkKeeper",
-    "SegmentOptions",
-    "choose_device",
-    "is_out_of_memory",
-    "load_network",
-    "predict_probabilities",
-    "segment",
-    "segment_volumes",
-    "window_count",
-]
-
-Triple = tuple[int, int, int]
-SMALLEST_WINDOW = 32
-
-
-@dataclass(frozen=True)
-class SegmentOptions:
-    """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average.
-    window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
-    roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume."""
-
-    device: str = "auto"
-    overlap: float = 0.5
-    mirror_axes: tuple[int, ...] = ()
-    window: Triple = (0, 0, 0)
-    roi_mm: Bounds = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise InvresError(f"The overlap must be at least 0 and below 1, got {self.overlap}.")
-        if any(axis not in (0, 1, 2) for axis in self.mirror_axes) or len({*self.mirror_axes}) < len(self.mirror_axes):
-            raise InvresError(f"Mirror axes are 0, 1 and 2 (D, H, W), each once; got {list(self.mirror_axes)}.")
-        if any(self.window) and min(self.window) < 1:
-            raise InvresError(f"The window must be three sizes of 1 voxel or more, got {list(self.window)}.")
-        if self.roi_mm and not (
-            len(self.roi_mm) == 6
-            and all(math.isfinite(end) for end in self.roi_mm)
-            and all(low < high for low, high in zip(self.roi_mm[::2], self.roi_mm[1::2], strict=True))
-        ):
-            raise InvresError(
-                "A region of interest has six ends in mm, each lower one below its upper one, "
-                f"got {list(self.roi_mm)}.",
-                hint="Give R0 R1 A0 A1 S0 S1.",
-            )
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA card, else the CPU. Raises InvresError for a device that is not here."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InvresError(f"There is no device {name!r}; the devices are auto, cpu and cuda:0.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvresError(
-            f"The device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA cards.",
-            hint="Use --device cpu, or install a torch build with CUDA.",
-        )
-    return device
+__all__ = ["NetworkKeeper", "load_network", "segment", "segment_volumes"]
 
 
 def load_network(package: ModelPackage, device: torch.device) -> SegmentationNetwork:
@@ -119,75 +58,6 @@ class NetworkKeeper:
         return self._network.to(device)
 
 
-@torch.no_grad()
-def predict_probabilities(
-    network: Callable[[torch.Tensor], Any],
-    image: torch.Tensor,
-    window: Triple,
-    regions: bool,
-    options: SegmentOptions = SegmentOptions(),
-    stitch_device: torch.device | str | None = None,
-    report: Reporter = SILENT,
-) -> torch.Tensor:
-    """Probabilities (K, D, H, W) float32 of one prepared image (C, D, H, W), by a sliding window.
-
-    Logits are averaged with Gaussian weights (sigma = 1/8 of the window) in float32 on `stitch_device`, then passed
-    through softmax (sigmoid for regions). Mirrored predictions are averaged as logits too.
-    """
-    flips: list[tuple[int, ...]] = [()]
-    for axis in options.mirror_axes:
-        flips += [(*flip, axis + 2) for flip in flips]
-    total = len(flips) * window_count(image.shape[1:], window, options.overlap)
-    done = 0
-    report.progress("segment.tiles", 0, total)
-
-    def predictor(tiles: torch.Tensor) -> torch.Tensor:
-        nonlocal done
-        logits: torch.Tensor | None = None
-        for flip in flips:  # a flip of no axis would copy too
-            found = network(tiles.flip(flip) if flip else tiles).logits.float()
-            found = found.flip(flip) if flip else found
-            logits = found if logits is None else logits + found
-        assert logits is not None
-        done += tiles.shape[0] * len(flips)
-        report.progress("segment.tiles", min(done, total), total)
-        # Always a new tensor: the caller weights it in place.
-        return logits / len(flips)
-
-    logits = sliding_window_inference(
-        image[None],
-        roi_size=window,
-        # For a batch of one and small maps torch's CPU convolution leaves oneDNN for a path five times slower.
-        sw_batch_size=2 if image.device.type == "cpu" else 1,
-        predictor=predictor,
-        overlap=options.overlap,
-        mode="gaussian",
-        sigma_scale=0.125,
-        padding_mode="replicate",
-        sw_device=image.device,
-        device=stitch_device or image.device,
-    )
-    assert isinstance(logits, torch.Tensor)  # one output in, one out
-    return logits[0].sigmoid_() if regions else _softmax_in_place(logits[0])
-
-
-def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the first axis without a second array of its size."""
-    logits -= logits.amax(dim=0)
-    logits.exp_()
-    logits /= logits.sum(dim=0)
-    return logits
-
-
-def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
-    """How many windows cover an image of this shape."""
-    count = 1
-    for size, length in zip(shape, window, strict=True):
-        step = max(1, int(length * (1 - overlap)))
-        count *= 1 if size <= length else math.ceil((size - length) / step) + 1
-    return count
-
-
 def segment_volumes(
     package: ModelPackage,
     network: SegmentationNetwork,
@@ -207,20 +77,10 @@ def segment_volumes(
 
 
 @dataclass(frozen=True)
-class _Prediction:
-    """window: the one that had room. measured_bytes: peak of live tensors; on a card that of its allocator."""
-
-    probabilities: np.ndarray
-    window: Triple
-    windows: int
-    measured_bytes: int
-
-
-@dataclass(frozen=True)
 class _SegmentedCase:
     labels: Volume
     prepared: PreparedCase
-    prediction: _Prediction
+    prediction: Prediction
     seconds: dict[str, float]
 
 
@@ -239,7 +99,7 @@ def _segment_case(
         prepared = crop_to_region(prepared, options.roi_mm, window)
     report.progress("segment.prepare", 1, 1)
     clock.lap("prepare")
-    prediction = _predict_within_memory(manifest.scheme, manifest.patch, network, prepared, options, report)
+    prediction = predict_within_memory(manifest.scheme, manifest.patch, network, prepared, options, report)
     clock.lap("predict")
     report.progress("segment.restore", 0, 1)
     labels = restore_probabilities(prediction.probabilities, prepared.geometry, prepared.original, manifest.scheme)
@@ -248,76 +108,6 @@ def _segment_case(
     report.progress("segment.restore", 1, 1)
     clock.lap("restore")
     return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
-
-
-def _predict_within_memory(
-    scheme: LabelScheme,
-    patch: Triple,
-    network: SegmentationNetwork,
-    prepared: PreparedCase,
-    options: SegmentOptions,
-    report: Reporter,
-) -> _Prediction:
-    device = next(network.parameters()).device
-    window = options.window if min(options.window) > 0 else patch
-    stitch = device
-    while True:
-        try:
-            return _predict_measured(scheme, network, device, prepared, window, options, stitch, report)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        smaller: Triple = tuple(min(size, max(SMALLEST_WINDOW, size // 2)) for size in window)  # type: ignore[assignment]
-        if stitch.type == "cuda":
-            stitch = torch.device("cpu")
-            report.warning("The GPU's memory ran out; the windows are now joined in main memory, which is slower.")
-        elif smaller != window:
-            window = smaller
-            report.warning(f"Memory ran out; the window is now {'x'.join(map(str, window))} voxels.")
-        elif device.type == "cuda":
-            device, window = torch.device("cpu"), options.window if min(options.window) > 0 else patch
-            network.to(device)
-            report.warning("The GPU has too little free memory for this model; the CPU takes over, which is slower.")
-        else:
-            raise OutOfMemory(
-                "There is not enough memory to segment this volume, even in the smallest windows.",
-                hint="Close other programs, or crop the volume to the region of interest.",
-            )
-
-
-def _predict_measured(
-    scheme: LabelScheme,
-    network: SegmentationNetwork,
-    device: torch.device,
-    prepared: PreparedCase,
-    window: Triple,
-    options: SegmentOptions,
-    stitch: torch.device,
-    report: Reporter,
-) -> _Prediction:
-    image = torch.from_numpy(prepared.image)
-    probe = LiveBytes()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        found = predict_probabilities(network, image.to(device), window, scheme.regions, options, stitch, report)
-        measured = torch.cuda.max_memory_allocated(device)
-    else:
-        probe.watch([image, *network.parameters(), *network.buffers()])
-        with probe:
-            found = predict_probabilities(network, image, window, scheme.regions, options, stitch, report)
-        measured = probe.peak
-    count = window_count(prepared.image.shape[1:], window, options.overlap)
-    return _Prediction(found.cpu().numpy(), window, count, measured)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a card or on the CPU, or Python had no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
 
 
 def segment(

@@ -16,10 +16,10 @@ from .config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe, Tr
 from .dataset_json import Case, list_volumes, stem_of
 from .events import SILENT, Reporter
 from .files import written_whole
-from .inference import predict_probabilities
 from .labelmapbatches import LabelMapBatches
 from .metrics import dice_by_label
 from .networks import SegmentationNetwork
+from .prediction import predict_probabilities
 from .synthesisconfig import LabelMapConfig
 from .volume import Volume, read_volume, resample
 

@@ -20,10 +20,10 @@ from .devices import device_info
 from .events import Reporter, format_bytes
 from .files import written_whole
 from .freezing import freeze
-from .inference import is_out_of_memory
 from .memory import has_room, predict_training
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build, with_patch
+from .prediction import is_out_of_memory
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase
 from .reduction import adapt_checkpoint, lighter

@@ -11,10 +11,10 @@ import torch
 from . import InvresError
 from .devices import device_info
 from .events import SILENT, Reporter, format_bytes, format_seconds
-from .inference import window_count
 from .manifest import Manifest
 from .memory import has_room, predict_forward
 from .networks import build
+from .prediction import window_count
 from .region import region_shape
 from .volume import Geometry
 

@@ -20,12 +20,12 @@ from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_d
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
 from .files import written_whole
-from .inference import SegmentOptions, choose_device, predict_probabilities
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_training
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
+from .prediction import SegmentOptions, choose_device, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, scheme_targets, with_dropout
 from .sampling import BatchSource, CaseBatches

@@ -65,15 +65,18 @@ ALLOWED = {
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config randomness sampling synthesis synthesisconfig",
-    "inference": "config devices events memory modelpackage networks preprocessing region restoration volume",
-    "planning": "devices events inference manifest memory networks region volume",
+    "prediction": "config events memory networks preprocessing region",
+    "inference": (
+        "config devices events memory modelpackage networks prediction preprocessing region restoration volume"
+    ),
+    "planning": "devices events manifest memory networks prediction region volume",
     "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
     "labelmaps": (
-        "cases config dataset_json events files inference labelmapbatches metrics networks synthesisconfig volume"
+        "cases config dataset_json events files labelmapbatches metrics networks prediction synthesisconfig volume"
     ),
     "training": (
-        "cardplan cases checkpoint config curves distributed events files inference labelmaps losses memory metrics "
-        "modelpackage networks prepared preprocessing sampling step trainer"
+        "cardplan cases checkpoint config curves distributed events files labelmaps losses memory metrics "
+        "modelpackage networks prediction prepared preprocessing sampling step trainer"
     ),
     "worker": "events",
     "peers": "",
@@ -84,29 +87,32 @@ ALLOWED = {
     "stopfile": "trainer",
     "runfolder": "events",
     "reduction": "checkpoint config networks",
-    "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
-    "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
+    "comparison": (
+        "cases config events files inference metrics modelpackage networks prediction preprocessing transfer volume"
+    ),
+    "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
     "proof": "cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
-        "cases casesplits checkpoint config curves devices events files freezing inference memory modelpackage "
-        "networks prepared preprocessing reduction sampling syntheticbatches trainer training transfer tuningplan"
+        "cases casesplits checkpoint config curves devices events files freezing memory modelpackage networks "
+        "prediction prepared preprocessing reduction sampling syntheticbatches trainer training transfer tuningplan"
     ),
     "tunedmodel": "comparison config events files manifest modelpackage networks tuningplan",
     "finetuning": (
-        "cases casesplits checkpoint comparison config events files inference modelpackage parttraining proof "
+        "cases casesplits checkpoint comparison config events files modelpackage parttraining prediction proof "
         "runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": (
         "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
-        "preprocessing sampling synthesis synthesisconfig trainer training volume"
+        "prediction preprocessing sampling synthesis synthesisconfig trainer training volume"
     ),
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference memory "
-        "labelmaps model_commands networks planning preprocessing stopfile trainer training tuningplan volume worker"
+        "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference "
+        "labelmaps memory model_commands networks planning prediction preprocessing stopfile trainer training "
+        "tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

@@ -17,16 +17,10 @@ from tiny_datasets import files_up_to, leftovers, phantom
 from invres import InvresError, OutOfMemory
 from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, VAEConfig
 from invres.events import Recorder
-from invres.inference import (
-    SegmentOptions,
-    choose_device,
-    load_network,
-    predict_probabilities,
-    segment,
-    segment_volumes,
-)
+from invres.inference import load_network, segment, segment_volumes
 from invres.modelpackage import save_package
 from invres.networks import NetworkOutput, build
+from invres.prediction import SegmentOptions, choose_device, predict_probabilities
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 SCHEME = LabelScheme((Label("a", (10,), 10), Label("b", (150,), 150), Label("c", (250,), 250)))

@@ -22,9 +22,10 @@ from invres.config import AugmentationConfig, ChannelPlan, LabelScheme, Preparat
 from invres.dataset_json import plain_scheme
 from invres.events import Recorder, Reporter
 from invres.finetuning import finetune
-from invres.inference import SegmentOptions, load_network, predict_probabilities, segment, segment_volumes
+from invres.inference import load_network, segment, segment_volumes
 from invres.metrics import score_case
 from invres.modelpackage import open_package, save_package, verify_package
+from invres.prediction import SegmentOptions, predict_probabilities
 from invres.prepared import prepare_cases
 from invres.preprocessing import PreparedCase, make_plan, prepare, with_dropout
 from invres.sampling import CaseBatches

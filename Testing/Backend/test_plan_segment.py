@@ -14,11 +14,12 @@ from tiny_datasets import GRIDS, invres, phantom
 from invres import InvresError, __version__, devices
 from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
 from invres.devices import DeviceInfo
-from invres.inference import SegmentOptions, load_network, segment, segment_volumes
+from invres.inference import load_network, segment, segment_volumes
 from invres.memory import PeakResident, predict_forward
 from invres.modelpackage import delete_package, open_package, save_package
 from invres.networks import NetworkOutput, build
 from invres.planning import plan_segmentation, remember_speed
+from invres.prediction import SegmentOptions
 from invres.preprocessing import PreparedCase
 from invres.region import clear_outside, crop_to_region, region_shape
 from invres.volume import Geometry, Volume, read_volume, write_volume

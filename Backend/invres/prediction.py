@@ -1,0 +1,229 @@
+"""From a prepared image to probabilities: a sliding window with Gaussian weights, within the memory that there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers.utils import sliding_window_inference
+
+from . import InvresError, OutOfMemory
+from .config import LabelScheme
+from .events import SILENT, Reporter
+from .memory import LiveBytes
+from .networks import SegmentationNetwork
+from .preprocessing import PreparedCase
+from .region import Bounds
+
+__all__ = [
+    "Prediction",
+    "SegmentOptions",
+    "choose_device",
+    "is_out_of_memory",
+    "predict_probabilities",
+    "predict_within_memory",
+    "window_count",
+]
+
+Triple = tuple[int, int, int]
+SMALLEST_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average.
+    window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
+    roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume."""
+
+    device: str = "auto"
+    overlap: float = 0.5
+    mirror_axes: tuple[int, ...] = ()
+    window: Triple = (0, 0, 0)
+    roi_mm: Bounds = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise InvresError(f"The overlap must be at least 0 and below 1, got {self.overlap}.")
+        if any(axis not in (0, 1, 2) for axis in self.mirror_axes) or len({*self.mirror_axes}) < len(self.mirror_axes):
+            raise InvresError(f"Mirror axes are 0, 1 and 2 (D, H, W), each once; got {list(self.mirror_axes)}.")
+        if any(self.window) and min(self.window) < 1:
+            raise InvresError(f"The window must be three sizes of 1 voxel or more, got {list(self.window)}.")
+        if self.roi_mm and not (
+            len(self.roi_mm) == 6
+            and all(math.isfinite(end) for end in self.roi_mm)
+            and all(low < high for low, high in zip(self.roi_mm[::2], self.roi_mm[1::2], strict=True))
+        ):
+            raise InvresError(
+                "A region of interest has six ends in mm, each lower one below its upper one, "
+                f"got {list(self.roi_mm)}.",
+                hint="Give R0 R1 A0 A1 S0 S1.",
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA card, else the CPU. Raises InvresError for a device that is not here."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvresError(f"There is no device {name!r}; the devices are auto, cpu and cuda:0.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvresError(
+            f"The device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA cards.",
+            hint="Use --device cpu, or install a torch build with CUDA.",
+        )
+    return device
+
+
+@torch.no_grad()
+def predict_probabilities(
+    network: Callable[[torch.Tensor], Any],
+    image: torch.Tensor,
+    window: Triple,
+    regions: bool,
+    options: SegmentOptions = SegmentOptions(),
+    stitch_device: torch.device | str | None = None,
+    report: Reporter = SILENT,
+) -> torch.Tensor:
+    """Probabilities (K, D, H, W) float32 of one prepared image (C, D, H, W), by a sliding window.
+
+    Logits are averaged with Gaussian weights (sigma = 1/8 of the window) in float32 on `stitch_device`, then passed
+    through softmax (sigmoid for regions). Mirrored predictions are averaged as logits too.
+    """
+    flips: list[tuple[int, ...]] = [()]
+    for axis in options.mirror_axes:
+        flips += [(*flip, axis + 2) for flip in flips]
+    total = len(flips) * window_count(image.shape[1:], window, options.overlap)
+    done = 0
+    report.progress("segment.tiles", 0, total)
+
+    def predictor(tiles: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        logits: torch.Tensor | None = None
+        for flip in flips:  # a flip of no axis would copy too
+            found = network(tiles.flip(flip) if flip else tiles).logits.float()
+            found = found.flip(flip) if flip else found
+            logits = found if logits is None else logits + found
+        assert logits is not None
+        done += tiles.shape[0] * len(flips)
+        report.progress("segment.tiles", min(done, total), total)
+        # Always a new tensor: the caller weights it in place.
+        return logits / len(flips)
+
+    logits = sliding_window_inference(
+        image[None],
+        roi_size=window,
+        # For a batch of one and small maps torch's CPU convolution leaves oneDNN for a path five times slower.
+        sw_batch_size=2 if image.device.type == "cpu" else 1,
+        predictor=predictor,
+        overlap=options.overlap,
+        mode="gaussian",
+        sigma_scale=0.125,
+        padding_mode="replicate",
+        sw_device=image.device,
+        device=stitch_device or image.device,
+    )
+    assert isinstance(logits, torch.Tensor)  # one output in, one out
+    return logits[0].sigmoid_() if regions else _softmax_in_place(logits[0])
+
+
+def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the first axis without a second array of its size."""
+    logits -= logits.amax(dim=0)
+    logits.exp_()
+    logits /= logits.sum(dim=0)
+    return logits
+
+
+def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
+    """How many windows cover an image of this shape."""
+    count = 1
+    for size, length in zip(shape, window, strict=True):
+        step = max(1, int(length * (1 - overlap)))
+        count *= 1 if size <= length else math.ceil((size - length) / step) + 1
+    return count
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """window: the one that had room. measured_bytes: peak of live tensors; on a card that of its allocator."""
+
+    probabilities: np.ndarray
+    window: Triple
+    windows: int
+    measured_bytes: int
+
+
+def predict_within_memory(
+    scheme: LabelScheme,
+    patch: Triple,
+    network: SegmentationNetwork,
+    prepared: PreparedCase,
+    options: SegmentOptions,
+    report: Reporter,
+) -> Prediction:
+    device = next(network.parameters()).device
+    window = options.window if min(options.window) > 0 else patch
+    stitch = device
+    while True:
+        try:
+            return _predict_measured(scheme, network, device, prepared, window, options, stitch, report)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller: Triple = tuple(min(size, max(SMALLEST_WINDOW, size // 2)) for size in window)  # type: ignore[assignment]
+        if stitch.type == "cuda":
+            stitch = torch.device("cpu")
+            report.warning("The GPU's memory ran out; the windows are now joined in main memory, which is slower.")
+        elif smaller != window:
+            window = smaller
+            report.warning(f"Memory ran out; the window is now {'x'.join(map(str, window))} voxels.")
+        elif device.type == "cuda":
+            device, window = torch.device("cpu"), options.window if min(options.window) > 0 else patch
+            network.to(device)
+            report.warning("The GPU has too little free memory for this model; the CPU takes over, which is slower.")
+        else:
+            raise OutOfMemory(
+                "There is not enough memory to segment this volume, even in the smallest windows.",
+                hint="Close other programs, or crop the volume to the region of interest.",
+            )
+
+
+def _predict_measured(
+    scheme: LabelScheme,
+    network: SegmentationNetwork,
+    device: torch.device,
+    prepared: PreparedCase,
+    window: Triple,
+    options: SegmentOptions,
+    stitch: torch.device,
+    report: Reporter,
+) -> Prediction:
+    image = torch.from_numpy(prepared.image)
+    probe = LiveBytes()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        found = predict_probabilities(network, image.to(device), window, scheme.regions, options, stitch, report)
+        measured = torch.cuda.max_memory_allocated(device)
+    else:
+        probe.watch([image, *network.parameters(), *network.buffers()])
+        with probe:
+            found = predict_probabilities(network, image, window, scheme.regions, options, stitch, report)
+        measured = probe.peak
+    count = window_count(prepared.image.shape[1:], window, options.overlap)
+    return Prediction(found.cpu().numpy(), window, count, measured)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a card or on the CPU, or Python had no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
