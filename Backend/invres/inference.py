@@ -18,10 +18,11 @@ from . import InvresError, __version__
 from .config import ChannelPlan, LabelScheme
 from .devices import device_info
 from .events import SILENT, Reporter
+from .expectation import unlike_modality, unlike_result
 from .memory import PeakResident
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
-from .prediction import Prediction, SegmentOptions, choose_device, predict_within_memory
+from .prediction import Prediction, SegmentOptions, choose_device, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, clear_outside, crop_to_region
 from .restoration import restore_probabilities, restore_volume
@@ -125,6 +126,7 @@ def segment(
 
     probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
+    Warns where image or result are unlike what the model has seen in training.
     Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
     region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
     Raises InvresError for inputs that do not fit the model.
@@ -141,6 +143,9 @@ def segment(
         report.note(f"There is no {' and no '.join(missing)}; the model was trained to do without.")
     report.progress("segment.read", 1, 1)
     clock.lap("read")
+    arrays = [None if volume is None else volume.array for volume in volumes]
+    for sentence in unlike_modality(manifest.plan.channels, arrays):
+        report.warning(sentence)
     if network is None:
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
@@ -150,6 +155,10 @@ def segment(
     write_segmentation(output, found.labels, manifest.scheme)
     written = _write_probabilities(probabilities_path, found, manifest.scheme, options.roi_mm)
     volumes_ml = _volumes_ml(found, manifest.scheme, options.roi_mm)
+    confidence = confidence_of(found.prediction.probabilities, manifest.scheme.regions)
+    if not options.roi_mm:
+        for sentence in unlike_result(manifest.expected, volumes_ml, confidence):
+            report.warning(sentence)
     report.progress("segment.write", 1, 1)
     clock.lap("write")
     device = next(network.parameters()).device
@@ -160,6 +169,7 @@ def segment(
         "probabilities": written,
         "missing_channels": missing,
         "volumes_ml": volumes_ml,
+        "confidence": round(confidence, 4),
         "seconds": clock.rounded(),
         "measured_bytes": found.prediction.measured_bytes + beside,
         "measured_rss_bytes": resident.growth_bytes(),

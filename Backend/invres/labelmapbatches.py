@@ -82,6 +82,13 @@ class LabelMapBatches:
             targets.append(self._target[codes[:, 0].long()])
         return torch.cat(images), torch.cat(targets)
 
+    def volumes_ml(self, spacing_mm: tuple[float, float, float]) -> list[list[float]]:
+        """The volume of each label in each map. spacing_mm: of an image voxel."""
+        voxel_ml = math.prod(spacing_mm) / self._settings.finer**3 / 1000
+        target = self._target.cpu().numpy()
+        counts = (np.bincount(target[one].ravel(), minlength=target.max() + 1)[1:] for one in self._maps)
+        return [(count * voxel_ml).tolist() for count in counts]
+
     def _cut(self, place: int) -> torch.Tensor:
         """A part of size `patch_in` of a map, perhaps mirrored, in codes: int16 (1, 1, ...)."""
         turn, position = divmod(place, len(self._maps))

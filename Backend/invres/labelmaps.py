@@ -19,7 +19,7 @@ from .files import written_whole
 from .labelmapbatches import LabelMapBatches
 from .metrics import dice_by_label
 from .networks import SegmentationNetwork
-from .prediction import predict_probabilities
+from .prediction import confidence_of, predict_probabilities
 from .synthesisconfig import LabelMapConfig
 from .volume import Volume, read_volume, resample
 
@@ -95,20 +95,22 @@ class SyntheticScenes:
 
     def validate(self, network: SegmentationNetwork) -> dict[str, float]:
         """The mean Dice of each label, and of all as "mean"."""
-        means = self.scores(network).mean(axis=0)
+        means = self.scores(network)[0].mean(axis=0)
         return {**dict(zip(self._names, means.tolist(), strict=True)), "mean": float(means.mean())}
 
-    def scores(self, network: SegmentationNetwork) -> np.ndarray:
-        """Dice (scenes, labels)."""
-        scores, labels = [], range(1, len(self._names) + 1)
+    def scores(self, network: SegmentationNetwork) -> tuple[np.ndarray, list[float]]:
+        """Dice (scenes, labels), and the confidence of each scene."""
+        scores, confidences, labels = [], [], range(1, len(self._names) + 1)
         for number in range(self._count):
             image, target = self._batches.batch(number)
-            found = predict_probabilities(network, image[0], self._window, False).argmax(dim=0)
+            probabilities = predict_probabilities(network, image[0], self._window, False)
+            confidences.append(confidence_of(probabilities, False))
+            found = probabilities.argmax(dim=0)
             predicted, reference = (
                 np.stack([(array == label).cpu().numpy() for label in labels]) for array in (found, target[0])
             )
             scores.append(dice_by_label(predicted, reference))
-        return np.array(scores)
+        return np.array(scores), confidences
 
 
 def _settings(recipe: Recipe) -> LabelMapConfig:

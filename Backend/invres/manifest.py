@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, to_dict
+from .expectation import Expectation
 
 __all__ = ["FORMAT_VERSION", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
 
@@ -42,6 +43,7 @@ class Manifest:
 
     id: 32 hexadecimal digits, new for each saved package; parent: the id that this model was fine-tuned from, or "".
     created: UTC, ISO 8601. patch: training window in voxels (D, H, W). sha256, weights_bytes: of model.safetensors.
+    expected: what training cases were like, for a warning where an image is unlike them.
     metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
 
     Raises InvresError for values that contradict one another or the format.
@@ -59,6 +61,7 @@ class Manifest:
     patch: tuple[int, int, int]
     training: TrainingSummary = field(default_factory=TrainingSummary)
     metrics: dict = field(default_factory=dict)
+    expected: Expectation = field(default_factory=Expectation)
     licence: str = ""
     intended_use: str = "Research; not a medical device."
     parent: str = ""

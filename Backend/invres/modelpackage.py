@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict
 from .events import SILENT, Reporter
+from .expectation import Expectation
 from .lineage import active_members, family_of, read_active, set_active
 from .manifest import Manifest, TrainingSummary, manifest_from_json, manifest_to_json
 from .packagefiles import (
@@ -103,6 +104,7 @@ def save_package(
     description: str = "",
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    expected: Expectation | None = None,
     licence: str = "",
     intended_use: str = Manifest.intended_use,
     parent: str = "",
@@ -150,6 +152,7 @@ def save_package(
             patch=patch,
             training=from_dict(TrainingSummary, dict(training or {}), "training"),
             metrics=dict(metrics or {}),
+            expected=expected or Expectation(),
             licence=licence,
             intended_use=intended_use,
             parent=parent,

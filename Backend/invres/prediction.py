@@ -23,6 +23,7 @@ __all__ = [
     "Prediction",
     "SegmentOptions",
     "choose_device",
+    "confidence_of",
     "is_out_of_memory",
     "predict_probabilities",
     "predict_within_memory",
@@ -138,6 +139,17 @@ def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
     logits.exp_()
     logits /= logits.sum(dim=0)
     return logits
+
+
+def confidence_of(probabilities: np.ndarray | torch.Tensor, regions: bool) -> float:
+    """The mean probability of the chosen labels (K, D, H, W) over their own voxels; 0 where nothing is found."""
+    if regions:
+        chosen = probabilities[probabilities > 0.5]
+    else:
+        tensor = torch.as_tensor(probabilities)
+        best, label = tensor.max(dim=0)
+        chosen = best[label > 0]
+    return float(chosen.mean()) if len(chosen) else 0.0
 
 
 def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PreparedCase",
+    "case_volumes_ml",
     "check_grids",
     "inside_values",
     "make_plan",
@@ -335,6 +336,13 @@ def target_table(scheme: LabelScheme) -> np.ndarray:
 def scheme_targets(label: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     """One mask per label or region, bool (R, D, H, W), of a prepared label (D, H, W); ignored voxels are in none."""
     return target_table(scheme)[:, np.maximum(label, 0)] & (label >= 0)
+
+
+def case_volumes_ml(case: PreparedCase, scheme: LabelScheme) -> list[float]:
+    """The volume of each label or region of a labelled case."""
+    assert case.label is not None  # the caller has looked
+    voxel_ml = float(np.prod(case.geometry.spacing_mm)) / 1000
+    return [float(mask.sum()) * voxel_ml for mask in scheme_targets(np.asarray(case.label), scheme)]
 
 
 def _renumber(label: np.ndarray, scheme: LabelScheme, name: str, report: Reporter) -> np.ndarray:

@@ -19,16 +19,18 @@ from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
+from .expectation import of_volumes
 from .files import written_whole
+from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_training
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
-from .prediction import SegmentOptions, choose_device, predict_probabilities
+from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities
 from .prepared import prepare_cases
-from .preprocessing import PreparedCase, make_plan, scheme_targets, with_dropout
-from .sampling import BatchSource, CaseBatches
+from .preprocessing import PreparedCase, case_volumes_ml, make_plan, scheme_targets, with_dropout
+from .sampling import CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = ["TrainOptions", "software_versions", "train", "training_summary", "validator"]
@@ -103,7 +105,8 @@ def train(
     _announce_memory(recipe, network.engine, scheme, report)
     prepared = output / "prepared"
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
-    batches: BatchSource
+    batches: LabelMapBatches | CaseBatches
+    training_cases: list[PreparedCase] = []
     validation_cases: list[PreparedCase] = []
     scenes: SyntheticScenes | None = None
     validate: Validation | None = None
@@ -127,10 +130,12 @@ def train(
     result = trainer.run()
     network.load_state_dict(result.weights)
     network.eval()
-    if scenes is not None:
-        scores = scenes.scores(network)
+    if isinstance(batches, LabelMapBatches):
+        scores, confidences = scenes.scores(network) if scenes is not None else (np.empty((0, 0)), [])
+        volumes = batches.volumes_ml(plan.spacing_mm)
     else:
-        scores = np.array([_dice(network, case, scheme, config, device) for case in validation_cases])
+        scores, confidences = _scores(network, validation_cases, scheme, config, device)
+        volumes = [case_volumes_ml(case, scheme) for case in training_cases]
     return save_package(
         output / MODEL,
         name=recipe.name,
@@ -142,6 +147,7 @@ def train(
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
         metrics=_metrics(scores, scheme),
+        expected=of_volumes(scheme.names, volumes, min(confidences, default=0.0)),
         licence=options.licence,
     )
 
@@ -171,20 +177,40 @@ def validator(
         return None
 
     def validate(network: SegmentationNetwork) -> dict[str, float]:
-        scores = np.array([_dice(network, case, scheme, config, device) for case in chosen])
+        scores, _ = _scores(network, chosen, scheme, config, device)
         means = dict(zip(scheme.names, scores.mean(axis=0).tolist(), strict=True))
         return {**means, "mean": float(scores.mean())}
 
     return validate
 
 
-def _dice(
+def _predict(
     network: SegmentationNetwork, case: PreparedCase, scheme: LabelScheme, config: TrainingConfig, device: torch.device
-) -> list[float]:
-    """Dice of each label on the prepared grid."""
+) -> torch.Tensor:
+    """Probabilities (K, D, H, W) on the prepared grid."""
     image = torch.from_numpy(np.array(case.image)).to(device)
     options = SegmentOptions(overlap=VALIDATION_OVERLAP)
-    probabilities = predict_probabilities(network, image, config.patch, scheme.regions, options)
+    return predict_probabilities(network, image, config.patch, scheme.regions, options)
+
+
+def _scores(
+    network: SegmentationNetwork,
+    cases: list[PreparedCase],
+    scheme: LabelScheme,
+    config: TrainingConfig,
+    device: torch.device,
+) -> tuple[np.ndarray, list[float]]:
+    """Dice (cases, labels), and the confidence in each case."""
+    scores, confidences = [], []
+    for case in cases:
+        probabilities = _predict(network, case, scheme, config, device)
+        scores.append(_dice(probabilities, case, scheme))
+        confidences.append(confidence_of(probabilities, scheme.regions))
+    return np.array(scores), confidences
+
+
+def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) -> list[float]:
+    """Dice of each label on the prepared grid."""
     assert case.label is not None  # validation cases are labelled
     reference = np.asarray(case.label)
     targets = scheme_targets(reference, scheme)

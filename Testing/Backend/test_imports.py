@@ -22,6 +22,7 @@ ALLOWED = {
     "events": "",
     "synthesisconfig": "",
     "config": "synthesisconfig",
+    "expectation": "config",
     "files": "",
     "probe": "",
     "devices": "",
@@ -50,8 +51,8 @@ ALLOWED = {
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
-    "manifest": "config",
-    "modelpackage": "config events lineage manifest networks packagefiles",
+    "manifest": "config expectation",
+    "modelpackage": "config events expectation lineage manifest networks packagefiles",
     "versions": "config lineage modelpackage",
     "transfer": "config manifest networks",
     "freezing": "networks transfer",
@@ -67,7 +68,8 @@ ALLOWED = {
     "labelmapbatches": "config randomness sampling synthesis synthesisconfig",
     "prediction": "config events memory networks preprocessing region",
     "inference": (
-        "config devices events memory modelpackage networks prediction preprocessing region restoration volume"
+        "config devices events expectation memory modelpackage networks prediction preprocessing region restoration "
+        "volume"
     ),
     "planning": "devices events manifest memory networks prediction region volume",
     "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
@@ -75,8 +77,8 @@ ALLOWED = {
         "cases config dataset_json events files labelmapbatches metrics networks prediction synthesisconfig volume"
     ),
     "training": (
-        "cardplan cases checkpoint config curves distributed events files labelmaps losses memory metrics "
-        "modelpackage networks prediction prepared preprocessing sampling step trainer"
+        "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
+        "losses memory metrics modelpackage networks prediction prepared preprocessing sampling step trainer"
     ),
     "worker": "events",
     "peers": "",
