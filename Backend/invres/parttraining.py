@@ -18,6 +18,7 @@ from .config import TrainingConfig
 from .curves import draw_curves
 from .devices import device_info
 from .events import Reporter, format_bytes
+from .expectation import Expectation, of_volumes
 from .files import written_whole
 from .freezing import freeze
 from .memory import has_room, predict_training
@@ -25,7 +26,7 @@ from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build, with_patch
 from .prediction import is_out_of_memory
 from .prepared import prepare_cases
-from .preprocessing import PreparedCase
+from .preprocessing import PreparedCase, case_volumes_ml
 from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
@@ -160,6 +161,12 @@ class PartTrainer:
         except OSError as error:
             report.warning(f"The curves could not be drawn ({error.strerror or error}).")
         return result, network.engine
+
+    def seen(self, part: Part) -> Expectation:
+        """What the cases that a part was trained on are like."""
+        cases = prepare_cases(self._dataset, part.train, self.plan.plan, self._output / "prepared")
+        volumes = [case_volumes_ml(case, self.plan.scheme) for case in cases]
+        return of_volumes(self.plan.scheme.names, volumes)
 
     def _begun(self) -> tuple[SegmentationNetwork, Transfer]:
         """The network with the base model's weights and its frozen part, on the CPU."""

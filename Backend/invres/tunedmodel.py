@@ -13,6 +13,7 @@ import torch
 from .comparison import Contender
 from .config import to_dict
 from .events import Reporter
+from .expectation import Expectation, merged
 from .files import written_whole
 from .manifest import Manifest
 from .modelpackage import ModelPackage, save_package
@@ -53,6 +54,7 @@ def save_tuned(
     weights: Mapping[str, torch.Tensor],
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    seen: Expectation,
     promoted: bool,
 ) -> ModelPackage:
     """The package of the next version, in `output`/model where it is promoted, else in `output`/candidate."""
@@ -68,6 +70,7 @@ def save_tuned(
         patch=plan.training.patch,
         training=training,
         metrics=metrics,
+        expected=merged(base.expected, seen, plan.scheme.names),
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,

@@ -15,7 +15,7 @@ SEEN = of_volumes(["left", "right"], [[3.0, 2.5], [2.0, 4.0]], confidence=0.9)
 
 
 def test_the_extremes_of_the_training_cases_are_kept():
-    assert SEEN == Expectation({"left": [2.0, 3.0], "right": [2.5, 4.0]}, 0.9)
+    assert Expectation({"left": [2.0, 3.0], "right": [2.5, 4.0]}, 0.9) == SEEN
 
 
 def test_usual_volumes_and_confidence_say_nothing():

@@ -92,6 +92,7 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert str(package.path) == result["model"]
     manifest = package.manifest
     assert (manifest.parent, manifest.name, manifest.version) == (base.id, "Phantom", "1.1.0")
+    assert set(manifest.expected.volumes_ml) == set(manifest.scheme.names)
     assert manifest.training.training_cases == 3 and manifest.training.validation_cases == 3
     assert manifest.metrics["upper"]["Dice"]["n"] == 3
     assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"

@@ -95,10 +95,11 @@ ALLOWED = {
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
     "proof": "cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
-        "cases casesplits checkpoint config curves devices events files freezing memory modelpackage networks "
-        "prediction prepared preprocessing reduction sampling syntheticbatches trainer training transfer tuningplan"
+        "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
+        "networks prediction prepared preprocessing reduction sampling syntheticbatches trainer training transfer "
+        "tuningplan"
     ),
-    "tunedmodel": "comparison config events files manifest modelpackage networks tuningplan",
+    "tunedmodel": "comparison config events expectation files manifest modelpackage networks tuningplan",
     "finetuning": (
         "cases casesplits checkpoint comparison config events files modelpackage parttraining prediction proof "
         "runfolder stopfile trainer training tunedmodel tuningplan"
