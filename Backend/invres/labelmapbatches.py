@@ -14,7 +14,7 @@ from .config import LabelScheme, TrainingConfig
 from .randomness import happens, uniform
 from .sampling import cut_padded, seeded_generator
 from .synthesis import input_patch, synthesise
-from .synthesisconfig import LabelMapConfig
+from .synthesisconfig import LabelMapConfig, SynthesisConfig
 
 __all__ = ["LabelMapBatches"]
 
@@ -60,23 +60,27 @@ class LabelMapBatches:
         self._maps = [np.searchsorted(values, one).astype(np.int16) for one in maps]
         self._boxes = [_box(target[one] > 0) for one in self._maps]
         self._target = torch.from_numpy(target).to(device)
-        self.synthesis = dataclasses.replace(
-            label_maps.synthesis,
-            groups=self._codes(label_maps.same_contrast or label_maps.mirrored),
-            tissues=self._codes(label_maps.similar),
-            targets=tuple(np.flatnonzero(target).tolist()),
-        )
+
+        def with_codes(synthesis: SynthesisConfig) -> SynthesisConfig:
+            return dataclasses.replace(
+                synthesis,
+                groups=self._codes(label_maps.same_contrast or label_maps.mirrored),
+                tissues=self._codes(label_maps.similar),
+                targets=tuple(np.flatnonzero(target).tolist()),
+            )
+
+        self._synthesis = with_codes(label_maps.synthesis)
+        self._beginning = with_codes(label_maps.beginning or label_maps.synthesis)
         depth, height, width = (label_maps.finer * size for size in config.patch)
-        self.patch_in = input_patch(self.synthesis, (depth, height, width))
+        self.patch_in = input_patch(self._synthesis, (depth, height, width))
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(image (N, 1, D, H, W) float32, target int16 (N, D, H, W) with 1..n for the scheme's labels)."""
         settings, images, targets = self._settings, [], []
+        synthesis = self._beginning if iteration < settings.beginning_iterations else self._synthesis
         for place in range(iteration * self.config.batch_size, (iteration + 1) * self.config.batch_size):
             generator = seeded_generator(self.config.seed, place, SYNTHESISE)
-            image, codes = synthesise(
-                self._cut(place), self.synthesis, generator, self.config.patch, finer=settings.finer
-            )
+            image, codes = synthesise(self._cut(place), synthesis, generator, self.config.patch, finer=settings.finer)
             gain = math.exp(uniform(generator, -settings.gain, settings.gain))
             images.append(image.mul_(gain).add_(uniform(generator, -settings.offset, settings.offset)))
             targets.append(self._target[codes[:, 0].long()])

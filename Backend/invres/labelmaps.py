@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ class SyntheticScenes:
         config = TrainingConfig(patch=self._window, batch_size=1, seed=seed)
         maps = [_prepared(dataset.case(name), recipe, folder, report) for name in names]
         self._count = SCENES * len(maps)
-        self._batches = LabelMapBatches(maps, dataset.scheme, _settings(recipe), config, device)
+        settings = dataclasses.replace(_settings(recipe), beginning=None, beginning_iterations=0)
+        self._batches = LabelMapBatches(maps, dataset.scheme, settings, config, device)
 
     def validate(self, network: SegmentationNetwork) -> dict[str, float]:
         """The mean Dice of each label, and of all as "mean"."""

@@ -92,6 +92,8 @@ class LabelMapConfig:
     mirrored: pairs of values, left and right of a structure, that change places when the head is mirrored from left to
     right. Empty: nothing is mirrored.
     finer: voxels of the map along each axis of one image voxel.
+    beginning: for so many iterations, `beginning_iterations`, images are synthesised as this says, which ought to be
+    easier (fewer kinds of contrast, less noise): a network that is shown everything at once learns slowly at first.
     gain, offset: images are standardised in the patch, but as a whole when a volume is segmented; the difference is
     made up for by a random factor exp(N(0, gain^2)) and summand N(0, offset^2).
     """
@@ -103,17 +105,26 @@ class LabelMapConfig:
     gain: float = 0.15
     offset: float = 0.2
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    beginning: SynthesisConfig | None = None
+    beginning_iterations: int = 0
 
     def __post_init__(self) -> None:
-        if self.synthesis.groups or self.synthesis.tissues or self.synthesis.targets or self.synthesis.means:
-            raise InvresError(
-                "label_maps.synthesis must leave groups, tissues, targets and means empty.",
-                hint="Use same_contrast and similar of label_maps instead; the targets are the recipe's labels.",
-            )
-        if any(len(family) != len(self.similar) for family in self.synthesis.families):
-            raise InvresError(
-                "Each of label_maps.synthesis.families must have "
-                f"one pair for each of the {len(self.similar)} groups of label_maps.similar."
-            )
+        if (self.beginning is not None) != (self.beginning_iterations > 0):
+            raise InvresError("label_maps.beginning and beginning_iterations must be given together, or neither.")
+        for name, synthesis in (("synthesis", self.synthesis), ("beginning", self.beginning)):
+            if synthesis is not None:
+                self._check(name, synthesis)
         if self.finer < 1:
             raise InvresError(f"label_maps.finer must be 1 or more, got {self.finer}.")
+
+    def _check(self, name: str, synthesis: SynthesisConfig) -> None:
+        if synthesis.groups or synthesis.tissues or synthesis.targets or synthesis.means:
+            raise InvresError(
+                f"label_maps.{name} must leave groups, tissues, targets and means empty.",
+                hint="Use same_contrast and similar of label_maps instead; the targets are the recipe's labels.",
+            )
+        if any(len(family) != len(self.similar) for family in synthesis.families):
+            raise InvresError(
+                f"Each of label_maps.{name}.families must have "
+                f"one pair for each of the {len(self.similar)} groups of label_maps.similar."
+            )

@@ -202,6 +202,23 @@ def test_labels_and_label_maps_belong_together(change):
 def test_settings_that_follow_from_the_labels_are_refused():
     with pytest.raises(InvresError, match="must leave groups"):
         LabelMapConfig(synthesis=SynthesisConfig(targets=(1,)))
+    with pytest.raises(InvresError, match=r"label_maps\.beginning must leave groups"):
+        LabelMapConfig(beginning=SynthesisConfig(targets=(1,)), beginning_iterations=5)
+
+
+def test_the_beginning_is_easier_and_ends():
+    easy = LabelMapConfig(
+        mirrored=((LEFT, RIGHT),), synthesis=SynthesisConfig(), beginning=STILL, beginning_iterations=2
+    )
+    both, hard = batches(easy), batches(dataclasses.replace(easy, beginning=None, beginning_iterations=0))
+    assert not torch.equal(both.batch(1)[0], hard.batch(1)[0])
+    assert torch.equal(both.batch(2)[0], hard.batch(2)[0])
+
+
+@pytest.mark.parametrize("half", [{"beginning": STILL}, {"beginning_iterations": 3}])
+def test_a_beginning_needs_its_length(half):
+    with pytest.raises(InvresError, match="must be given together"):
+        LabelMapConfig(**half)
 
 
 def test_a_family_gives_each_group_of_tissues_its_range():
