@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import NETWORKS, LossWeights, NetworkConfig
 from .events import SILENT, Reporter, format_bytes
+from .hollow import HollowTensors
 from .losses import segmentation_loss
 from .memory import TrainingMemory, measure_step, measure_training, predict_training
 from .networks import build
@@ -53,9 +53,9 @@ def bench_memory(
 ) -> list[dict[str, Any]]:
     """Peak live tensor bytes of a training step, ratios to `unet3d` under `stored` in the same run; peers at the end.
 
-    measure False predicts on fake tensors (any size, nothing allocated); True runs the step, as on a CUDA device, where
-    the peaks of the allocator stand beside it. flops_ratio: floating-point operations of a step relative to `stored`
-    of the same network. A row that fails has an `error` and no figures.
+    measure False predicts on hollow tensors (any size, nothing allocated); True runs the step, as on a CUDA device,
+    where the peaks of the allocator stand beside it. flops_ratio: floating-point operations of a step relative to
+    `stored` of the same network. A row that fails has an `error` and no figures.
     """
     rows: list[dict[str, Any]] = []
     real = measure or device.startswith("cuda")
@@ -107,7 +107,7 @@ def _tried(figures: Callable[[], dict[str, Any] | None]) -> Any:
 def _peer_memory(
     name: str, patch: Triple, channels: int, classes: int, device: str, real: bool
 ) -> TrainingMemory | None:
-    with contextlib.nullcontext() if real else FakeTensorMode(), torch.device(device):
+    with contextlib.nullcontext() if real else HollowTensors(), torch.device(device):
         network = build_peer(name, channels, classes, patch)
         if network is None:
             return None
@@ -127,8 +127,8 @@ def _peer_step(network: Peer, optimizer: torch.optim.Optimizer, image: torch.Ten
 
 
 def count_flops(config: NetworkConfig, patch: Triple, engine: str, memory: str) -> int:
-    """Floating-point operations of a training step, counted on fake tensors."""
-    with FakeTensorMode(), Operations() as counter:
+    """Floating-point operations of a training step, counted on hollow tensors."""
+    with HollowTensors(), Operations() as counter:
         network = build(config, engine, memory).train()
         image = torch.zeros(1, config.in_channels, *patch)
         target = torch.zeros(1, *patch, dtype=torch.int16)

@@ -20,7 +20,8 @@ from . import InvresError, OutOfMemory, __version__
 from .config import LabelScheme
 from .devices import device_info
 from .events import SILENT, Reporter
-from .memory import LiveBytes, PeakResident
+from .livebytes import LiveBytes
+from .memory import PeakResident
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .preprocessing import PreparedCase, prepare
