@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported; the first as the command line does. Tiny volumes gain nothing from threads, and two processes
-# of tests would take them from each other.
+# Before torch is imported; the first as the command line does. Tiny volumes gain nothing from threads, which two
+# processes of tests would take from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

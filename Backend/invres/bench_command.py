@@ -56,7 +56,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
                     temporary.write_text(text, encoding="utf-8")
 
     words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
-    kind = "measured" if options.measure or on_card else "predicted on fake tensors"
+    kind = "measured" if options.measure or on_card else "predicted on hollow tensors"
     row = ["network", "engine", "memory", "precision"]
     section(
         "memory",

@@ -19,7 +19,7 @@ __all__ = ["State", "same_memory"]
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if both share a storage. By identity, because fake tensors have no address."""
+    """True if both share a storage. By identity, because hollow tensors have no address."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
