@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["HollowTensors"]
 
 _ASKS_DEVICE = torch.ops.prim.device.default
-_active: list[HollowTensors] = []
 _CPU, _META = torch.device("cpu"), torch.device("meta")
+_ACTIVE: ContextVar[HollowTensors | None] = ContextVar("active", default=None)
 
 
 class HollowTensors(TorchDispatchMode):
@@ -35,18 +36,18 @@ class HollowTensors(TorchDispatchMode):
         self._results: dict[Any, Any] = {}
 
     def __enter__(self) -> HollowTensors:
-        _active.append(self)
+        self._before = _ACTIVE.set(self)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        _active.remove(self)
+        _ACTIVE.reset(self._before)
 
     @staticmethod
     def active() -> HollowTensors | None:
         """The context that this is in."""
-        return _active[-1] if _active else None
+        return _ACTIVE.get()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
