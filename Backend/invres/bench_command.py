@@ -56,7 +56,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
                     temporary.write_text(text, encoding="utf-8")
 
     words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
-    kind = "measured" if options.measure or on_card else "predicted on fake tensors"
+    kind = "measured" if options.measure or on_card else "predicted on hollow tensors"
     row = ["network", "engine", "memory", "precision"]
     section(
         "memory",
@@ -72,14 +72,17 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         "time",
         f"Median seconds of a training step ({words})",
         lambda: bench_time(*size, device, options.rounds, report),
-        [*row, "seconds", "ratio", "error"],
+        [*row, "seconds", "ratio", "ratio_to_memcnn", "error"],
     )
     small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
     section(
         "gradients",
         "Largest relative difference of any gradient to `stored` (CPU)",
-        lambda: bench_gradients(*small, report),
-        ["network", "engine", "memory", "dtype", "relative_error", "error_to_float64"],
+        lambda: bench_gradients(*small, report=report),
+        [
+            *("network", "engine", "memory", "dtype", "activation", "relative_error"),
+            *("error_to_float64", "largest_error_to_float64"),
+        ],
     )
     if on_card:
         section(

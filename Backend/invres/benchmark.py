@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import NETWORKS, LossWeights, NetworkConfig
 from .events import SILENT, Reporter, format_bytes
+from .hollow import HollowTensors
 from .losses import segmentation_loss
 from .memory import TrainingMemory, measure_step, measure_training, predict_training
-from .networks import build
+from .networks import SegmentationNetwork, build
 from .operations import Operations
 from .peers import PEERS, Peer, build_peer
 from .step import make_optimizer, training_step
@@ -53,9 +53,9 @@ def bench_memory(
 ) -> list[dict[str, Any]]:
     """Peak live tensor bytes of a training step, ratios to `unet3d` under `stored` in the same run; peers at the end.
 
-    measure False predicts on fake tensors (any size, nothing allocated); True runs the step, as on a CUDA device, where
-    the peaks of the allocator stand beside it. flops_ratio: floating-point operations of a step relative to `stored`
-    of the same network. A row that fails has an `error` and no figures.
+    measure False predicts on hollow tensors (any size, nothing allocated); True runs the step, as on a CUDA device,
+    where the peaks of the allocator stand beside it. flops_ratio: floating-point operations of a step relative to
+    `stored` of the same network. A row that fails has an `error` and no figures.
     """
     rows: list[dict[str, Any]] = []
     real = measure or device.startswith("cuda")
@@ -107,7 +107,7 @@ def _tried(figures: Callable[[], dict[str, Any] | None]) -> Any:
 def _peer_memory(
     name: str, patch: Triple, channels: int, classes: int, device: str, real: bool
 ) -> TrainingMemory | None:
-    with contextlib.nullcontext() if real else FakeTensorMode(), torch.device(device):
+    with contextlib.nullcontext() if real else HollowTensors(), torch.device(device):
         network = build_peer(name, channels, classes, patch)
         if network is None:
             return None
@@ -127,8 +127,8 @@ def _peer_step(network: Peer, optimizer: torch.optim.Optimizer, image: torch.Ten
 
 
 def count_flops(config: NetworkConfig, patch: Triple, engine: str, memory: str) -> int:
-    """Floating-point operations of a training step, counted on fake tensors."""
-    with FakeTensorMode(), Operations() as counter:
+    """Floating-point operations of a training step, counted on hollow tensors."""
+    with HollowTensors(), Operations() as counter:
         network = build(config, engine, memory).train()
         image = torch.zeros(1, config.in_channels, *patch)
         target = torch.zeros(1, *patch, dtype=torch.int16)
@@ -141,7 +141,7 @@ def bench_time(
 ) -> list[dict[str, Any]]:
     """Median seconds of a training step; engines of one network take turns, so that a drifting machine hits all alike.
 
-    ratio: to `stored` of the same network in float32. On a CUDA device also under bf16.
+    ratio: to `stored` of the same network in float32; ratio_to_memcnn: to memcnn's. On a CUDA device also under bf16.
     """
     rows: list[dict[str, Any]] = []
     precisions = ("fp32", "bf16") if device.startswith("cuda") else ("fp32",)
@@ -192,6 +192,11 @@ def _time_rows(
             "precision": precision,
             "seconds": median,
             "ratio": median / medians["stored", "low", precision],
+            **(
+                {"ratio_to_memcnn": median / medians[memcnn]}
+                if (memcnn := ("memcnn", "low", precision)) in medians
+                else {}
+            ),
         }
         for (engine, memory, precision), median in medians.items()
     ]
@@ -203,43 +208,69 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def bench_gradients(patch: Triple, channels: int, classes: int, report: Reporter = SILENT) -> list[dict[str, Any]]:
+def bench_gradients(
+    patch: Triple, channels: int, classes: int, draws: int = 3, report: Reporter = SILENT
+) -> list[dict[str, Any]]:
     """The difference of all gradients (input and parameters) to `stored`, relative to their norm, for each engine.
 
     relative_error is the largest of any single tensor. float64 and float32 of the same function; "lowest" is compared
-    with `stored` on the same grid. error_to_float64, in the rows of float32, is that to `stored` in float64: the part
-    of the difference that is float32's own.
+    with `stored` on the same grid. error_to_float64, in the rows of float32, is that to `stored` in float64. `stored`
+    and `reversible` in float32 have `draws` random networks and images: the largest relative_error, and of
+    error_to_float64 the median and the largest; the other rows have the first draw alone.
+    activation "linear" takes the kink out of the leaky ReLU: a value on the other side of it for one unit in the last
+    place has another gradient, in float32 whatever the engine.
     """
-    rows = []
-    exact: dict[str, list[torch.Tensor]] = {}
     names = [name for name in NETWORKS if "reversible" in ENGINE_TABLE[name]]
-    pairs = [(name, dtype) for name in names for dtype in (torch.float64, torch.float32)]
-    for done, (name, dtype) in enumerate(pairs):
-        report.progress("bench.gradients", done, len(pairs))
-        torch.manual_seed(0)
-        network = build(NetworkConfig(name=name, in_channels=channels, out_channels=classes)).to(dtype)
-        image = torch.randn(1, channels, *patch).to(dtype).requires_grad_()
-        wanted: dict[bool, list[torch.Tensor]] = {}
-        runs = [(engine, "low") for engine in ENGINE_TABLE[name]] + [("reversible", "lower")]
-        # In float32 a value on the edge between two grid points may go either way in the two orders of summing.
-        runs += [("stored", "lowest"), ("reversible", "lowest")] if dtype == torch.float64 else []
-        for engine, memory in runs:
-            network.engine, network.memory = engine, memory
-            network.zero_grad(set_to_none=True)
-            image.grad = None
-            output = network(image).logits
-            assert output is not None
-            output.square().mean().backward()  # memcnn refuses torch.autograd.grad
-            found = [t.grad for t in (image, *network.parameters()) if t.grad is not None]
-            reference = wanted.setdefault(memory == "lowest", found)
-            row = {"network": name, "engine": engine, "memory": memory, "dtype": str(dtype)[6:]}
-            rows.append({**row, "relative_error": _largest_error(found, reference)})
-            if dtype == torch.float64:
-                exact.setdefault(name, found)
-            else:
-                rows[-1]["error_to_float64"] = _largest_error(found, exact[name])
-    report.progress("bench.gradients", len(pairs), len(pairs))
+    found: dict[tuple[str, str, str, str, str], list[tuple[float, float | None]]] = {}
+    todo = [(name, activation, draw) for name in names for activation in ("", "linear") for draw in range(draws)]
+    for done, (name, activation, draw) in enumerate(todo):
+        report.progress("bench.gradients", done, len(todo))
+        config = NetworkConfig(name=name, in_channels=channels, out_channels=classes)
+        if activation:
+            config = dataclasses.replace(config, negative_slope=1.0)
+        torch.manual_seed(draw)
+        network, image = build(config), torch.randn(1, channels, *patch)
+        exact: list[torch.Tensor] = []
+        for dtype in (torch.float64, torch.float32):
+            wanted: dict[bool, list[torch.Tensor]] = {}
+            for engine, memory in _gradient_runs(name, dtype, all_engines=not activation and draw == 0):
+                network.engine, network.memory = engine, memory
+                gradients = _gradients_of(network.to(dtype), image.to(dtype))
+                exact = exact or gradients
+                error = _largest_error(gradients, wanted.setdefault(memory == "lowest", gradients))
+                own = _largest_error(gradients, exact) if dtype == torch.float32 else None
+                key = (name, engine, memory, str(dtype)[6:], activation)
+                found.setdefault(key, []).append((error, own))
+    report.progress("bench.gradients", len(todo), len(todo))
+    rows = []
+    for (name, engine, memory, kind, activation), errors in found.items():
+        row: dict[str, Any] = {"network": name, "engine": engine, "memory": memory, "dtype": kind}
+        row |= {"activation": activation, "relative_error": max(error for error, _ in errors)}
+        if kind == "float32":
+            own_errors = [own for _, own in errors if own is not None]
+            row["error_to_float64"] = statistics.median(own_errors)
+            row["largest_error_to_float64"] = max(own_errors)
+        rows.append(row)
     return rows
+
+
+def _gradient_runs(name: str, dtype: torch.dtype, all_engines: bool) -> list[tuple[str, str]]:
+    """(engine, memory setting) to compare; `stored` comes first."""
+    if not all_engines:
+        return [("stored", "low")] if dtype == torch.float64 else [("stored", "low"), ("reversible", "low")]
+    runs = [(engine, "low") for engine in ENGINE_TABLE[name]] + [("reversible", "lower")]
+    # In float32 a value on the edge between two grid points may go either way in the two orders of summing.
+    return runs + ([("stored", "lowest"), ("reversible", "lowest")] if dtype == torch.float64 else [])
+
+
+def _gradients_of(network: SegmentationNetwork, image: torch.Tensor) -> list[torch.Tensor]:
+    """Of the input and every parameter, for a made-up loss."""
+    image = image.clone().requires_grad_()
+    network.zero_grad(set_to_none=True)
+    logits = network(image).logits
+    assert logits is not None
+    logits.square().mean().backward()  # memcnn refuses torch.autograd.grad
+    return [t.grad for t in (image, *network.parameters()) if t.grad is not None]
 
 
 def _largest_error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from . import InvresError
 from .config import MEMORY_SETTINGS, NetworkConfig, Recipe, TrainingConfig
 from .events import Reporter, format_bytes
-from .memory import CONTEXT_BYTES, ROUNDING, card_bytes, predict_training
+from .memory import CONTEXT_BYTES, ROUNDING, TrainingMemory, card_bytes, predict_training
 from .networks import build
 
-__all__ = ["CardPlan", "fit_recipe", "plan_for_card"]
+__all__ = ["CardPlan", "correction", "fit_recipe", "plan_for_card"]
 
 Triple = tuple[int, int, int]
 STEP = 16  # patches grow by this many voxels
 LARGEST_SIDE = 640
+FIRST_GUESS = 8 * STEP
 WIDTH_FACTORS = (4, 3, 2)
 WHOLE_VOLUME = (240, 240, 155)  # voxels of BraTS and of many 1 mm brains
 
@@ -58,6 +61,13 @@ class CardPlan:
         return lines
 
 
+def correction(predicted: TrainingMemory, measured: TrainingMemory) -> float:
+    """By what the prediction, on a card with its margin for rounding, has to be multiplied to be what was measured."""
+    if measured.allocated_bytes:
+        return measured.allocated_bytes / (card_bytes(predicted.peak_bytes) - CONTEXT_BYTES)
+    return measured.peak_bytes / predicted.peak_bytes
+
+
 def plan_for_card(
     config: NetworkConfig,
     vram_bytes: int,
@@ -66,23 +76,32 @@ def plan_for_card(
     precision: str = "fp32",
     memory: str = "low",
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    correction: float = 1.0,
+    known: Mapping[Triple, TrainingMemory] = MappingProxyType({}),
 ) -> CardPlan:
     """The largest patch, of equal extent in mm along the axes, then blocks and width at half of it.
 
+    correction: by which predictions are multiplied, as found by measuring. known: predictions at hand, by patch.
     Raises InvresError if not even a patch of two steps fits.
     """
 
     @functools.cache
-    def needed(network: NetworkConfig, patch: Triple, setting: str = memory) -> int:
-        found = predict_training(network, patch, batch_size, engine, precision=precision, memory=setting)
-        return card_bytes(found.peak_bytes)
+    def predicted(network: NetworkConfig, patch: Triple, setting: str = memory) -> TrainingMemory:
+        if network is config and setting == memory and patch in known:
+            found = known[patch]
+        else:
+            found = predict_training(network, patch, batch_size, engine, precision=precision, memory=setting)
+        return dataclasses.replace(found, peak_bytes=round(found.peak_bytes * correction))
+
+    def needed(*what: Any) -> int:
+        return card_bytes(predicted(*what).peak_bytes)
 
     def patch_of(side: int) -> Triple:
         finest = min(spacing_mm)
         d, h, w = (max(STEP, round(side * finest / s / STEP) * STEP) for s in spacing_mm)
         return d, h, w
 
-    side = _largest_side(lambda side: needed(config, patch_of(side)), vram_bytes)
+    side = _largest_side(lambda side: predicted(config, patch_of(side)), vram_bytes)
     if side == 0:
         raise InvresError(
             f"{format_bytes(vram_bytes)} are too little to train {config.name}: a patch of {2 * STEP} voxels takes "
@@ -90,7 +109,8 @@ def plan_for_card(
             hint="Choose fewer network.levels or narrower network.channels, or train on the CPU.",
         )
     half = patch_of(max(2 * STEP, side // 2))
-    full = build(dataclasses.replace(config, vae=None)).config
+    with torch.device("meta"):
+        full = build(dataclasses.replace(config, vae=None)).config
     room = vram_bytes - needed(config, half)
     each = ROUNDING * 4 * _block_bytes(full)
     factor = next((f for f in WIDTH_FACTORS if needed(_wider(full, f), half) <= vram_bytes), 1)
@@ -114,11 +134,13 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
     )
 
     @functools.cache
-    def needed(memory: str, patch: Triple) -> int:
-        found = predict_training(
+    def predicted(memory: str, patch: Triple) -> TrainingMemory:
+        return predict_training(
             network, patch, training.batch_size, training.engine, regions, training.precision, memory
         )
-        return card_bytes(found.peak_bytes)
+
+    def needed(memory: str, patch: Triple) -> int:
+        return card_bytes(predicted(memory, patch).peak_bytes)
 
     for memory in settings:
         if needed(memory, training.patch) <= vram_bytes:
@@ -129,7 +151,7 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
         d, h, w = (max(STEP, round(p * side / longest / STEP) * STEP) for p in training.patch)
         return d, h, w
 
-    side = _largest_side(lambda side: needed(memory, patch_of(side)), vram_bytes)
+    side = _largest_side(lambda side: predicted(memory, patch_of(side)), vram_bytes)
     if side == 0 or side >= longest:
         raise InvresError(
             f"{format_bytes(vram_bytes)} are too little for the recipe {recipe.name} even with memory {memory!r}.",
@@ -157,18 +179,25 @@ def _rank(memory: str) -> int:
     return MEMORY_SETTINGS.index(memory)
 
 
-def _largest_side(needed: Callable[[int], int], vram_bytes: int) -> int:
-    """The largest multiple of STEP whose cost fits, 0 if two steps do not: a guess, then step by step."""
-    small, large = 4 * STEP, 8 * STEP
-    at_small, at_large = needed(small), needed(large)
-    per_voxel = max((at_large - at_small) / (large**3 - small**3), 1e-9)
-    voxels = max(0.0, (vram_bytes - at_small) / per_voxel + small**3)
-    side = min(LARGEST_SIDE, max(2, int(voxels ** (1 / 3) // STEP)) * STEP)
-    while side < LARGEST_SIDE and needed(side + STEP) <= vram_bytes:
-        side += STEP
-    while side >= 2 * STEP and needed(side) > vram_bytes:
-        side -= STEP
-    return side if side >= 2 * STEP else 0
+def _largest_side(predicted: Callable[[int], TrainingMemory], vram_bytes: int) -> int:
+    """The largest multiple of STEP whose cost fits, 0 if two steps do not.
+
+    Each prediction says where the next one should be, as what does not belong to the weights grows about like the
+    volume. The answer is known once a side fits and the next larger does not.
+    """
+    fits, too_large = STEP, LARGEST_SIDE + STEP
+    side = FIRST_GUESS
+    while too_large - fits > STEP:
+        found = predicted(side)
+        if card_bytes(found.peak_bytes) <= vram_bytes:
+            fits = side
+        else:
+            too_large = side
+        fixed = found.parameter_bytes + found.gradient_bytes + found.optimizer_bytes
+        room = (vram_bytes - CONTEXT_BYTES) / ROUNDING - fixed
+        guess = side * (max(0.0, room) / max(1, found.peak_bytes - fixed)) ** (1 / 3)
+        side = min(max(int(guess // STEP) * STEP, fits + STEP), too_large - STEP)
+    return fits if fits >= 2 * STEP else 0
 
 
 def _block_bytes(config: NetworkConfig) -> int:

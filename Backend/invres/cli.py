@@ -197,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)
     one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")
-    one.add_argument("--measure", action="store_true", help="run the step on this machine's GPU as well")
+    one.add_argument(
+        "--measure", action="store_true", help="also run two steps on --device and correct the prediction by them"
+    )
 
     one = add("describe", "Shows what a model needs and gives.", "describe")
     one.add_argument("model", help="name of a model, or path of a package")

@@ -34,6 +34,16 @@ __all__ = [
 
 # The network of the last segmentation, for the next one in the same process.
 _kept: dict[str, Any] = {}
+# `memory.TrainingMemory.by_role` in words.
+_ROLES = {
+    "parameters": "parameters",
+    "gradients": "their gradients",
+    "optimizer": "optimizer",
+    "input": "image and target",
+    "state": "state and its gradient",
+    "recompute": "maps kept or recomputed",
+    "loss": "head and loss",
+}
 
 
 def segment(options: argparse.Namespace, report: Reporter) -> None:
@@ -188,9 +198,8 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
     if options.model:
         _plan_segmentation(options, report)
         return
-    from .cardplan import plan_for_card
+    from .cardplan import correction, plan_for_card
     from .memory import measure_training, predict_training
-    from .prediction import choose_device
 
     check_sizes(options)
     spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
@@ -210,22 +219,27 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
         f"{options.network}, {options.channels} channels, {options.classes} classes, patch {'x'.join(map(str, size))}, "
         f"batch {options.batch}, {options.precision}, memory {options.memory}: "
         f"a training step needs {format_bytes(found.peak_bytes)}",
-        f"  parameters {format_bytes(found.parameter_bytes)}, gradients {format_bytes(found.gradient_bytes)}, "
-        f"optimizer {format_bytes(found.optimizer_bytes)}, activations {format_bytes(found.activation_bytes)}",
-        f"  (of these: image and target {format_bytes(found.input_bytes)}, state and its gradient "
-        f"{format_bytes(found.state_bytes)}, stored or in work {format_bytes(found.working_bytes)})",
+        "  at its peak: " + ", ".join(f"{_ROLES[role]} {format_bytes(size)}" for role, size in found.by_role.items()),
         "  plus the CUDA context and cuDNN's workspaces on a GPU",
     ]
     extra: dict[str, Any] = {}
+    factor = 1.0
     if options.measure:
-        device = choose_device("cuda")
-        measured = measure_training(config, size, options.batch, device=str(device), **choices)
-        extra["measured"] = dataclasses.asdict(measured)
-        lines.append(f"  measured on {device}: {format_bytes(measured.peak_bytes)}")
+        from .prediction import choose_device
+
+        device = choose_device(options.device)
+        measured = measure_training(config, size, options.batch, device=str(device), steps=2, **choices)
+        factor = correction(found, measured)
+        extra |= {"measured": dataclasses.asdict(measured), "correction": factor}
+        lines.append(f"  measured in two steps on {device}: {format_bytes(measured.peak_bytes)} of live tensors")
         if measured.allocated_bytes:
             lines.append(f"  the card's allocator had {format_bytes(measured.allocated_bytes)} in use at its peak")
+        margin = " with its margin for the allocator" if measured.allocated_bytes else ""
+        lines.append(f"  the prediction{margin} has to be multiplied by {factor:.3f} for this machine")
     if vram_bytes:
-        fitting = plan_for_card(config, vram_bytes, options.batch, **choices, spacing_mm=spacing)
+        fitting = plan_for_card(
+            config, vram_bytes, options.batch, **choices, spacing_mm=spacing, correction=factor, known={size: found}
+        )
         extra["card"] = dataclasses.asdict(fitting)
         lines += fitting.sentences()
     say(report, "\n".join(lines))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import NetworkConfig
 from .events import SILENT, Reporter
-from .memory import LiveBytes
+from .hollow import HollowTensors
+from .livebytes import LiveBytes
 from .networks.blocks import CouplingFunction
 from .operations import Operations
 from .reversible import Couple, Program
@@ -32,7 +32,7 @@ STRATEGIES = {
 
 
 def bench_depth(depths: Sequence[int] = DEPTHS, report: Reporter = SILENT) -> list[dict[str, Any]]:
-    """One row for each strategy and depth, on fake tensors: nothing is allocated.
+    """One row for each strategy and depth, on hollow tensors: nothing is allocated.
 
     peak_states: peak of live bytes without parameters and their gradients, in states (x1, x2 together). flops_ratio: to
     `stored` at the same depth. theory: O(L), O(sqrt L), O(log L) or O(1), in arbitrary units.
@@ -64,7 +64,7 @@ def _run(strategy: str, depth: int) -> tuple[int, int]:
     def function() -> CouplingFunction:
         return CouplingFunction(WIDTH // 2, config)
 
-    with FakeTensorMode():
+    with HollowTensors():
         program = Program([Couple(function(), function()) for _ in range(depth)], private=True)
         inputs = [torch.zeros(1, WIDTH // 2, SIDE, SIDE, SIDE, requires_grad=True) for _ in range(2)]
         probe = LiveBytes()

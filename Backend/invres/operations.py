@@ -11,7 +11,7 @@ __all__ = ["Operations"]
 
 
 class Operations(TorchDispatchMode):
-    """Context with `total`: operations of convolutions and matrix products so far, on real or fake tensors.
+    """Context with `total`: operations of convolutions and matrix products so far, on real or hollow tensors.
 
     torch's own FlopCounterMode follows modules with hooks that put nodes into the graph, and these get into the way of
     gradients taken inside a backward pass.

@@ -14,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from . import InvresError, OutOfMemory
 from .config import LabelScheme
 from .events import SILENT, Reporter
-from .memory import LiveBytes
+from .livebytes import LiveBytes
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
 from .region import Bounds

@@ -9,6 +9,7 @@ import torch
 from .config import LossWeights
 from .losses import Losses, check_target, sums_of_boxes, total_loss
 from .networks import SegmentationNetwork
+from .reversible import role
 
 __all__ = ["AUTOCAST_DTYPES", "autocast", "make_optimizer", "training_step"]
 
@@ -51,7 +52,8 @@ def training_step(
     check_target(target, (image.shape[0], _classes(network), *image.shape[2:]), regions)
     with autocast(image.device, precision):
         output = network(image, sums_of_boxes(target, regions))
-    losses = total_loss(output, image, target, regions, weights)
+    with role("loss"):
+        losses = total_loss(output, image, target, regions, weights)
     detached = Losses(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
     del output
     loss = losses.total
@@ -66,11 +68,12 @@ def training_step(
         return detached
     if gradient_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
+    with role("optimizer"):
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
     return detached
 
 

@@ -21,7 +21,7 @@ from .config import TrainingConfig, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
 from .guard import DriftGuard
-from .memory import LiveBytes
+from .livebytes import LiveBytes
 from .networks import SegmentationNetwork
 from .sampling import BatchSource
 from .step import make_optimizer, training_step

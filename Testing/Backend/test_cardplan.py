@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from invres import InvresError, cardplan
-from invres.cardplan import fit_recipe, plan_for_card
+from invres.cardplan import correction, fit_recipe, plan_for_card
 from invres.config import NetworkConfig, Recipe, TrainingConfig
 from invres.events import Recorder
 from invres.memory import CONTEXT_BYTES, card_bytes, predict_training
@@ -31,6 +31,35 @@ def test_the_largest_patch_fits_and_the_next_larger_does_not():
     text = "\n".join(plan.sentences())
     assert f"a patch of {side}x{side}x{side} voxels" in text
     assert "A whole volume of 240x240x155 needs" in text
+
+
+def test_the_search_predicts_no_more_than_it_must(monkeypatch):
+    """A prediction takes a third of a second: one at hand is used, and the next size to try comes from the last."""
+    real, asked = predict_training, []
+
+    def counted(config, patch, *rest, **options):
+        asked.append((config, patch, options["memory"]))
+        return real(config, patch, *rest, **options)
+
+    monkeypatch.setattr(cardplan, "predict_training", counted)
+    at_hand = {(128, 128, 128): real(SMALL, (128, 128, 128))}
+    plan = plan_for_card(SMALL, 2000 * MIB, known=at_hand)
+    side = plan.patch[0]
+    assert (SMALL, (128,) * 3, "low") not in asked and len(set(asked)) == len(asked) <= 8
+    assert {patch[0] for _, patch, memory in asked} >= {side, side + cardplan.STEP, 240}
+
+
+def test_a_measurement_corrects_the_plan():
+    predicted = predict_training(SMALL, (64, 64, 64))
+    on_cpu = dataclasses.replace(predicted, peak_bytes=predicted.peak_bytes * 2)
+    assert correction(predicted, on_cpu) == 2
+    in_use = round(0.9 * predicted.peak_bytes * cardplan.ROUNDING)
+    assert correction(predicted, dataclasses.replace(on_cpu, allocated_bytes=in_use)) == pytest.approx(0.9)
+    vram = 1100 * MIB
+    plain, worse = plan_for_card(SMALL, vram), plan_for_card(SMALL, vram, correction=1.5)
+    assert worse.patch < plain.patch and worse.needed_bytes <= vram
+    live = predict_training(SMALL, worse.patch).peak_bytes
+    assert worse.needed_bytes == pytest.approx(1.5 * live * cardplan.ROUNDING + cardplan.CONTEXT_BYTES, rel=1e-6)
 
 
 def test_anisotropic_voxels_get_a_flat_patch():

@@ -663,3 +663,25 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
 def test_wrong_wishes_of_the_other_verbs_are_told(refused, arguments, told):
     message, _ = refused(*arguments)
     assert told in message
+
+
+def test_a_plan_says_what_it_consists_of_and_is_corrected_by_measuring():
+    size = ["--patch", 17, 32, 32, "--channels", 1, "--classes", 2]
+    asked = ["plan", "-n", "unet3d", *size, "--device", "cpu", "--measure"]
+    outcome = invres(*asked, "--json")
+    assert outcome.code == 0, outcome
+    found = outcome.events[-1]
+    assert sum(found["by_role"].values()) == found["peak_bytes"]
+    assert found["correction"] == found["measured"]["peak_bytes"] / found["peak_bytes"]
+    assert 0.99 < found["correction"] < 1.01
+    said = invres(*asked).out
+    assert "measured in two steps on cpu: " in said and "has to be multiplied by 1.000" in said
+    for words in (
+        "parameters",
+        "optimizer",
+        "image and target",
+        "state and its gradient",
+        "maps kept",
+        "head and loss",
+    ):
+        assert words in said

@@ -88,7 +88,7 @@ def found(tmp_path_factory):
     ]
     try:
         for process in started:
-            _, words = process.communicate(timeout=120)
+            _, words = process.communicate(timeout=300)
             assert process.returncode == 0, words
     finally:
         for process in started:

@@ -35,6 +35,8 @@ ALLOWED = {
     "synthesis": "augmentation config randomness synthesisconfig",
     "reversible": "",
     "networks": "config reversible",
+    "hollow": "",
+    "livebytes": "hollow reversible",
     "image_header": "events",
     "nifti_file": "image_header",
     "dicom_series": "image_header",
@@ -56,8 +58,8 @@ ALLOWED = {
     "versions": "config lineage modelpackage",
     "transfer": "config manifest networks",
     "freezing": "networks transfer",
-    "step": "config losses networks",
-    "memory": "config events losses networks reversible step",
+    "step": "config losses networks reversible",
+    "memory": "config hollow livebytes losses networks reversible step",
     "cardplan": "config events memory networks",
     "guard": "events reversible",
     "checkpoint": "config events",
@@ -66,13 +68,13 @@ ALLOWED = {
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config randomness sampling synthesis synthesisconfig",
-    "prediction": "config events memory networks preprocessing region",
+    "prediction": "config events livebytes memory networks preprocessing region",
     "inference": (
         "config devices events expectation memory modelpackage networks prediction preprocessing region restoration "
         "volume"
     ),
     "planning": "devices events manifest memory networks prediction region volume",
-    "trainer": "checkpoint config distributed events files guard losses memory networks sampling step",
+    "trainer": "checkpoint config distributed events files guard livebytes losses memory networks sampling step",
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction synthesisconfig volume"
     ),
@@ -83,9 +85,9 @@ ALLOWED = {
     "worker": "events",
     "peers": "",
     "operations": "",
-    "depth": "config events memory networks operations reversible",
+    "depth": "config events hollow livebytes networks operations reversible",
     "cube": "config events memory",
-    "benchmark": "config events losses memory networks operations peers step",
+    "benchmark": "config events hollow losses memory networks operations peers step",
     "stopfile": "trainer",
     "runfolder": "events",
     "reduction": "checkpoint config networks",

@@ -13,21 +13,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from invres import InvresError
 from invres.benchmark import ENGINE_TABLE
 from invres.config import MEMORY_SETTINGS, NETWORKS, NetworkConfig, VAEConfig
-from invres.memory import LiveBytes, measure_training, predict_training
+from invres.hollow import HollowTensors
+from invres.livebytes import LiveBytes
+from invres.memory import measure_training, predict_training
 from invres.networks import build
 from invres.reversible import SETTINGS, readout
+from invres.reversible.roles import ROLES, role, tell
 
 MIB = 2**20
 PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
 
 
-@pytest.fixture(params=["real tensors", "fake tensors"])
+@pytest.fixture(params=["real tensors", "hollow tensors", "torch's fake tensors"])
 def probe(request):
-    """An empty `LiveBytes`, once on real tensors and once on fake ones."""
+    """An empty `LiveBytes`, on real tensors and on both kinds that take no memory."""
     if request.param == "real tensors":
         yield LiveBytes()
     else:
-        with FakeTensorMode():
+        with HollowTensors() if request.param == "hollow tensors" else FakeTensorMode():
             yield LiveBytes()
 
 
@@ -67,8 +70,8 @@ def test_changing_a_tensor_in_place_takes_no_memory(probe):
         assert (probe.current, probe.peak) == (400, 400)
 
 
-def test_a_storage_that_is_resized_counts_by_its_new_size(probe):
-    with probe:
+def test_a_storage_that_is_resized_counts_by_its_new_size():
+    with LiveBytes() as probe:
         a = torch.zeros(100)
         a.resize_(1000)
         assert (probe.current, probe.peak) == (4000, 4000)
@@ -109,6 +112,27 @@ def test_what_autograd_keeps_is_counted_until_backward_has_freed_it(probe):
         assert (probe.peak, probe.peak_op) == (1200, "")
 
 
+def test_what_is_alive_at_the_peak_is_told_by_role(probe):
+    probe.watch([torch.zeros(10)], "parameters")
+    kept = torch.zeros(20)
+    probe.watch([kept], "input")
+    with probe:
+        state = torch.ones(30)
+        with role("loss"):
+            of_loss = torch.ones(40)
+        tell("state", state, kept)  # what has a role keeps it
+        assert probe.peak_by_role() == dict.fromkeys(ROLES, 0) | {"input": 80, "state": 120, "loss": 160}
+        of_loss = of_loss[:1].clone()  # outside of the role
+        probe.reset_peak()
+        later = torch.ones(5)
+        tell("gradients", later)
+        del state
+        by_role = probe.peak_by_role()
+    tell("state", later)  # nobody listens any more
+    assert by_role == dict.fromkeys(ROLES, 0) | {"input": 80, "state": 120, "recompute": 4, "gradients": 20}
+    assert sum(by_role.values()) == probe.peak == 80 + 120 + 4 + 20
+
+
 def test_tensors_made_before_are_counted_only_if_they_are_watched(probe):
     a, b = torch.zeros(10), torch.zeros(20)
     probe.watch([b])
@@ -138,6 +162,25 @@ def test_the_predicted_peak_is_the_measured_peak(name, engine):
     measured = measure_training(small(name), patch, engine=engine)
     assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.01 * measured.peak_bytes
     assert dataclasses.astuple(predicted)[1:4] == dataclasses.astuple(measured)[1:4]
+
+
+def test_the_peak_is_told_apart_by_role_to_the_last_byte():
+    config = small("fully_invres")
+    for engine, precision, memory in (
+        ("reversible", "fp32", "low"),
+        ("reversible", "bf16", "lowest"),
+        ("stored", "fp32", "low"),
+    ):
+        options = {"engine": engine, "precision": precision, "memory": memory}
+        found = predict_training(config, (32, 32, 32), **options)
+        assert found.by_role == measure_training(config, (32, 32, 32), **options).by_role
+        assert sum(found.by_role.values()) == found.peak_bytes and set(found.by_role) == set(ROLES)
+        assert found.by_role["parameters"] == found.parameter_bytes
+        assert found.by_role["input"] == 32**3 * (2 * 4 + 2)  # two channels, labels of 16 bits
+        voxel_bytes = (2 if memory == "lowest" else 4) + (4 if precision == "fp32" else 2)
+        assert found.by_role["state"] == (0 if engine == "stored" else 4 * 32**3 * voxel_bytes)
+    padded = predict_training(config, (31, 32, 32)).by_role["input"]
+    assert padded == 31 * 32**2 * (2 * 4 + 2) + 32**3 * 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -216,6 +259,7 @@ def test_the_parts_of_the_prediction_are_those_of_the_network():
     assert (found.parameter_bytes, found.gradient_bytes) == (size, size)
     assert found.optimizer_bytes == 2 * size + 4 * len(parameters)  # two moments, and a step count for each tensor
     assert found.activation_bytes == found.peak_bytes - 4 * size - 4 * len(parameters)
+    assert found.by_role["optimizer"] >= found.optimizer_bytes
     assert found.peak_op.startswith("aten.")
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .. import InvresError
 from ..config import NetworkConfig
-from ..reversible import SETTINGS, Program, Readout, Step
+from ..reversible import SETTINGS, Program, Readout, Step, role
 from .vae import VAEBranch
 
 __all__ = ["NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
@@ -166,7 +166,8 @@ class SegmentationNetwork(nn.Module):
         extra = [(-n) % d for n, d in zip(x.shape[2:], self.divisor, strict=True)]
         if not any(extra):
             return x
-        return functional.pad(x, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")
+        with role("input"):
+            return functional.pad(x, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")
 
 
 class ProgramNetwork(SegmentationNetwork):

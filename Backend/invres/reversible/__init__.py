@@ -8,6 +8,7 @@ same output and gradients; they differ in what they keep in memory between forwa
 from .drift import drifting
 from .program import Program
 from .readout import Readout
+from .roles import role
 from .setting import SETTINGS
 from .slabs import abridged
 from .state import State, same_memory
@@ -26,5 +27,6 @@ __all__ = [
     "Unit",
     "abridged",
     "drifting",
+    "role",
     "same_memory",
 ]

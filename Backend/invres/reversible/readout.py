@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .recompute import AutocastState
+from .roles import role
 from .sink import GradientSink
 from .slabs import Block, blocks, load
 
@@ -50,6 +51,7 @@ class Readout:
         """The sums, differentiable by autograd; keeps nothing but the maps themselves."""
         return _Sums.apply(self, len(maps), *maps, *self.parameters)
 
+    @role("loss")
     def sums(self, maps: Sequence[torch.Tensor], dtype: torch.dtype, elements: int) -> tuple[torch.Tensor, ...]:
         """The sums. maps: floating point, or fixed point decoded as `dtype`. elements: about as many logits a box."""
         total: tuple[torch.Tensor, ...] = ()
@@ -58,6 +60,7 @@ class Readout:
             total = found if not total else tuple(a + b for a, b in zip(total, found, strict=True))
         return total
 
+    @role("loss")
     def differentiate(
         self,
         maps: Sequence[torch.Tensor],

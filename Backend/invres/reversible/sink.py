@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .roles import tell
+
 __all__ = ["GradientSink"]
 
 
@@ -17,7 +19,8 @@ class GradientSink:
         if gradient is None:
             return
         known = self._gradients.get(id(parameter))
-        self._gradients[id(parameter)] = gradient if known is None else known + gradient
+        self._gradients[id(parameter)] = total = gradient if known is None else known + gradient
+        tell("gradients", total)
 
     def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
         return self._gradients.get(id(parameter))

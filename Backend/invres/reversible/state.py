@@ -12,13 +12,14 @@ from torch import nn
 from .fixed_point import decode, encode, shift_by
 from .journal import Journal
 from .recompute import RandomState, draws_random_numbers
+from .roles import tell
 from .slabs import depth_slabs
 
 __all__ = ["State", "same_memory"]
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if both share a storage. By identity, because fake tensors have no address."""
+    """True if both share a storage. By identity, because hollow tensors have no address."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
@@ -41,6 +42,7 @@ class State:
             plain = tensor.contiguous()
             self.tensors.append(plain)
             self._owned.append(owned or plain is not tensor)
+        tell("state", *self.tensors)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         tensor = self.tensors[index]
@@ -73,6 +75,7 @@ class State:
     def replace(self, index: int, value: torch.Tensor) -> None:
         """Puts a fresh tensor in place of tensors[index]."""
         self.tensors[index] = value
+        tell("state", value)
         self._owned[index] = True
 
     def writable(self, index: int) -> torch.Tensor:
@@ -88,6 +91,7 @@ class State:
             self.journal.count_overflows(outside)
         shared = value._is_view() or any(same_memory(t, value) for t in self.tensors)
         self.tensors.append(value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous())
+        tell("state", self.tensors[-1])
         self._owned.append(True)
 
     def push_part(self, view: torch.Tensor) -> None:
