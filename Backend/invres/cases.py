@@ -19,6 +19,7 @@ __all__ = [
     "Case",
     "Dataset",
     "case_problems",
+    "described",
     "read_dataset",
     "read_splits",
     "split_by_count",
@@ -104,6 +105,33 @@ def case_problems(dataset: Dataset) -> list[tuple[str, str, str]]:
             if not path.exists():
                 problems.append((case.name, "missing_file", f"The {kind} file {path} of {case.name} does not exist."))
     return problems
+
+
+def described(dataset: Dataset) -> dict[str, Any]:
+    """What a data set holds, for programs: channels, labels and cases with the full paths of their files."""
+    return {
+        "root": str(dataset.root.absolute()),
+        "channels": [
+            {"name": name, "modality": modality}
+            for name, modality in zip(dataset.channel_names, dataset.modalities, strict=True)
+        ],
+        "channels_in_one_file": dataset.channels_in_one_file,
+        "labels": [
+            {"name": label.name, "values": list(label.values), "output_value": label.output_value}
+            for label in dataset.scheme.labels
+        ],
+        "regions": dataset.scheme.regions,
+        "ignore_value": dataset.scheme.ignore_value,
+        "cases": [
+            {
+                "name": case.name,
+                "images": [str(image.absolute()) for image in case.images],
+                "label": None if case.label is None else str(case.label.absolute()),
+                "patient": case.patient,
+            }
+            for case in dataset.cases
+        ],
+    }
 
 
 def write_dataset_json(dataset: Dataset, path: Path | str) -> None:

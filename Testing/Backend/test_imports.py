@@ -81,6 +81,7 @@ ALLOWED = {
     "reduction": "checkpoint config networks",
     "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
     "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
+    "tuningmemory": "config devices events manifest memory networks reduction tuningplan",
     "proof": "cases comparison config events inference modelpackage networks trainer",
     "finetuning": (
         "cases casesplits checkpoint comparison config curves events files freezing inference manifest memory "
@@ -97,7 +98,8 @@ ALLOWED = {
     "bench_command": "benchmark console cube depth events files",
     "commands": (
         "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference memory "
-        "model_commands networks planning preprocessing stopfile trainer training tuningplan volume worker"
+        "model_commands networks planning preprocessing stopfile trainer training tuningmemory tuningplan volume "
+        "worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",
