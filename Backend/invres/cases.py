@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -122,6 +123,7 @@ def described(dataset: Dataset) -> dict[str, Any]:
         ],
         "regions": dataset.scheme.regions,
         "ignore_value": dataset.scheme.ignore_value,
+        "splits": _splits(dataset),
         "cases": [
             {
                 "name": case.name,
@@ -132,6 +134,15 @@ def described(dataset: Dataset) -> dict[str, Any]:
             for case in dataset.cases
         ],
     }
+
+
+def _splits(dataset: Dataset) -> list[dict[str, list[str]]]:
+    """The folds of a splits_final.json; none where it is broken, of which the doctor speaks."""
+    file = dataset.root / "splits_final.json"
+    with contextlib.suppress(InvresError):
+        if file.is_file():
+            return [{"train": list(train), "val": list(held)} for train, held in read_splits(file, dataset)]
+    return []
 
 
 def write_dataset_json(dataset: Dataset, path: Path | str) -> None:

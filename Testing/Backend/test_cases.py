@@ -414,6 +414,11 @@ def test_a_data_set_is_described_for_programs_with_files_that_are_there(tmp_path
     found = json.loads(json.dumps(described(dataset)))
     assert [tuple(channel.values()) for channel in found["channels"]] == [("T1", "MR"), ("CT", "CT")]
     assert found["regions"] and found["labels"][0] == {"name": "whole", "values": [1, 2], "output_value": 1}
-    assert [case["name"] for case in found["cases"]] == ["a", "b"]
+    assert [case["name"] for case in found["cases"]] == ["a", "b"] and found["splits"] == []
+    split = [{"train": ["a"], "val": ["b"]}]
+    (dataset.root / "splits_final.json").write_text(json.dumps(split), encoding="utf-8")
+    assert described(dataset)["splits"] == split
+    (dataset.root / "splits_final.json").write_text("[", encoding="utf-8")
+    assert described(dataset)["splits"] == []
     files = [Path(file) for case in found["cases"] for file in (*case["images"], case["label"])]
     assert len(files) == 6 and all(file.is_absolute() and file.is_file() for file in files)
