@@ -1,4 +1,4 @@
-"""Which label of the model a segment of a case stands for: told by its name, and by a person where that says nothing."""
+"""Which label of the model a segment stands for: told by its name, and by a person where that says nothing."""
 
 from __future__ import annotations
 

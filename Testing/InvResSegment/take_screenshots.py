@@ -74,15 +74,15 @@ def take(folder: Path) -> None:
         tab.ui.applyButton.click()
         waitUntil(lambda: not tab.running, 120)
         shoot("error")
-        panel.ui.tabs.currentIndex = 1
-        panel.tabs[1].ui.modelsTable.selectRow(1)
-        panel.tabs[1].ui.manifestButton.collapsed = False
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
+        panel.modelsTab.ui.modelsTable.selectRow(1)
+        panel.modelsTab.ui.manifestButton.collapsed = False
         shoot("models")
     with loadedPanel(models / "nothing") as module:
         panel = module.enter().panel
         waitUntil(lambda: not panel.setup.checking, 120)
         waitUntil(lambda: "Reading" not in panel.segmentTab.ui.modelCard.text, 60)
-        panel.ui.tabs.currentIndex = 1
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
         shoot("models_empty")
     with loadedPanel(models / "nothing", python=bareEnvironment(models)) as module:
         panel = module.enter().panel
