@@ -34,6 +34,7 @@ __all__ = [
     "toVtkMatrix",
     "volumeArray",
     "volumeMatrix",
+    "wasEdited",
 ]
 
 BINARY_LABELMAP = "Binary labelmap"
@@ -279,6 +280,16 @@ def segmentMask(segmentationNode: slicer.vtkMRMLSegmentationNode, segmentId: str
     toFrame = fromVtkMatrix(matrix)
     toFrame[:3, 3] += toFrame[:3, :3] @ image.GetExtent()[::2]
     return _mask(segment), toFrame
+
+
+def wasEdited(segmentationNode: slicer.vtkMRMLSegmentationNode) -> bool:
+    """Whether a person has changed a segment that a model made, or added one."""
+    segmentation = segmentationNode.GetSegmentation()
+    for index in range(segmentation.GetNumberOfSegments()):
+        segment = segmentation.GetNthSegment(index)
+        if _tag(segment, ORIGIN_TAG).rpartition("/")[2] != _digest(segment):
+            return True
+    return False
 
 
 def _mask(segment: slicer.vtkSegment) -> np.ndarray:

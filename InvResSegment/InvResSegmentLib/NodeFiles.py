@@ -17,7 +17,7 @@ from vtk.util.numpy_support import numpy_to_vtk
 from .NodeConversion import BINARY_LABELMAP, ConversionError, toVtkMatrix, volumeArray, volumeMatrix
 from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile
 
-__all__ = ["loadVolume", "newSegmentation", "readLabels", "saveSegmentation"]
+__all__ = ["emptySegmentation", "loadSegmentation", "loadVolume", "newSegmentation", "readLabels", "saveSegmentation"]
 
 IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
 SEGMENTATION_FILE = ".seg.nrrd"
@@ -76,6 +76,13 @@ def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) ->
     return ResultFile(labels, matrix, tuple(segments))
 
 
+def emptySegmentation(name: str, passing: bool = False) -> slicer.vtkMRMLSegmentationNode:
+    """A segmentation of the scene without segments. passing: neither saved with the scene nor offered in selectors."""
+    node = _newNode("vtkMRMLSegmentationNode", name, passing)
+    _giveDisplay(node, passing)
+    return node
+
+
 def newSegmentation(
     found: ResultFile, name: str, colour: tuple[float, float, float] | None = None, passing: bool = False
 ) -> slicer.vtkMRMLSegmentationNode:
@@ -83,8 +90,7 @@ def newSegmentation(
 
     colour: of all of them, 0 to 1. passing: neither saved with the scene nor offered in selectors.
     """
-    node = _newNode("vtkMRMLSegmentationNode", name, passing)
-    _giveDisplay(node, passing)
+    node = emptySegmentation(name, passing)
     segmentation = node.GetSegmentation()
     segmentation.SetSourceRepresentationName(BINARY_LABELMAP)
     image = slicer.vtkOrientedImageData()
@@ -102,6 +108,22 @@ def newSegmentation(
             segment.SetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), stated.terminology)
         segment.AddRepresentation(BINARY_LABELMAP, image)  # one image for all: they share it
         segmentation.AddSegment(segment, segmentation.GenerateUniqueSegmentID(f"InvResSegment_{stated.value}"))
+    return node
+
+
+def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:
+    """A segmentation that `saveSegmentation` wrote, with Slicer's own reader. Raises ConversionError.
+
+    That reader may end the application on a file that was cut off: only for files that were written whole.
+    """
+    node = emptySegmentation(name)
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
+    storage.SetFileName(str(path))
+    read = storage.ReadData(node)
+    slicer.mrmlScene.RemoveNode(storage)
+    if not read:
+        slicer.mrmlScene.RemoveNode(node)
+        raise ConversionError(_("{path} could not be read as a segmentation.").format(path=path))
     return node
 
 

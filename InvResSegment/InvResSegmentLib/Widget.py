@@ -9,6 +9,7 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .BackendProcess import BackendProcess
+from .BatchTab import BatchTab
 from .Dependencies import Dependencies, backendCommand, backendEnvironment, passOverLauncher
 from .FineTuneTab import FineTuneTab
 from .Models import ModelCatalogue
@@ -20,7 +21,7 @@ from .TrainingCases import TrainingCases
 
 __all__ = ["Panel", "Services"]
 
-TABS = (SegmentTab, FineTuneTab, ModelsTab)
+TABS = (SegmentTab, BatchTab, FineTuneTab, ModelsTab)
 """In the order in which they stand; each takes `Services` and has title, widget, setParameterNode, setModels,
 setupChanged, enter, cancel and cleanup."""
 

@@ -1,0 +1,349 @@
+"""The tab that segments many cases in the background, and steps through the results."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ctk
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from . import BatchSources, Settings
+from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
+from .BatchQueue import BatchQueue
+from .NodeConversion import ConversionError
+from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
+from .ResultView import openInSegmentEditor
+from .ReviewQueue import ReviewQueue
+from .Text import bullets, escape
+
+__all__ = ["BatchTab"]
+
+STEPS = 1000  # of the progress bar
+ROWS_SHOWN = 12
+
+
+class BatchTab:
+    """What the panel (`Panel`) expects of every tab: title, widget, setParameterNode, setModels, enter, cleanup."""
+
+    def __init__(self, services) -> None:
+        self.title = _("Batch")
+        self._services = services
+        self.widget = slicer.util.loadUI(services.resourcePath("UI/BatchTab.ui"))
+        self.ui = slicer.util.childWidgetVariables(self.widget)
+        self._models: list = []
+        self._readingId: int | None = None  # of the request that lists a data set
+        self._notice = Notice(self.ui, "batchNotice")
+        self._reviewNotice = Notice(self.ui, "reviewNotice")
+        self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
+        self.queue.changed.append(self._update)
+        self.queue.progress = self._onProgress
+        self.review = ReviewQueue(self.queue, services.cases)
+        self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
+        self._setUpTable()
+        for button, action in (
+            (self.ui.sceneButton, self._onScene),
+            (self.ui.datasetButton, self._onFolder),
+            (self.ui.jsonButton, self._onJson),
+            (self.ui.dicomButton, self._onDicom),
+            (self.ui.removeButton, self._onRemove),
+            (self.ui.clearButton, self._onClear),
+            (self.ui.startButton, self._onStart),
+            (self.ui.previousButton, lambda: self._step(False)),
+            (self.ui.nextButton, lambda: self._step(True)),
+            (self.ui.correctButton, self._onCorrect),
+            (self.ui.acceptButton, self._onAccept),
+        ):
+            button.connect("clicked()", action)
+        self.ui.folderEdit.connect("currentPathChanged(QString)", self._onResultsFolder)
+        self.ui.modelBox.connect("currentIndexChanged(int)", lambda _index: self._update())
+        self.ui.casesTable.connect("itemSelectionChanged()", self._updateButtons)
+        self.ui.casesTable.connect("cellDoubleClicked(int,int)", self._onDoubleClick)
+        self._update()
+
+    # ---------------------------------------------------------------- what the panel calls
+
+    def setParameterNode(self, parameters) -> None:
+        """None while a scene is being closed: its cases go with it."""
+        if parameters is None:
+            self.review.forget()
+            self.queue.forgetScene()
+
+    def setModels(self, models: list, emptyText: str) -> None:
+        """The models that were found; emptyText says why there are none."""
+        chosen = self.model.sha256 if self.model is not None else ""
+        self._models = list(models)
+        box = self.ui.modelBox
+        wasBlocked = box.blockSignals(True)
+        box.clear()
+        for model in self._models:
+            box.addItem(_("{name} {version}").format(name=model.name, version=model.version))
+        hashes = [model.sha256 for model in self._models]
+        active = [index for index, model in enumerate(self._models) if model.active]
+        first = active[0] if active else 0
+        box.setCurrentIndex(hashes.index(chosen) if chosen in hashes else first if hashes else -1)
+        box.blockSignals(wasBlocked)
+        self._update()
+
+    def setupChanged(self) -> None:
+        """What is installed has changed."""
+        self._update()
+
+    def enter(self) -> None:
+        """The panel is shown: a person may come back from the Segment Editor."""
+        self._update()
+
+    def cancel(self) -> None:
+        """Stop the batch; what is done is kept."""
+        self.queue.cancel()
+
+    def cleanup(self) -> None:
+        """Nothing is shown any more; what was changed in the open case is saved."""
+        try:
+            self.review.save()
+        except OSError as error:
+            slicer.util.errorDisplay(str(error))
+        self.review.forget()
+        self.queue.changed.clear()
+        self.queue.progress = lambda text, fraction: None
+
+    @property
+    def model(self):
+        """The chosen `ModelInfo`, or None."""
+        index = self.ui.modelBox.currentIndex
+        return self._models[index] if 0 <= index < len(self._models) else None
+
+    # ---------------------------------------------------------------- adding cases
+
+    def _add(self, find: Callable[[], list], nothing: str) -> None:
+        try:
+            found = find()
+        except ConversionError as error:
+            self._notice.show(ERROR, error.message, error.hint)
+            return
+        except OSError as error:
+            self._notice.show(ERROR, str(error.strerror or error))
+            return
+        self._notice.clear()
+        if not found:
+            self._notice.show(INFORMATION, nothing)
+        elif not self.queue.add(found):
+            self._notice.show(INFORMATION, _("These cases are in the list already."))
+
+    def _onScene(self) -> None:
+        channels = self.model.channels
+        self._add(lambda: BatchSources.casesOfScene(channels), _("No loaded volume fits the channels of the model."))
+
+    def _onFolder(self) -> None:
+        self._read(qt.QFileDialog.getExistingDirectory(self.widget, _("Folder of the cases"), ""))
+
+    def _onJson(self) -> None:
+        path = qt.QFileDialog.getOpenFileName(
+            self.widget, _("Data set"), "", _("Data sets (dataset.json *.json);;All files (*)")
+        )
+        self._read(path)
+
+    def _onDicom(self) -> None:
+        database, channels = slicer.dicomDatabase, self.model.channels
+        text = _("No study of the DICOM database has series that fit the channels of the model.")
+        self._add(lambda: BatchSources.casesOfDatabase(database, channels), text)
+
+    def _read(self, path: str) -> None:
+        """Asks the backend what lies there; a plain folder of images it does not know, but we do."""
+        if not path:
+            return
+        channels = self.model.channels
+        nothing = _("No image was found in {path} that fits the channels of the model.").format(path=path)
+
+        def onFinished(outcome) -> None:
+            self._readingId = None
+            self._update()
+            if outcome.state == "done":
+                contents = outcome.result.get("contents") or {}
+                self._add(lambda: BatchSources.casesOfDataset(contents, channels), nothing)
+            elif outcome.state == "cancelled":
+                self._notice.clear()
+            elif Path(path).is_dir() and not (Path(path) / "dataset.json").is_file():
+                self._add(lambda: BatchSources.casesOfFolder(Path(path), channels), nothing)
+            else:
+                self._notice.show(ERROR, outcome.message, outcome.hint)
+
+        self._notice.show(INFORMATION, _("Reading {path}...").format(path=path))
+        self._readingId = self._services.backend.request(["check", "--data", path], None, onFinished)
+        self._update()
+
+    def _onResultsFolder(self, path: str) -> None:
+        # While a path is being typed it names no folder yet.
+        if path and Path(path).is_dir():
+            self._leaveReview()
+            self.queue.setFolder(Path(path))
+
+    def _onRemove(self) -> None:
+        self._removeCases(self._selected)
+
+    def _onClear(self) -> None:
+        self._removeCases(list(self.queue.cases))
+
+    def _removeCases(self, cases: list) -> None:
+        if self.review.current in cases:
+            self._leaveReview()
+        self.queue.remove(cases)
+
+    # ---------------------------------------------------------------- the run
+
+    def _onStart(self) -> None:
+        if self.queue.running:
+            self.ui.startButton.enabled = False
+            self.ui.startButton.text = _("Cancelling...")
+            self.queue.cancel()
+        else:
+            self._notice.clear()
+            self.queue.start(self.model, Settings.device())
+
+    def _onProgress(self, text: str, fraction: float) -> None:
+        self.ui.batchText.text = escape(text)
+        self.ui.batchProgress.value = round(STEPS * fraction)
+
+    # ---------------------------------------------------------------- the review
+
+    def _onDoubleClick(self, row: int) -> None:
+        case = self.queue.cases[row] if row < len(self.queue.cases) else None
+        if case is not None and case.state == DONE:
+            self._review(lambda: self.review.open(case, self.model) or True)
+
+    def _step(self, forward: bool) -> None:
+        self._review(lambda: self.review.step(forward, self.model))
+
+    def _review(self, move: Callable[[], bool]) -> None:
+        try:
+            moved = move()
+        except ConversionError as error:
+            self._reviewNotice.show(ERROR, error.message, error.hint)
+        except OSError as error:
+            self._reviewNotice.show(ERROR, str(error), _("Free some space; nothing that you changed is lost so far."))
+        else:
+            self._reviewNotice.clear()
+            if moved:
+                self._showCase()
+            else:
+                self._reviewNotice.show(INFORMATION, _("There are no more cases in this direction."))
+        self._update()
+
+    def _showCase(self) -> None:
+        image = self.review.background
+        if image is not None:
+            slicer.util.setSliceViewerLayers(background=image, foreground=None, label=None, fit=True)
+
+    def _onCorrect(self) -> None:
+        if self.review.segmentation is not None:
+            openInSegmentEditor(self.review.segmentation, self.review.background)
+
+    def _onAccept(self) -> None:
+        try:
+            self.review.accept()
+        except OSError as error:
+            self._reviewNotice.show(ERROR, str(error), _("Free some space, and accept it again."))
+            return
+        self._reviewNotice.show(GOOD, _("Accepted; it is among the training cases of the Fine-tune tab."))
+        self._update()
+
+    def _leaveReview(self) -> None:
+        try:
+            self.review.leave()
+        except OSError as error:
+            self._reviewNotice.show(ERROR, str(error))
+
+    # ---------------------------------------------------------------- what is shown
+
+    def _setUpTable(self) -> None:
+        table = self.ui.casesTable
+        titles = [_("Case"), _("Channels"), _("State"), _("Review")]
+        table.setColumnCount(len(titles))
+        table.setHorizontalHeaderLabels(titles)
+        table.verticalHeader().setVisible(False)
+        header = table.horizontalHeader()
+        for column in range(len(titles)):
+            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
+        header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
+
+    @property
+    def _selected(self) -> list:
+        rows = sorted({index.row() for index in self.ui.casesTable.selectionModel().selectedRows()})
+        return [self.queue.cases[row] for row in rows if row < len(self.queue.cases)]
+
+    def _update(self) -> None:
+        """Bring table, texts and buttons in line with the cases."""
+        self._fillTable()
+        running = self.queue.running
+        self.ui.batchProgress.visible = self.ui.batchText.visible = running
+        if not running:
+            self.ui.batchProgress.value = 0
+            self.ui.batchText.text = ""
+        if self.queue.problem:
+            self._notice.show(WARNING, self.queue.problem)
+        self._updateReview()
+        self._updateButtons()
+
+    def _fillTable(self) -> None:
+        table = self.ui.casesTable
+        cases = self.queue.cases
+        wasBlocked = table.blockSignals(True)
+        table.setRowCount(len(cases))
+        states = {WAITING: _("waiting"), RUNNING: _("running"), DONE: _("done"), FAILED: _("failed")}
+        reviews = {"": "", EDITED: _("edited"), ACCEPTED: _("accepted")}
+        icons = {DONE: qt.QStyle.SP_DialogApplyButton, FAILED: qt.QStyle.SP_MessageBoxCritical}
+        for row, case in enumerate(cases):
+            cells = (case.name, ", ".join({**case.files, **case.nodes}), states[case.state], reviews[case.review])
+            for column, text in enumerate(cells):
+                item = table.item(row, column)
+                if item is None:
+                    item = qt.QTableWidgetItem()
+                    table.setItem(row, column, item)
+                item.setText(text)
+                item.setToolTip(case.message or text)
+                if column == 2:
+                    kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
+                    kind = kind or icons.get(case.state)
+                    item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
+                font = item.font()
+                font.setBold(case is self.review.current)
+                item.setFont(font)
+        table.blockSignals(wasBlocked)
+
+    def _updateReview(self) -> None:
+        cases, case = self.review.cases, self.review.current
+        self.ui.reviewButton.visible = bool(cases)
+        count = _("{accepted} of {count} accepted.").format(accepted=self.review.accepted, count=len(cases))
+        if case is None:
+            shown = _("Press Next to see the first result that is not accepted yet.")
+        else:
+            number = cases.index(case) + 1 if case in cases else 0
+            shown = _("<b>{name}</b> ({number} of {count})").format(
+                name=escape(case.name), number=number, count=len(cases)
+            )
+        self.ui.reviewText.text = f"{shown}<br>{count}"
+        for button in (self.ui.correctButton, self.ui.acceptButton):
+            button.enabled = case is not None
+        self.ui.previousButton.enabled = case in cases and cases.index(case) > 0
+        self.ui.nextButton.enabled = case not in cases or cases.index(case) < len(cases) - 1
+
+    def _updateButtons(self) -> None:
+        model, running = self.model, self.queue.running
+        problem = self._services.problem()
+        free = model is not None and not running and self._readingId is None
+        for button in (self.ui.sceneButton, self.ui.datasetButton, self.ui.jsonButton):
+            button.enabled = free
+        self.ui.dicomButton.enabled = free and getattr(slicer, "dicomDatabase", None) is not None
+        self.ui.removeButton.enabled = bool(self._selected)
+        self.ui.clearButton.enabled = bool(self.queue.cases) and not running
+        self.ui.modelBox.enabled = self.ui.folderEdit.enabled = not running
+        missing = [problem] if problem else []
+        missing += self.queue.missing(model)
+        button = self.ui.startButton
+        button.text = _("Cancel") if running else _("Start")
+        button.enabled = running or not missing
+        button.toolTip = _("Segments the cases one after the other; you can go on working.")
+        if running:
+            button.toolTip = _("Stops; what is done is kept.")
+        elif missing:
+            button.toolTip = bullets(_("Before starting:"), missing)
