@@ -13,14 +13,14 @@ from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
 from .BatchQueue import BatchQueue
 from .NodeConversion import ConversionError
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
-from .ResultView import openInSegmentEditor
 from .ReviewQueue import ReviewQueue
+from .ReviewSection import ReviewSection
 from .Text import bullets, escape
 
 __all__ = ["BatchTab"]
 
 STEPS = 1000  # of the progress bar
-ROWS_SHOWN = 12
+FAILURES_SHOWN = 3
 
 
 class BatchTab:
@@ -32,13 +32,14 @@ class BatchTab:
         self.widget = slicer.util.loadUI(services.resourcePath("UI/BatchTab.ui"))
         self.ui = slicer.util.childWidgetVariables(self.widget)
         self._models: list = []
+        self._wasRunning = False
         self._readingId: int | None = None  # of the request that lists a data set
         self._notice = Notice(self.ui, "batchNotice")
-        self._reviewNotice = Notice(self.ui, "reviewNotice")
         self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
         self.queue.changed.append(self._update)
         self.queue.progress = self._onProgress
         self.review = ReviewQueue(self.queue, services.cases)
+        self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
         self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
         self._setUpTable()
         for button, action in (
@@ -49,10 +50,6 @@ class BatchTab:
             (self.ui.removeButton, self._onRemove),
             (self.ui.clearButton, self._onClear),
             (self.ui.startButton, self._onStart),
-            (self.ui.previousButton, lambda: self._step(False)),
-            (self.ui.nextButton, lambda: self._step(True)),
-            (self.ui.correctButton, self._onCorrect),
-            (self.ui.acceptButton, self._onAccept),
         ):
             button.connect("clicked()", action)
         self.ui.folderEdit.connect("currentPathChanged(QString)", self._onResultsFolder)
@@ -175,7 +172,7 @@ class BatchTab:
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
         if path and Path(path).is_dir():
-            self._leaveReview()
+            self._review.leave()
             self.queue.setFolder(Path(path))
 
     def _onRemove(self) -> None:
@@ -186,7 +183,7 @@ class BatchTab:
 
     def _removeCases(self, cases: list) -> None:
         if self.review.current in cases:
-            self._leaveReview()
+            self._review.leave()
         self.queue.remove(cases)
 
     # ---------------------------------------------------------------- the run
@@ -204,54 +201,10 @@ class BatchTab:
         self.ui.batchText.text = escape(text)
         self.ui.batchProgress.value = round(STEPS * fraction)
 
-    # ---------------------------------------------------------------- the review
-
     def _onDoubleClick(self, row: int) -> None:
         case = self.queue.cases[row] if row < len(self.queue.cases) else None
         if case is not None and case.state == DONE:
-            self._review(lambda: self.review.open(case, self.model) or True)
-
-    def _step(self, forward: bool) -> None:
-        self._review(lambda: self.review.step(forward, self.model))
-
-    def _review(self, move: Callable[[], bool]) -> None:
-        try:
-            moved = move()
-        except ConversionError as error:
-            self._reviewNotice.show(ERROR, error.message, error.hint)
-        except OSError as error:
-            self._reviewNotice.show(ERROR, str(error), _("Free some space; nothing that you changed is lost so far."))
-        else:
-            self._reviewNotice.clear()
-            if moved:
-                self._showCase()
-            else:
-                self._reviewNotice.show(INFORMATION, _("There are no more cases in this direction."))
-        self._update()
-
-    def _showCase(self) -> None:
-        image = self.review.background
-        if image is not None:
-            slicer.util.setSliceViewerLayers(background=image, foreground=None, label=None, fit=True)
-
-    def _onCorrect(self) -> None:
-        if self.review.segmentation is not None:
-            openInSegmentEditor(self.review.segmentation, self.review.background)
-
-    def _onAccept(self) -> None:
-        try:
-            self.review.accept()
-        except OSError as error:
-            self._reviewNotice.show(ERROR, str(error), _("Free some space, and accept it again."))
-            return
-        self._reviewNotice.show(GOOD, _("Accepted; it is among the training cases of the Fine-tune tab."))
-        self._update()
-
-    def _leaveReview(self) -> None:
-        try:
-            self.review.leave()
-        except OSError as error:
-            self._reviewNotice.show(ERROR, str(error))
+            self._review.open(case)
 
     # ---------------------------------------------------------------- what is shown
 
@@ -281,8 +234,28 @@ class BatchTab:
             self.ui.batchText.text = ""
         if self.queue.problem:
             self._notice.show(WARNING, self.queue.problem)
-        self._updateReview()
+        elif self._wasRunning and not running:
+            self._showEnd()
+        self._wasRunning = running
+        self._review.update()
         self._updateButtons()
+
+    def _showEnd(self) -> None:
+        """What became of the run: each failure in a sentence, as far as there is room."""
+        failed = [case for case in self.queue.cases if case.state == FAILED]
+        done = sum(case.state == DONE for case in self.queue.cases)
+        if failed:
+            count = len(failed)
+            texts = [_("{name}: {reason}").format(name=case.name, reason=case.message) for case in failed]
+            if count > FAILURES_SHOWN:
+                more = _("{count} more failed; point at a row to see why.").format(count=count - FAILURES_SHOWN)
+                texts[FAILURES_SHOWN:] = [more]
+            self._notice.show(WARNING, *texts)
+        elif done == len(self.queue.cases):
+            self._notice.show(GOOD, _("All cases are done; see Review below."))
+        else:
+            text = _("Stopped: {done} of {count} cases are done.").format(done=done, count=len(self.queue.cases))
+            self._notice.show(INFORMATION, text)
 
     def _fillTable(self) -> None:
         table = self.ui.casesTable
@@ -309,23 +282,6 @@ class BatchTab:
                 font.setBold(case is self.review.current)
                 item.setFont(font)
         table.blockSignals(wasBlocked)
-
-    def _updateReview(self) -> None:
-        cases, case = self.review.cases, self.review.current
-        self.ui.reviewButton.visible = bool(cases)
-        count = _("{accepted} of {count} accepted.").format(accepted=self.review.accepted, count=len(cases))
-        if case is None:
-            shown = _("Press Next to see the first result that is not accepted yet.")
-        else:
-            number = cases.index(case) + 1 if case in cases else 0
-            shown = _("<b>{name}</b> ({number} of {count})").format(
-                name=escape(case.name), number=number, count=len(cases)
-            )
-        self.ui.reviewText.text = f"{shown}<br>{count}"
-        for button in (self.ui.correctButton, self.ui.acceptButton):
-            button.enabled = case is not None
-        self.ui.previousButton.enabled = case in cases and cases.index(case) > 0
-        self.ui.nextButton.enabled = case not in cases or cases.index(case) < len(cases) - 1
 
     def _updateButtons(self) -> None:
         model, running = self.model, self.queue.running

@@ -10,7 +10,7 @@ from .CaseOverlay import COLOURS, CaseOverlay, titles
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .RunDecision import RunDecision
 from .RunRecord import RunRecord
-from .Text import escape
+from .Text import escape, paragraphs
 
 __all__ = ["ProofView"]
 
@@ -73,7 +73,7 @@ class ProofView:
             "worse": (WARNING, _("The tuned model got worse.")),
             "nothing to compare": (INFORMATION, _("There is nothing to compare the tuned model with.")),
         }.get(verdict, (INFORMATION, _("There is not enough data to tell whether the tuned model is better.")))
-        notes = [title, str(comparison.get("sentence") or "")]
+        notes = [str(comparison.get("sentence") or "")]
         if str(comparison.get("of") or "model") != "model":
             notes.append(
                 _("Each case was held out once; the model itself has then been trained on all of them in the same way.")
@@ -85,7 +85,8 @@ class ProofView:
             notes.append(_("{case} was left out: {reason}").format(**skipped))
         for given in record.result.get("reductions") or []:
             notes.append(_("For want of memory it was trained with {given}.").format(given=given))
-        self._verdict.show(level, *notes)
+        self._verdict.show(level, title)
+        self._ui.verdictText.text = paragraphs([note for note in notes if note])
 
     # ---------------------------------------------------------------- tables
 

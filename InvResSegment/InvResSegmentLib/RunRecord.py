@@ -84,9 +84,10 @@ class RunRecord:
         return news or self.state != before
 
     @property
-    def epochsShown(self) -> list[Epoch]:
-        """The epochs of the training that is under way, or of the last one that has any."""
-        return self.epochs[max(self.epochs)] if self.epochs else []
+    def partShown(self) -> int:
+        """The training whose curves are worth seeing: the one under way; afterwards the last one that was watched."""
+        watched = [part for part, epochs in self.epochs.items() if any(epoch.dice for epoch in epochs)]
+        return max((watched if self.result and watched else self.epochs), default=0)
 
     @property
     def comparison(self) -> dict[str, Any]:

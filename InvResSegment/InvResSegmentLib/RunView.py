@@ -112,10 +112,10 @@ class RunView:
             self._notice.show(INFORMATION, _("Paused; everything that was trained is saved. Resume goes on from here."))
         else:
             self._notice.clear()
-        title = ""
-        if record.epochs and record.parts > 1:
-            title = _("Training {part} of {parts}").format(part=max(record.epochs), parts=record.parts)
-        self._chart.show(record.epochsShown, title)
+        part, title = record.partShown, ""
+        if part and record.parts > 1:
+            title = _("Training {part} of {parts}").format(part=part, parts=record.parts)
+        self._chart.show(record.epochs.get(part, []), title)
         if record.state == "finished":
             self._proof.show(record)
         else:
@@ -130,8 +130,9 @@ def _stageText(record: RunRecord) -> str:
     training = ""
     if record.part and record.parts > 1:
         training = _("training {part} of {parts}").format(part=record.part, parts=record.parts)
+    if record.stage == "train":
+        return training[:1].upper() + training[1:] if training else _("Training")
     stage = {
-        "train": _("Training"),
         "prepare.cases": _("Preparing the cases"),
         "prepare.plan": _("Preparing the cases"),
         "finetune.compare": _("Comparing with the base model"),

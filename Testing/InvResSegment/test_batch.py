@@ -451,6 +451,7 @@ def test_from_a_folder_to_accepted_cases_with_the_mouse_alone(tab, data, tmp_pat
     assert tab.ui.startButton.text == "Cancel" and not tab.ui.batchProgress.isHidden()
     waitUntil(lambda: not tab.queue.running, 120)
     assert [tab.ui.casesTable.item(row, 2).text() for row in range(3)] == ["done"] * 3
+    assert "All cases are done" in tab.ui.batchNoticeText.text
     assert not tab.ui.reviewButton.isHidden() and not tab.ui.acceptButton.enabled
     tab.ui.nextButton.click()
     assert "case0" in tab.ui.reviewText.text and tab.ui.acceptButton.enabled
@@ -473,6 +474,12 @@ def test_a_plain_folder_and_a_wrong_one(tab, images, tmp_path):
     tab.ui.jsonButton.click()
     waitUntil(lambda: "Reading" not in tab.ui.batchNoticeText.text, 60)
     assert "nothing.json" in tab.ui.batchNoticeText.text and tab.ui.casesTable.rowCount == 1
+    tab.queue.cases[0].files["T1"].unlink()
+    (tmp_path / "results").mkdir()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    assert "is not there any more" in tab.ui.batchNoticeText.text, "a failure is told, not hidden in a tool tip"
 
 
 def test_cases_of_the_scene_go_with_the_scene(tab, scene):

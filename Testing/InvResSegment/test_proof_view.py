@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import SimpleITK as sitk
 import slicer
+from InvResSegmentLib import ProofView as proof_module
 from InvResSegmentLib.CaseOverlay import COLOURS
+from InvResSegmentLib.ModelCard import cardText
 from InvResSegmentLib.Models import ModelCatalogue
+from InvResSegmentLib.ModelsTab import ModelsTab
 from InvResSegmentLib.NodeConversion import segmentMask
 from InvResSegmentLib.RunRecord import DISCARDED, PROMOTED, ROLLED_BACK, RunRecord
 from InvResSegmentLib.RunView import RunView
@@ -83,14 +88,14 @@ def names_of(catalogue):
 
 def test_the_verdict_comes_first_and_in_words(view, run):
     view.show(run)
-    said = view.ui.verdictNoticeText.text
+    said = f"{view.ui.verdictNoticeText.text} {view.ui.verdictText.text}"
     sentence = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["sentence"]
     assert said.startswith("There is not enough data to tell") and sentence in said
     assert "held out once" in said, "the model itself has seen all cases"
     for verdict, words in (("better", "is better."), ("worse", "got worse."), ("as good", "is as good as before.")):
         changed(run, verdict=verdict, base_check={"verdict": "worse", "sentence": "forgotten."})
         view.show(run)
-        assert words in view.ui.verdictNoticeText.text and "forgotten." in view.ui.verdictNoticeText.text
+        assert words in view.ui.verdictNoticeText.text and "forgotten." in view.ui.verdictText.text
 
 
 def test_the_table_has_the_figures_of_the_comparison(view, run):
@@ -267,3 +272,29 @@ def centre_of(image) -> list[float]:
     index = np.argwhere(sitk.GetArrayFromImage(image)).mean(axis=0)[::-1]
     x, y, z = image.TransformContinuousIndexToPhysicalPoint(index.tolist())
     return [-x, -y, z]
+
+
+def test_a_tuned_model_can_be_rolled_back_from_the_list_of_models(scene, run, catalogue):
+    resources = Path(proof_module.__file__).parents[1] / "Resources"
+    told, done = [], []
+    catalogue.changed.append(told.append)
+    catalogue.importModel(run / "candidate", done.append)
+    waitUntil(lambda: done, 60)
+    services = SimpleNamespace(
+        resourcePath=lambda name: str(resources / name), catalogue=catalogue, refreshModels=lambda: None
+    )
+    tab = ModelsTab(services)
+    tab.setModels(list(names_of(catalogue).values()), "")
+    rows = {row[1]: index for index, row in enumerate(cells(tab.ui.modelsTable))}
+    assert set(rows) == {"1.0.0", "1.1.0, tuned, in use"}
+    tab.ui.modelsTable.selectRow(rows["1.0.0"])
+    assert not tab.ui.rollbackButton.enabled and "not tuned from another" in tab.ui.rollbackButton.toolTip
+    tab.ui.modelsTable.selectRow(rows["1.1.0, tuned, in use"])
+    tab.ui.rollbackButton.click()
+    waitUntil(lambda: told, 60)
+    models = names_of(catalogue)
+    assert told == [models["1.0.0"].path] and models["1.0.0"].active
+    tab.setModels(list(models.values()), "")
+    assert {row[1] for row in cells(tab.ui.modelsTable)} == {"1.0.0, in use", "1.1.0, tuned"}
+    assert not tab.ui.rollbackButton.enabled, "its name stands for the other one already"
+    assert "1.1.0, fine-tuned" in cardText(models["1.1.0"])

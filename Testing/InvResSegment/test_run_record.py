@@ -55,6 +55,7 @@ def test_a_whole_run_is_read(finished_run):
     assert record.measuredBytes > 0 and record.predictedBytes > 0
     assert record.result["verdict"] == record.comparison["verdict"]
     assert record.decision == {} and record.error == {}
+    assert record.partShown == 3, "the last training held nobody out, so there is no Dice to see"
     assert not record.poll(), "nothing is new"
 
 

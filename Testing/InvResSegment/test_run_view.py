@@ -74,7 +74,7 @@ def test_a_run_is_followed_without_being_asked(view, tmp_path):
         say(run, progress(3, 9, 80.0), {"event": "warning", "message": "case7 is left out."})
         say(run, {"event": "memory", "measured_bytes": 3 * 1024**2}, epoch(1, 0.9, ball=0.4), epoch(2, 0.7, ball=0.6))
         waitUntil(lambda: view.state == "running", 10)
-        assert "Training (training 2 of 4)" in view.ui.stageText.text
+        assert "Training 2 of 4" in view.ui.stageText.text
         assert "left" in view.ui.detailsText.text and "3.0 MiB" in view.ui.detailsText.text
         assert 250 < view.ui.runProgress.value < 500
         assert "case7 is left out." in view.ui.runWarningsText.text and not view.ui.runWarnings.isHidden()
