@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-STANDINS = Path(__file__).with_name("standins")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-for folder in (REPOSITORY / "InvResSegment", Path(__file__).parent, STANDINS):
-    if folder.is_dir() and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-slicer = pytest.importorskip("slicer", reason="slicer-core is not installed")
-if importlib.util.find_spec("slicer.i18n") is None and "slicer.i18n" not in sys.modules:
-    # slicer-core has no slicer.i18n; Slicer's returns the text itself where there is no translation.
-    slicer.i18n = types.ModuleType("slicer.i18n")
-    slicer.i18n.tr = lambda text: text
-    slicer.i18n.translate = lambda context, text: text
-    sys.modules["slicer.i18n"] = slicer.i18n
+from mrml_scene import emptyScene
 
 
 @pytest.fixture
 def scene():
     """An empty scene with Slicer's logics on it; it is `slicer.mrmlScene` during the test."""
-    scene = slicer.vtkMRMLScene()
-    before = slicer.__dict__.get("mrmlScene")
-    slicer.mrmlScene = scene
-    application = slicer.vtkSlicerApplicationLogic()
-    application.SetMRMLScene(scene)
-    logics = [application]
-    for name, kind in (
-        ("Colors", slicer.vtkSlicerColorLogic),
-        ("Volumes", slicer.vtkSlicerVolumesLogic),
-        ("Segmentations", slicer.vtkSlicerSegmentationsModuleLogic),
-        ("SubjectHierarchy", slicer.vtkSlicerSubjectHierarchyModuleLogic),
-        ("Markups", slicer.vtkSlicerMarkupsLogic),
-        ("Tables", slicer.vtkSlicerTablesLogic),
-    ):
-        logic = kind()
-        logic.SetMRMLApplicationLogic(application)
-        application.SetModuleLogic(name, logic)
-        logic.SetMRMLScene(scene)
-        logics.append(logic)
-    slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)  # makes it where there is none
-    yield scene
-    scene.Clear(True)
-    for logic in reversed(logics):
-        logic.SetMRMLScene(None)
-    slicer.mrmlScene = before
+    with emptyScene() as scene:
+        yield scene
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def test_further_channels_come_from_the_same_grid_and_by_their_names(scene):
 def test_the_list_is_saved_with_the_scene(cases, scene, tmp_path):
     told = []
     cases.changed.append(lambda: told.append(len(cases.rows)))
-    first, second = addCase(cases), addCase(cases, "other")
+    second = (addCase(cases), addCase(cases, "other"))[1]
     cases.setRole(second, VALIDATION)
     cases.choose({"Segment: 1; %": "tumour"})
     cases.addDataSet(
