@@ -141,7 +141,9 @@ def undecidedRuns(runsFolder: Path) -> list[FineTuneRun]:
     with contextlib.suppress(OSError):
         for record in runsFolder.glob(f"*/{RECORD}"):
             run = FineTuneRun(record.parent)
-            if not run.folder.name.startswith(_GONE) and run.record.get("arguments") and not RunRecord(run.folder).decision:
+            if run.folder.name.startswith(_GONE) or not run.record.get("arguments"):
+                continue
+            if not RunRecord(run.folder).decision:
                 found.append(run)
     return sorted(found, key=lambda run: str(run.record.get("created") or ""), reverse=True)
 

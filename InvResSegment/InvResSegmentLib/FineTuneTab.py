@@ -209,11 +209,13 @@ class FineTuneTab(VTKObservationMixin):
         if path and not self.working:
             self._showWork(True)
             self._examination.addDataSet(path, self._onProgress, self._onWorkDone)
+            self._updateButtons()
 
     def _onCheck(self) -> None:
         if self.model is not None and not self.working:
             self._showWork(True)
             self._examination.examine(self.model, self._onProgress, self._onWorkDone)
+            self._updateButtons()
 
     def _onRemove(self) -> None:
         self.cases.remove(self._table.selected)
@@ -354,6 +356,7 @@ class FineTuneTab(VTKObservationMixin):
         self._message.clear()
         self._showWork(True)
         self._start.start(self.model, self._form.options, self._namesOfBad, self._onStarted)
+        self._updateButtons()
 
     def _namesOfBad(self) -> list[str]:
         self._update()

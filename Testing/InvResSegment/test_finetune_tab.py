@@ -127,6 +127,7 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     tab.ui.addSceneButton.click()
     tab.ui.baseBox.currentIndex = 1 - tab.ui.baseBox.currentIndex
     addVolume("scan 7", shape=(20, 22, 24), seed=5)
+    settled(tab)
     tab._table.select(tab.cases.rows[0])
     settled(tab)
     # A channel that no case has is left out of the tuned model; one that some case has is wanted of all.
