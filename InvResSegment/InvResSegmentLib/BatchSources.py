@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = ["casesOfDatabase", "casesOfDataset", "casesOfFolder", "casesOfScene"]
 IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABEL_FILES = ".seg.nrrd"
+IMAGE_MODALITIES = ("MR", "CT", "PT", "NM", "US", "XA", "MG", "OT")
 
 
 def casesOfScene(channels: Sequence[Any]) -> list[BatchCase]:
@@ -91,26 +92,30 @@ def casesOfFolder(folder: Path, channels: Sequence[Any]) -> list[BatchCase]:
     return found
 
 
-def casesOfDatabase(database: Any, channels: Sequence[Any]) -> list[BatchCase]:
-    """Each study of Slicer's DICOM database in which series for the model's channels are found.
+def casesOfDatabase(database: Any, channels: Sequence[Any]) -> Iterator[tuple[int, int, BatchCase | None]]:
+    """The studies of Slicer's DICOM database, one at a time: how many are read, of how many, and the case in this one.
 
-    A case names the first file of a series: the backend reads the others that belong to it.
+    None where a study has no series for the model's channels. A case names the first file of a series: the backend
+    reads the others that belong to it. Reading headers takes its time, so whoever iterates lets Slicer breathe.
     """
-    found = []
-    for patient in database.patients():
-        for study in database.studiesForPatient(patient):
-            described = {}
-            for series in database.seriesForStudy(study):
-                files = database.filesForSeries(series)
-                if files:
-                    described[series] = _describedSeries(database, series, files[0]), Path(files[0])
-            matches = match(channels, [description for description, _file in described.values()])
-            chosen = {one.channel: described[one.volume.key][1] for one in matches if one.volume is not None}
-            if chosen:
-                words = (database.displayedNameForPatient(patient), database.descriptionForStudy(study))
-                name = ", ".join(word for word in words if word) or study
-                found.append(_withProblem(BatchCase(name, files=chosen), matches))
-    return found
+    studies = [(patient, study) for patient in database.patients() for study in database.studiesForPatient(patient)]
+    for number, (patient, study) in enumerate(studies, 1):
+        yield number, len(studies), _caseOfStudy(database, patient, study, channels)
+
+
+def _caseOfStudy(database: Any, patient: str, study: str, channels: Sequence[Any]) -> BatchCase | None:
+    described = {}
+    for series in database.seriesForStudy(study):
+        files = database.filesForSeries(series)
+        if files and database.fileValue(files[0], DICOM_TAGS["modality"]) in IMAGE_MODALITIES:
+            described[series] = _describedSeries(database, series, files[0]), Path(files[0])
+    matches = match(channels, [description for description, _file in described.values()])
+    chosen = {one.channel: described[one.volume.key][1] for one in matches if one.volume is not None}
+    if not chosen:
+        return None
+    words = (database.displayedNameForPatient(patient), database.descriptionForStudy(study))
+    name = ", ".join(word for word in words if word) or study
+    return _withProblem(BatchCase(name, files=chosen), matches)
 
 
 def _describedSeries(database: Any, series: str, file: str) -> VolumeDescription:

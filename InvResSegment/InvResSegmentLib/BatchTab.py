@@ -1,6 +1,6 @@
 """The tab that segments many cases in the background, and steps through the results."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import ctk
@@ -8,11 +8,11 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
-from . import BatchSources, Settings
+from . import Settings
 from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
+from .BatchIntake import BatchIntake
 from .BatchQueue import BatchQueue
-from .NodeConversion import ConversionError
-from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
+from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .ReviewQueue import ReviewQueue
 from .ReviewSection import ReviewSection
 from .Text import bullets, escape
@@ -33,20 +33,18 @@ class BatchTab:
         self.ui = slicer.util.childWidgetVariables(self.widget)
         self._models: list = []
         self._wasRunning = False
-        self._readingId: int | None = None  # of the request that lists a data set
         self._notice = Notice(self.ui, "batchNotice")
         self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
         self.queue.changed.append(self._update)
         self.queue.progress = self._onProgress
         self.review = ReviewQueue(self.queue, services.cases)
         self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
+        self._intake = BatchIntake(
+            self.ui, services.backend, self._notice, self._channels, self.queue.add, self._update
+        )
         self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
         self._setUpTable()
         for button, action in (
-            (self.ui.sceneButton, self._onScene),
-            (self.ui.datasetButton, self._onFolder),
-            (self.ui.jsonButton, self._onJson),
-            (self.ui.dicomButton, self._onDicom),
             (self.ui.removeButton, self._onRemove),
             (self.ui.clearButton, self._onClear),
             (self.ui.startButton, self._onStart),
@@ -63,6 +61,7 @@ class BatchTab:
     def setParameterNode(self, parameters) -> None:
         """None while a scene is being closed: its cases go with it."""
         if parameters is None:
+            self._saveReview()
             self.review.forget()
             self.queue.forgetScene()
 
@@ -91,18 +90,27 @@ class BatchTab:
         self._update()
 
     def cancel(self) -> None:
-        """Stop the batch; what is done is kept."""
+        """Stop the batch, and looking for cases; what is done is kept."""
+        self._intake.cancel()
         self.queue.cancel()
 
     def cleanup(self) -> None:
         """Nothing is shown any more; what was changed in the open case is saved."""
-        try:
-            self.review.save()
-        except OSError as error:
-            slicer.util.errorDisplay(str(error))
+        self._saveReview()
         self.review.forget()
+        self._intake.cancel()
         self.queue.changed.clear()
         self.queue.progress = lambda text, fraction: None
+
+    def _channels(self):
+        """Of the chosen model; nothing can be added without one."""
+        return self.model.channels
+
+    def _saveReview(self) -> None:
+        try:
+            self.review.save()
+        except OSError:
+            logging.exception("InvResSegment: the changes of the case under review could not be saved")
 
     @property
     def model(self):
@@ -110,64 +118,7 @@ class BatchTab:
         index = self.ui.modelBox.currentIndex
         return self._models[index] if 0 <= index < len(self._models) else None
 
-    # ---------------------------------------------------------------- adding cases
-
-    def _add(self, find: Callable[[], list], nothing: str) -> None:
-        try:
-            found = find()
-        except ConversionError as error:
-            self._notice.show(ERROR, error.message, error.hint)
-            return
-        except OSError as error:
-            self._notice.show(ERROR, str(error.strerror or error))
-            return
-        self._notice.clear()
-        if not found:
-            self._notice.show(INFORMATION, nothing)
-        elif not self.queue.add(found):
-            self._notice.show(INFORMATION, _("These cases are in the list already."))
-
-    def _onScene(self) -> None:
-        channels = self.model.channels
-        self._add(lambda: BatchSources.casesOfScene(channels), _("No loaded volume fits the channels of the model."))
-
-    def _onFolder(self) -> None:
-        self._read(qt.QFileDialog.getExistingDirectory(self.widget, _("Folder of the cases"), ""))
-
-    def _onJson(self) -> None:
-        path = qt.QFileDialog.getOpenFileName(
-            self.widget, _("Data set"), "", _("Data sets (dataset.json *.json);;All files (*)")
-        )
-        self._read(path)
-
-    def _onDicom(self) -> None:
-        database, channels = slicer.dicomDatabase, self.model.channels
-        text = _("No study of the DICOM database has series that fit the channels of the model.")
-        self._add(lambda: BatchSources.casesOfDatabase(database, channels), text)
-
-    def _read(self, path: str) -> None:
-        """Asks the backend what lies there; a plain folder of images it does not know, but we do."""
-        if not path:
-            return
-        channels = self.model.channels
-        nothing = _("No image was found in {path} that fits the channels of the model.").format(path=path)
-
-        def onFinished(outcome) -> None:
-            self._readingId = None
-            self._update()
-            if outcome.state == "done":
-                contents = outcome.result.get("contents") or {}
-                self._add(lambda: BatchSources.casesOfDataset(contents, channels), nothing)
-            elif outcome.state == "cancelled":
-                self._notice.clear()
-            elif Path(path).is_dir() and not (Path(path) / "dataset.json").is_file():
-                self._add(lambda: BatchSources.casesOfFolder(Path(path), channels), nothing)
-            else:
-                self._notice.show(ERROR, outcome.message, outcome.hint)
-
-        self._notice.show(INFORMATION, _("Reading {path}...").format(path=path))
-        self._readingId = self._services.backend.request(["check", "--data", path], None, onFinished)
-        self._update()
+    # ---------------------------------------------------------------- the list
 
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
@@ -189,7 +140,10 @@ class BatchTab:
     # ---------------------------------------------------------------- the run
 
     def _onStart(self) -> None:
-        if self.queue.running:
+        if self._intake.reading:
+            self._intake.cancel()
+            self._update()
+        elif self.queue.running:
             self.ui.startButton.enabled = False
             self.ui.startButton.text = _("Cancelling...")
             self.queue.cancel()
@@ -286,20 +240,18 @@ class BatchTab:
     def _updateButtons(self) -> None:
         model, running = self.model, self.queue.running
         problem = self._services.problem()
-        free = model is not None and not running and self._readingId is None
-        for button in (self.ui.sceneButton, self.ui.datasetButton, self.ui.jsonButton):
-            button.enabled = free
-        self.ui.dicomButton.enabled = free and getattr(slicer, "dicomDatabase", None) is not None
+        reading = self._intake.reading
+        self._intake.update(model is not None and not running)
         self.ui.removeButton.enabled = bool(self._selected)
         self.ui.clearButton.enabled = bool(self.queue.cases) and not running
         self.ui.modelBox.enabled = self.ui.folderEdit.enabled = not running
         missing = [problem] if problem else []
         missing += self.queue.missing(model)
         button = self.ui.startButton
-        button.text = _("Cancel") if running else _("Start")
-        button.enabled = running or not missing
+        button.text = _("Cancel") if running or reading else _("Start")
+        button.enabled = running or reading or not missing
         button.toolTip = _("Segments the cases one after the other; you can go on working.")
-        if running:
+        if running or reading:
             button.toolTip = _("Stops; what is done is kept.")
         elif missing:
             button.toolTip = bullets(_("Before starting:"), missing)

@@ -16,6 +16,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 
 import qt
 import slicer
+import standins
 from InvResSegmentLib import BatchSources
 from InvResSegmentLib.BatchCase import ACCEPTED, DONE, EDITED, FAILED, WAITING, BatchCase, correctedPath, freeFileName
 from InvResSegmentLib.BatchQueue import BatchQueue
@@ -195,7 +196,7 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
         "1.2.3": write_series(tmp_path / "dicom", array, "1.2.3", "T1 MPRAGE"),
         "1.2.4": write_series(tmp_path / "dicom", array[:5], "1.2.4", "localizer"),
     }
-    (case,) = BatchSources.casesOfDatabase(Database(series), T1)
+    ((_done, _count, case),) = BatchSources.casesOfDatabase(Database(series), T1)
     assert case.name == "Anna, head" and str(case.files["T1"]) == series["1.2.3"][0]
     queue.add([case])
     queue.setFolder(tmp_path / "results")
@@ -480,6 +481,33 @@ def test_a_plain_folder_and_a_wrong_one(tab, images, tmp_path):
     tab.ui.startButton.click()
     waitUntil(lambda: not tab.queue.running, 60)
     assert "is not there any more" in tab.ui.batchNoticeText.text, "a failure is told, not hidden in a tool tip"
+
+
+def test_the_dicom_database_is_read_study_by_study(tab, tmp_path, monkeypatch):
+    array = example(np.random.default_rng(8), SHAPE, 1)[0][0][:4]
+    series = {"1.2.3": write_series(tmp_path, array, "1.2.3", "T1 MPRAGE")}
+    monkeypatch.setattr(slicer, "dicomDatabase", Database(series), raising=False)
+    tab.setupChanged()
+    tab.ui.dicomButton.click()
+    assert tab.ui.startButton.text == "Cancel" and not tab.ui.sceneButton.enabled
+    tab.ui.startButton.click()
+    standins.pump(0.1)
+    assert tab.ui.casesTable.rowCount == 0 and tab.ui.batchNotice.isHidden()
+    tab.ui.dicomButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 1, 10)
+    assert tab.ui.casesTable.item(0, 0).text() == "Anna, head" and tab.ui.startButton.text == "Start"
+
+
+def test_closing_the_scene_saves_what_was_changed_in_the_open_case(tab, images, small_model, scene, tmp_path):
+    tab.queue.add(cases_of(images[:1]))
+    tab.queue.setFolder(tmp_path / "results")
+    ran(tab.queue, small_model)
+    tab.ui.nextButton.click()
+    paint(tab.review.segmentation)
+    tab.setParameterNode(None)
+    scene.Clear(False)
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
+    assert (tmp_path / "results" / "case_0.corrected.seg.nrrd").is_file() and tab.review.current is None
 
 
 def test_cases_of_the_scene_go_with_the_scene(tab, scene):
