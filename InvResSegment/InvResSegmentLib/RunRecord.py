@@ -90,6 +90,11 @@ class RunRecord:
         return max((watched if self.result and watched else self.epochs), default=0)
 
     @property
+    def epochsShown(self) -> list[Epoch]:
+        """The epochs of that training."""
+        return self.epochs.get(self.partShown, [])
+
+    @property
     def comparison(self) -> dict[str, Any]:
         """The proof (`comparison.json`), or {} while there is none."""
         path = self.folder / COMPARISON

@@ -115,7 +115,7 @@ class RunView:
         part, title = record.partShown, ""
         if part and record.parts > 1:
             title = _("Training {part} of {parts}").format(part=part, parts=record.parts)
-        self._chart.show(record.epochs.get(part, []), title)
+        self._chart.show(record.epochsShown, title)
         if record.state == "finished":
             self._proof.show(record)
         else:

@@ -171,6 +171,11 @@ class Panel:
         return self._tab(SegmentTab)
 
     @property
+    def batchTab(self) -> BatchTab:
+        """The tab for many cases."""
+        return self._tab(BatchTab)
+
+    @property
     def fineTuneTab(self) -> FineTuneTab:
         """The tab that fine-tunes."""
         return self._tab(FineTuneTab)
