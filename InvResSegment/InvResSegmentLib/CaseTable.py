@@ -81,7 +81,7 @@ class CaseTable:
         channels = self._channels(row)
         texts = {
             CASE: row.name if row.code == row.name else f"{row.name}\n{row.code}",
-            IMAGES: ", ".join(channels) or _("none"),
+            IMAGES: str(len(channels)),
             LABELS: self._labelsText(row, labels),
             FINDINGS: said,
         }

@@ -66,7 +66,9 @@ class RunOptions:
 def proofSentence(patients: int, heldOut: int) -> str:
     """How the tuned model will be proved. patients: all that take part; heldOut: those with the role validation."""
     if heldOut:
-        return _("The model is proved on {count} held-out cases that it has not learned from.").format(count=heldOut)
+        return _("Held out for the proof: {count}. The model does not learn from what is held out.").format(
+            count=heldOut
+        )
     if patients == 1:
         return _("One patient alone can prove nothing: add cases of others to see whether the model got better.")
     if patients <= FEW:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import ctk
 from slicer.i18n import tr as _
 
 from . import Settings
@@ -33,6 +34,9 @@ class RunSection:
         ui.keepButton.connect("clicked()", self._onKeep)
         ui.deleteRunButton.connect("clicked()", self._onDelete)
         ui.runBox.connect("currentIndexChanged(int)", self._onChosen)
+        ui.runsFolderEdit.filters = ctk.ctkPathLineEdit.Dirs
+        ui.runsFolderEdit.currentPath = Settings.runsFolder()
+        ui.runsFolderEdit.connect("currentPathChanged(QString)", self._onFolder)
         self._update()
 
     @property
@@ -129,6 +133,13 @@ class RunSection:
     def _onChosen(self, index: int) -> None:
         if not self._filling and 0 <= index < len(self._runs) and self._runs[index] is not self._shown:
             self.show(self._runs[index])
+
+    def _onFolder(self, path: str) -> None:
+        # While a path is being typed it names no folder yet.
+        if path and Path(path).is_dir() and path != Settings.runsFolder():
+            Settings.setRunsFolder(path)
+            self.find()
+            self._onChanged()
 
     # ---------------------------------------------------------------- what is done
 

@@ -50,7 +50,7 @@ def test_the_options_are_a_command_line_that_the_backend_takes(tmp_path):
 @pytest.mark.parametrize("patients, held, words", [(1, 0, "nothing"), (4, 0, "5 trainings"), (9, 0, "6 trainings")])
 def test_how_the_proof_will_be_is_said_before(patients, held, words):
     assert words in proofSentence(patients, held)
-    assert "3 held-out" in proofSentence(patients, 3) and "quarter" in proofSentence(11, 0)
+    assert "Held out for the proof: 3" in proofSentence(patients, 3) and "quarter" in proofSentence(11, 0)
 
 
 def test_a_run_outlives_the_process_that_began_it(tmp_path):

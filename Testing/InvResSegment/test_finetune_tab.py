@@ -82,7 +82,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
     volume, _segmentation = addCase("T1 b", 2, {"Segment_1": np.ones((20, 22, 24))})
     tab.ui.addSceneButton.click()
     settled(tab)
-    assert [cells(tab, row)[:3] for row in range(2)] == [["T1 a\ncase01", "T1", "ball"], ["T1 b\ncase02", "T1", "?"]]
+    assert [cells(tab, row)[:3] for row in range(2)] == [["T1 a\ncase01", "1", "ball"], ["T1 b\ncase02", "1", "?"]]
     assert "Segment_1" in tab.ui.startButton.toolTip and "T1 b" in said(tab, "casesNotice")
     tab.ui.casesTable.selectRow(1)
     assert "Segment_1" in said(tab, "caseNotice") and "Labels" in said(tab, "caseNotice")
@@ -106,7 +106,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
     # Roles, options, and a node that goes.
     tab.ui.casesTable.cellWidget(0, 3).currentIndex = 1
     settled(tab)
-    assert "1 held-out" in said(tab, "proofNotice") and tab.ui.startButton.enabled
+    assert "Held out for the proof: 1" in said(tab, "proofNotice") and tab.ui.startButton.enabled
     tab.ui.rateEdit.text = "much"
     settled(tab)
     assert "learning rate" in tab.ui.startButton.toolTip
@@ -136,7 +136,7 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     flair = slicer.util.getNode("scan 7")
     pickers["channelPicker_FLAIR"].setCurrentNode(flair)
     settled(tab)
-    assert tab.cases.rows[0].channels["FLAIR"] is flair and cells(tab, 0)[1] == "T1, FLAIR"
+    assert tab.cases.rows[0].channels["FLAIR"] is flair and cells(tab, 0)[1] == "2"
     flair.SetOrigin(5, 0, 0)
     panel.ui.tabs.currentIndex = 0
     panel.ui.tabs.setCurrentWidget(tab.widget)  # as a person comes back to it
