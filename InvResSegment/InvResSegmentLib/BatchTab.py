@@ -67,17 +67,13 @@ class BatchTab:
 
     def setModels(self, models: list, emptyText: str) -> None:
         """The models that were found; emptyText says why there are none."""
-        chosen = self.model.sha256 if self.model is not None else ""
-        self._models = list(models)
+        before, self._models = self.model, list(models)
         box = self.ui.modelBox
         wasBlocked = box.blockSignals(True)
         box.clear()
         for model in self._models:
             box.addItem(_("{name} {version}").format(name=model.name, version=model.version))
-        hashes = [model.sha256 for model in self._models]
-        active = [index for index, model in enumerate(self._models) if model.active]
-        first = active[0] if active else 0
-        box.setCurrentIndex(hashes.index(chosen) if chosen in hashes else first if hashes else -1)
+        box.setCurrentIndex(self._preferred(before))
         box.blockSignals(wasBlocked)
         self._update()
 
@@ -102,6 +98,18 @@ class BatchTab:
         self.queue.changed.clear()
         self.queue.progress = lambda text, fraction: None
 
+    def _preferred(self, before) -> int:
+        """The row of the model that was chosen before, or of the version that has taken its place; else the first."""
+        rows = {model.sha256: row for row, model in enumerate(self._models)}
+        if before is not None and before.sha256 in rows:
+            row = rows[before.sha256]
+            if before.active and not self._models[row].active:
+                heirs = [at for at, one in enumerate(self._models) if one.active and one.name == before.name]
+                return heirs[0] if heirs else row
+            return row
+        active = [row for row, model in enumerate(self._models) if model.active]
+        return next(iter([*active, *rows.values()]), -1)
+
     def _channels(self):
         """Of the chosen model; nothing can be added without one."""
         return self.model.channels
@@ -122,8 +130,7 @@ class BatchTab:
 
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
-        if path and Path(path).is_dir():
-            self._review.leave()
+        if path and Path(path).is_dir() and self._review.leave():
             self.queue.setFolder(Path(path))
 
     def _onRemove(self) -> None:
@@ -133,9 +140,8 @@ class BatchTab:
         self._removeCases(list(self.queue.cases))
 
     def _removeCases(self, cases: list) -> None:
-        if self.review.current in cases:
-            self._review.leave()
-        self.queue.remove(cases)
+        if self.review.current not in cases or self._review.leave():
+            self.queue.remove(cases)
 
     # ---------------------------------------------------------------- the run
 

@@ -33,12 +33,14 @@ class ReviewSection:
         """Show this case."""
         self._move(lambda: self._queue.open(case, self._model()) or True)
 
-    def leave(self) -> None:
-        """Close the case that is open; what was changed is saved."""
+    def leave(self) -> bool:
+        """Close the case that is open, with what was changed saved; False where that fails, and it stays open."""
         try:
             self._queue.leave()
         except OSError as error:
             self._showUnsaved(error)
+            return False
+        return True
 
     def update(self) -> None:
         """Bring texts and buttons in line with the cases."""

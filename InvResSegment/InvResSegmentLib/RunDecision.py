@@ -23,6 +23,7 @@ class RunDecision:
         self._ui, self._catalogue, self._onDecided = ui, catalogue, onDecided
         self._record: RunRecord | None = None
         self._busy = False
+        self._done: Callable = lambda outcome: None  # of the request that is under way
         self._asked = ""  # the button whose second press does it
         self._notice = Notice(ui, "decisionNotice")
         ui.promoteButton.connect("clicked()", self._onPromote)

@@ -120,6 +120,10 @@ class RunRecord:
             if (self.folder / STOP).is_file():
                 return "stopping"
             return "running" if self.part else "starting"
+        if self._begun and not self._ended and (told := readJson(self.folder / RESULT)):
+            # The disk was too full for the last event.
+            self._take({**told, "event": "result"})
+            return "finished"
         if self._ended or self._begun:
             if self.launched and time.monotonic() - self._made < START_LIMIT_S:
                 return "starting"
@@ -218,7 +222,8 @@ class RunRecord:
         if not isinstance(number, int):
             return
         dice = event.get("dice")
-        named = {name: float(value) for name, value in dice.items() if name != "mean"} if isinstance(dice, dict) else {}
+        scores = dice.items() if isinstance(dice, dict) else ()
+        named = {name: float(value) for name, value in scores if name != "mean" and isinstance(value, (int, float))}
         loss = event.get("loss")
         entry = Epoch(number, float(loss) if isinstance(loss, (int, float)) else None, named)
         # What was done again after an interruption takes the place of what it was before.

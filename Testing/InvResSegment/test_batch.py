@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -508,6 +509,18 @@ def test_closing_the_scene_saves_what_was_changed_in_the_open_case(tab, images, 
     scene.Clear(False)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
     assert (tmp_path / "results" / "case_0.corrected.seg.nrrd").is_file() and tab.review.current is None
+
+
+def test_the_version_that_takes_over_is_chosen_and_another_choice_stays(tab):
+    (model,) = tab._models
+    tuned = replace(model, sha256="b", version="1.1.0", active=True)
+    tab.setModels([replace(model, active=False), tuned], "")
+    assert tab.model is tuned
+    other = replace(model, sha256="c", name="other", active=True)
+    tab.setModels([other, replace(tuned, active=True)], "")
+    assert tab.model.sha256 == "b"
+    tab.setModels([], "")
+    assert tab.model is None
 
 
 def test_cases_of_the_scene_go_with_the_scene(tab, scene):

@@ -110,6 +110,14 @@ def test_looking_does_not_keep_a_process_from_beginning(working, tmp_path):
     assert record.poll() and record.state == "running"
 
 
+def test_a_disk_too_full_for_the_last_event_hides_no_result(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "events.jsonl").write_bytes(b"".join(lines[:-1]))
+    record = polled(run)
+    assert record.state == "finished" and record.result["verdict"] == record.comparison["verdict"]
+
+
 def test_a_stop_is_a_pause_and_a_fault_is_not(tmp_path):
     def ended(code):
         lines = [{"event": "started", "pid": 1}, {"event": "error", "code": code, "message": "m", "hint": "h"}]
