@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -126,6 +127,7 @@ class CaseExport:
         if self._steps is not None:
             raise RuntimeError("An export is under way.")
         self._steps, self._onProgress, self._onDone = steps, onProgress, onDone
+        self._outcome = ExportOutcome("failed")
         self._timer.start()
 
     def _step(self) -> None:
@@ -143,6 +145,11 @@ class CaseExport:
         except OSError as error:
             message = _("The cases could not be written: {reason}.").format(reason=error.strerror or error)
             self._end(ExportOutcome("failed", message=message, hint=_("Free some space on the disk and try again.")))
+        except Exception as error:  # a node that was taken away in the middle of it must not leave it hanging
+            logging.exception("InvResSegment: the export of training cases failed")
+            self._end(
+                ExportOutcome("failed", message=_("The cases could not be written: {reason}.").format(reason=error))
+            )
         else:
             if self._onProgress is not None:
                 self._onProgress(done, total, what)

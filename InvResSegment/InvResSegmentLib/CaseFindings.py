@@ -8,7 +8,7 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion
-from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, undecided
+from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, plainName, undecided
 from .RunOptions import proofSentence
 from .SceneCases import patientOf
 from .SegmentExport import segmentationProblem, segmentNames
@@ -130,9 +130,19 @@ def summary(
     if gone and named:
         text = _("It will not find {names} any more, because no case has it.")
         sentences.append(text.format(names=", ".join(gone)))
+    known = {plainName(channel.name) for channel in model.channels}
+    channels = usedChannels(cases, model)
+    strange = [name for name in channels if plainName(name) not in known]
+    if strange and not len(channels) == len(known) == 1:
+        text = _("The model does not know the channel {names}, and begins anew with it.")
+        sentences.append(text.format(names=", ".join(strange)))
+    left = [channel.name for channel in model.channels if plainName(channel.name) not in map(plainName, channels)]
+    if left and len(channels) < len(known):
+        text = _("The tuned model will do without the channel {names}, because no case has it.")
+        sentences.append(text.format(names=", ".join(left)))
     count, held = len(set(patients(cases).values())), sum(row.role == VALIDATION for row in rows)
     proof = ("warning" if count == 1 and not held else "note", proofSentence(count, held))
-    return "warning" if gone and named else "note", sentences, proof
+    return "warning" if (gone and named) or len(channels) < len(known) else "note", sentences, proof
 
 
 def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[Finding]]) -> list[str]:
@@ -145,7 +155,7 @@ def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[F
         return [_("Add at least one case to train on.")]
     sentences = []
     for row in rows:
-        errors = [finding.sentence for finding in findings[row.key] if finding.severity == "error"]
+        errors = [finding.sentence for finding in findings.get(row.key, ()) if finding.severity == "error"]
         if errors:
             sentences.append(f"{row.name}: {errors[0]}")
     if sentences:

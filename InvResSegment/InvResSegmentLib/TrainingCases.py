@@ -12,6 +12,8 @@ from typing import Any
 
 import slicer
 
+from .LabelMapping import plainName
+
 __all__ = ["LEFT_OUT", "TRAINING", "VALIDATION", "CaseRow", "DataSetOnDisk", "Finding", "TrainingCases", "dataSetOf"]
 
 TRAINING, VALIDATION, LEFT_OUT = "training", "validation", "left out"
@@ -140,7 +142,8 @@ class TrainingCases:
 
     def choose(self, choices: dict[str, str]) -> None:
         """What segments stand for: segment name -> label, "" to leave it out."""
-        self.choices = {**self.choices, **choices}
+        said = {plainName(name) for name in choices}
+        self.choices = {**{n: c for n, c in self.choices.items() if plainName(n) not in said}, **choices}
         self._onChanged()
 
     def nodeRemoved(self, node) -> None:
@@ -163,10 +166,12 @@ class TrainingCases:
 
     def setNode(self, parameterNode) -> None:
         """Take the list of a scene from its parameter node (a vtkMRMLScriptedModuleNode); None: there is no scene."""
-        self._node = parameterNode
+        self._node, before = parameterNode, {row.key: row for row in self.rows}
         self.rows, self.dataSets, self.choices = [], {}, {}
         if parameterNode is not None:
             self._load()
+        # The module is entered again and again; what the doctor said of a case stays.
+        self.rows = [_same(before.get(row.key), row) for row in self.rows]
         self.tell()
 
     def _onChanged(self) -> None:
@@ -261,6 +266,14 @@ def dataSetOf(path: str, result: dict[str, Any]) -> tuple[DataSetOnDisk, list[di
         folds=len(contents["splits"]),
     )
     return dataSet, cases
+
+
+def _same(old: CaseRow | None, new: CaseRow) -> CaseRow:
+    """The case as it was known already, where it is the same."""
+    if old is None or old.segmentation is not new.segmentation or old.channels != new.channels:
+        return new
+    old.name, old.role, old.dataSet, old.files = new.name, new.role, new.dataSet, new.files
+    return old
 
 
 def _role(key: str, index: int) -> str:

@@ -233,6 +233,9 @@ def test_the_list_is_saved_with_the_scene(cases, scene, tmp_path):
     assert loaded.rows[0].channels["T1"].GetName() == "T1"
     assert loaded.rows[1].segmentation.GetName() == "other segmentation"
     assert loaded.choices == cases.choices and loaded.dataSets == cases.dataSets
+    loaded.rows[0].findings = [Finding("note", "It is small.")]
+    loaded.setNode(node)  # as whenever the module is entered
+    assert loaded.rows[0].findings and len(loaded.rows) == 3
     loaded.setNode(None)
     assert not loaded.rows
     node.SetParameter("trainingCases", '{"rows": [1]}')  # of a version to come
@@ -272,6 +275,8 @@ def test_what_keeps_cases_from_being_learned_is_said_in_words(cases, scene):
     assert not now()
     severity, sentences, proof = summary(cases, base, {})
     assert severity == "warning" and "edema" in sentences[-1] and "prove nothing" in proof[1]
+    cases.choose({"segment 1": ""})
+    assert cases.choices == {"segment 1": ""}, "one word for each name, however it is spelt"
     twin = cases.add("twin", row.channels, addSegmentation(row.channels["T1"], {"tumour": box((1, 1, 1))}))
     assert len(set(patients(cases).values())) == 1
     cases.setRole(twin, VALIDATION)
@@ -284,6 +289,8 @@ def test_what_keeps_cases_from_being_learned_is_said_in_words(cases, scene):
     cases.setRole(row, "training")
     cases.remove([twin])
     assert "Align" in findingsOf(cases, row, two)[0].sentence
+    cases.setChannels(row, {"T1": row.channels["T1"]})
+    assert "do without the channel T2" in " ".join(summary(cases, two, {})[1])
 
 
 # ---------------------------------------------------------------- the data set
@@ -378,6 +385,20 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(cases, tmp_path, monkeypatc
     outcome, _told = exported(export, cases, model("tumour"))
     assert outcome.state == "failed" and "No space left" in outcome.message and "space" in outcome.hint
     assert list((tmp_path / "staged").iterdir()) == []
+
+
+def test_a_segmentation_that_is_taken_away_meanwhile_ends_the_export_in_words(cases, tmp_path):
+    row, base = addCase(cases), model("tumour")
+    export, ended = CaseExport(lambda: str(tmp_path / "staged")), []
+
+    def takeAway(done, _total, _name):
+        if done == 1:
+            cases.nodeRemoved(row.segmentation)
+
+    export.start(cases, base, takeAway, ended.append)
+    waitUntil(lambda: ended, 10)
+    assert ended[0].state == "failed" and "could not be written" in ended[0].message
+    assert not list((tmp_path / "staged").iterdir())
 
 
 def test_an_export_gives_the_window_back_after_each_image(cases, tmp_path):
