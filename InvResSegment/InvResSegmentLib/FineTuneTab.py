@@ -49,6 +49,7 @@ class FineTuneTab(VTKObservationMixin):
         self._baseNotice = Notice(self.ui, "baseNotice")
         self._casesNotice = Notice(self.ui, "casesNotice")
         self._caseNotice = Notice(self.ui, "caseNotice")
+        self._workNotice = Notice(self.ui, "workNotice")
         self._proofNotice = Notice(self.ui, "proofNotice")
         self._message = Notice(self.ui, "messageNotice")
         self._timer = qt.QTimer()
@@ -100,6 +101,7 @@ class FineTuneTab(VTKObservationMixin):
         self._parameters = parameters
         self.cases.setNode(None if parameters is None else parameters.parameterNode)
         self._message.clear()
+        self._workNotice.clear()
         self._showModels()
         self._schedule()
 
@@ -190,13 +192,13 @@ class FineTuneTab(VTKObservationMixin):
         for case in found:
             self.cases.add(*case)
         if not found:
-            self._message.show(
+            self._workNotice.show(
                 INFORMATION,
                 _("There is no further segmentation in the scene that belongs to an image."),
                 _("Segment a volume, or draw one in the Segment Editor, and correct it."),
             )
         else:
-            self._message.clear()
+            self._workNotice.clear()
 
     def _onAddFolder(self) -> None:
         self._addDataSet(qt.QFileDialog.getExistingDirectory(self.widget, _("Add the cases of a data set"), ""))
@@ -234,13 +236,12 @@ class FineTuneTab(VTKObservationMixin):
     def _onWorkDone(self, dataset, message: str, hint: str) -> None:
         """After adding or checking: dataset None where that did not work; hint: what matters of the whole."""
         self._showWork(False)
-        if dataset is None:
-            self._message.show(WARNING if message else INFORMATION, message, hint)
-        else:
-            self._message.show(WARNING, hint)
+        self._workNotice.show(WARNING, *([message, hint] if dataset is None else [hint]))
         self._schedule()
 
     def _showWork(self, working: bool) -> None:
+        if working:
+            self._workNotice.clear()
         self.ui.workRow.visible = working
         self.ui.workText.visible = working
         self._schedule()

@@ -22,7 +22,7 @@ class OptionsForm:
     def __init__(self, ui, backend: Any, onChanged: Callable[[], None]) -> None:
         self._ui, self._backend, self._onChanged = ui, backend, onChanged
         self._notice = Notice(ui, "memoryNotice")
-        self._plans: dict[tuple, tuple[str, str]] = {}  # what was asked -> level, sentence
+        self._plans: dict[tuple, tuple[str, str, bool]] = {}  # what was asked -> level, sentence, is it reversible
         self._asked: tuple | None = None
         ui.baseCasesEdit.filters = ctk.ctkPathLineEdit.Dirs | ctk.ctkPathLineEdit.Files
         for box in (ui.minutesBox, ui.epochsBox, ui.syntheticBox, ui.memorySlider):
@@ -77,8 +77,7 @@ class OptionsForm:
         options = self.options
         key = (model.sha256, options.memory, options.vae, options.device)
         if key in self._plans:
-            level, sentence = self._plans[key]
-            self._notice.show(level, sentence, self._speed(model, options))
+            self._tell(key, model, options)
         elif self._asked != key:
             self._asked = key
             self._notice.show(INFORMATION, _("Planning the memory..."))
@@ -95,14 +94,22 @@ class OptionsForm:
             self._asked = None
         if outcome.state == "done":
             level = GOOD if outcome.result.get("fits") else WARNING
-            self._plans[key] = level, str(outcome.result.get("sentence") or "")
+            reversible = outcome.result.get("engine") == "reversible"
+            self._plans[key] = level, str(outcome.result.get("sentence") or ""), reversible
         elif outcome.state == "failed":
-            self._plans[key] = WARNING, f"{outcome.message} {outcome.hint}".strip()
+            self._plans[key] = WARNING, f"{outcome.message} {outcome.hint}".strip(), True
         else:
             return
         options = self.options
         if key == (model.sha256, options.memory, options.vae, options.device):
-            self._notice.show(*self._plans[key], self._speed(model, options))
+            self._tell(key, model, options)
+
+    def _tell(self, key: tuple, model: Any, options: RunOptions) -> None:
+        level, sentence, reversible = self._plans[key]
+        words = _memoryWords()[options.memory]
+        if not reversible:
+            words = _("The slider changes nothing for the network of this model.") if options.memory != "low" else ""
+        self._notice.show(level, sentence, words, self._speed(model, options))
 
     @staticmethod
     def _speed(model: Any, options: RunOptions) -> str:
@@ -115,6 +122,15 @@ class OptionsForm:
 
     def _changed(self, *_value) -> None:
         self._onChanged()
+
+
+def _memoryWords() -> dict[str, str]:
+    """What a setting does, in words."""
+    return {
+        "low": _("Little memory at hardly any cost in time."),
+        "lower": _("Fewer channels are worked on at a time: less memory, more time."),
+        "lowest": _("Numbers are kept in 16 bits as well: least memory, most time."),
+    }
 
 
 def _rate(text: str) -> float | None:
