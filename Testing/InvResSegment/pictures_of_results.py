@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def takeProof(folder: Path) -> None:
         tab = panel.fineTuneTab
         waitUntil(lambda: not panel.setup.checking and panel.segmentTab.models, 120)
         panel.ui.tabs.setCurrentWidget(tab.widget)
+        for section in (tab.ui.casesButton, tab.ui.trainingButton):
+            section.collapsed = True
         view = tab.run.view
         waitUntil(lambda: view.state == "finished", 30)
         shoot("proof")
@@ -53,7 +56,8 @@ def takeBatch(folder: Path) -> None:
     def shoot(name: str) -> None:
         print(picture(panel.widget, folder / f"{name}.png"))
 
-    place = Path(tempfile.mkdtemp())
+    place = Path(tempfile.gettempdir()) / "study"  # a name that may be seen
+    shutil.rmtree(place, ignore_errors=True)
     trained_package(place / "models" / "ball", ("T1",), ONE)
     data = write_balls(place / "data", cases=4, labelled=False)
     (place / "results").mkdir()
@@ -76,3 +80,4 @@ def takeBatch(folder: Path) -> None:
         tab.ui.acceptButton.click()
         tab.ui.nextButton.click()
         shoot("batch")
+    shutil.rmtree(place, ignore_errors=True)

@@ -17,10 +17,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "Backend")]
 
 from panel_driver import addSegmentation, addVolume, loadedPanel, picture, tunedManifest, waitUntil  # noqa: E402
+from pictures_of_results import takeBatch, takeProof  # noqa: E402
 from small_models import ONE, TWO, example, trained_package  # noqa: E402
 
 KEPT = {"ready": "panel_segment.png", "done": "panel_result.png", "models": "panel_models.png"}
-KEPT |= {"finetune": "panel_finetune.png"}
+KEPT |= {"finetune_running": "panel_finetune.png", "promoted": "panel_proof.png", "batch": "panel_batch.png"}
 SCREENSHOTS = HERE.parents[1] / "Resources" / "Screenshots"
 
 
@@ -157,7 +158,7 @@ def keep(folder: Path) -> None:
         print(SCREENSHOTS / kept, (SCREENSHOTS / kept).stat().st_size)
 
 
-PARTS = {"segment": takeSegmenting, "finetune": takeFineTuning}
+PARTS = {"segment": takeSegmenting, "finetune": takeFineTuning, "proof": takeProof, "batch": takeBatch}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
