@@ -63,7 +63,8 @@ def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
     table = [(label.name, label.value) for label in labelsOf(cases, model)]
     if row.onDisk:
         return ("on disk", *table)
-    return _stamp(row, _values(row, table, [label.name for label in model.labels], cases.choices))
+    values = _values(row, table, [label.name for label in model.labels], cases.choices)
+    return _stamp(row, usedChannels(cases, model), values)
 
 
 class CaseExport:
@@ -179,7 +180,7 @@ class CaseExport:
                 done += 1
                 continue
             values = _values(row, [(label.name, label.value) for label in table], known, cases.choices)
-            stamp = _stamp(row, values)
+            stamp = _stamp(row, channels, values)
             place = folder / row.code
             if self._stamps.get(row.key) == stamp and place.is_dir():
                 done += len(channels) + 1
@@ -229,11 +230,16 @@ def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choice
     return {segmentId: value for name, value in table for segmentId, label in labels.items() if label == name}
 
 
-def _stamp(row: CaseRow, values: dict[str, int]) -> tuple:
+def _stamp(row: CaseRow, channels: tuple[str, ...], values: dict[str, int]) -> tuple:
+    volumes = {name: row.channels.get(name) for name in channels}
+    reference = next(iter(volumes.values()), None)
     stamp: list[Any] = [tuple(values.items())]
-    for name, volume in row.channels.items():
+    for name, volume in volumes.items():
+        if volume is None or reference is None:
+            stamp.append((name, None))
+            continue
         image = volume.GetImageData()
-        between = NodeConversion.linearTransformBetween(volume, next(iter(row.channels.values())))
+        between = NodeConversion.linearTransformBetween(volume, reference)
         place = None if between is None else (between @ NodeConversion.volumeMatrix(volume)).tobytes()
         stamp.append((name, volume.GetID(), image.GetMTime() if image else 0, place))
     segmentation = row.segmentation.GetSegmentation()
@@ -241,7 +247,7 @@ def _stamp(row: CaseRow, values: dict[str, int]) -> tuple:
         segment = segmentation.GetSegment(segmentId)
         image = segment.GetRepresentation(NodeConversion.BINARY_LABELMAP) if segment else None
         stamp.append((segmentId, segment.GetLabelValue() if segment else 0, image.GetMTime() if image else 0))
-    between = NodeConversion.linearTransformBetween(row.segmentation, next(iter(row.channels.values()), None))
+    between = NodeConversion.linearTransformBetween(row.segmentation, reference)
     stamp.append(None if between is None else between.tobytes())
     return tuple(stamp)
 

@@ -348,6 +348,18 @@ def test_only_what_has_changed_is_written_again(cases, tmp_path):
     assert not (tmp_path / "staged").exists()
 
 
+def test_the_channels_are_those_of_the_model_in_its_order(cases, tmp_path):
+    volumes = {name: addVolume(name, shape=SHAPE, seed=seed) for seed, name in enumerate(("T1", "T2"))}
+    cases.add("both", volumes, addSegmentation(volumes["T1"], {"tumour": box((1, 2, 3))}))
+    export = CaseExport(lambda: str(tmp_path / "staged"))
+    for channels in (("T1", "T2"), ("T2", "T1"), ("T2",)):
+        outcome, _told = exported(export, cases, model("tumour", channels=channels))
+        dataset = read_dataset(outcome.dataset)
+        assert dataset.channel_names == channels and outcome.written == 1
+        for name, image in zip(channels, dataset.load(dataset.cases[0])[0], strict=True):
+            assert np.array_equal(image.array, NodeConversion.volumeArray(volumes[name])), name
+
+
 def test_a_run_keeps_its_files_when_the_cases_change(cases, tmp_path):
     base, row = model("tumour"), addCase(cases)
     export = CaseExport(lambda: str(tmp_path / "staged"))
