@@ -1,4 +1,4 @@
-"""Volumes and segmentations between files and the scene, without dialogs, and without Slicer's reader of .seg.nrrd."""
+"""Volumes and segmentations between files and the scene, without dialogs and without leaving storage nodes behind."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) 
     passing: neither saved with the scene nor offered in selectors.
     Raises ConversionError where there is no such file, or no volume in it.
     """
-    file = min((one for one in path.iterdir() if one.is_file()), default=path) if path.is_dir() else path
-    if not file.is_file():
-        raise ConversionError(
-            _("The file {path} is not there any more.").format(path=path), _("Put it back where it was.")
-        )
+    file = _firstFile(path)
     node = _newNode(kind, name, passing)
     storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
     storage.SetSingleFile(not path.is_dir() and file.suffix.lower() not in ("", ".dcm", ".ima"))
@@ -68,7 +64,7 @@ def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) ->
     node = loadVolume(path, path.name, LABELS, passing=True)
     array, matrix = volumeArray(node).copy(), volumeMatrix(node)
     slicer.mrmlScene.RemoveNode(node)
-    labels = np.zeros(array.shape, np.uint8)
+    labels = np.zeros(array.shape, np.uint8 if len(values or {}) < 256 else np.uint16)
     segments = []
     for number, (name, of_label) in enumerate((values or {}).items(), 1):
         labels[np.isin(array, list(of_label))] = number
@@ -140,6 +136,22 @@ def saveSegmentation(node: slicer.vtkMRMLSegmentationNode, path: Path) -> None:
         slicer.mrmlScene.RemoveNode(storage)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _firstFile(path: Path) -> Path:
+    """The file itself, or the first one of a folder."""
+    try:
+        file = min((one for one in path.iterdir() if one.is_file()), default=path) if path.is_dir() else path
+        there = file.is_file()
+    except OSError as error:
+        raise ConversionError(
+            _("{path} cannot be read: {reason}.").format(path=path, reason=error.strerror or error)
+        ) from None
+    if not there:
+        raise ConversionError(
+            _("The file {path} is not there any more.").format(path=path), _("Put it back where it was.")
+        )
+    return file
 
 
 def _newNode(kind: str, name: str, passing: bool):
