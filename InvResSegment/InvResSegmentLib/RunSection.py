@@ -107,6 +107,8 @@ class RunSection:
             else _("Saves and stops; Resume goes on later, also after a restart.")
         )
         problem = self._services.problem() if ended else ""
+        if ended and any(other is not run and other.active for other in self._runs):
+            problem = _("Another training is under way; wait for it, or pause it.")
         ui.pauseButton.enabled = state in ("starting", "running") or (ended and not problem)
         if problem:
             ui.pauseButton.toolTip = problem

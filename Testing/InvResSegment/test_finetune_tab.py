@@ -44,18 +44,23 @@ def panel(scene, models, settings):
 
 
 def opened(module):
-    """The panel with the Fine-tune tab in front, the model "one" chosen."""
+    """The panel with the model "one" chosen. The tab is not in front: then it would ask for the memory, with torch."""
     panel = module.enter().panel
-    waitUntil(lambda: not panel.setup.checking and len(panel.segmentTab.models) == 2, 120)
+    waitUntil(lambda: not panel.setup.checking and len(panel.segmentTab.models) == 2, 300)
     tab = panel.fineTuneTab
-    panel.ui.tabs.setCurrentWidget(tab.widget)
     tab.ui.baseBox.currentIndex = [tab.ui.baseBox.itemText(i) for i in range(2)].index("one 1.0.0")
     settled(tab)
     return panel
 
 
+def inFront(panel):
+    """The tab, shown: a run is followed only while somebody looks."""
+    panel.ui.tabs.setCurrentWidget(panel.fineTuneTab.widget)
+    return panel.fineTuneTab
+
+
 def settled(tab):
-    waitUntil(lambda: not tab.working and not tab._timer.active, 60)
+    waitUntil(lambda: not tab.working and not tab._timer.active, 200)
 
 
 def addCase(name, seed, masks=None, channels=1):
@@ -118,9 +123,10 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
     tab.ui.casesTable.cellWidget(0, 3).currentIndex = 0
     settled(tab)
     assert tab.ui.casesTable.rowCount == 1 and tab.ui.startButton.enabled
-    waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 60)
+    inFront(panel)
+    waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 200)
     tab.ui.memorySlider.value = 2
-    waitUntil(lambda: "changes nothing" in said(tab, "memoryNotice"), 60)  # it is no reversible network
+    waitUntil(lambda: "changes nothing" in said(tab, "memoryNotice"), 200)  # it is no reversible network
 
 
 def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_others(panel):
@@ -140,8 +146,7 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     settled(tab)
     assert tab.cases.rows[0].channels["FLAIR"] is flair and cells(tab, 0)[1] == "2"
     flair.SetOrigin(5, 0, 0)
-    panel.ui.tabs.currentIndex = 0
-    panel.ui.tabs.setCurrentWidget(tab.widget)  # as a person comes back to it
+    tab.enter()  # a person comes back to it
     settled(tab)
     assert "Align it in the tab Segment" in tab.ui.startButton.toolTip
 
@@ -154,7 +159,7 @@ def test_the_doctor_looks_at_cases_of_the_scene_and_what_changed_is_looked_at_ag
     settled(tab)
     assert cells(tab, 0)[4] == "not checked"
     tab.ui.checkButton.click()
-    assert tab.ui.workRow.visible and not tab.ui.startButton.enabled
+    assert not tab.ui.workRow.isHidden() and not tab.ui.startButton.enabled
     settled(tab)
     assert [cells(tab, row)[4] for row in range(2)] == ["good", "look at it"]
     tab._table.select(tab.cases.rows[1])
@@ -162,8 +167,7 @@ def test_the_doctor_looks_at_cases_of_the_scene_and_what_changed_is_looked_at_ag
     image = segmentation.GetSegmentation().GetNthSegment(0).GetRepresentation("Binary labelmap")
     image.GetPointData().GetScalars().Fill(1)
     image.Modified()
-    panel.ui.tabs.currentIndex = 0
-    panel.ui.tabs.setCurrentWidget(tab.widget)
+    tab.enter()
     settled(tab)
     assert cells(tab, 1)[4] == "not checked"
     volume.GetImageData().GetPointData().GetScalars().Fill(3)
@@ -207,7 +211,7 @@ def test_a_data_set_on_disk_is_added_with_its_findings(panel, tmp_path):
 
 def test_a_run_goes_on_without_the_panel_is_found_again_paused_resumed_and_deleted(scene, models, settings, tmp_path):
     with loadedPanel(models, settings=settings) as module:
-        tab = opened(module).fineTuneTab
+        tab = inFront(opened(module))
         for seed in (1, 2):
             addCase(f"T1 {seed}", seed)
         tab.ui.addSceneButton.click()
@@ -218,25 +222,26 @@ def test_a_run_goes_on_without_the_panel_is_found_again_paused_resumed_and_delet
         assert "goes on while you work" in said(tab, "messageNotice")
         assert "under way" in tab.ui.startButton.toolTip and not tab.ui.startButton.enabled
         folder = tab.run.shown.folder
-        waitUntil(lambda: tab.run.state == "running", 120)
+        waitUntil(lambda: tab.run.state == "running", 300)
     assert isHeld(folder), "the module is closed, and the training goes on"
     assert "T1" not in (folder / "data" / "dataset.json").read_text(encoding="utf-8").replace('"0": "T1"', "")
     with loadedPanel(models, settings=settings) as module:
-        tab = opened(module).fineTuneTab
-        assert tab.run.shown.folder == folder and tab.run.state == "running"
+        tab = inFront(opened(module))
+        waitUntil(lambda: tab.run.state == "running", 20)
+        assert tab.run.shown.folder == folder
         tab.ui.pauseButton.click()
-        waitUntil(lambda: tab.run.state == "paused", 60)
+        waitUntil(lambda: tab.run.state == "paused", 200)
         settled(tab)
         assert tab.ui.pauseButton.text == "Resume" and "under way" not in tab.ui.startButton.toolTip
         before = len((folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
         tab.ui.pauseButton.click()
-        waitUntil(lambda: tab.run.state == "running", 120)
+        waitUntil(lambda: tab.run.state == "running", 300)
         events = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(events[before])["event"] == "started" and not (folder / "stop").exists()
         tab.ui.deleteRunButton.click()
         assert folder.is_dir(), "the first press asks"
         tab.ui.deleteRunButton.click()
-        assert not folder.exists() and tab.run.shown is None and not tab.ui.runButton.visible
+        assert not folder.exists() and tab.run.shown is None and tab.ui.runButton.isHidden()
         assert qt.QSettings().value("InvResSegment/RunsFolder") == str(tmp_path / "runs")
 
 
