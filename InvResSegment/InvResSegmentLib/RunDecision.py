@@ -45,9 +45,13 @@ class RunDecision:
     @property
     def _package(self) -> Path | None:
         """The folder of the tuned model, promoted by the run or only a candidate."""
+        if self._record is None:
+            return None
         return next((self._record.folder / name for name in PACKAGES if (self._record.folder / name).is_dir()), None)
 
     def _update(self) -> None:
+        if self._record is None:  # another run, or none, is shown by now
+            return
         decision = str(self._record.decision.get("decision") or "")
         package = self._package
         ui = self._ui
@@ -76,7 +80,7 @@ class RunDecision:
 
     def _onPromote(self) -> None:
         package = self._package
-        if self._record is None or package is None:
+        if package is None:
             return
         if not self._record.result.get("promoted") and self._asked != "promote":
             self._ask(
@@ -147,7 +151,7 @@ class RunDecision:
             self._done(outcome)
             return
         self._update()
-        if outcome.state == "failed":
+        if outcome.state == "failed" and self._record is not None:
             self._notice.show(ERROR, outcome.message, outcome.hint)
 
     def _decided(self, record: RunRecord, decision: str, **fields) -> None:
@@ -157,8 +161,7 @@ class RunDecision:
             problem = _("The decision could not be written down: {reason}.").format(reason=error.strerror or error)
         else:
             problem = ""
-        if self._record is not None:
-            self._update()
-            if problem:
-                self._notice.show(ERROR, problem)
+        self._update()
+        if problem and self._record is not None:
+            self._notice.show(ERROR, problem)
         self._onDecided()

@@ -143,7 +143,7 @@ def _stageText(record: RunRecord) -> str:
 def _detailsText(record: RunRecord) -> str:
     parts = []
     if record.epochs:
-        parts.append(_("{count} epochs done").format(count=sum(map(len, record.epochs.values()))))
+        parts.append(_("epochs done: {count}").format(count=sum(map(len, record.epochs.values()))))
     if record.etaS:
         parts.append(_("about {time} left").format(time=formatSeconds(record.etaS)))
     if record.measuredBytes:

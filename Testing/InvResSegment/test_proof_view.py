@@ -243,6 +243,25 @@ def test_a_model_that_did_not_get_better_is_promoted_only_when_asked_twice(view,
     assert names_of(catalogue)["1.1.0"].active
 
 
+def test_a_promotion_goes_through_while_something_else_is_shown(view, run, catalogue, caplog):
+    told = []
+    catalogue.changed.append(told.append)
+    view.show(run)
+    view.onDecided = lambda: None
+    view.ui.promoteButton.click()
+    view.ui.promoteButton.click()
+    view.clear()
+    waitUntil(lambda: told, 60)
+    assert RunRecord(run).decision["decision"] == PROMOTED and not caplog.records
+    view.show(run)
+    assert view.ui.rollbackButton.enabled
+    view.ui.rollbackButton.click()
+    view.clear()
+    shutil.rmtree(catalogue.modelsFolder)
+    waitUntil(lambda: not catalogue._backend.busy, 60)
+    assert not caplog.records
+
+
 def test_a_promotion_that_fails_can_be_tried_again(view, run):
     (run / "candidate" / "model.safetensors").write_bytes(b"damaged")
     view.show(run)
