@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ __all__ = [
     "Case",
     "Dataset",
     "case_problems",
+    "described",
     "read_dataset",
     "read_splits",
     "report_missing_channels",
@@ -135,6 +137,43 @@ def report_missing_channels(dataset: Dataset, names: Sequence[str], report: Repo
     if lacking := sum(not all(there) for there in present):
         each = ", ".join(f"{name} {count}" for name, count in zip(dataset.channel_names, counts, strict=True))
         report.note(f"{lacking} of {len(names)} cases lack a channel; there are {each}.")
+
+
+def described(dataset: Dataset) -> dict[str, Any]:
+    """What a data set holds, for programs: channels, labels and cases with the full paths of their files."""
+    return {
+        "root": str(dataset.root.absolute()),
+        "channels": [
+            {"name": name, "modality": modality}
+            for name, modality in zip(dataset.channel_names, dataset.modalities, strict=True)
+        ],
+        "channels_in_one_file": dataset.channels_in_one_file,
+        "labels": [
+            {"name": label.name, "values": list(label.values), "output_value": label.output_value}
+            for label in dataset.scheme.labels
+        ],
+        "regions": dataset.scheme.regions,
+        "ignore_value": dataset.scheme.ignore_value,
+        "splits": _splits(dataset),
+        "cases": [
+            {
+                "name": case.name,
+                "images": [None if image is None else str(image.absolute()) for image in case.images],
+                "label": None if case.label is None else str(case.label.absolute()),
+                "patient": case.patient,
+            }
+            for case in dataset.cases
+        ],
+    }
+
+
+def _splits(dataset: Dataset) -> list[dict[str, list[str]]]:
+    """The folds of a splits_final.json; none where it is broken, of which the doctor speaks."""
+    file = dataset.root / "splits_final.json"
+    with contextlib.suppress(InvresError):
+        if file.is_file():
+            return [{"train": list(train), "val": list(held)} for train, held in read_splits(file, dataset)]
+    return []
 
 
 def write_dataset_json(dataset: Dataset, path: Path | str) -> None:

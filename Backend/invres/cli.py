@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("plan", "Predicts the memory of training, or with --model that of segmenting; needs no GPU.", "plan")
     one.add_argument("-m", "--model", help="segmenting with this model: its name, or path of a package")
+    one.add_argument("--training", action="store_true", help="with --model: fine-tuning it instead of segmenting")
     one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
     one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm of the voxels")
     one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
@@ -193,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--engine", choices=ENGINES, default="auto")
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, default="low", help=_MEMORY)
-    one.add_argument("--vae", action="store_true", help="with the VAE branch")
+    one.add_argument(
+        "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (a model: default as it has it)"
+    )
     _size(one, 128)
     one.add_argument("--batch", type=int, default=1)
     one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")

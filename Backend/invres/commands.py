@@ -178,7 +178,7 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def check(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import read_dataset
+    from .cases import described, read_dataset
     from .doctor import check_dataset, findings_table
 
     dataset = read_dataset(options.data, checked=False)
@@ -190,13 +190,19 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
         dataset=dataset.name,
         layout=dataset.layout,
         cases=len(dataset.cases),
+        contents=described(dataset),
         findings=[dataclasses.asdict(finding) for finding in findings],
     )
 
 
 def plan(options: argparse.Namespace, report: Reporter) -> None:
+    if options.training and not options.model:
+        raise InvresError(
+            "`invres plan --training` needs the model: --model M.",
+            hint="Without a model, leave --training out: then a network is planned.",
+        )
     if options.model:
-        _plan_segmentation(options, report)
+        (_plan_tuning if options.training else _plan_segmentation)(options, report)
         return
     from .cardplan import correction, plan_for_card
     from .memory import measure_training, predict_training
@@ -266,6 +272,18 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
         None if options.roi_shape is None else tuple(options.roi_shape),
         report=report,
     )
+    say(report, found.sentence)
+    report.result(**dataclasses.asdict(found))
+
+
+def _plan_tuning(options: argparse.Namespace, report: Reporter) -> None:
+    manifest = package_named(options.model).manifest
+    _load_torch(report)
+    from .inference import choose_device
+    from .tuningmemory import plan_tuning_memory
+
+    wishes = {key: getattr(options, key) for key in ("engine", "precision", "memory")}
+    found = plan_tuning_memory(manifest, choose_device(options.device), wishes, options.vae)
     say(report, found.sentence)
     report.result(**dataclasses.asdict(found))
 

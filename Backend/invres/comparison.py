@@ -64,7 +64,9 @@ class CaseComparison:
 
     base, tuned: label name -> metric -> value; volume errors are absolute. A label that the base model does not have
     is missing in `base`. worst_point_mm: RAS, the middle of the tuned model's largest error; None where there is none.
-    files: segmentations by "base" and "tuned".
+    files: where segmentations were written, their paths by "base" and "tuned", and what they were made of and compared
+    with: "images" (a list, in the data's order of channels) and "reference". reference_values: of that label map, by
+    label.
     """
 
     case: str
@@ -73,6 +75,7 @@ class CaseComparison:
     tuned: dict
     worst_point_mm: tuple[float, float, float] | None = None
     files: dict = field(default_factory=dict)
+    reference_values: dict = field(default_factory=dict)
 
     def difference(self, metric: str = "Dice") -> float | None:
         """Tuned minus base, mean over the labels that both have; None where there is none."""
@@ -95,10 +98,13 @@ def compare_case(
     Raises InvresError for a case that cannot be read, or that lacks a channel which a model needs.
     """
     volumes, label = dataset.load(case, report)
-    if label is None:
+    if label is None or case.label is None:
         raise InvresError(f"The case {case.name} has no label to compare with.", hint="Leave it out.")
     scores: dict[str, dict[str, dict[str, float]]] = {"base": {}}
-    files: dict[str, str] = {}
+    files: dict[str, Any] = {}
+    if folder is not None:
+        images = [str(path.absolute()) for path in case.images if path is not None]
+        files = {"images": images, "reference": str(case.label.absolute())}
     wrong: np.ndarray | None = None
     for key, contender in (("base", base), ("tuned", tuned)):
         if contender is None:
@@ -121,7 +127,13 @@ def compare_case(
             files[key] = str(path)
     assert wrong is not None  # the tuned model is never None
     return CaseComparison(
-        case.name, case.patient, scores["base"], scores["tuned"], _worst_point(wrong, reference), files
+        case.name,
+        case.patient,
+        scores["base"],
+        scores["tuned"],
+        _worst_point(wrong, reference),
+        files,
+        {one.name: list(one.values) for one in dataset.scheme.labels} if files else {},
     )
 
 

@@ -12,6 +12,7 @@ LABELS_SHOWN = 12
 def cardText(model, memory: str = "") -> str:
     """The card of a `ModelInfo`, as rich text. memory: what it needs, in words, once that is known."""
     rows = [
+        (_("Version"), escape(_version(model))),
         (_("Channels"), ", ".join(_withModality(channel) for channel in model.channels)),
         (_("Labels"), _labels(model)),
         (_("Spacing"), _("{spacing} mm").format(spacing=" \u00d7 ".join(f"{value:g}" for value in model.spacingMm))),
@@ -37,6 +38,12 @@ def matchesSearch(model, words: str) -> bool:
     labels = " ".join(label.name for label in model.labels)
     said = " ".join((model.name, model.description, channels, labels, model.licence, model.trainingData)).casefold()
     return all(word in said for word in words.casefold().split())
+
+
+def _version(model) -> str:
+    if not model.version:
+        return _("not stated")
+    return _("{version}, fine-tuned").format(version=model.version) if model.parent else model.version
 
 
 def _withModality(channel) -> str:

@@ -82,10 +82,14 @@ class ModelChooser:
         self._showCard()
 
     def _title(self, model) -> str:
-        """The name; with that of its folder where two models have the same."""
-        if sum(other.name == model.name for other in self._models) > 1:
+        """The name; with its version where two models have the same, or that of its folder where that is the same."""
+        same = [other for other in self._models if other.name == model.name]
+        if len(same) < 2:
+            return model.name
+        if not model.version or sum(other.version == model.version for other in same) > 1:
             return f"{model.name} ({Path(model.path).stem})"
-        return model.name
+        title = f"{model.name} {model.version}"
+        return _("{title} (in use)").format(title=title) if model.active else title
 
     def _fitList(self) -> None:
         """As high as its rows: the card below it is what is read."""

@@ -37,6 +37,7 @@ class LabelInfo:
 class ModelInfo:
     """One model package. path: what the backend takes as --model. spacingMm: superior, anterior, right.
 
+    id, version: of the package. active: the version that its name stands for.
     metrics: one line of text for each label. parent: id of the model that it was tuned from, or "". manifest: all of
     it. predictedBytes: None, until somebody has planned a run.
     """
@@ -54,6 +55,9 @@ class ModelInfo:
     sha256: str
     manifest: dict = field(repr=False)
     bundled: bool = False
+    id: str = ""
+    version: str = ""
+    active: bool = False
     predictedBytes: int | None = None
 
 
@@ -79,19 +83,24 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         sha256=manifest["sha256"],
         manifest=manifest,
         bundled=bool(description.get("bundled")),
+        id=manifest.get("id") or "",
+        version=str(manifest.get("version") or ""),
+        active=bool(description.get("active")),
     )
 
 
 class ModelCatalogue:
-    """Lists, imports, exports, verifies and deletes model packages on the backend, without blocking.
+    """Lists, imports, exports, verifies, deletes and rolls back model packages on the backend, without blocking.
 
     modelsFolder: the folder of own models, or a function that gives it; "" is the default one.
     Every action returns the backend's request id; its callback gets an `Outcome`.
+    changed: called by `tell` with the path of the model that a person will want to use now.
     """
 
     def __init__(self, backend: Any, modelsFolder: Callable[[], str | Path] | str | Path) -> None:
         self._backend = backend
         self._modelsFolder = modelsFolder
+        self.changed: list[Callable[[str], None]] = []
         self.models: list[ModelInfo] = []
         self.warnings: list[str] = []  # packages that were left out, and why
 
@@ -141,6 +150,15 @@ class ModelCatalogue:
     def deleteModel(self, model: ModelInfo, onDone: Callable[[Outcome], None]) -> int:
         """Deletes a model from the disk; bundled ones are refused."""
         return self._run("delete", model.path, onDone)
+
+    def rollBackModel(self, path: str | Path, onDone: Callable[[Outcome], None]) -> int:
+        """Makes the name of a tuned model stand for its parent again; the result has the `path` of that one."""
+        return self._run("rollback", path, onDone)
+
+    def tell(self, path: str) -> None:
+        """Says that another model than before is the one to use, after importing or rolling back."""
+        for listener in list(self.changed):
+            listener(path)
 
     def _run(self, action: str, model: str | Path, onDone: Callable[[Outcome], None], *more: str) -> int:
         return self._backend.request([*self._arguments(action, str(model)), *more], None, onDone)

@@ -36,6 +36,7 @@ class ModelsTab:
             (self.ui.exportButton, self._onExport),
             (self.ui.verifyButton, self._onVerify),
             (self.ui.deleteButton, self._onDelete),
+            (self.ui.rollbackButton, self._onRollBack),
             (self.ui.refreshButton, self._onRefresh),
             (self.ui.openFolderButton, self._onOpenFolder),
             (self.ui.defaultFolderButton, self._onDefaultFolder),
@@ -109,11 +110,12 @@ class ModelsTab:
     def _onColumnResized(self) -> None:
         self.ui.modelsTable.resizeRowsToContents()
 
-    @staticmethod
-    def _cells(model) -> list[str]:
-        version = str(model.manifest.get("version") or "")
+    def _cells(self, model) -> list[str]:
+        version = model.version
         if model.parent:
             version = _("{version}, tuned").format(version=version)
+        if model.active and (model.parent or any(other.parent == model.id for other in self._models)):
+            version = _("{version}, in use").format(version=version)
         return [
             model.name,
             version,
@@ -141,6 +143,9 @@ class ModelsTab:
             self._explain(button, model)
         self.ui.deleteButton.enabled = model is not None and not model.bundled and not self._busy
         self._explain(self.ui.deleteButton, model)
+        rollback = self.ui.rollbackButton
+        rollback.enabled = model is not None and bool(model.parent) and model.active and not self._busy
+        self._explain(rollback, model)
 
     def _explain(self, button, model) -> None:
         """Add to the tool tip why a button cannot be pressed."""
@@ -151,6 +156,10 @@ class ModelsTab:
             reason = _("Select a model first.")
         elif model.bundled and button is self.ui.deleteButton:
             reason = _("Bundled models cannot be deleted.")
+        elif button is self.ui.rollbackButton and not model.parent:
+            reason = _("This model was not tuned from another one.")
+        elif button is self.ui.rollbackButton and not model.active:
+            reason = _("Its name stands for another version already.")
         button.toolTip = f"{said}\n{reason}" if reason else said
 
     # ---------------------------------------------------------------- actions
@@ -205,6 +214,25 @@ class ModelsTab:
                 _("{name} was deleted.").format(name=model.name),
                 lambda done: self._services.catalogue.deleteModel(model, done),
             )
+
+    def _onRollBack(self) -> None:
+        model = self.selected
+
+        def start(done) -> None:
+            def onDone(outcome) -> None:
+                done(outcome)
+                if outcome.state == "done":
+                    self._services.catalogue.tell(str(outcome.result.get("path") or ""))
+
+            self._services.catalogue.rollBackModel(model.path, onDone)
+
+        self._run(
+            _("Going back to the version before {version}...").format(version=model.version),
+            _("{name} stands for the version before {version} again; nothing was deleted.").format(
+                name=model.name, version=model.version
+            ),
+            start,
+        )
 
     def _onRefresh(self) -> None:
         self._said = False

@@ -15,6 +15,7 @@ import vtk
 from slicer.i18n import tr as _
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from .NrrdFile import nrrdType, writeNrrd
 from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "toVtkMatrix",
     "volumeArray",
     "volumeMatrix",
+    "wasEdited",
 ]
 
 BINARY_LABELMAP = "Binary labelmap"
@@ -41,8 +43,6 @@ ORIGIN_TAG = "InvResSegment.Origin"
 
 GRID_TOLERANCE = 0.01  # of the smallest spacing
 RIGHT_ANGLE_TOLERANCE = 1e-3
-_NRRD_TYPES = {"i1": "int8", "u1": "uint8", "i2": "int16", "u2": "uint16", "i4": "int32", "u4": "uint32"}
-_NRRD_TYPES |= {"i8": "int64", "u8": "uint64", "f4": "float", "f8": "double"}
 
 
 class ConversionError(Exception):
@@ -140,7 +140,7 @@ def exportProblem(volumeNode: slicer.vtkMRMLVolumeNode | None) -> str:
         ).format(name=name, count=image.GetNumberOfScalarComponents())
     if min(image.GetDimensions()) < 1:
         return _("{name} holds no voxels; load its image first.").format(name=name)
-    if _nrrdType(vtk_to_numpy(image.GetPointData().GetScalars()).dtype) is None:
+    if nrrdType(vtk_to_numpy(image.GetPointData().GetScalars()).dtype) is None:
         return _("The values of {name} are of the type {type}; cast it to whole or decimal numbers first.").format(
             name=name, type=image.GetScalarTypeAsString()
         )
@@ -179,35 +179,7 @@ def exportVolume(
             )
             raise ConversionError(message, _("Align it to the first volume."))
         matrix = between @ matrix
-    array = volumeArray(volumeNode)
-    with open(path, "wb") as stream:
-        stream.write(_nrrdHeader(array, matrix))
-        stream.write(memoryview(np.ascontiguousarray(array)).cast("B"))
-
-
-def _nrrdType(dtype: np.dtype) -> str | None:
-    return _NRRD_TYPES.get(dtype.str[1:])
-
-
-def _nrrdHeader(array: np.ndarray, matrix: np.ndarray) -> bytes:
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix + 0.0  # + 0.0: no "-0"
-
-    def vector(numbers: np.ndarray) -> str:
-        return "({})".format(",".join(f"{number:.17g}" for number in numbers))
-
-    lines = [
-        "NRRD0004",
-        f"type: {_nrrdType(array.dtype)}",
-        "dimension: 3",
-        "space: left-posterior-superior",
-        "sizes: {} {} {}".format(*array.shape[::-1]),
-        f"space directions: {' '.join(vector(lps[:3, axis]) for axis in range(3))}",
-        "kinds: domain domain domain",
-        f"endian: {'big' if array.dtype.str[0] == '>' else 'little'}",
-        "encoding: raw",
-        f"space origin: {vector(lps[:3, 3])}",
-    ]
-    return ("\n".join(lines) + "\n\n").encode("ascii")
+    writeNrrd(path, volumeArray(volumeNode), matrix)
 
 
 def _skew(matrix: np.ndarray) -> float:
@@ -308,6 +280,16 @@ def segmentMask(segmentationNode: slicer.vtkMRMLSegmentationNode, segmentId: str
     toFrame = fromVtkMatrix(matrix)
     toFrame[:3, 3] += toFrame[:3, :3] @ image.GetExtent()[::2]
     return _mask(segment), toFrame
+
+
+def wasEdited(segmentationNode: slicer.vtkMRMLSegmentationNode) -> bool:
+    """Whether a person has changed a segment that a model made, or added one."""
+    segmentation = segmentationNode.GetSegmentation()
+    for index in range(segmentation.GetNumberOfSegments()):
+        segment = segmentation.GetNthSegment(index)
+        if _tag(segment, ORIGIN_TAG).rpartition("/")[2] != _digest(segment):
+            return True
+    return False
 
 
 def _mask(segment: slicer.vtkSegment) -> np.ndarray:

@@ -4,7 +4,7 @@ import qt
 
 from .Text import paragraphs
 
-__all__ = ["ERROR", "GOOD", "INFORMATION", "WARNING", "Notice"]
+__all__ = ["ERROR", "GOOD", "INFORMATION", "WARNING", "Notice", "levelIcon"]
 
 GOOD = "good"
 INFORMATION = "information"
@@ -32,7 +32,7 @@ class Notice:
         """Show the sentences that are not empty, one a line; with none of them nothing is shown."""
         said = [sentence for sentence in sentences if sentence]
         self._text.text = paragraphs(said)
-        self._icon.setPixmap(self._standardIcon(level).pixmap(ICON_SIZE, ICON_SIZE))
+        self._icon.setPixmap(levelIcon(self._frame, level).pixmap(ICON_SIZE, ICON_SIZE))
         self._frame.visible = bool(said)
 
     def clear(self) -> None:
@@ -40,11 +40,13 @@ class Notice:
         self._text.text = ""
         self._frame.visible = False
 
-    def _standardIcon(self, level: str):
-        icon = {
-            GOOD: qt.QStyle.SP_DialogApplyButton,
-            INFORMATION: qt.QStyle.SP_MessageBoxInformation,
-            WARNING: qt.QStyle.SP_MessageBoxWarning,
-            ERROR: qt.QStyle.SP_MessageBoxCritical,
-        }[level]
-        return self._frame.style().standardIcon(icon)
+
+def levelIcon(widget, level: str):
+    """The icon of a level in the style of a widget."""
+    icon = {
+        GOOD: qt.QStyle.SP_DialogApplyButton,
+        INFORMATION: qt.QStyle.SP_MessageBoxInformation,
+        WARNING: qt.QStyle.SP_MessageBoxWarning,
+        ERROR: qt.QStyle.SP_MessageBoxCritical,
+    }[level]
+    return widget.style().standardIcon(icon)

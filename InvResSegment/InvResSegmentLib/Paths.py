@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["backendFolder", "bundledModelsFolder", "defaultModelsFolder", "resourcesFolder"]
+__all__ = ["backendFolder", "bundledModelsFolder", "defaultModelsFolder", "defaultRunsFolder", "resourcesFolder"]
 
 
 def backendFolder() -> Path:
@@ -41,3 +41,8 @@ def bundledModelsFolder() -> Path:
 def defaultModelsFolder() -> Path:
     """Where imported and trained models go unless another folder was chosen; may not exist yet."""
     return Path.home() / "InvResSegment" / "Models"
+
+
+def defaultRunsFolder() -> Path:
+    """Where fine-tunings work unless another folder was chosen; may not exist yet."""
+    return defaultModelsFolder().with_name("Runs")

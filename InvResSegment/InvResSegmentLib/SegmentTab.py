@@ -64,6 +64,7 @@ class SegmentTab(VTKObservationMixin):
         self.ui.matchButton.connect("clicked()", self._onMatch)
         self.ui.alignButton.connect("clicked()", self._onAlign)
         self.ui.applyButton.connect("clicked()", self._onApply)
+        self.ui.trainingButton.connect("clicked()", self._onAddToTraining)
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
@@ -118,6 +119,14 @@ class SegmentTab(VTKObservationMixin):
             self._showChannels(self._parameters)
             self._chooseOnlyModel()
         self._update()
+
+    def chooseModel(self, sha256: str) -> None:
+        """Choose a model by the hash of its weights; one that is listed a moment later is chosen then."""
+        if self._parameters is not None and not self._running:
+            self._parameters.model = sha256
+            self._models.choose(sha256)
+            self._showChannels(self._parameters)
+            self._update()
 
     def setDevices(self, devices: list[dict], automatic: str) -> None:
         """What the backend can compute on."""
@@ -386,6 +395,15 @@ class SegmentTab(VTKObservationMixin):
         ui.applyButton.enabled = True
         ui.applyButton.text = _("Cancel") if running else _("Apply")
         ui.applyButton.toolTip = _("Stop; the scene stays as it was.") if running else ""
+
+    def _onAddToTraining(self) -> None:
+        """The result, corrected or right as it is, becomes a case to learn from."""
+        node, request = self.ui.show3DButton.segmentationNode(), self._request
+        channels = {name: volume for name, volume in request.channels.items() if volume.GetScene() is not None}
+        first = next(iter(channels.values()), None)
+        if node is not None and first is not None:
+            self._services.cases.add(first.GetName(), channels, node)
+            self._services.showFineTuning()
 
     # ---------------------------------------------------------------- the scene
 

@@ -2,12 +2,13 @@
 
 import qt
 
-from .Paths import defaultModelsFolder
+from .Paths import defaultModelsFolder, defaultRunsFolder
 
-__all__ = ["device", "modelsFolder", "setDevice", "setModelsFolder"]
+__all__ = ["device", "modelsFolder", "runsFolder", "setDevice", "setModelsFolder", "setRunsFolder"]
 
 _DEVICE = "InvResSegment/Device"
 _MODELS_FOLDER = "InvResSegment/ModelsFolder"
+_RUNS_FOLDER = "InvResSegment/RunsFolder"
 
 
 def device() -> str:
@@ -28,3 +29,13 @@ def modelsFolder() -> str:
 def setModelsFolder(path: str) -> None:
     """Remember the folder of own models; "" goes back to the default."""
     qt.QSettings().setValue(_MODELS_FOLDER, path)
+
+
+def runsFolder() -> str:
+    """The folder of fine-tunings: the one that was chosen, or the default one."""
+    return str(qt.QSettings().value(_RUNS_FOLDER) or defaultRunsFolder())
+
+
+def setRunsFolder(path: str) -> None:
+    """Remember the folder of fine-tunings; "" goes back to the default."""
+    qt.QSettings().setValue(_RUNS_FOLDER, path)

@@ -9,31 +9,39 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .BackendProcess import BackendProcess
+from .BatchTab import BatchTab
 from .Dependencies import Dependencies, backendCommand, backendEnvironment, passOverLauncher
+from .FineTuneTab import FineTuneTab
 from .Models import ModelCatalogue
 from .ModelsTab import ModelsTab
 from .SegmentationLogic import SegmentationLogic
 from .SegmentTab import SegmentTab
 from .SetupSection import SetupSection
+from .TrainingCases import TrainingCases
 
 __all__ = ["Panel", "Services"]
 
-TABS = (SegmentTab, ModelsTab)
+TABS = (SegmentTab, BatchTab, FineTuneTab, ModelsTab)
 """In the order in which they stand; each takes `Services` and has title, widget, setParameterNode, setModels,
 setupChanged, enter, cancel and cleanup."""
 
 
 @dataclass
 class Services:
-    """What the panel gives its tabs. problem: why nothing can be run, in a sentence, or ""."""
+    """What the panel gives its tabs. problem: why nothing can be run, in a sentence, or "".
+
+    cases: the `TrainingCases` of the scene. showFineTuning: goes to the tab with them.
+    """
 
     resourcePath: Callable[[str], str]
     backend: Any
     logic: Any
     catalogue: Any
+    cases: Any
     problem: Callable[[], str]
     refreshModels: Callable[[], None]
     refreshDevices: Callable[[], None]
+    showFineTuning: Callable[[], None]
 
 
 class Panel:
@@ -50,6 +58,7 @@ class Panel:
         self._entered = False
         self._models: list = []
         self._listed = False  # whether the backend has ever told its models
+        self._pathToUse = ""  # of the model that is to be chosen once the models are read again
         self.dependencies = Dependencies(self._logSetup)
         self.backend = BackendProcess(backendCommand, backendEnvironment, self._log, passOverLauncher)
         self.setup = SetupSection(self.ui, self.dependencies, self._onSetupChanged)
@@ -57,6 +66,8 @@ class Panel:
         self.tabs = [Tab(self.services) for Tab in TABS]
         for tab in self.tabs:
             self.ui.tabs.addTab(tab.widget, tab.title)
+        self.ui.tabs.connect("currentChanged(int)", self._onTabChanged)
+        self.services.catalogue.changed.append(self._onModelToUse)
 
     def _makeServices(self) -> Services:
         return Services(
@@ -64,9 +75,11 @@ class Panel:
             backend=self.backend,
             logic=SegmentationLogic(self.backend, slicer.util.tempDirectory),
             catalogue=ModelCatalogue(self.backend, Settings.modelsFolder),
+            cases=TrainingCases(),
             problem=lambda: self.setup.problem,
             refreshModels=self.refreshModels,
             refreshDevices=self.refreshDevices,
+            showFineTuning=lambda: self.ui.tabs.setCurrentWidget(self.fineTuneTab.widget),
         )
 
     # ---------------------------------------------------------------- what the module's widget calls
@@ -129,8 +142,17 @@ class Panel:
         """Ask again what there is to compute on, and how much memory is free there."""
         self.backend.request(["devices"], None, self._onDevices)
 
+    def _onModelToUse(self, path: str) -> None:
+        """Another version of a model was promoted or gone back to: it is listed, and chosen, at once."""
+        self._pathToUse = path
+        self.refreshModels()
+
     def _onModels(self, models: list, error: str) -> None:
         self._models, self._listed = models, not error
+        wanted, self._pathToUse = self._pathToUse, ""
+        if model := next((model for model in models if wanted and model.path == wanted), None):
+            self.segmentTab.chooseModel(model.sha256)
+            self.fineTuneTab.chooseModel(model.sha256)
         self._showModels(
             error or _("There are no models yet; import one from an .invres file or a folder, in the tab Models.")
         )
@@ -146,7 +168,29 @@ class Panel:
     @property
     def segmentTab(self) -> SegmentTab:
         """The tab that segments."""
-        return self.tabs[0]
+        return self._tab(SegmentTab)
+
+    @property
+    def batchTab(self) -> BatchTab:
+        """The tab for many cases."""
+        return self._tab(BatchTab)
+
+    @property
+    def fineTuneTab(self) -> FineTuneTab:
+        """The tab that fine-tunes."""
+        return self._tab(FineTuneTab)
+
+    @property
+    def modelsTab(self) -> ModelsTab:
+        """The tab of models."""
+        return self._tab(ModelsTab)
+
+    def _tab(self, kind: type):
+        return next(tab for tab in self.tabs if isinstance(tab, kind))
+
+    def _onTabChanged(self, index: int) -> None:
+        if self._entered and 0 <= index < len(self.tabs):
+            self.tabs[index].enter()
 
     def _onSetupChanged(self, restartBackend: bool) -> None:
         """restartBackend: what is installed, or the Python that is used, is another one now."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from invres import InvresError
 from invres.cases import (
+    described,
     read_dataset,
     split_by_count,
     split_cases,
@@ -439,3 +441,19 @@ def test_the_hippocampus_data_are_recognised_and_split(data_dir):
     train, validation = split_by_count(dataset, 40, seed=0)
     assert (len(train), len(validation)) == (160, 40) and not set(train) & set(validation)
     assert (train, validation) == split_by_count(dataset, 40, seed=0) != split_by_count(dataset, 40, seed=1)
+
+
+def test_a_data_set_is_described_for_programs_with_files_that_are_there(tmp_path):
+    nnunet(tmp_path / "a b", labels={"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2])
+    dataset = read_dataset(tmp_path / "a b")
+    found = json.loads(json.dumps(described(dataset)))
+    assert [tuple(channel.values()) for channel in found["channels"]] == [("T1", "MR"), ("CT", "CT")]
+    assert found["regions"] and found["labels"][0] == {"name": "whole", "values": [1, 2], "output_value": 1}
+    assert [case["name"] for case in found["cases"]] == ["a", "b"] and found["splits"] == []
+    split = [{"train": ["a"], "val": ["b"]}]
+    (dataset.root / "splits_final.json").write_text(json.dumps(split), encoding="utf-8")
+    assert described(dataset)["splits"] == split
+    (dataset.root / "splits_final.json").write_text("[", encoding="utf-8")
+    assert described(dataset)["splits"] == []
+    files = [Path(file) for case in found["cases"] for file in (*case["images"], case["label"])]
+    assert len(files) == 6 and all(file.is_absolute() and file.is_file() for file in files)

@@ -116,6 +116,8 @@ def test_the_proof_is_in_the_result_and_in_files(tuned):
     for one in proof["cases"]:
         assert all(os.path.isfile(one["files"][which]) for which in ("base", "tuned"))
         assert len(one["worst_point_mm"]) == 3
+        assert os.path.isfile(one["files"]["reference"]) and len(one["files"]["images"]) == 2
+        assert one["reference_values"] == {"upper": [1], "lower": [2], "core": [3]}
     assert (run / "comparison.txt").read_text(encoding="utf-8").startswith(proof["sentence"])
     transfer = json.loads((run / "transfer.json").read_text(encoding="utf-8"))
     assert transfer["counts"] == result["transfer"]["counts"] and transfer["counts"]["reused"] == len(

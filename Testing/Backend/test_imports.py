@@ -95,6 +95,7 @@ ALLOWED = {
         "cases config events files inference metrics modelpackage networks prediction preprocessing transfer volume"
     ),
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
+    "tuningmemory": "config devices events manifest memory networks reduction tuningplan",
     "proof": "cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
@@ -117,7 +118,7 @@ ALLOWED = {
     "commands": (
         "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference "
         "labelmaps memory model_commands networks planning prediction preprocessing stopfile trainer training "
-        "tuningplan volume worker"
+        "tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

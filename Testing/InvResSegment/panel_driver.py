@@ -14,9 +14,11 @@ standins.install()
 
 import qt  # noqa: E402
 import slicer  # noqa: E402
+import vtk  # noqa: E402
 from standins import moduleloader, pythonqt, qtclasses  # noqa: E402
+from vtk.util.numpy_support import numpy_to_vtk  # noqa: E402
 
-__all__ = ["addVolume", "loadedPanel", "picture", "waitUntil"]
+__all__ = ["addSegmentation", "addVolume", "loadedPanel", "picture", "waitUntil"]
 
 MODULE = Path(__file__).resolve().parents[2] / "InvResSegment" / "InvResSegment.py"
 WIDTH = 420  # pixels: Slicer's module panel on a common screen
@@ -34,6 +36,7 @@ def loadedPanel(modelsFolder: Path, python: str = sys.executable, settings: dict
     for key, value in {
         "InvResSegment/PythonExecutable": python,
         "InvResSegment/ModelsFolder": str(modelsFolder),
+        "InvResSegment/RunsFolder": str(Path(modelsFolder) / "no runs"),
         **(settings or {}),
     }.items():
         qt.QSettings().setValue(key, value)
@@ -77,6 +80,28 @@ def addVolume(name: str, shape=(20, 22, 24), seed: int = 0, origin=(0.0, 0.0, 0.
     slicer.util.updateVolumeFromArray(node, np.ascontiguousarray(voxels, dtype=np.float32))
     node.SetOrigin(*origin)
     node.CreateDefaultDisplayNodes()
+    return node
+
+
+def addSegmentation(volume, masks: dict, name: str = ""):
+    """A segmentation of the volume. masks: segment name -> voxels (K, J, I), not 0 where it is."""
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", name or f"{volume.GetName()} segmentation")
+    node.CreateDefaultDisplayNodes()
+    node.SetAndObserveTransformNodeID(volume.GetTransformNodeID())
+    node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    matrix = vtk.vtkMatrix4x4()
+    volume.GetIJKToRASMatrix(matrix)
+    for index, (segmentName, mask) in enumerate(masks.items()):
+        image = slicer.vtkOrientedImageData()
+        image.SetDimensions(*mask.shape[::-1])
+        voxels = np.ascontiguousarray(np.asarray(mask) != 0, dtype=np.uint8)
+        image.GetPointData().SetScalars(numpy_to_vtk(voxels.ravel(), deep=True))
+        image.SetGeometryFromImageToWorldMatrix(matrix)
+        segment = slicer.vtkSegment()
+        segment.SetName(segmentName)
+        segment.SetLabelValue(1)
+        segment.AddRepresentation("Binary labelmap", image)
+        node.GetSegmentation().AddSegment(segment, f"Segment_{index}")
     return node
 
 

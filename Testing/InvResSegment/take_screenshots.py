@@ -16,17 +16,19 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "Backend")]
 
-from panel_driver import addVolume, loadedPanel, picture, tunedManifest, waitUntil  # noqa: E402
+from panel_driver import addSegmentation, addVolume, loadedPanel, picture, tunedManifest, waitUntil  # noqa: E402
+from pictures_of_results import takeBatch, takeProof  # noqa: E402
 from small_models import ONE, TWO, example, trained_package  # noqa: E402
 
 KEPT = {"ready": "panel_segment.png", "done": "panel_result.png", "models": "panel_models.png"}
+KEPT |= {"finetune_running": "panel_finetune.png", "promoted": "panel_proof.png", "batch": "panel_batch.png"}
 SCREENSHOTS = HERE.parents[1] / "Resources" / "Screenshots"
 
 
-def makeModels(folder: Path) -> None:
+def makeModels(folder: Path, iterations: int = 45) -> None:
     """Two models that are trained in seconds to find balls, with cards as real ones have."""
-    trained_package(folder / "one", ("T1",), ONE)
-    trained_package(folder / "two", ("T1", "FLAIR"), TWO)
+    trained_package(folder / "one", ("T1",), ONE, iterations)
+    trained_package(folder / "two", ("T1", "FLAIR"), TWO, iterations)
     # Nothing was measured, so the cards say so: a picture must not show figures that nobody can reproduce.
     said = "a demonstration, not anatomy."
     tunedManifest(folder / "one", name="Ball, one contrast", description=f"Finds a bright ball in noise; {said}")
@@ -37,8 +39,54 @@ def makeModels(folder: Path) -> None:
     )
 
 
-def take(folder: Path) -> None:
-    """All pictures."""
+def takeFineTuning(folder: Path) -> None:
+    """The Fine-tune tab: empty, with a question, ready, and while it learns."""
+
+    def shoot(name: str) -> None:
+        waitUntil(lambda: not tab.working and not tab._timer.active, 60)
+        print(picture(panel.widget, folder / f"{name}.png"))
+
+    models = Path(tempfile.mkdtemp())
+    makeModels(models, iterations=5)  # so that there is something to learn
+    settings = {"InvResSegment/RunsFolder": str(models / "runs"), "InvResSegment/Device": "cpu"}
+    with loadedPanel(models, settings=settings) as module:
+        panel = module.enter().panel
+        tab = panel.fineTuneTab
+        waitUntil(lambda: not panel.setup.checking and panel.segmentTab.models, 120)
+        panel.ui.tabs.setCurrentWidget(tab.widget)
+        tab.ui.baseBox.currentIndex = 1
+        shoot("finetune_empty")
+        for seed in range(4):
+            images, classes = example(np.random.default_rng(seed), (24, 26, 28), 2)
+            volumes = {"T1": addVolume(f"Scan {seed + 1} T1", voxels=images[0])}
+            volumes["FLAIR"] = addVolume(f"Scan {seed + 1} FLAIR", voxels=images[1])
+            names = ("\u00d6dem", "core") if seed else ("\u00d6dem", "Segment_2")
+            masks = {names[0]: classes == 1, names[1]: (classes == 2) & (seed < 3)}
+            tab.cases.add(f"Scan {seed + 1}", volumes, addSegmentation(volumes["T1"], masks))
+        waitUntil(lambda: tab.ui.casesTable.rowCount == 4, 10)
+        tab.ui.casesTable.selectRow(0)
+        shoot("finetune_question")
+        tab.cases.choose({"Segment_2": "core"})
+        tab.cases.setRole(tab.cases.rows[1], "validation")
+        shoot("finetune_answered")
+        tab.ui.checkButton.click()
+        waitUntil(lambda: not tab.working and "needs about" in tab.ui.memoryNoticeText.text, 120)
+        tab.ui.casesTable.selectRow(3)
+        shoot("finetune")
+        tab.ui.advancedButton.collapsed = False
+        shoot("finetune_advanced")
+        tab.ui.advancedButton.collapsed = True
+        tab.ui.minutesBox.value, tab.ui.epochsBox.value = 0, 40
+        waitUntil(lambda: tab.ui.startButton.enabled, 60)
+        tab.ui.startButton.click()
+        waitUntil(lambda: tab.run.view.record is not None and len(tab.run.view.record.epochsShown) > 3, 300)
+        shoot("finetune_running")
+        tab.ui.deleteRunButton.click()
+        tab.ui.deleteRunButton.click()
+
+
+def takeSegmenting(folder: Path) -> None:
+    """Setup, the Segment tab in every state, and the Models tab."""
 
     def shoot(name: str) -> None:
         print(picture(panel.widget, folder / f"{name}.png"))
@@ -74,15 +122,15 @@ def take(folder: Path) -> None:
         tab.ui.applyButton.click()
         waitUntil(lambda: not tab.running, 120)
         shoot("error")
-        panel.ui.tabs.currentIndex = 1
-        panel.tabs[1].ui.modelsTable.selectRow(1)
-        panel.tabs[1].ui.manifestButton.collapsed = False
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
+        panel.modelsTab.ui.modelsTable.selectRow(1)
+        panel.modelsTab.ui.manifestButton.collapsed = False
         shoot("models")
     with loadedPanel(models / "nothing") as module:
         panel = module.enter().panel
         waitUntil(lambda: not panel.setup.checking, 120)
         waitUntil(lambda: "Reading" not in panel.segmentTab.ui.modelCard.text, 60)
-        panel.ui.tabs.currentIndex = 1
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
         shoot("models_empty")
     with loadedPanel(models / "nothing", python=bareEnvironment(models)) as module:
         panel = module.enter().panel
@@ -101,6 +149,8 @@ def bareEnvironment(folder: Path) -> str:
 def keep(folder: Path) -> None:
     """The best pictures as small files, without what they were made on in their metadata."""
     for name, kept in KEPT.items():
+        if not (folder / f"{name}.png").is_file():
+            continue
         image = Image.open(folder / f"{name}.png").convert("RGB")
         image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
             SCREENSHOTS / kept, optimize=True
@@ -108,12 +158,17 @@ def keep(folder: Path) -> None:
         print(SCREENSHOTS / kept, (SCREENSHOTS / kept).stat().st_size)
 
 
+PARTS = {"segment": takeSegmenting, "finetune": takeFineTuning, "proof": takeProof, "batch": takeBatch}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--keep", action="store_true", help="write the best to Resources/Screenshots as well")
+    parser.add_argument("--only", choices=PARTS, help="only these pictures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    take(options.folder)
+    for name, take in PARTS.items():
+        if options.only in (None, name):
+            take(options.folder)
     if options.keep:
         keep(options.folder)

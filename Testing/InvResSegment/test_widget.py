@@ -396,12 +396,12 @@ def test_a_long_path_does_not_widen_the_panel(scene, tmp_path):
     long = tmp_path / "/".join(["a folder with a long name"] * 8)
     with loadedPanel(long) as module:
         panel = module.enter().panel
-        panel.tabs[1].ui.folderButton.collapsed = False
+        panel.modelsTab.ui.folderButton.collapsed = False
         panel.ui.setupButton.collapsed = False
         waitUntil(lambda: not panel.setup.checking, 120)
-        panel.ui.tabs.setCurrentIndex(1)
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
         standins.pump(0.1)
-        assert panel.tabs[1].ui.modelsFolderEdit.currentPath == str(long)
+        assert panel.modelsTab.ui.modelsFolderEdit.currentPath == str(long)
         assert panel.widget.minimumSizeHint.width() < 450
 
 
@@ -414,7 +414,7 @@ def test_the_device_is_remembered(tab, panel):
 def test_models_are_verified_exported_deleted_and_imported(scene, models, tmp_path):
     shutil.copytree(models, tmp_path / "own")
     with loadedPanel(tmp_path / "own") as module:
-        tab = module.enter().panel.tabs[1]
+        tab = module.enter().panel.modelsTab
         table, ui = tab.ui.modelsTable, tab.ui
         waitUntil(lambda: table.rowCount == 2 and ui.modelsNotice.isHidden(), 60)
 
@@ -452,7 +452,7 @@ def test_without_models_the_panel_says_what_to_do(scene, tmp_path):
     with loadedPanel(tmp_path / "nothing") as module:
         panel = module.enter().panel
         waitUntil(lambda: "no models yet" in panel.segmentTab.ui.modelCard.text, 60)
-        assert "no models yet" in panel.tabs[1].ui.modelsNoticeText.text
+        assert "no models yet" in panel.modelsTab.ui.modelsNoticeText.text
 
 
 def test_a_python_without_packages_opens_the_setup(scene, tmp_path):

@@ -3,8 +3,11 @@
 import vtk
 from PySide6 import QtCore, QtGui, QtWidgets
 
+from .plotview import qMRMLPlotView
+
 __all__ = [
     "qMRMLNodeComboBox",
+    "qMRMLPlotView",
     "qMRMLSegmentationShow3DButton",
     "qMRMLTableView",
     "qMRMLWidget",

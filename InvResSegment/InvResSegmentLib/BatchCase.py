@@ -1,0 +1,123 @@
+"""The cases of a batch as plain data, and the file beside their results that remembers them until tomorrow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .WholeFile import readJson, writeWhole
+
+__all__ = [
+    "ACCEPTED",
+    "DONE",
+    "EDITED",
+    "FAILED",
+    "RECORD",
+    "RUNNING",
+    "WAITING",
+    "BatchCase",
+    "correctedPath",
+    "freeFileName",
+    "readBatch",
+    "writeBatch",
+]
+
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+EDITED, ACCEPTED = "edited", "accepted"
+"""What a review made of a result; "" before it."""
+RECORD = "batch.json"
+RESULT_SUFFIX, CORRECTED_SUFFIX = ".seg.nrrd", ".corrected.seg.nrrd"
+LONGEST_NAME = 60
+
+
+@dataclass(eq=False)
+class BatchCase:
+    """One examination. files: channel -> image; for a case of the scene `nodes`: channel -> volume instead.
+
+    state: "waiting", "running", "done" or "failed". message: why it failed, or what to look at. fileName: of the
+    result, without a folder. model: SHA-256 of the model that made the result. review: "", "edited" or "accepted".
+    segmentation: of a case of the scene, the node with the result.
+    """
+
+    name: str
+    files: dict[str, Path] = field(default_factory=dict)
+    nodes: dict[str, Any] = field(default_factory=dict)
+    state: str = WAITING
+    message: str = ""
+    fileName: str = ""
+    model: str = ""
+    review: str = ""
+    segmentation: Any = None
+
+    @property
+    def inScene(self) -> bool:
+        """Whether its images are nodes of the scene and not files."""
+        return bool(self.nodes)
+
+    def pending(self, modelSha256: str) -> bool:
+        """Whether this model has still to segment it; what a person has accepted or edited is never made anew."""
+        if self.review:
+            return False
+        return self.state != DONE or self.model != modelSha256
+
+
+def freeFileName(name: str, taken: Iterable[str]) -> str:
+    """A file name for the result of a case that no other case has, on any file system."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:LONGEST_NAME] or "case"
+    used = {one.casefold() for one in taken}
+    candidate, number = plain, 1
+    while f"{candidate}{RESULT_SUFFIX}".casefold() in used:
+        number += 1
+        candidate = f"{plain}_{number}"
+    return f"{candidate}{RESULT_SUFFIX}"
+
+
+def correctedPath(folder: Path, case: BatchCase) -> Path:
+    """Where what a person made of a result is kept, beside what the model made."""
+    return folder / (case.fileName.removesuffix(RESULT_SUFFIX) + CORRECTED_SUFFIX)
+
+
+def writeBatch(folder: Path, cases: Iterable[BatchCase], model: str) -> None:
+    """Remembers the cases of files in the folder of their results. model: its name. Raises OSError."""
+    entries = [
+        {
+            "name": case.name,
+            "files": {channel: str(path) for channel, path in case.files.items()},
+            "state": WAITING if case.state == RUNNING else case.state,
+            "message": case.message,
+            "result": case.fileName,
+            "model_sha256": case.model,
+            "review": case.review,
+        }
+        for case in cases
+        if not case.inScene
+    ]
+    content = {"format": 1, "model": model, "cases": entries}
+    folder.mkdir(parents=True, exist_ok=True)
+    writeWhole(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def readBatch(folder: Path) -> list[BatchCase]:
+    """The cases that a folder of results remembers; what is damaged is left out, what is gone is waiting again."""
+    found = []
+    for entry in readJson(folder / RECORD).get("cases") or []:
+        try:
+            case = BatchCase(
+                name=str(entry["name"]),
+                files={str(channel): Path(path) for channel, path in entry["files"].items()},
+                state=entry["state"] if entry["state"] in (DONE, FAILED) else WAITING,
+                message=str(entry.get("message") or ""),
+                fileName=Path(str(entry.get("result") or "")).name,
+                model=str(entry.get("model_sha256") or ""),
+                review=entry["review"] if entry.get("review") in (EDITED, ACCEPTED) else "",
+            )
+        except (KeyError, TypeError, AttributeError):
+            continue
+        if case.state == DONE and not (folder / case.fileName).is_file():
+            case.state, case.review, case.message = WAITING, "", ""
+        found.append(case)
+    return found

@@ -1,0 +1,237 @@
+"""Segments a list of cases in the background, one after the other; one that fails does not keep the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import qt
+from slicer.i18n import tr as _
+
+from .BatchCase import DONE, FAILED, RECORD, RUNNING, WAITING, BatchCase, freeFileName, readBatch, writeBatch
+from .SegmentationLogic import SegmentationLogic, SegmentationRequest
+
+__all__ = ["BatchQueue"]
+
+KEPT_EVERY_S = 1.0
+
+
+class BatchQueue:
+    """The cases of one batch, run on the backend that the panel has: one request at a time, so others come between.
+
+    Cases of files leave a .seg.nrrd in `folder`, and batch.json beside them as it goes; cases of the scene
+    get a segmentation node. changed: functions to be called when a case or the run has changed.
+    """
+
+    def __init__(self, backend: Any, temporaryFolder: Callable[[], str]) -> None:
+        self._backend = backend
+        self._logic = SegmentationLogic(backend, temporaryFolder)  # a second one: the Segment tab has its own run
+        self._requestId: int | None = None
+        self._current: BatchCase | None = None
+        self._cancelling = False
+        self._model: Any = None
+        self._device = "auto"
+        self.folder: Path | None = None
+        self.cases: list[BatchCase] = []
+        self.changed: list[Callable[[], None]] = []
+        self.progress: Callable[[str, float], None] = lambda text, fraction: None
+        self._keptAt = 0.0
+        self.problem = ""  # why batch.json could not be written, in words
+
+    @property
+    def running(self) -> bool:
+        """Whether a case is being segmented."""
+        return self._current is not None
+
+    # ---------------------------------------------------------------- the list
+
+    def forgetScene(self) -> None:
+        """The scene is gone, and its cases with it."""
+        self.cases = [case for case in self.cases if not case.inScene]
+        self.tell()
+
+    def add(self, cases: Iterable[BatchCase]) -> int:
+        """Appends the cases that are not there yet; returns how many those are."""
+        known = {_identity(case) for case in self.cases}
+        new = [case for case in cases if _identity(case) not in known]
+        for case in new:
+            if not case.fileName and not case.inScene:
+                case.fileName = freeFileName(case.name, [one.fileName for one in self.cases])
+            self.cases.append(case)
+        self.tell()
+        return len(new)
+
+    def remove(self, cases: Iterable[BatchCase]) -> None:
+        """Takes cases off the list; their files and nodes stay. The one that is running stays."""
+        gone = [case for case in cases if case is not self._current]
+        self.cases = [case for case in self.cases if case not in gone]
+        self.tell()
+
+    def setFolder(self, folder: Path | None) -> None:
+        """Where results go; the cases that it remembers from before come to the list, as they were then."""
+        if folder == self.folder or self.running:
+            return
+        remembered = readBatch(folder) if folder is not None else []
+        theirs = {_identity(case) for case in remembered}
+        others = [case for case in self.cases if _identity(case) not in theirs]
+        for case in others:
+            if not case.inScene:  # their results, if any, lie in the folder from before
+                case.state, case.message, case.model, case.review = WAITING, "", "", ""
+                case.fileName = freeFileName(case.name, [one.fileName for one in remembered])
+                remembered.append(case)
+        scene = [case for case in others if case.inScene]
+        self.folder, self.cases = folder, [*remembered, *scene]
+        self.tell()
+
+    def tell(self) -> None:
+        """Remembers the state on disk, and calls whoever listens."""
+        # What is lost by a kill is at most the result of this time, which is made again.
+        if self._worthKeeping and (not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S):
+            self.problem, self._keptAt = "", time.monotonic()
+            try:
+                writeBatch(self.folder, self.cases, getattr(self._model, "name", ""))
+            except OSError as error:
+                self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
+                    folder=self.folder, reason=(error.strerror or str(error)).lower()
+                )
+        for listener in list(self.changed):
+            listener()
+
+    @property
+    def _worthKeeping(self) -> bool:
+        """A folder that was only chosen is left alone."""
+        onFiles = [case for case in self.cases if not case.inScene]
+        if self.folder is None:
+            return False
+        return any(case.state != WAITING for case in onFiles) or (self.folder / RECORD).is_file()
+
+    # ---------------------------------------------------------------- the run
+
+    def missing(self, model: Any) -> list[str]:
+        """What keeps the batch from being started, one plain sentence each."""
+        if model is None:
+            return [_("Choose a model.")]
+        if not self.cases:
+            return [_("Add cases.")]
+        sentences = []
+        if self.folder is None and any(not case.inScene for case in self.cases):
+            sentences.append(_("Choose a folder for the results."))
+        if not any(case.pending(model.sha256) for case in self.cases):
+            sentences.append(_("All cases are done with this model."))
+        return sentences
+
+    def start(self, model: Any, device: str) -> None:
+        """Segments what is still to be done; failed cases are tried again."""
+        if self.running or self.missing(model):
+            return
+        self._model, self._device, self._cancelling = model, device, False
+        for case in self.cases:
+            if case.pending(model.sha256):
+                case.state, case.message = WAITING, ""
+        self._next()
+
+    def cancel(self) -> None:
+        """Ends the case that is running, which waits again then; what is done is kept."""
+        if not self.running:
+            return
+        self._cancelling = True
+        if self._requestId is not None:
+            self._backend.cancel(self._requestId)
+        elif self._logic.running:
+            self._logic.cancel()
+
+    def _next(self) -> None:
+        waiting = [case for case in self.cases if case.state == WAITING and case.pending(self._model.sha256)]
+        if self._cancelling or not waiting:
+            self._current, self._cancelling = None, False
+            self.tell()
+            return
+        case = self._current = waiting[0]
+        case.state, case.message = RUNNING, ""
+        self.tell()
+        if self._cancelling:  # by one of those who were told
+            self._ended(case, WAITING, "")
+        elif case.inScene:
+            self._startInScene(case)
+        else:
+            self._startOnFiles(case)
+
+    def _startOnFiles(self, case: BatchCase) -> None:
+        wanted = [channel.name for channel in self._model.channels]
+        problem = _channelProblem(case.files, wanted)
+        lost = [str(case.files[name]) for name in wanted if name in case.files and not case.files[name].exists()]
+        if not problem and lost:
+            problem = _("The file {path} is not there any more.").format(path=lost[0])
+        if problem:
+            self._ended(case, FAILED, problem)
+            return
+        arguments = ["segment", "--model", str(self._model.path)]
+        for name in wanted:
+            arguments += ["--input", f"{name}={case.files[name]}"]
+        arguments += ["--output", str(self.folder / case.fileName), "--device", self._device]
+        warnings: list[str] = []
+
+        def onEvent(event: dict) -> None:
+            if event.get("event") == "progress" and event.get("stage") == "segment.tiles":
+                self._report(case, event.get("done", 0) / max(1, event.get("total", 1)))
+            elif event.get("event") == "warning" and event.get("message"):
+                warnings.append(event["message"])
+
+        def onFinished(outcome: Any) -> None:
+            self._requestId = None
+            if outcome.state == "done":
+                case.model = self._model.sha256
+                self._ended(case, DONE, " ".join(warnings))
+            elif outcome.state == "cancelled":
+                self._stopped(case)
+            else:
+                self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
+
+        self._requestId = self._backend.request(arguments, onEvent, onFinished)
+
+    def _startInScene(self, case: BatchCase) -> None:
+        problem = _channelProblem(case.nodes, [channel.name for channel in self._model.channels])
+        if problem:
+            self._ended(case, FAILED, problem)
+            return
+        output = case.segmentation if case.segmentation is not None and case.segmentation.GetScene() else None
+        request = SegmentationRequest(self._model, case.nodes, self._device, output)
+
+        def onDone(outcome: Any) -> None:
+            if outcome.state == "done":
+                case.model, case.segmentation = self._model.sha256, outcome.segmentationNode
+                self._ended(case, DONE, " ".join(outcome.warnings))
+            elif outcome.state == "cancelled":
+                self._stopped(case)
+            else:
+                self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
+
+        self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
+
+    def _report(self, case: BatchCase, fraction: float) -> None:
+        done = sum(one.state in (DONE, FAILED) for one in self.cases)
+        text = _("{name} ({number} of {count})").format(name=case.name, number=done + 1, count=len(self.cases))
+        self.progress(text, (done + fraction) / max(1, len(self.cases)))
+
+    def _stopped(self, case: BatchCase) -> None:
+        # Whoever ended it, the scene or a person: the others are not begun.
+        self._cancelling = True
+        self._ended(case, WAITING, "")
+
+    def _ended(self, case: BatchCase, state: str, message: str) -> None:
+        case.state, case.message = state, message
+        qt.QTimer.singleShot(0, self._next)  # not from within: a thousand lost files are no depth of calls
+
+
+def _identity(case: BatchCase) -> tuple:
+    nodes = {channel: node.GetID() for channel, node in case.nodes.items()}
+    return tuple(sorted((channel, str(path)) for channel, path in {**case.files, **nodes}.items()))
+
+
+def _channelProblem(found: dict[str, Any], wanted: list[str]) -> str:
+    missing = [name for name in wanted if name not in found]
+    if not missing:
+        return ""
+    return _("No image was found for the channel {names}.").format(names=", ".join(missing))

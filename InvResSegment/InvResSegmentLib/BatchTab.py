@@ -1,0 +1,263 @@
+"""The tab that segments many cases in the background, and steps through the results."""
+
+import logging
+from pathlib import Path
+
+import ctk
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from . import Settings
+from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
+from .BatchIntake import BatchIntake
+from .BatchQueue import BatchQueue
+from .Notice import GOOD, INFORMATION, WARNING, Notice
+from .ReviewQueue import ReviewQueue
+from .ReviewSection import ReviewSection
+from .Text import bullets, escape
+
+__all__ = ["BatchTab"]
+
+STEPS = 1000  # of the progress bar
+FAILURES_SHOWN = 3
+
+
+class BatchTab:
+    """What the panel (`Panel`) expects of every tab: title, widget, setParameterNode, setModels, enter, cleanup."""
+
+    def __init__(self, services) -> None:
+        self.title = _("Batch")
+        self._services = services
+        self.widget = slicer.util.loadUI(services.resourcePath("UI/BatchTab.ui"))
+        self.ui = slicer.util.childWidgetVariables(self.widget)
+        self._models: list = []
+        self._wasRunning = False
+        self._notice = Notice(self.ui, "batchNotice")
+        self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
+        self.queue.changed.append(self._update)
+        self.queue.progress = self._onProgress
+        self.review = ReviewQueue(self.queue, services.cases)
+        self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
+        self._intake = BatchIntake(
+            self.ui, services.backend, self._notice, self._channels, self.queue.add, self._update
+        )
+        self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
+        self._setUpTable()
+        for button, action in (
+            (self.ui.removeButton, self._onRemove),
+            (self.ui.clearButton, self._onClear),
+            (self.ui.startButton, self._onStart),
+        ):
+            button.connect("clicked()", action)
+        self.ui.folderEdit.connect("currentPathChanged(QString)", self._onResultsFolder)
+        self.ui.modelBox.connect("currentIndexChanged(int)", lambda _index: self._update())
+        self.ui.casesTable.connect("itemSelectionChanged()", self._updateButtons)
+        self.ui.casesTable.connect("cellDoubleClicked(int,int)", self._onDoubleClick)
+        self._update()
+
+    # ---------------------------------------------------------------- what the panel calls
+
+    def setParameterNode(self, parameters) -> None:
+        """None while a scene is being closed: its cases go with it."""
+        if parameters is None:
+            self._saveReview()
+            self.review.forget()
+            self.queue.forgetScene()
+
+    def setModels(self, models: list, emptyText: str) -> None:
+        """The models that were found; emptyText says why there are none."""
+        before, self._models = self.model, list(models)
+        box = self.ui.modelBox
+        wasBlocked = box.blockSignals(True)
+        box.clear()
+        for model in self._models:
+            box.addItem(_("{name} {version}").format(name=model.name, version=model.version))
+        box.setCurrentIndex(self._preferred(before))
+        box.blockSignals(wasBlocked)
+        self._update()
+
+    def setupChanged(self) -> None:
+        """What is installed has changed."""
+        self._update()
+
+    def enter(self) -> None:
+        """The panel is shown: a person may come back from the Segment Editor."""
+        self._update()
+
+    def cancel(self) -> None:
+        """Stop the batch, and looking for cases; what is done is kept."""
+        self._intake.cancel()
+        self.queue.cancel()
+
+    def cleanup(self) -> None:
+        """Nothing is shown any more; what was changed in the open case is saved."""
+        self._saveReview()
+        self.review.forget()
+        self._intake.cancel()
+        self.queue.changed.clear()
+        self.queue.progress = lambda text, fraction: None
+
+    def _preferred(self, before) -> int:
+        """The row of the model that was chosen before, or of the version that has taken its place; else the first."""
+        rows = {model.sha256: row for row, model in enumerate(self._models)}
+        if before is not None and before.sha256 in rows:
+            row = rows[before.sha256]
+            if before.active and not self._models[row].active:
+                heirs = [at for at, one in enumerate(self._models) if one.active and one.name == before.name]
+                return heirs[0] if heirs else row
+            return row
+        active = [row for row, model in enumerate(self._models) if model.active]
+        return next(iter([*active, *rows.values()]), -1)
+
+    def _channels(self):
+        """Of the chosen model; nothing can be added without one."""
+        return self.model.channels
+
+    def _saveReview(self) -> None:
+        try:
+            self.review.save()
+        except OSError:
+            logging.exception("InvResSegment: the changes of the case under review could not be saved")
+
+    @property
+    def model(self):
+        """The chosen `ModelInfo`, or None."""
+        index = self.ui.modelBox.currentIndex
+        return self._models[index] if 0 <= index < len(self._models) else None
+
+    # ---------------------------------------------------------------- the list
+
+    def _onResultsFolder(self, path: str) -> None:
+        # While a path is being typed it names no folder yet.
+        if path and Path(path).is_dir() and self._review.leave():
+            self.queue.setFolder(Path(path))
+
+    def _onRemove(self) -> None:
+        self._removeCases(self._selected)
+
+    def _onClear(self) -> None:
+        self._removeCases(list(self.queue.cases))
+
+    def _removeCases(self, cases: list) -> None:
+        if self.review.current not in cases or self._review.leave():
+            self.queue.remove(cases)
+
+    # ---------------------------------------------------------------- the run
+
+    def _onStart(self) -> None:
+        if self._intake.reading:
+            self._intake.cancel()
+            self._update()
+        elif self.queue.running:
+            self.ui.startButton.enabled = False
+            self.ui.startButton.text = _("Cancelling...")
+            self.queue.cancel()
+        else:
+            self._notice.clear()
+            self.queue.start(self.model, Settings.device())
+
+    def _onProgress(self, text: str, fraction: float) -> None:
+        self.ui.batchText.text = escape(text)
+        self.ui.batchProgress.value = round(STEPS * fraction)
+
+    def _onDoubleClick(self, row: int) -> None:
+        case = self.queue.cases[row] if row < len(self.queue.cases) else None
+        if case is not None and case.state == DONE:
+            self._review.open(case)
+
+    # ---------------------------------------------------------------- what is shown
+
+    def _setUpTable(self) -> None:
+        table = self.ui.casesTable
+        titles = [_("Case"), _("Channels"), _("State"), _("Review")]
+        table.setColumnCount(len(titles))
+        table.setHorizontalHeaderLabels(titles)
+        table.verticalHeader().setVisible(False)
+        header = table.horizontalHeader()
+        for column in range(len(titles)):
+            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
+        header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
+
+    @property
+    def _selected(self) -> list:
+        rows = sorted({index.row() for index in self.ui.casesTable.selectionModel().selectedRows()})
+        return [self.queue.cases[row] for row in rows if row < len(self.queue.cases)]
+
+    def _update(self) -> None:
+        """Bring table, texts and buttons in line with the cases."""
+        self._fillTable()
+        running = self.queue.running
+        self.ui.batchProgress.visible = self.ui.batchText.visible = running
+        if not running:
+            self.ui.batchProgress.value = 0
+            self.ui.batchText.text = ""
+        if self.queue.problem:
+            self._notice.show(WARNING, self.queue.problem)
+        elif self._wasRunning and not running:
+            self._showEnd()
+        self._wasRunning = running
+        self._review.update()
+        self._updateButtons()
+
+    def _showEnd(self) -> None:
+        """What became of the run: each failure in a sentence, as far as there is room."""
+        failed = [case for case in self.queue.cases if case.state == FAILED]
+        done = sum(case.state == DONE for case in self.queue.cases)
+        if failed:
+            count = len(failed)
+            texts = [_("{name}: {reason}").format(name=case.name, reason=case.message) for case in failed]
+            if count > FAILURES_SHOWN:
+                more = _("{count} more failed; point at a row to see why.").format(count=count - FAILURES_SHOWN)
+                texts[FAILURES_SHOWN:] = [more]
+            self._notice.show(WARNING, *texts)
+        elif done == len(self.queue.cases):
+            self._notice.show(GOOD, _("All cases are done; see Review below."))
+        else:
+            text = _("Stopped: {done} of {count} cases are done.").format(done=done, count=len(self.queue.cases))
+            self._notice.show(INFORMATION, text)
+
+    def _fillTable(self) -> None:
+        table = self.ui.casesTable
+        cases = self.queue.cases
+        wasBlocked = table.blockSignals(True)
+        table.setRowCount(len(cases))
+        states = {WAITING: _("waiting"), RUNNING: _("running"), DONE: _("done"), FAILED: _("failed")}
+        reviews = {"": "", EDITED: _("edited"), ACCEPTED: _("accepted")}
+        icons = {DONE: qt.QStyle.SP_DialogApplyButton, FAILED: qt.QStyle.SP_MessageBoxCritical}
+        for row, case in enumerate(cases):
+            cells = (case.name, ", ".join({**case.files, **case.nodes}), states[case.state], reviews[case.review])
+            for column, text in enumerate(cells):
+                item = table.item(row, column)
+                if item is None:
+                    item = qt.QTableWidgetItem()
+                    table.setItem(row, column, item)
+                item.setText(text)
+                item.setToolTip(case.message or text)
+                if column == 2:
+                    kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
+                    kind = kind or icons.get(case.state)
+                    item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
+                font = item.font()
+                font.setBold(case is self.review.current)
+                item.setFont(font)
+        table.blockSignals(wasBlocked)
+
+    def _updateButtons(self) -> None:
+        model, running = self.model, self.queue.running
+        problem = self._services.problem()
+        reading = self._intake.reading
+        self._intake.update(model is not None and not running)
+        self.ui.removeButton.enabled = bool(self._selected)
+        self.ui.clearButton.enabled = bool(self.queue.cases) and not running
+        self.ui.modelBox.enabled = self.ui.folderEdit.enabled = not running
+        missing = [problem] if problem else []
+        missing += self.queue.missing(model)
+        button = self.ui.startButton
+        button.text = _("Cancel") if running or reading else _("Start")
+        button.enabled = running or reading or not missing
+        button.toolTip = _("Segments the cases one after the other; you can go on working.")
+        if running or reading:
+            button.toolTip = _("Stops; what is done is kept.")
+        elif missing:
+            button.toolTip = bullets(_("Before starting:"), missing)

@@ -1,0 +1,191 @@
+"""What can be said of training cases at once, before any file is written: what is missing, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slicer.i18n import tr as _
+
+from . import GeometryDoctor, NodeConversion
+from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, plainName, undecided
+from .RunOptions import proofSentence
+from .SceneCases import patientOf
+from .SegmentExport import segmentationProblem, segmentNames
+from .TrainingCases import TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
+
+__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "usedChannels", "wrongCases"]
+
+
+def usedChannels(cases: TrainingCases, model: Any) -> tuple[str, ...]:
+    """The channels that are trained on: those of the data sets, else those of the model that any used case has."""
+    rows = [row for row in cases.rows if row.used]
+    for row in rows:
+        if row.onDisk:
+            return cases.dataSets[row.dataSet].channels
+    return tuple(channel.name for channel in model.channels if any(channel.name in row.channels for row in rows))
+
+
+def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
+    """What the case itself calls its labels."""
+    if row.onDisk:
+        return [label["name"] for label in cases.dataSets[row.dataSet].labels]
+    return list(segmentNames(row.segmentation).values()) if row.segmentation is not None else []
+
+
+def labelsOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
+    """The labels that are trained on. Raises LabelConflict where the used cases contradict each other."""
+    rows = [row for row in cases.rows if row.used]
+    segments = [name for row in rows if not row.onDisk for name in labelNames(cases, row)]
+    paths = dict.fromkeys(row.dataSet for row in rows if row.onDisk)
+    return labelTable(model, segments, [cases.dataSets[path] for path in paths], cases.choices)
+
+
+def findingsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[Finding]:
+    """All findings of a case, the worst first; those of the data doctor are among them."""
+    found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model)]
+    open_ = undecided(labelNames(cases, row), [label.name for label in model.labels], cases.choices)
+    if open_:
+        text = _("{names}: not among the model's labels; say under Labels what it stands for.")
+        found.append(Finding("error", text.format(names=", ".join(open_))))
+    found += row.findings
+    order = ["error", "warning", "note"]
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
+    channels = usedChannels(cases, model)
+    if row.onDisk:
+        has = cases.dataSets[row.dataSet].channels
+        if has != channels:
+            return [
+                _("It has the channels {has}, but the other cases have {wanted}.").format(
+                    has=", ".join(has), wanted=", ".join(channels)
+                )
+            ]
+        return []
+    if row.segmentation is None or row.segmentation.GetScene() is None:
+        return [_("Its segmentation is not in the scene any more; remove the case.")]
+    wanted = channels or tuple(channel.name for channel in model.channels)
+    missing = [name for name in wanted if name not in row.channels]
+    if missing:
+        return [_("No volume is chosen for the channel {name}.").format(name=name) for name in missing]
+    volumes = [row.channels[name] for name in wanted]
+    unusable = [problem for volume in volumes if (problem := NodeConversion.exportProblem(volume))]
+    if unusable:
+        return unusable
+    if len(set(volumes)) < len(volumes):
+        return [_("One volume is chosen for two channels.")]
+    if problem := segmentationProblem(row.segmentation, volumes[0]):
+        return [problem]
+    apart = [finding.sentence for finding in GeometryDoctor.examine(volumes) if finding.severity == "error"]
+    hint = _("Align it in the tab Segment.")
+    return [f"{apart[0]} {hint}"] if apart else []
+
+
+def patients(cases: TrainingCases) -> dict[str, str]:
+    """Key of each used case -> patient, as a number that tells nobody who that is."""
+    numbers: dict[str, str] = {}
+    found = {}
+    for row in cases.rows:
+        if row.used:
+            if row.onDisk:
+                who = f"{row.dataSet} {row.files.get('patient') or row.name}"
+            else:
+                first = next(iter(row.channels.values()), None)
+                who = patientOf(first) if first is not None else row.key
+            found[row.key] = numbers.setdefault(who, f"patient{len(numbers) + 1:02d}")
+    return found
+
+
+def wrongCases(cases: TrainingCases, findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """The names of used cases that cannot be learned from. findings: of each case, by its key."""
+    used = [row for row in cases.rows if row.used]
+    return [row.name for row in used if cases.worst(list(findings.get(row.key, ()))) == "error"]
+
+
+def summary(
+    cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[Finding]]
+) -> tuple[str, list[str], tuple[str, ...]]:
+    """What will come of the cases: a severity and sentences, and severity and sentence on the proof (or nothing)."""
+    rows = [row for row in cases.rows if row.used]
+    if model is None:
+        return "note", [_("Choose the model to tune.")], ()
+    if not rows:
+        text = _("Add cases: images with a corrected segmentation each. One is enough to begin; ten are better.")
+        return "note", [text], ()
+    if wrong := wrongCases(cases, findings):
+        text = _("{names}: choose the case in the table to see what is wrong.")
+        return "error", [text.format(names=", ".join(wrong))], ()
+    try:
+        table = labelsOf(cases, model)
+    except LabelConflict as conflict:
+        return "error", [str(conflict)], ()
+    named = [label.name for label in table]
+    new = [label.name for label in table if label.new]
+    gone = [label.name for label in model.labels if label.name not in named]
+    sentences = [_("The tuned model will find: {names}.").format(names=", ".join(named))] if named else []
+    if new:
+        sentences.append(_("New to it: {names}.").format(names=", ".join(new)))
+    if gone and named:
+        text = _("It will not find {names} any more, because no case has it.")
+        sentences.append(text.format(names=", ".join(gone)))
+    known = {plainName(channel.name) for channel in model.channels}
+    channels = usedChannels(cases, model)
+    strange = [name for name in channels if plainName(name) not in known]
+    if strange and not len(channels) == len(known) == 1:
+        text = _("The model does not know the channel {names}, and begins anew with it.")
+        sentences.append(text.format(names=", ".join(strange)))
+    left = [channel.name for channel in model.channels if plainName(channel.name) not in map(plainName, channels)]
+    if left and len(channels) < len(known):
+        text = _("The tuned model will do without the channel {names}, because no case has it.")
+        sentences.append(text.format(names=", ".join(left)))
+    count, held = len(set(patients(cases).values())), sum(row.role == VALIDATION for row in rows)
+    proof = ("warning" if count == 1 and not held else "note", proofSentence(count, held))
+    return "warning" if (gone and named) or len(channels) < len(known) else "note", sentences, proof
+
+
+def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """Why the cases as they are cannot be trained on, one plain sentence each; none where they can.
+
+    findings: of each case, by its key.
+    """
+    rows = [row for row in cases.rows if row.used]
+    if not rows:
+        return [_("Add at least one case to train on.")]
+    sentences = []
+    for row in rows:
+        errors = [finding.sentence for finding in findings.get(row.key, ()) if finding.severity == "error"]
+        if errors:
+            sentences.append(f"{row.name}: {errors[0]}")
+    if sentences:
+        return sentences
+    sides: dict[str, set[str]] = {TRAINING: set(), VALIDATION: set()}
+    people = patients(cases)
+    for row in rows:
+        sides[row.role].add(people[row.key])
+    if not sides[TRAINING]:
+        return [_("Give at least one case the role training.")]
+    if both := sides[TRAINING] & sides[VALIDATION]:
+        names = [row.name for row in rows if people[row.key] in both]
+        return [
+            _("{names} are of one patient; give them the same role, or leave some out.").format(names=", ".join(names))
+        ]
+    sets = {row.dataSet for row in rows}
+    if len(sets) > 1 and any(path and cases.dataSets[path].channelsInOneFile for path in sets):
+        return [_("Cases with all channels in one file cannot be mixed with others; train on them alone.")]
+    try:
+        table = labelsOf(cases, model)
+    except LabelConflict as conflict:
+        return [str(conflict)]
+    if not table:
+        return [_("No case has a label to learn; choose under Labels what the segments stand for.")]
+    return _unlabelled(cases, rows, model)
+
+
+def _unlabelled(cases: TrainingCases, rows: Sequence[CaseRow], model: Any) -> list[str]:
+    known = [label.name for label in model.labels]
+    empty = [
+        row.name for row in rows if not any(labelOf(name, known, cases.choices) for name in labelNames(cases, row))
+    ]
+    return [_("{name} has no segment that is learned; leave it out.").format(name=name) for name in empty]

@@ -1,0 +1,171 @@
+"""One fine-tuning as a process of its own: it goes on without the panel and Slicer, and is found again later."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from slicer.i18n import tr as _
+
+from .ProcessTree import killTree
+from .Protocol import parsedEvent
+from .RunRecord import LOCK, RunRecord, isHeld
+from .WholeFile import readJson, writeWhole
+
+__all__ = ["FineTuneRun", "newRunFolder", "secondsPerStep", "undecidedRuns"]
+
+RECORD = "panel.json"
+OUTPUT, ERRORS = "stdout.jsonl", "stderr.txt"
+STOP_FILE, STOP, KEEP_BEST = "stop", "stop", "keep-best"
+DATA = "data"
+_GONE = ".gone-"
+_TAIL = 65_536  # bytes at the end of what a process said
+_SAID_AT_THE_END = re.compile(r"^\w*(Error|Exception|Killed)\b.*|.*\b(error|killed|abort|fault)\b.*", re.IGNORECASE)
+
+
+class FineTuneRun:
+    """A folder of the runs folder. Its record says how it was started, so that it can be resumed in the same way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.record: dict[str, Any] = readJson(self.folder / RECORD)
+        self._process: subprocess.Popen | None = None
+
+    @classmethod
+    def begin(cls, folder: Path, record: dict[str, Any]) -> FineTuneRun:
+        """A run that can be launched. record: "arguments" of the backend, and what else is to be remembered.
+
+        Raises OSError where the disk refuses.
+        """
+        created = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        writeWhole(folder / RECORD, json.dumps({"created": created, **record}, indent=1, ensure_ascii=False) + "\n")
+        return cls(folder)
+
+    @property
+    def title(self) -> str:
+        """The model that is tuned, and when that was begun."""
+        created = str(self.record.get("created") or "")[:16].replace("T", " ")
+        return _("{model}, {time}").format(model=self.record.get("model") or self.folder.name, time=created)
+
+    @property
+    def active(self) -> bool:
+        """Whether a process is at work on it, or has just been started."""
+        if self._process is not None and self._process.poll() is None:
+            return True
+        return isHeld(self.folder)
+
+    def launch(self, command: list[str], environment: dict[str, str], resume: bool = False) -> None:
+        """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
+        arguments = [*command, *self.record["arguments"], *(["--resume"] if resume else []), "--json"]
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / STOP_FILE).unlink()
+        flags = [getattr(subprocess, name, 0) for name in ("CREATE_NO_WINDOW", "CREATE_NEW_PROCESS_GROUP")]
+        # Not QProcess, whose detached children get no environment and no files in every supported Slicer.
+        with open(self.folder / OUTPUT, "wb") as output, open(self.folder / ERRORS, "wb") as errors:
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=environment,
+                cwd=self.folder,
+                start_new_session=True,
+                creationflags=flags[0] | flags[1],
+            )
+
+    def pause(self) -> None:
+        """Asks it to save and stop; it can be resumed. Raises OSError where the disk refuses."""
+        writeWhole(self.folder / STOP_FILE, STOP)
+
+    def keepBest(self) -> None:
+        """Asks it to end the training now and to prove and pack what there is. Raises OSError."""
+        writeWhole(self.folder / STOP_FILE, KEEP_BEST)
+
+    def failure(self) -> tuple[str, str]:
+        """What a process that has ended said last: a sentence and a hint; ("", "") where it said nothing."""
+        for line in reversed(_tail(self.folder / OUTPUT)):
+            event = parsedEvent(line.encode("utf-8"))
+            if event is not None and event["event"] == "error":
+                return str(event.get("message") or ""), str(event.get("hint") or "")
+            if event is not None and event["event"] == "result":
+                return "", ""
+        lines = [line.strip() for line in _tail(self.folder / ERRORS) if line.strip()]
+        told = [line for line in lines if _SAID_AT_THE_END.match(line)] or lines
+        code = self._process.poll() if self._process is not None else None
+        if told:
+            return _("The training ended unexpectedly; its last words: {line}").format(line=told[-1]), ""
+        if code:
+            return _("The training ended unexpectedly (code {code}); it said nothing.").format(code=code), ""
+        return "", ""
+
+    def discard(self) -> None:
+        """Ends the process, if there is one, and deletes the folder; the tuned model in it, too. Raises OSError."""
+        if self.active:
+            pids = [self._process.pid] if self._process is not None else []
+            with contextlib.suppress(OSError, ValueError):
+                pids.append(int((self.folder / LOCK).read_text(encoding="ascii").strip()))
+            killTree(pids)
+            end = time.monotonic() + 2
+            while self.active and time.monotonic() < end:
+                time.sleep(0.02)
+        gone = self.folder.with_name(f"{_GONE}{secrets.token_hex(6)}")
+        os.replace(self.folder, gone)
+        # Gigabytes take a while, and nobody waits for them.
+        threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}, daemon=True).start()
+
+
+def newRunFolder(runsFolder: Path, model: str) -> Path:
+    """A path for a new run, which is not there yet: the model's name and the time. Raises OSError."""
+    runsFolder.mkdir(parents=True, exist_ok=True)
+    for leftover in runsFolder.glob(f"{_GONE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", model).strip("-")[:40] or "model"
+    name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
+    paths = (runsFolder / f"{name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 100))))
+    return next(path for path in paths if not path.exists())
+
+
+def undecidedRuns(runsFolder: Path) -> list[FineTuneRun]:
+    """The runs that are under way, or finished and neither promoted nor discarded yet; the newest first."""
+    found = []
+    with contextlib.suppress(OSError):
+        for record in runsFolder.glob(f"*/{RECORD}"):
+            run = FineTuneRun(record.parent)
+            if run.folder.name.startswith(_GONE) or not run.record.get("arguments"):
+                continue
+            if not RunRecord(run.folder).decision:
+                found.append(run)
+    return sorted(found, key=lambda run: str(run.record.get("created") or ""), reverse=True)
+
+
+def secondsPerStep(runsFolder: Path, wanted: dict[str, Any]) -> float | None:
+    """Seconds of a training step in the newest finished run of which the record says all of `wanted`; None without."""
+    best: tuple[str, float] = ("", 0.0)
+    with contextlib.suppress(OSError):
+        for path in runsFolder.glob(f"*/{RECORD}"):
+            record, result = readJson(path), readJson(path.parent / "result.json")
+            training = result.get("training") or {}
+            steps, seconds = training.get("iterations"), training.get("seconds")
+            if steps and seconds and all(record.get(key) == value for key, value in wanted.items()):
+                best = max(best, (str(record.get("created") or ""), seconds / steps))
+    return best[1] or None
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a file."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL))
+            return stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,146 @@
+"""Which label of the model a segment stands for: told by its name, and by a person where that says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slicer.i18n import tr as _
+
+__all__ = ["IGNORED", "LabelConflict", "TrainedLabel", "labelOf", "labelTable", "plainName", "undecided"]
+
+IGNORED = ""
+"""The choice for a segment that is not learned: its voxels are background."""
+
+
+class LabelConflict(Exception):
+    """Cases whose labels cannot be learned together; a plain sentence."""
+
+
+@dataclass(frozen=True)
+class TrainedLabel:
+    """A label of the data set that is trained on. values: of its label files; more than one makes it a region.
+
+    value: what is written for it. new: whether the model does not know it.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    value: int
+    new: bool = False
+
+
+def plainName(name: str) -> str:
+    """The name as the backend compares it: whatever its case, spaces and dashes."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def labelOf(name: str, labels: Sequence[str], choices: Mapping[str, str]) -> str | None:
+    """The label that a segment of this name stands for; IGNORED, or None while nobody has decided.
+
+    labels: the model's. choices: segment name -> label, as decided by a person; they win.
+    """
+    wanted = plainName(name)
+    for segment, label in choices.items():
+        if plainName(segment) == wanted:
+            return _known(label, labels)
+    return next((label for label in labels if plainName(label) == wanted), None)
+
+
+def undecided(names: Iterable[str], labels: Sequence[str], choices: Mapping[str, str]) -> list[str]:
+    """The names that stand for no label yet, each once."""
+    return list(dict.fromkeys(name for name in names if labelOf(name, labels, choices) is None))
+
+
+def labelTable(
+    model: Any, segments: Iterable[str], dataSets: Iterable[Any], choices: Mapping[str, str]
+) -> tuple[TrainedLabel, ...]:
+    """The labels that are trained on: those that a case has, the model's in its order before new ones.
+
+    model: a ModelInfo. segments: names of all segments of the scene's cases. dataSets: `DataSetOnDisk`s of other cases.
+    Names that are not decided are left out. Raises LabelConflict where the cases contradict each other.
+    """
+    known = [label.name for label in model.labels]
+    ofSegments = {label for name in segments if (label := labelOf(name, known, choices))}
+    sets = list(dataSets)
+    if any(each.regions for each in sets) or (_regions(model) and not sets):
+        return _regionTable(model, ofSegments, sets, choices)
+    values = _valuesOnDisk(sets, known, choices)
+    names = [name for name in known if name in ofSegments or name in values]
+    names += [name for name in dict.fromkeys([*values, *sorted(ofSegments)]) if name not in names]
+    taken = set(values.values())
+    for label in model.labels:
+        if label.name in ofSegments and label.name not in values and label.value not in taken:
+            values[label.name] = label.value
+            taken.add(label.value)
+    free = (number for number in range(1, 65536) if number not in taken)
+    for name in names:
+        if name not in values:
+            values[name] = next(free)
+    return tuple(TrainedLabel(name, (values[name],), values[name], name not in known) for name in names)
+
+
+def _valuesOnDisk(sets: Sequence[Any], known: Sequence[str], choices: Mapping[str, str]) -> dict[str, int]:
+    """Label -> value in the label files, which are taken as they are."""
+    values: dict[str, int] = {}
+    for each in sets:
+        seen: set[str] = set()
+        for label in each.labels:
+            name = labelOf(label["name"], known, choices)
+            if not name:
+                continue
+            if name in seen:
+                raise LabelConflict(
+                    _("Two labels of {data} are both {label}; only segments in the scene can be joined.").format(
+                        data=each.name, label=name
+                    )
+                )
+            seen.add(name)
+            value = int(label["values"][0])
+            if values.setdefault(name, value) != value or [n for n, v in values.items() if v == value] != [name]:
+                raise LabelConflict(
+                    _("The data sets give {label} different values; train on them one after the other.").format(
+                        label=name
+                    )
+                )
+    return values
+
+
+def _regionTable(
+    model: Any, ofSegments: set[str], sets: Sequence[Any], choices: Mapping[str, str]
+) -> tuple[TrainedLabel, ...]:
+    """Labels that lie in one another: those of the model, or of one data set, as a whole."""
+    known = [label.name for label in model.labels]
+    if len(sets) > 1 or (sets and ofSegments):
+        raise LabelConflict(
+            _("{data} has labels that lie in one another, and cannot be mixed with other cases.").format(
+                data=next(each for each in sets if each.regions).name
+            )
+        )
+    if sets:
+        return tuple(
+            TrainedLabel(name, tuple(label["values"]), int(label["output_value"]), name not in known)
+            for label in sets[0].labels
+            if (name := labelOf(label["name"], known, choices))
+        )
+    if new := sorted(ofSegments - set(known)):
+        raise LabelConflict(
+            _("The labels of {model} lie in one another, so {label} cannot be added to them.").format(
+                model=model.name, label=new[0]
+            )
+        )
+    return tuple(
+        TrainedLabel(label["name"], tuple(label["values"]), int(label["output_value"]))
+        for label in model.manifest["scheme"]["labels"]
+        if ofSegments
+    )
+
+
+def _regions(model: Any) -> bool:
+    return bool((model.manifest.get("scheme") or {}).get("regions"))
+
+
+def _known(label: str, labels: Sequence[str]) -> str:
+    """The model's own spelling of a label, or the label itself where it is a new one."""
+    return next((each for each in labels if label and plainName(each) == plainName(label)), label)

@@ -1,0 +1,174 @@
+"""Volumes and segmentations between files and the scene, without dialogs and without leaving storage nodes behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import slicer
+from slicer.i18n import tr as _
+from vtk.util.numpy_support import numpy_to_vtk
+
+from .NodeConversion import BINARY_LABELMAP, ConversionError, toVtkMatrix, volumeArray, volumeMatrix
+from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile
+
+__all__ = ["emptySegmentation", "loadSegmentation", "loadVolume", "newSegmentation", "readLabels", "saveSegmentation"]
+
+IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
+SEGMENTATION_FILE = ".seg.nrrd"
+
+
+def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) -> slicer.vtkMRMLScalarVolumeNode:
+    """A volume of the scene from a file, or from the folder of a DICOM series; displayed nowhere yet.
+
+    passing: neither saved with the scene nor offered in selectors.
+    Raises ConversionError where there is no such file, or no volume in it.
+    """
+    file = _firstFile(path)
+    node = _newNode(kind, name, passing)
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    storage.SetSingleFile(not path.is_dir() and file.suffix.lower() not in ("", ".dcm", ".ima"))
+    storage.SetFileName(str(file))
+    read = storage.ReadData(node)
+    slicer.mrmlScene.RemoveNode(storage)  # the scene would take the file for its own, and write to it
+    image = node.GetImageData()
+    if not read or image is None or image.GetPointData().GetScalars() is None:
+        slicer.mrmlScene.RemoveNode(node)
+        raise ConversionError(
+            _("{path} could not be read as a volume.").format(path=path),
+            _("Look whether Slicer's Add Data can load it."),
+        )
+    if kind == IMAGE:
+        _giveDisplay(node, passing)
+    return node
+
+
+def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) -> ResultFile:
+    """The segments of a label file on its own grid; a .seg.nrrd says by itself what they are.
+
+    values: of the other formats, the voxel values of each segment by its name; they are numbered from 1 in the result.
+    Raises ConversionError.
+    """
+    if path.name.lower().endswith(SEGMENTATION_FILE):
+        try:
+            return readResultFile(path)
+        except (DamagedFile, OSError) as error:
+            raise ConversionError(
+                _("{path} could not be read ({reason}).").format(path=path.name, reason=error)
+            ) from None
+    node = loadVolume(path, path.name, LABELS, passing=True)
+    array, matrix = volumeArray(node).copy(), volumeMatrix(node)
+    slicer.mrmlScene.RemoveNode(node)
+    labels = np.zeros(array.shape, np.uint8 if len(values or {}) < 256 else np.uint16)
+    segments = []
+    for number, (name, of_label) in enumerate((values or {}).items(), 1):
+        labels[np.isin(array, list(of_label))] = number
+        segments.append(SegmentLabel(name, number))
+    return ResultFile(labels, matrix, tuple(segments))
+
+
+def emptySegmentation(name: str, passing: bool = False) -> slicer.vtkMRMLSegmentationNode:
+    """A segmentation of the scene without segments. passing: neither saved with the scene nor offered in selectors."""
+    node = _newNode("vtkMRMLSegmentationNode", name, passing)
+    _giveDisplay(node, passing)
+    return node
+
+
+def newSegmentation(
+    found: ResultFile, name: str, colour: tuple[float, float, float] | None = None, passing: bool = False
+) -> slicer.vtkMRMLSegmentationNode:
+    """A segmentation of the scene with these segments, where the file says that they lie.
+
+    colour: of all of them, 0 to 1. passing: neither saved with the scene nor offered in selectors.
+    """
+    node = emptySegmentation(name, passing)
+    segmentation = node.GetSegmentation()
+    segmentation.SetSourceRepresentationName(BINARY_LABELMAP)
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*found.labels.shape[::-1])
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(found.labels).ravel(), deep=True))
+    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(found.matrix))
+    for label in found.segments:
+        stated = label if colour is None else replace(label, colour=tuple(255 * part for part in colour))
+        segment = slicer.vtkSegment()
+        segment.SetName(stated.name)
+        segment.SetLabelValue(stated.value)
+        if stated.colour:
+            segment.SetColor(*(part / 255 for part in stated.colour))
+        if stated.terminology:
+            segment.SetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), stated.terminology)
+        segment.AddRepresentation(BINARY_LABELMAP, image)  # one image for all: they share it
+        segmentation.AddSegment(segment, segmentation.GenerateUniqueSegmentID(f"InvResSegment_{stated.value}"))
+    return node
+
+
+def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:
+    """A segmentation that `saveSegmentation` wrote, with Slicer's own reader. Raises ConversionError.
+
+    That reader may end the application on a file that was cut off: only for files that were written whole.
+    """
+    node = emptySegmentation(name)
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
+    storage.SetFileName(str(path))
+    read = storage.ReadData(node)
+    slicer.mrmlScene.RemoveNode(storage)
+    if not read:
+        slicer.mrmlScene.RemoveNode(node)
+        raise ConversionError(_("{path} could not be read as a segmentation.").format(path=path))
+    return node
+
+
+def saveSegmentation(node: slicer.vtkMRMLSegmentationNode, path: Path) -> None:
+    """Writes a segmentation as .seg.nrrd, whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{secrets.token_hex(6)}{SEGMENTATION_FILE}")
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
+    try:
+        storage.SetFileName(str(temporary))
+        if not storage.WriteData(node) or not temporary.is_file():
+            raise OSError(_("{path} could not be written").format(path=path))
+        os.replace(temporary, path)
+    finally:
+        slicer.mrmlScene.RemoveNode(storage)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _firstFile(path: Path) -> Path:
+    """The file itself, or the first one of a folder."""
+    try:
+        file = min((one for one in path.iterdir() if one.is_file()), default=path) if path.is_dir() else path
+        there = file.is_file()
+    except OSError as error:
+        raise ConversionError(
+            _("{path} cannot be read: {reason}.").format(path=path, reason=error.strerror or error)
+        ) from None
+    if not there:
+        raise ConversionError(
+            _("The file {path} is not there any more.").format(path=path), _("Put it back where it was.")
+        )
+    return file
+
+
+def _newNode(kind: str, name: str, passing: bool):
+    node = slicer.mrmlScene.CreateNodeByClass(kind)
+    node.UnRegister(None)
+    node.SetName(slicer.mrmlScene.GenerateUniqueName(name))
+    _mark(node, passing)  # before selectors and the subject hierarchy see it
+    return slicer.mrmlScene.AddNode(node)
+
+
+def _giveDisplay(node, passing: bool) -> None:
+    node.CreateDefaultDisplayNodes()
+    if node.GetDisplayNode() is not None:
+        _mark(node.GetDisplayNode(), passing)
+
+
+def _mark(node, passing: bool) -> None:
+    if passing:
+        node.SetSaveWithScene(False)
+        node.SetHideFromEditors(True)

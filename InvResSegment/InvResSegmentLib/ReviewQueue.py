@@ -1,0 +1,178 @@
+"""The review of a batch: one result after the other with its image, corrected, accepted, and gone again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import slicer
+from slicer.i18n import tr as _
+
+from . import NodeConversion, NodeFiles, SegmentationResult
+from .BatchCase import ACCEPTED, DONE, EDITED, BatchCase, correctedPath
+from .BatchQueue import BatchQueue
+from .NodeConversion import ConversionError
+
+__all__ = ["ReviewQueue"]
+
+
+class ReviewQueue:
+    """Steps through the cases of a batch that are done. trainingCases: gets what is accepted (`TrainingCases`).
+
+    A case of files is loaded when it is opened; when it is left, its nodes go, unless it was accepted since they were
+    loaded. What a person changed is written beside the result when the case is left or accepted, so nothing is lost by
+    going on.
+    """
+
+    def __init__(self, queue: BatchQueue, trainingCases: Any) -> None:
+        self._queue, self._trainingCases = queue, trainingCases
+        self.current: BatchCase | None = None
+        self.channels: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
+        self.segmentation: slicer.vtkMRMLSegmentationNode | None = None
+        self._segmentCount = 0
+        self._kept: dict[BatchCase, tuple[dict, Any]] = {}  # accepted cases: what of them stays in the scene
+
+    @property
+    def cases(self) -> list[BatchCase]:
+        """The cases that can be reviewed."""
+        return [case for case in self._queue.cases if case.state == DONE]
+
+    @property
+    def accepted(self) -> int:
+        """How many of them are accepted."""
+        return sum(case.review == ACCEPTED for case in self.cases)
+
+    @property
+    def background(self) -> slicer.vtkMRMLScalarVolumeNode | None:
+        """The first image of the case that is open."""
+        return next(iter(self.channels.values()), None)
+
+    def step(self, forward: bool, model: Any) -> bool:
+        """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError."""
+        cases = self.cases
+        if self.current in cases:
+            place = cases.index(self.current) + (1 if forward else -1)
+        else:
+            place = next((i for i, case in enumerate(cases) if case.review != ACCEPTED), 0)
+        if not 0 <= place < len(cases):
+            return False
+        self.open(cases[place], model)
+        return True
+
+    def open(self, case: BatchCase, model: Any) -> None:
+        """Puts image and result into the scene. model: what the result was made with, for names and colours.
+
+        Raises ConversionError where they cannot be read, and OSError where the case before cannot be saved.
+        """
+        if case is self.current and self._alive:
+            return
+        self.leave()
+        channels, segmentation = self._kept.get(case, ({}, None))
+        if segmentation is not None and segmentation.GetScene() is not None:
+            self.channels, self.segmentation = channels, segmentation
+        elif case.inScene:
+            if case.segmentation is None or case.segmentation.GetScene() is None:
+                raise ConversionError(_("The result of {name} was deleted.").format(name=case.name))
+            self.channels = {name: node for name, node in case.nodes.items() if node.GetScene() is not None}
+            self.segmentation = case.segmentation
+        else:
+            self._load(case, model)
+        self.current = case
+        self._segmentCount = self.segmentation.GetSegmentation().GetNumberOfSegments()
+
+    def save(self) -> bool:
+        """Writes down what a person has changed in the open case; returns whether there was anything.
+
+        Raises OSError where the disk refuses; the nodes are still there then.
+        """
+        case = self.current
+        if case is None or not self._alive or not self._edited:
+            return False
+        if not case.inScene:
+            NodeFiles.saveSegmentation(self.segmentation, correctedPath(self._queue.folder, case))
+        if not case.review:
+            case.review = EDITED
+            self._queue.tell()
+        return True
+
+    def accept(self) -> None:
+        """The open case is right as it is now: it becomes a training case, and its nodes stay. Raises OSError."""
+        case = self.current
+        if case is None or not self._alive:
+            return
+        self.save()
+        self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
+        self._kept[case] = dict(self.channels), self.segmentation
+        case.review = ACCEPTED
+        self._queue.tell()
+
+    def leave(self) -> None:
+        """Closes the case, with what was changed saved. Raises OSError where that fails; the case stays open then."""
+        self.save()
+        case, nodes = self.current, [*self.channels.values(), self.segmentation]
+        self._close()
+        if case is None or case.inScene or case in self._kept:
+            return
+        for node in nodes:
+            _remove(node)
+
+    def forget(self) -> None:
+        """The scene is being closed: nothing is saved or removed."""
+        self._close()
+        self._kept.clear()
+
+    def _close(self) -> None:
+        self.current, self.channels, self.segmentation = None, {}, None
+
+    @property
+    def _alive(self) -> bool:
+        return self.segmentation is not None and self.segmentation.GetScene() is not None
+
+    @property
+    def _edited(self) -> bool:
+        if self.segmentation.GetSegmentation().GetNumberOfSegments() != self._segmentCount:
+            return True
+        return NodeConversion.wasEdited(self.segmentation)
+
+    def _load(self, case: BatchCase, model: Any) -> None:
+        loaded: list = []
+        try:
+            channels = {}
+            for name, path in case.files.items():
+                title = case.name if len(case.files) == 1 else f"{case.name} {name}"
+                loaded.append(NodeFiles.loadVolume(path, title))
+                channels[name] = loaded[-1]
+            self.segmentation = self._segmentation(case, model, loaded)
+            self.channels = channels
+        except ConversionError:
+            for node in loaded:
+                _remove(node)
+            raise
+
+    def _segmentation(self, case: BatchCase, model: Any, loaded: list) -> slicer.vtkMRMLSegmentationNode:
+        name = _("{name} segmentation").format(name=case.name)
+        corrected = correctedPath(self._queue.folder, case)
+        if case.review and corrected.is_file():
+            node = NodeFiles.loadSegmentation(corrected, name)
+            loaded.append(node)
+        else:
+            image = loaded[0]
+            result = NodeConversion.readResult(self._queue.folder / case.fileName, image)
+            node = NodeFiles.emptySegmentation(name)
+            loaded.append(node)
+            labels = model.labels if model is not None and model.sha256 == case.model else ()
+            stated = [NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology) for one in labels]
+            NodeConversion.importSegmentation(result, image, node, case.model, stated)
+        SegmentationResult.placeBeside(node, loaded[0])
+        SegmentationResult.showInSlices(node)
+        return node
+
+
+def _remove(node) -> None:
+    """A node with its display nodes, if it is still there."""
+    if node is None or node.GetScene() is None:
+        return
+    scene = node.GetScene()
+    for index in reversed(range(node.GetNumberOfDisplayNodes())):
+        if node.GetNthDisplayNode(index) is not None:
+            scene.RemoveNode(node.GetNthDisplayNode(index))
+    scene.RemoveNode(node)

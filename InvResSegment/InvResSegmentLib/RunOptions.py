@@ -1,0 +1,79 @@
+"""What a person asks of a fine-tuning, and the command line that says it to the backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slicer.i18n import tr as _
+
+__all__ = ["FROZEN", "MEMORY", "RunOptions", "proofSentence"]
+
+MEMORY = ("low", "lower", "lowest")
+"""The backend's settings, from the fastest to the one that needs least memory."""
+FROZEN = ("none", "encoder", "all-but-head")
+FEW = 10  # patients up to which the backend holds out each one
+GROUPS = 5
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """minutes: of all trainings together, 0 for no limit; epochs: of each, 0 for the backend's own number.
+
+    vae: None as the base model has it. synthetic: fraction of the batches. learningRate: 0 for the backend's own.
+    baseCases: a data set to see what is forgotten of, or "".
+    """
+
+    minutes: float = 30.0
+    epochs: int = 0
+    memory: str = "low"
+    freeze: str = "none"
+    synthetic: float = 0.0
+    vae: bool | None = None
+    learningRate: float = 0.0
+    name: str = ""
+    baseCases: str = ""
+    device: str = "auto"
+
+    def arguments(self, model: str, data: str | Path, folder: str | Path) -> list[str]:
+        """The backend's command line; the same one with --resume goes on with the run in `folder`."""
+        words = ["finetune", "--model", str(model), "--data", str(data), "--output", str(folder)]
+        words += ["--device", self.device, "--memory", self.memory, "--freeze", self.freeze]
+        if self.minutes:
+            words += ["--time", f"{60 * self.minutes:.0f}s"]
+        if self.epochs:
+            words += ["--epochs", str(self.epochs)]
+        if self.synthetic:
+            words += ["--synthetic", f"{self.synthetic:.2f}"]
+        if self.learningRate:
+            words += ["--lr", f"{self.learningRate:g}"]
+        if self.vae is not None:
+            words.append("--vae" if self.vae else "--no-vae")
+        if self.name:
+            words += ["--name", self.name]
+        if self.baseCases:
+            words += ["--check-base", self.baseCases]
+        return words
+
+    def planArguments(self, model: str) -> list[str]:
+        """The question what a step of this will need."""
+        words = ["plan", "--training", "--model", str(model), "--memory", self.memory, "--device", self.device]
+        if self.vae is not None:
+            words.append("--vae" if self.vae else "--no-vae")
+        return words
+
+
+def proofSentence(patients: int, heldOut: int) -> str:
+    """How the tuned model will be proved. patients: all that take part; heldOut: those with the role validation."""
+    if heldOut:
+        return _("Held out for the proof: {count}. The model does not learn from what is held out.").format(
+            count=heldOut
+        )
+    if patients == 1:
+        return _("One patient alone can prove nothing: add cases of others to see whether the model got better.")
+    if patients <= FEW:
+        count = min(patients, GROUPS) + 1
+        return _(
+            "{count} trainings share the time: each patient is held out once for the proof; the last learns from all."
+        ).format(count=count)
+    return _("A quarter of the {count} patients is held out for the proof.").format(count=patients)

@@ -1,0 +1,293 @@
+"""What a run folder of `invres finetune` tells of its run: read again and again, each time only what is new."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from slicer.i18n import tr as _
+
+from .Protocol import parsedEvent
+from .WholeFile import readJson, writeWhole
+
+__all__ = ["DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld"]
+
+EVENTS, LOCK, STOP = "events.jsonl", "lock", "stop"
+RESULT, COMPARISON, DECISION = "result.json", "comparison.json", "decision.json"
+PROMOTED, DISCARDED, ROLLED_BACK = "promoted", "discarded", "rolled back"
+START_LIMIT_S = 120
+"""So long a child may take to import torch, on a slow disk, before it is missed."""
+SPAWNING_S = 10
+"""A process that began so long before it was asked about is the one that was launched, and not an earlier one."""
+LONGEST_PIECE = 4 * 1024**2  # bytes of events that are read at a time
+PREPARED = 0.03  # of the bar, before the first training
+TRAINED = 0.9  # of a training's part of the bar; comparing is the rest
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a training. loss: None where it was not finite; dice: by segment, empty where none was watched."""
+
+    number: int
+    loss: float | None
+    dice: dict[str, float]
+
+
+@dataclass
+class RunRecord:
+    """A run of `invres finetune`, as its folder tells it; `poll` brings it up to date.
+
+    launched: a process was started for it just now, which has not said anything yet.
+    state: "starting", "running", "stopping" (a process is at work), "paused", "finished", "failed" (none is).
+    stage: the backend's name of what is done at the moment; part of parts: which training, 0 before the first.
+    fraction: of the whole, never smaller than before; etaS: seconds left of the whole, None where not known.
+    epochs: part -> its epochs. error: "code", "message", "hint" of a failure. result: content of the result event.
+    """
+
+    folder: Path
+    launched: bool = False
+    state: str = "starting"
+    stage: str = ""
+    part: int = 0
+    parts: int = 0
+    fraction: float = 0.0
+    etaS: float | None = None
+    predictedBytes: int = 0
+    measuredBytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    epochs: dict[int, list[Epoch]] = field(default_factory=dict)
+    error: dict[str, str] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    _offset: int = 0
+    _ended: bool = False  # whether the process that began last has said how it ended
+    _begun: bool = False  # whether any process has begun
+    _made: float = field(default_factory=time.monotonic)
+    _madeAt: str = field(default_factory=lambda: _now(-SPAWNING_S))
+    _comparison: tuple[float, dict] = (0.0, {})
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+
+    def poll(self) -> bool:
+        """Reads what is new; returns whether anything changed."""
+        before, news = self.state, False
+        while self._read():
+            news = True
+        self.state = self._state()
+        return news or self.state != before
+
+    @property
+    def partShown(self) -> int:
+        """The training whose curves are worth seeing: the one under way; afterwards the last one that was watched."""
+        watched = [part for part, epochs in self.epochs.items() if any(epoch.dice for epoch in epochs)]
+        return max((watched if self.result and watched else self.epochs), default=0)
+
+    @property
+    def epochsShown(self) -> list[Epoch]:
+        """The epochs of that training."""
+        return self.epochs.get(self.partShown, [])
+
+    @property
+    def comparison(self) -> dict[str, Any]:
+        """The proof (`comparison.json`), or {} while there is none."""
+        path = self.folder / COMPARISON
+        with contextlib.suppress(OSError, ValueError):
+            changed = path.stat().st_mtime
+            if changed != self._comparison[0]:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                self._comparison = changed, content if isinstance(content, dict) else {}
+            return self._comparison[1]
+        return {}
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """What became of the tuned model ("decision": promoted, discarded or rolled back...), or {}."""
+        return readJson(self.folder / DECISION)
+
+    # ---------------------------------------------------------------- state
+
+    def _state(self) -> str:
+        if self.result:
+            return "finished"
+        if self._begun and not self._ended and isHeld(self.folder):
+            if (self.folder / STOP).is_file():
+                return "stopping"
+            return "running" if self.part else "starting"
+        if self._begun and not self._ended and (told := readJson(self.folder / RESULT)):
+            # The disk was too full for the last event.
+            self._take({**told, "event": "result"})
+            return "finished"
+        if self._ended or self._begun:
+            if self.launched and time.monotonic() - self._made < START_LIMIT_S:
+                return "starting"
+            if self.error.get("code") == "cancelled":
+                return "paused"
+            if not self._ended:
+                self.error = {
+                    "code": "killed",
+                    "message": _("The training was ended from outside, without a word."),
+                    "hint": _("Resume it; it goes on from its last checkpoint."),
+                }
+            return "failed"
+        if isHeld(self.folder) or time.monotonic() - self._made < START_LIMIT_S:
+            return "starting"
+        self.error = {
+            "code": "not_started",
+            "message": _("The training did not begin within {count} s.").format(count=START_LIMIT_S),
+            "hint": _("Look at the log of the run, in its folder."),
+        }
+        return "failed"
+
+    # ---------------------------------------------------------------- events
+
+    def _read(self) -> bool:
+        """Takes the next piece; returns whether there was one."""
+        path = self.folder / EVENTS
+        try:
+            if path.stat().st_size < self._offset:  # another run took the folder
+                self.__init__(self.folder, self.launched)
+            with open(path, "rb") as stream:
+                stream.seek(self._offset)
+                data = stream.read(LONGEST_PIECE)
+        except OSError:
+            return False
+        whole = data.rfind(b"\n") + 1
+        if not whole and len(data) == LONGEST_PIECE:
+            whole = len(data)  # no event is as long
+        self._offset += whole
+        for line in data[:whole].split(b"\n"):
+            # A line that a killed process left half is no event.
+            if (event := parsedEvent(line)) is not None:
+                self._take(event)
+        return whole > 0
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "started":
+            self.launched = self.launched and str(event.get("time") or "") < self._madeAt
+            self._ended, self._begun = False, True
+            self.error, self.result, self.etaS = {}, {}, None
+            self.part, self.stage = 0, ""
+        elif kind == "progress":
+            self._progress(event)
+        elif kind == "epoch":
+            self._epoch(event)
+        elif kind == "memory":
+            self.predictedBytes = int(event.get("predicted_bytes") or self.predictedBytes)
+            measured = event.get("cuda_max_allocated_bytes") or event.get("measured_bytes")
+            self.measuredBytes = int(measured or self.measuredBytes)
+        elif kind in ("warning", "note"):
+            said = self.warnings if kind == "warning" else self.notes
+            text = str(event.get("message") or "")
+            if text and text not in said:
+                said.append(text)
+        elif kind == "error":
+            self._ended = True
+            self.error = {key: str(event.get(key) or "") for key in ("code", "message", "hint")}
+        elif kind == "result":
+            self._ended, self.fraction, self.etaS = True, 1.0, None
+            self.result = {key: value for key, value in event.items() if key not in ("event", "time")}
+
+    def _progress(self, event: dict[str, Any]) -> None:
+        stage, done, total = str(event.get("stage") or ""), event.get("done"), event.get("total")
+        if not isinstance(done, (int, float)) or not isinstance(total, (int, float)):
+            return
+        within = min(1.0, done / total) if total else 1.0
+        if stage == "finetune.parts":
+            self.parts = int(total)
+            return
+        self.stage = stage
+        self.part, self.parts = int(event.get("part") or 0), int(event.get("parts") or self.parts)
+        eta = event.get("eta_s")
+        if not self.part:
+            self.fraction = max(self.fraction, PREPARED * within)
+            return
+        share = {"train": TRAINED * within, "finetune.compare": TRAINED + (1 - TRAINED) * within}.get(stage, 0.0)
+        whole = PREPARED + (1 - PREPARED) * (self.part - 1 + share) / max(1, self.parts)
+        self.fraction = max(self.fraction, whole)
+        if stage == "train" and isinstance(eta, (int, float)):
+            # The trainings that are still to come take as long as this one.
+            each = eta / (1 - within) if within < 1 else 0.0
+            self.etaS = eta + max(0, self.parts - self.part) * each if within < 1 else None
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        number = event.get("epoch")
+        if not isinstance(number, int):
+            return
+        dice = event.get("dice")
+        scores = dice.items() if isinstance(dice, dict) else ()
+        named = {name: float(value) for name, value in scores if name != "mean" and isinstance(value, (int, float))}
+        loss = event.get("loss")
+        entry = Epoch(number, float(loss) if isinstance(loss, (int, float)) else None, named)
+        # What was done again after an interruption takes the place of what it was before.
+        kept = [one for one in self.epochs.get(int(event.get("part") or 1), []) if one.number < number]
+        self.epochs[int(event.get("part") or 1)] = [*kept, entry]
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def decide(folder: Path, decision: str, **fields: Any) -> None:
+    """Writes down what became of the tuned model. Raises OSError where the disk refuses."""
+    content = {"decision": decision, "time": _now(), **fields}
+    writeWhole(folder / DECISION, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _now(shift_s: float = 0.0) -> str:
+    """The time as `events.jsonl` writes it, so that texts compare as times do."""
+    return (datetime.now(timezone.utc) + timedelta(seconds=shift_s)).isoformat(timespec="milliseconds")
+
+
+def isHeld(folder: Path) -> bool:
+    """Whether a process is at work in a run folder."""
+    try:
+        with open(folder / LOCK, "rb") as stream:
+            number = stream.read(32).strip()
+            # A process that is just beginning must find the lock free: it is tried only where its holder is alive.
+            if number.isdigit() and not _alive(int(number)):
+                return False
+            return _locked(stream)
+    except OSError:
+        return False
+
+
+def _locked(stream: Any) -> bool:
+    if os.name == "nt":
+        return True  # the holder is alive
+    import fcntl
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return True  # a file system without locks: the process is all that is known
+    return False  # closing the file gives the lock back
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        import ctypes
+
+        kernel = ctypes.windll.kernel32
+        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if not handle:
+            return False
+        code = ctypes.c_ulong()
+        found = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        kernel.CloseHandle(handle)
+        return bool(found) and code.value == 259  # STILL_ACTIVE
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

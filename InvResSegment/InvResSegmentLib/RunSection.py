@@ -1,0 +1,195 @@
+"""The section with the run: which one is shown, pause, resume, keep the best, delete; the view does the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ctk
+from slicer.i18n import tr as _
+
+from . import Settings
+from .Dependencies import backendCommand, backendEnvironment
+from .FineTuneRun import FineTuneRun, undecidedRuns
+from .Notice import ERROR, INFORMATION, WARNING, Notice
+from .RunView import RunView
+
+__all__ = ["RunSection"]
+
+AT_WORK = ("starting", "running", "stopping")
+
+
+class RunSection:
+    """onChanged: called when a run has begun, ended, or was decided on."""
+
+    def __init__(self, ui, services, onChanged: Callable[[], None]) -> None:
+        self._ui, self._services, self._onChanged = ui, services, onChanged
+        self._runs: list[FineTuneRun] = []
+        self._shown: FineTuneRun | None = None
+        self._filling = False
+        self._askedToDelete = False
+        self._message = Notice(ui, "runMessage")
+        self.view = RunView(ui.runPlace, services.catalogue)
+        self.view.onStateChanged = self._onState
+        self.view.onDecided = self._onDecided
+        ui.pauseButton.connect("clicked()", self._onPause)
+        ui.keepButton.connect("clicked()", self._onKeep)
+        ui.deleteRunButton.connect("clicked()", self._onDelete)
+        ui.runBox.connect("currentIndexChanged(int)", self._onChosen)
+        ui.runsFolderEdit.filters = ctk.ctkPathLineEdit.Dirs
+        ui.runsFolderEdit.currentPath = Settings.runsFolder()
+        ui.runsFolderEdit.connect("currentPathChanged(QString)", self._onFolder)
+        self._update()
+
+    @property
+    def shown(self) -> FineTuneRun | None:
+        """The run that is shown."""
+        return self._shown
+
+    @property
+    def state(self) -> str:
+        """Of the run that is shown, as `RunView` has it; "" without one."""
+        return self.view.state
+
+    @property
+    def active(self) -> bool:
+        """Whether a training is under way, shown or not."""
+        return self.state in AT_WORK or any(run.active for run in self._runs)
+
+    def find(self) -> None:
+        """Look for runs that are under way, or wait for a decision, of this Slicer or an earlier one."""
+        found = undecidedRuns(Path(Settings.runsFolder()))
+        known = {run.folder: run for run in [*self._runs, *([self._shown] if self._shown else [])]}
+        self._runs = [known.get(run.folder, run) for run in found]
+        if self._shown is not None and self._shown.folder.is_dir():
+            if self._shown not in self._runs:  # decided, and still looked at
+                self._runs.insert(0, self._shown)
+        else:
+            self._shown = None
+            if self._runs:
+                self.show(self._runs[0])
+                return
+            self.view.clear()
+        self._update()
+
+    def show(self, run: FineTuneRun, launched: bool = False) -> None:
+        """Show a run. launched: its process has just been started."""
+        if run not in self._runs:
+            self._runs.insert(0, run)
+        self._shown, self._askedToDelete = run, False
+        self._message.clear()
+        self.view.show(run.folder, launched)
+        self._update()
+        self._onChanged()
+
+    def cleanup(self) -> None:
+        """Let go of the scene; a run goes on."""
+        self.view.cleanup()
+
+    # ---------------------------------------------------------------- what is shown
+
+    def _update(self) -> None:
+        ui, run, state = self._ui, self._shown, self.state
+        ui.runButton.visible = run is not None
+        if run is None:
+            return
+        self._filling = True
+        ui.runBox.clear()
+        for each in self._runs:
+            ui.runBox.addItem(each.title)
+        ui.runBox.currentIndex = self._runs.index(run)
+        self._filling = False
+        ui.runRow.visible = len(self._runs) > 1
+        ended = state in ("paused", "failed")
+        ui.runButtons.visible = state != "finished"
+        ui.pauseButton.text = _("Resume") if ended else _("Pause")
+        ui.pauseButton.toolTip = (
+            _("Goes on from what was saved last.")
+            if ended
+            else _("Saves and stops; Resume goes on later, also after a restart.")
+        )
+        problem = self._services.problem() if ended else ""
+        if ended and any(other is not run and other.active for other in self._runs):
+            problem = _("Another training is under way; wait for it, or pause it.")
+        ui.pauseButton.enabled = state in ("starting", "running") or (ended and not problem)
+        if problem:
+            ui.pauseButton.toolTip = problem
+        ui.keepButton.enabled = state == "running"
+        ui.deleteRunButton.enabled = state != ""
+        ui.deleteRunButton.text = _("Delete it") if self._askedToDelete else _("Delete")
+
+    def _onState(self, state: str) -> None:
+        self._askedToDelete = False
+        if state == "failed" and self._shown is not None:
+            # The view tells what the backend wrote down; this is what it said before it could, or instead.
+            message, hint = self._shown.failure()
+            told = self.view.record.error.get("message", "") if self.view.record is not None else ""
+            self._message.show(ERROR, *([] if message == told else [message, hint]))
+        elif state in AT_WORK or state == "finished":
+            self._message.clear()
+        self._update()
+        self._onChanged()
+
+    def _onDecided(self) -> None:
+        self._update()
+        self._onChanged()
+
+    def _onChosen(self, index: int) -> None:
+        if not self._filling and 0 <= index < len(self._runs) and self._runs[index] is not self._shown:
+            self.show(self._runs[index])
+
+    def _onFolder(self, path: str) -> None:
+        # While a path is being typed it names no folder yet.
+        if path and Path(path).is_dir() and path != Settings.runsFolder():
+            Settings.setRunsFolder(path)
+            self.find()
+            self._onChanged()
+
+    # ---------------------------------------------------------------- what is done
+
+    def _onPause(self) -> None:
+        run = self._shown
+        if run is None:
+            return
+        if self.state in ("paused", "failed"):
+            self._do(lambda: run.launch(backendCommand("-m", "invres"), backendEnvironment(), resume=True))
+            if self._message.text == "":
+                self.show(run, launched=True)
+            return
+        self._do(run.pause)
+        if self._message.text == "":
+            self._message.show(INFORMATION, _("It is saved after the step at hand, and then stops."))
+
+    def _onKeep(self) -> None:
+        if self._shown is not None:
+            self._do(self._shown.keepBest)
+            if self._message.text == "":
+                self._message.show(
+                    INFORMATION, _("The training ends after the step at hand; then the models are compared.")
+                )
+
+    def _onDelete(self) -> None:
+        run = self._shown
+        if run is None:
+            return
+        if not self._askedToDelete:
+            self._askedToDelete = True
+            self._message.show(
+                WARNING,
+                _("The run and all that it has learned will be deleted; your cases stay."),
+                _("Press the button again to delete it."),
+            )
+            self._update()
+            return
+        self.view.clear()
+        self._do(run.discard)
+        self._shown = None
+        self._runs.remove(run)
+        self.find()
+        self._onChanged()
+
+    def _do(self, action: Callable[[], None]) -> None:
+        self._message.clear()
+        try:
+            action()
+        except OSError as error:
+            text = _("That could not be done: {reason}.").format(reason=error.strerror or error)
+            self._message.show(ERROR, text, _("Look whether the folder of the runs can be written to."))

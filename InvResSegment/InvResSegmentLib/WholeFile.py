@@ -1,0 +1,36 @@
+"""Small files of text that are there as a whole or as they were before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+__all__ = ["readJson", "writeWhole"]
+
+
+def writeWhole(path: Path, text: str) -> None:
+    """Writes under a temporary name and renames. Raises OSError, and leaves nothing half-written then."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def readJson(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

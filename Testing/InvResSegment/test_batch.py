@@ -1,0 +1,534 @@
+"""The batch on the real backend: where cases come from, the run, what fails, what is remembered, and the review."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+if importlib.util.find_spec("PySide6") is None:  # asked for without importing it: `standins` has to come first
+    pytest.skip("PySide6 is not installed", allow_module_level=True)
+
+import qt
+import slicer
+import standins
+from InvResSegmentLib import BatchSources
+from InvResSegmentLib.BatchCase import ACCEPTED, DONE, EDITED, FAILED, WAITING, BatchCase, correctedPath, freeFileName
+from InvResSegmentLib.BatchQueue import BatchQueue
+from InvResSegmentLib.BatchTab import BatchTab
+from InvResSegmentLib.Models import ModelCatalogue
+from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
+from InvResSegmentLib.ResultFile import readResultFile
+from InvResSegmentLib.ReviewQueue import ReviewQueue
+from InvResSegmentLib.TrainingCases import TrainingCases
+from small_models import add_volume, example
+from standins import pythonqt, qtclasses, waitUntil
+from tiny_run import SHAPE, write_balls
+from vtk.util.numpy_support import vtk_to_numpy
+
+T1 = (SimpleNamespace(name="T1", modality="MR"),)
+TWO = (SimpleNamespace(name="T1", modality="MR"), SimpleNamespace(name="FLAIR", modality="MR"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_balls(tmp_path / "data", cases=3, labelled=False)
+
+
+@pytest.fixture
+def images(data):
+    return sorted((data / "imagesTr").iterdir())
+
+
+@pytest.fixture
+def queue(scene, backend, tmp_path):
+    pythonqt.slotErrors.clear()
+    queue = BatchQueue(backend, lambda: str(tmp_path / "exchange"))
+    yield queue
+    queue.cancel()
+    waitUntil(lambda: not queue.running, 30)
+    assert not pythonqt.slotErrors
+
+
+def cases_of(images):
+    return [BatchCase(f"case {index}", files={"T1": path}) for index, path in enumerate(images)]
+
+
+def ran(queue, model):
+    queue.start(model, "cpu")
+    waitUntil(lambda: not queue.running, 120)
+    return [case.state for case in queue.cases]
+
+
+def remembered(folder):
+    content = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
+    return {case["name"]: (case["state"], case["review"]) for case in content["cases"]}
+
+
+def paint(node, count=40):
+    """What a person does in the Segment Editor: other voxels in the first segment, and a new time stamp."""
+    image = node.GetSegmentation().GetNthSegment(0).GetRepresentation("Binary labelmap")
+    voxels = vtk_to_numpy(image.GetPointData().GetScalars())
+    voxels[:count] = node.GetSegmentation().GetNthSegment(0).GetLabelValue()
+    image.Modified()
+
+
+# ---------------------------------------------------------------- where cases come from
+
+
+def test_each_volume_of_the_scene_is_a_case_of_a_model_of_one_channel(scene):
+    first = add_volume(scene, np.zeros((4, 4, 4), np.float32), name="first")
+    add_volume(scene, np.zeros((4, 4, 4), np.uint8), name="labels", kind="vtkMRMLLabelMapVolumeNode")
+    add_volume(scene, np.zeros((4, 4, 4), np.float32), name="hidden").SetHideFromEditors(True)
+    (case,) = BatchSources.casesOfScene(T1)
+    assert case.name == "first" and case.nodes == {"T1": first} and case.inScene
+
+
+def test_the_studies_of_the_scene_are_cases_of_a_model_of_two_channels(scene):
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    for study in ("Monday", "Tuesday"):
+        item = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), study)
+        for contrast in ("T1 MPRAGE", "FLAIR") if study == "Monday" else ("T1 MPRAGE",):
+            noise = np.random.default_rng(0).normal(100, 10, (8, 8, 8)).astype(np.float32)
+            volume = add_volume(scene, noise, name=f"{contrast} {study}")
+            hierarchy.CreateItem(item, volume)
+    monday, tuesday = BatchSources.casesOfScene(TWO)
+    assert (monday.name, monday.state, set(monday.nodes)) == ("Monday", WAITING, {"T1", "FLAIR"})
+    assert (tuesday.state, set(tuesday.nodes)) == (FAILED, {"T1"}) and "FLAIR" in tuesday.message
+
+
+def test_a_data_set_is_read_by_the_backend(backend, data):
+    found = []
+    backend.request(["check", "--data", str(data)], None, found.append)
+    waitUntil(lambda: found, 60)
+    contents = found[0].result["contents"]
+    cases = BatchSources.casesOfDataset(contents, (SimpleNamespace(name="t1", modality="MR"),))
+    assert [case.name for case in cases] == ["case0", "case1", "case2"]
+    assert all(case.files["t1"].is_file() for case in cases)
+    with pytest.raises(ConversionError, match="no channel FLAIR"):
+        BatchSources.casesOfDataset(contents, TWO)
+
+
+def test_a_plain_folder_of_images_is_a_batch(images, tmp_path):
+    folder = images[0].parent
+    (folder / "old.seg.nrrd").write_bytes(b"")
+    assert [case.name for case in BatchSources.casesOfFolder(folder, T1)] == ["case0_0000", "case1_0000", "case2_0000"]
+    patient = tmp_path / "patients" / "anna"
+    patient.mkdir(parents=True)
+    for name in ("t1.nii.gz", "flair.nii.gz", "notes.txt"):
+        (patient / name).write_bytes(b"")
+    (case,) = BatchSources.casesOfFolder(patient.parent, TWO)
+    assert case.name == "anna" and {k: v.name for k, v in case.files.items()} == {
+        "T1": "t1.nii.gz",
+        "FLAIR": "flair.nii.gz",
+    }
+
+
+class Database:
+    """What the panel asks of ctkDICOMDatabase, over the files of one patient with a study of several series."""
+
+    def __init__(self, series):
+        self.series = series
+
+    def patients(self):
+        return ["1"]
+
+    def displayedNameForPatient(self, patient):
+        return "Anna"
+
+    def studiesForPatient(self, patient):
+        return ["1.2"]
+
+    def descriptionForStudy(self, study):
+        return "head"
+
+    def seriesForStudy(self, study):
+        return list(self.series)
+
+    def descriptionForSeries(self, series):
+        return sitk.ReadImage(self.series[series][0]).GetMetaData("0008|103e").strip()
+
+    def filesForSeries(self, series):
+        return self.series[series]
+
+    def fileValue(self, file, tag):
+        image = sitk.ReadImage(file)
+        key = tag.replace(",", "|")
+        return image.GetMetaData(key).strip() if image.HasMetaDataKey(key) else ""
+
+
+def write_series(folder, array, uid, description):
+    """A series of slices as a scanner writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for index, plane in enumerate(array.astype(np.int16)):
+        image = sitk.GetImageFromArray(plane[None])
+        tags = {
+            "0008|0060": "MR",
+            "0008|103e": description,
+            "0020|000d": "1.2",
+            "0020|000e": uid,
+            "0020|0052": "1.2.9",
+            "0020|0013": str(index + 1),
+            "0020|0032": f"-10\\5\\{index}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0018|0050": "1",
+            "0028|0030": "1\\1",
+        }
+        for key, value in tags.items():
+            image.SetMetaData(key, value)
+        files.append(str(folder / f"{uid}.{index}.dcm"))
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(files[-1])
+        writer.Execute(image)
+    return files
+
+
+def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
+    array = example(np.random.default_rng(8), SHAPE, 1)[0][0]
+    series = {
+        "1.2.3": write_series(tmp_path / "dicom", array, "1.2.3", "T1 MPRAGE"),
+        "1.2.4": write_series(tmp_path / "dicom", array[:5], "1.2.4", "localizer"),
+    }
+    ((_done, _count, case),) = BatchSources.casesOfDatabase(Database(series), T1)
+    assert case.name == "Anna, head" and str(case.files["T1"]) == series["1.2.3"][0]
+    queue.add([case])
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE], case.message
+    review = ReviewQueue(queue, TrainingCases())
+    assert review.step(True, small_model)
+    assert review.background.GetImageData().GetDimensions() == SHAPE[::-1]
+    assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
+
+
+def segment_id(review):
+    return review.segmentation.GetSegmentation().GetNthSegmentID(0)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_a_case_that_fails_does_not_keep_the_others(queue, small_model, images, tmp_path):
+    images[1].write_bytes(images[1].read_bytes()[:200])
+    queue.add([*cases_of(images), BatchCase("gone", files={"T1": tmp_path / "gone.nii"})])
+    assert queue.missing(small_model) == ["Choose a folder for the results."]
+    queue.setFolder(tmp_path / "results")
+    assert queue.missing(small_model) == []
+    assert ran(queue, small_model) == [DONE, FAILED, DONE, FAILED]
+    assert queue.cases[1].message and "gone.nii is not there" in queue.cases[3].message
+    files = sorted(path.name for path in queue.folder.iterdir())
+    assert files == ["batch.json", "case_0.seg.nrrd", "case_2.seg.nrrd"]
+    result = readResultFile(queue.folder / "case_0.seg.nrrd")
+    assert result.labels.shape == SHAPE and (result.labels == 3).sum() > 100
+    assert remembered(queue.folder)["case 1"] == (FAILED, "")
+    assert queue.missing(small_model) == [], "what failed can be tried again"
+
+
+def test_a_thousand_lost_files_are_told_one_by_one(queue, small_model, tmp_path):
+    queue.add(BatchCase(str(index), files={"T1": tmp_path / f"{index}.nii"}) for index in range(300))
+    assert set(ran(queue, small_model)) == {WAITING}, "no folder, no run"
+    queue.changed.clear()
+    queue._model = small_model
+    queue.folder = tmp_path / "results"
+    assert set(ran(queue, small_model)) == {FAILED}
+
+
+def test_cancelling_keeps_what_is_done_and_tomorrow_does_the_rest(queue, small_model, images, backend, tmp_path):
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    queue.changed.append(lambda: queue.cancel() if queue.cases[0].state == DONE else None)
+    assert ran(queue, small_model) == [DONE, WAITING, WAITING]
+    before = (queue.folder / "case_0.seg.nrrd").stat().st_mtime_ns
+    tomorrow = BatchQueue(backend, lambda: str(tmp_path / "exchange"))
+    tomorrow.setFolder(tmp_path / "results")
+    assert [case.state for case in tomorrow.cases] == [DONE, WAITING, WAITING]
+    assert tomorrow.add(cases_of(images)) == 0, "the same files are the same cases"
+    assert ran(tomorrow, small_model) == [DONE] * 3
+    assert (queue.folder / "case_0.seg.nrrd").stat().st_mtime_ns == before
+    assert tomorrow.missing(small_model) == ["All cases are done with this model."]
+
+
+def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_error(queue, images, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    entry = {"name": "a", "files": {"T1": str(images[0])}, "state": DONE, "result": "../a.seg.nrrd"}
+    entry["review"] = ACCEPTED
+    (folder / "batch.json").write_text(json.dumps({"cases": [entry, {"name": "b"}, 7]}), encoding="utf-8")
+    queue.setFolder(folder)
+    (case,) = queue.cases
+    assert (case.state, case.review, case.fileName) == (WAITING, "", "a.seg.nrrd")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "batch.json").write_text('{"cases": [', encoding="utf-8")
+    queue.setFolder(other)
+    assert [one.name for one in queue.cases] == ["a"]
+
+
+def test_a_folder_that_was_only_chosen_is_left_alone(queue, images, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    queue.setFolder(folder)
+    queue.add(cases_of(images))
+    assert list(folder.iterdir()) == []
+
+
+def test_names_of_files_are_safe_and_differ():
+    names = []
+    for name in ("A/b: c", "a_b_c", "..", "Ödem", "x" * 300):
+        names.append(freeFileName(name, names))
+    assert names[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
+    assert len(names[4]) < 80
+
+
+def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
+    images = [example(np.random.default_rng(seed), SHAPE, 1)[0][0].astype(np.float32) for seed in (1, 2)]
+    volumes = [add_volume(scene, image, name=f"scan {index}") for index, image in enumerate(images)]
+    queue.add(BatchSources.casesOfScene(T1))
+    assert queue.missing(small_model) == [], "no folder is needed"
+    assert ran(queue, small_model) == [DONE, DONE]
+    for case, volume in zip(queue.cases, volumes, strict=True):
+        assert case.nodes == {"T1": volume} and case.segmentation.GetSegmentation().GetNumberOfSegments() == 1
+        assert volume.GetName() in case.segmentation.GetName()
+    scene.RemoveNode(volumes[0])
+    queue.cases[0].state = WAITING
+    assert ran(queue, small_model)[0] == FAILED and "T1" in queue.cases[0].message
+
+
+# ---------------------------------------------------------------- the review
+
+
+@pytest.fixture
+def reviewed(queue, small_model, images, tmp_path):
+    """A batch of three that is done, and its review."""
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE] * 3
+    return ReviewQueue(queue, TrainingCases())
+
+
+def in_scene():
+    kinds = ("vtkMRMLScalarVolumeNode", "vtkMRMLSegmentationNode")
+    return sorted(node.GetName() for kind in kinds for node in slicer.util.getNodesByClass(kind))
+
+
+def test_stepping_through_leaves_no_nodes_behind(reviewed, small_model, scene):
+    assert reviewed.step(True, small_model)
+    assert in_scene() == ["case 0", "case 0 segmentation"]
+    segment = reviewed.segmentation.GetSegmentation().GetNthSegment(0)
+    assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
+    result = readResultFile(reviewed._queue.folder / "case_0.seg.nrrd")
+    assert np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0]) == (result.labels == 3).sum()
+    assert not reviewed.step(False, small_model)
+    assert reviewed.step(True, small_model) and reviewed.step(True, small_model)
+    assert not reviewed.step(True, small_model) and in_scene() == ["case 2", "case 2 segmentation"]
+    count = scene.GetNumberOfNodes()
+    reviewed.step(False, small_model)
+    assert scene.GetNumberOfNodes() == count, "display and storage nodes go as well"
+    reviewed.leave()
+    assert in_scene() == [] and remembered(reviewed._queue.folder)["case 0"] == (DONE, "")
+    assert not list(reviewed._queue.folder.glob("*corrected*"))
+
+
+def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend, scene, tmp_path):
+    reviewed.step(True, small_model)
+    paint(reviewed.segmentation)
+    voxels = np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0])
+    reviewed.step(True, small_model)
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
+    tomorrow = BatchQueue(backend, lambda: str(tmp_path / "exchange"))
+    tomorrow.setFolder(tmp_path / "results")
+    review = ReviewQueue(tomorrow, TrainingCases())
+    reviewed.leave()
+    review.open(tomorrow.cases[0], small_model)
+    assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == voxels
+    untouched = readResultFile(tmp_path / "results" / "case_0.seg.nrrd")
+    assert (untouched.labels == 3).sum() < voxels, "what the model found is kept beside it"
+    assert not tomorrow.cases[0].pending("another model"), "work of a person is never overwritten"
+    review.leave()
+
+
+def test_what_is_accepted_becomes_a_training_case_and_stays(reviewed, small_model, tmp_path):
+    reviewed.step(True, small_model)
+    paint(reviewed.segmentation)
+    node = reviewed.segmentation
+    reviewed.accept()
+    (row,) = reviewed._trainingCases.rows
+    assert row.segmentation is node and list(row.channels) == ["T1"] and row.name == "case 0"
+    assert correctedPath(tmp_path / "results", reviewed.current).is_file()
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
+    reviewed.step(True, small_model)
+    assert in_scene() == ["case 0", "case 0 segmentation", "case 1", "case 1 segmentation"]
+    reviewed.step(False, small_model)
+    assert reviewed.segmentation is node, "the same nodes, not others of the same name"
+    reviewed.leave()
+    assert in_scene() == ["case 0", "case 0 segmentation"]
+    reviewed.step(True, small_model)
+    assert reviewed.current.name == "case 1", "the first that is not accepted"
+
+
+def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
+    reviewed.step(True, small_model)
+    reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
+    new = reviewed.segmentation.GetSegmentation()
+    assert new.GetNumberOfSegments() == 0
+    reviewed.leave()
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
+
+
+def test_a_case_that_cannot_be_loaded_is_told_and_skipped(reviewed, small_model, images):
+    images[1].unlink()
+    reviewed.step(True, small_model)
+    with pytest.raises(ConversionError, match="is not there any more"):
+        reviewed.open(reviewed.cases[1], small_model)
+    assert in_scene() == [] and reviewed.current is None
+    result = reviewed._queue.folder / "case_2.seg.nrrd"
+    result.write_bytes(result.read_bytes()[:-20])
+    with pytest.raises(ConversionError, match="could not be read"):
+        reviewed.open(reviewed.cases[2], small_model)
+    assert in_scene() == []
+
+
+def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, monkeypatch):
+    from InvResSegmentLib import NodeFiles
+
+    reviewed.step(True, small_model)
+    paint(reviewed.segmentation)
+
+    def full(node, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(NodeFiles, "saveSegmentation", full)
+    with pytest.raises(OSError, match="No space"):
+        reviewed.step(True, small_model)
+    assert reviewed.current.name == "case 0" and in_scene() == ["case 0", "case 0 segmentation"]
+
+
+# ---------------------------------------------------------------- the tab
+
+
+@pytest.fixture
+def tab(scene, backend, one_channel_package, tmp_path):
+    resources = Path(BatchSources.__file__).parents[1] / "Resources"
+    services = SimpleNamespace(
+        resourcePath=lambda name: str(resources / name),
+        backend=backend,
+        cases=TrainingCases(),
+        problem=lambda: "",
+    )
+    pythonqt.slotErrors.clear()
+    qtclasses.answers.clear()
+    qt.QSettings().setValue("InvResSegment/Device", "cpu")
+    tab = BatchTab(services)
+    tab.widget.show()
+    catalogue, found = ModelCatalogue(backend, one_channel_package.path.parent), []
+    catalogue.refresh(lambda models, error: found.append(models))
+    waitUntil(lambda: found, 60)
+    tab.setModels([model for model in found[0] if model.name == "balls"][:1], "")
+    yield tab
+    tab.cancel()
+    waitUntil(lambda: not tab.queue.running, 30)
+    tab.cleanup()
+    tab.widget.hide()
+    assert not pythonqt.slotErrors and not qtclasses.answers
+
+
+def test_from_a_folder_to_accepted_cases_with_the_mouse_alone(tab, data, tmp_path):
+    assert "Add cases." in tab.ui.startButton.toolTip and not tab.ui.startButton.enabled
+    assert not tab.ui.dicomButton.enabled, "no database is open"
+    qtclasses.answers.append(str(data))
+    tab.ui.datasetButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 3, 60)
+    assert "Choose a folder for the results." in tab.ui.startButton.toolTip
+    (tmp_path / "results").mkdir()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    assert tab.ui.startButton.enabled and tab.ui.reviewButton.isHidden()
+    tab.ui.startButton.click()
+    assert tab.ui.startButton.text == "Cancel" and not tab.ui.batchProgress.isHidden()
+    waitUntil(lambda: not tab.queue.running, 120)
+    assert [tab.ui.casesTable.item(row, 2).text() for row in range(3)] == ["done"] * 3
+    assert "All cases are done" in tab.ui.batchNoticeText.text
+    assert not tab.ui.reviewButton.isHidden() and not tab.ui.acceptButton.enabled
+    tab.ui.nextButton.click()
+    assert "case0" in tab.ui.reviewText.text and tab.ui.acceptButton.enabled
+    tab.ui.acceptButton.click()
+    assert tab.ui.casesTable.item(0, 3).text() == "accepted" and "1 of 3 accepted" in tab.ui.reviewText.text
+    assert [row.name for row in tab._services.cases.rows] == ["case0"]
+    tab.ui.nextButton.click()
+    tab.ui.casesTable.selectRow(1)
+    tab.ui.removeButton.click()
+    assert in_scene() == ["case0", "case0 segmentation"] and tab.ui.casesTable.rowCount == 2
+
+
+def test_a_plain_folder_and_a_wrong_one(tab, images, tmp_path):
+    (tmp_path / "plain").mkdir()
+    images[0].rename(tmp_path / "plain" / images[0].name)
+    qtclasses.answers.append(str(tmp_path / "plain"))
+    tab.ui.datasetButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 1, 60)
+    qtclasses.answers.append(str(tmp_path / "nothing.json"))
+    tab.ui.jsonButton.click()
+    waitUntil(lambda: "Reading" not in tab.ui.batchNoticeText.text, 60)
+    assert "nothing.json" in tab.ui.batchNoticeText.text and tab.ui.casesTable.rowCount == 1
+    tab.queue.cases[0].files["T1"].unlink()
+    (tmp_path / "results").mkdir()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    assert "is not there any more" in tab.ui.batchNoticeText.text, "a failure is told, not hidden in a tool tip"
+
+
+def test_the_dicom_database_is_read_study_by_study(tab, tmp_path, monkeypatch):
+    array = example(np.random.default_rng(8), SHAPE, 1)[0][0][:4]
+    series = {"1.2.3": write_series(tmp_path, array, "1.2.3", "T1 MPRAGE")}
+    monkeypatch.setattr(slicer, "dicomDatabase", Database(series), raising=False)
+    tab.setupChanged()
+    tab.ui.dicomButton.click()
+    assert tab.ui.startButton.text == "Cancel" and not tab.ui.sceneButton.enabled
+    tab.ui.startButton.click()
+    standins.pump(0.1)
+    assert tab.ui.casesTable.rowCount == 0 and tab.ui.batchNotice.isHidden()
+    tab.ui.dicomButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 1, 10)
+    assert tab.ui.casesTable.item(0, 0).text() == "Anna, head" and tab.ui.startButton.text == "Start"
+
+
+def test_closing_the_scene_saves_what_was_changed_in_the_open_case(tab, images, small_model, scene, tmp_path):
+    tab.queue.add(cases_of(images[:1]))
+    tab.queue.setFolder(tmp_path / "results")
+    ran(tab.queue, small_model)
+    tab.ui.nextButton.click()
+    paint(tab.review.segmentation)
+    tab.setParameterNode(None)
+    scene.Clear(False)
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
+    assert (tmp_path / "results" / "case_0.corrected.seg.nrrd").is_file() and tab.review.current is None
+
+
+def test_the_version_that_takes_over_is_chosen_and_another_choice_stays(tab):
+    (model,) = tab._models
+    tuned = replace(model, sha256="b", version="1.1.0", active=True)
+    tab.setModels([replace(model, active=False), tuned], "")
+    assert tab.model is tuned
+    other = replace(model, sha256="c", name="other", active=True)
+    tab.setModels([other, replace(tuned, active=True)], "")
+    assert tab.model.sha256 == "b"
+    tab.setModels([], "")
+    assert tab.model is None
+
+
+def test_cases_of_the_scene_go_with_the_scene(tab, scene):
+    add_volume(scene, np.zeros((8, 8, 8), np.float32), name="scan")
+    tab.ui.sceneButton.click()
+    assert tab.ui.casesTable.rowCount == 1
+    tab.ui.sceneButton.click()
+    assert "in the list already" in tab.ui.batchNoticeText.text
+    tab.setParameterNode(None)
+    scene.Clear(False)
+    assert tab.ui.casesTable.rowCount == 0
