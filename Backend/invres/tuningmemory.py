@@ -13,7 +13,7 @@ from .config import NetworkConfig, VAEConfig
 from .devices import device_info
 from .events import format_bytes
 from .manifest import Manifest
-from .memory import predict_training
+from .memory import has_room, predict_training
 from .networks import build, with_patch
 from .reduction import lighter
 from .tuningplan import DEFAULTS
@@ -21,8 +21,6 @@ from .tuningplan import DEFAULTS
 __all__ = ["TuningMemory", "plan_tuning_memory"]
 
 Triple = tuple[int, int, int]
-# The same as what a fine-tuning leaves of a card to others when it begins.
-FREE_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ def plan_tuning_memory(
     config = dataclasses.replace(DEFAULTS, patch=manifest.patch, **wishes)
     wanted = _network(manifest, vae)
     here = device_info(device)
-    room = None if here.free_bytes is None else here.free_bytes * FREE_FRACTION
     reductions: tuple[str, ...] = ()
     while True:
         with torch.device("meta"):
@@ -72,7 +69,7 @@ def plan_tuning_memory(
             config.precision,
             config.memory,
         ).peak_bytes
-        enough = room is None or needed <= room
+        enough = has_room(needed, here.free_bytes)
         found = lighter(network, config)
         if enough or device.type != "cuda" or found is None:
             break
