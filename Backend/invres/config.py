@@ -65,7 +65,6 @@ class NetworkConfig:
     blocks, decoder_blocks: couplings (unet3d: convolution pairs) per level; decoder_blocks has one entry less.
     strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
     convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
-    head_channels: width of a hidden layer in the head, voxel by voxel; 0 = none. Ignored by unet3d.
     """
 
     name: str = "fully_invres"
@@ -77,7 +76,6 @@ class NetworkConfig:
     decoder_blocks: tuple[int, ...] = ()
     strides: tuple[Triple, ...] = ()
     convolutions: int = 1
-    head_channels: int = 0
     kernel: int = 3
     norm: Literal["instance", "group", "batch", "none"] = "instance"
     negative_slope: float = 0.01
@@ -93,8 +91,6 @@ class NetworkConfig:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
         if self.levels < 0 or self.levels == 1:
             raise InvresError(f"network.levels must be 2 or more (or 0 for the default), got {self.levels}.")
-        if self.head_channels < 0:
-            raise InvresError(f"network.head_channels must be 0 or more, got {self.head_channels}.")
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
         if not 0 <= self.dropout < 1:

@@ -109,7 +109,6 @@ def test_a_mistake_is_told_with_its_place_what_was_wanted_and_what_was_got(cls, 
     [
         (NetworkConfig, {"name": "resnet"}, "no network 'resnet'; the networks are unet3d, partially_invres"),
         *((NetworkConfig, {key: 0}, f"network.{key} must be 1 or more") for key in ("in_channels", "convolutions")),
-        (NetworkConfig, {"head_channels": -1}, "network.head_channels must be 0 or more"),
         (NetworkConfig, {"levels": 1}, "network.levels must be 2 or more"),
         (NetworkConfig, {"kernel": 4}, "network.kernel must be odd, got 4"),
         *((NetworkConfig, {"dropout": p}, "network.dropout must be 0 or more and below 1") for p in (1.0, -0.1)),

@@ -34,7 +34,6 @@ CASES = {
         "partially_invres", blocks=(2, 0, 3), decoder_blocks=(1, 2), strides=((1, 2, 2), (2, 2, 1)), in_channels=1
     ),
     "fully": config_of("fully_invres"),
-    "fully, hidden layer in the head": config_of("fully_invres", head_channels=5),
     "fully, no norm": config_of("fully_invres", norm="none", in_channels=3),
     "fully, all channels go down": config_of("fully_invres", channels=(4, 32)),
     "fully, learnable": config_of("fully_invres", learnable_resampling=True, out_channels=1),

@@ -173,8 +173,7 @@ class SegmentationNetwork(nn.Module):
 class ProgramNetwork(SegmentationNetwork):
     """A network of stem -> reversible program -> head; subclasses give the program's steps.
 
-    The stem is one 3x3x3 convolution, the head a 1x1x1 convolution or, with `head_channels`, two with a leaky ReLU
-    between them (all chosen; it costs no memory, as the head is evaluated box by box); the state between is float32
+    The stem is one 3x3x3 convolution, the head a 1x1x1 convolution (both chosen); the state between them is float32
     (float64 in tests), whatever precision the functions inside the couplings compute in: a stream in bfloat16 could
     not be inverted.
     """
@@ -188,16 +187,8 @@ class ProgramNetwork(SegmentationNetwork):
         self.stem = nn.Conv3d(config.in_channels, config.channels[0], config.kernel, padding=config.kernel // 2)
         self.program = Program(steps, tap=tap, private=True)
         self.program.memory = memory
-
-        def from_halves(out_channels: int) -> nn.ModuleList:
-            # One convolution for each half: the same as one over both, without joining them first.
-            return nn.ModuleList(nn.Conv3d(half, out_channels, 1, bias=index == 0) for index in range(2))
-
-        if config.head_channels:
-            self.features = from_halves(config.head_channels)
-            self.head = nn.Conv3d(config.head_channels, config.out_channels, 1)
-        else:
-            self.heads = from_halves(config.out_channels)
+        # One convolution for each half: the same as one over both, without joining them first.
+        self.heads = nn.ModuleList(nn.Conv3d(half, config.out_channels, 1, bias=index == 0) for index in range(2))
 
     @property
     def memory(self) -> str:
@@ -218,10 +209,7 @@ class ProgramNetwork(SegmentationNetwork):
 
     def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
         x1, x2 = maps
-        if not self.config.head_channels:
-            return self.heads[0](x1) + self.heads[1](x2)
-        hidden = self.features[0](x1) + self.features[1](x2)
-        return self.head(functional.leaky_relu_(hidden, self.config.negative_slope))
+        return self.heads[0](x1) + self.heads[1](x2)
 
     def head_modules(self) -> Sequence[nn.Module]:
-        return [*self.features, self.head] if self.config.head_channels else list(self.heads)
+        return list(self.heads)
