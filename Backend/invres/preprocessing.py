@@ -33,6 +33,7 @@ __all__ = [
     "scheme_targets",
     "target_table",
     "with_dropout",
+    "without_channel",
 ]
 
 # Headers are stored in float32 at best; label tools round origins a little more.
@@ -220,6 +221,16 @@ def prepare(
         inside = _renumber(np.ascontiguousarray(label.array[box]), scheme, name, report)
         prepared_label = inside if same else _resample_label(inside, cropped, target)
     return PreparedCase(name, image, prepared_label, target, original, absent)
+
+
+def without_channel(case: PreparedCase, channel: int) -> PreparedCase | None:
+    """The case as if it lacked one more channel; None where it has no such channel, or no other one."""
+    absent = tuple(sorted({*case.absent, channel}))
+    if channel in case.absent or len(absent) == len(case.image):
+        return None
+    image = np.array(case.image)
+    image[channel] = 0
+    return dataclasses.replace(case, image=image, absent=absent)
 
 
 def _with_blanks(image: np.ndarray, absent: Sequence[int]) -> np.ndarray:

@@ -26,7 +26,7 @@ from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .prepared import prepare_cases
-from .preprocessing import PreparedCase, make_plan, scheme_targets, with_dropout
+from .preprocessing import PreparedCase, make_plan, scheme_targets, with_dropout, without_channel
 from .sampling import CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
@@ -110,6 +110,7 @@ def train(
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
     result = trainer.run()
+    optional = {number: channel.name for number, channel in enumerate(plan.channels) if channel.optional}
     return save_package(
         output / MODEL,
         name=recipe.name,
@@ -120,7 +121,7 @@ def train(
         patch=config.patch,
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
-        metrics=_metrics(validation_cases, scheme, network, result, config, device),
+        metrics=_metrics(validation_cases, scheme, network, result, config, device, optional),
         licence=options.licence,
     )
 
@@ -182,23 +183,22 @@ def _metrics(
     result: TrainingResult,
     config: TrainingConfig,
     device: torch.device,
+    optional: dict[int, str],
 ) -> dict[str, Any]:
-    """Dice of the best weights on every validation case: mean, sd and n by label, for the package."""
+    """Dice of the best weights on every validation case: mean, sd and n by label, for the package; and again without
+    each of the channels `optional` (number -> name) where a case has it and another one."""
     if not cases:
         return {}
     network.load_state_dict(result.weights)
     network.eval()
-    scores = np.array([_dice(network, case, scheme, config, device) for case in cases])
-    return {
-        name: {
-            "Dice": {
-                "mean": float(column.mean()),
-                "sd": float(column.std(ddof=1)) if len(column) > 1 else None,
-                "n": len(column),
-            }
-        }
-        for name, column in zip(scheme.names, scores.T, strict=True)
-    }
+    metrics: dict[str, Any] = {name: {} for name in scheme.names}
+    for gone, metric in ((None, "Dice"), *((number, f"Dice without {name}") for number, name in optional.items())):
+        chosen = [one for case in cases if (one := case if gone is None else without_channel(case, gone)) is not None]
+        scores = [_dice(network, case, scheme, config, device) for case in chosen]
+        for name, column in zip(scheme.names, np.array(scores).T, strict=True) if scores else ():
+            sd = float(column.std(ddof=1)) if len(column) > 1 else None
+            metrics[name][metric] = {"mean": float(column.mean()), "sd": sd, "n": len(column)}
+    return metrics
 
 
 def training_summary(

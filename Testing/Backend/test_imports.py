@@ -79,17 +79,20 @@ ALLOWED = {
     "stopfile": "trainer",
     "runfolder": "events",
     "reduction": "checkpoint config networks",
-    "comparison": "cases config events files inference metrics modelpackage networks preprocessing transfer volume",
+    "casecomparison": (
+        "cases config events inference manifest metrics modelpackage networks preprocessing transfer volume"
+    ),
+    "comparison": "casecomparison config files",
     "tuningplan": ("cases casesplits config events files freezing manifest networks prepared preprocessing transfer"),
-    "proof": "cases comparison config events inference modelpackage networks trainer",
+    "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events files freezing inference memory modelpackage "
         "networks prepared preprocessing reduction sampling syntheticbatches trainer training transfer tuningplan"
     ),
-    "tunedmodel": "comparison config events files manifest modelpackage networks tuningplan",
+    "tunedmodel": "casecomparison config events files manifest modelpackage networks tuningplan",
     "finetuning": (
-        "cases casesplits checkpoint comparison config events files inference modelpackage parttraining proof "
-        "runfolder stopfile trainer training tunedmodel tuningplan"
+        "casecomparison cases casesplits checkpoint comparison config events files inference modelpackage parttraining "
+        "proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": (

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from invres.casecomparison import Contender, compare_case
 from invres.cases import Dataset, read_dataset
-from invres.comparison import Contender, compare_case, interval
+from invres.comparison import interval
 from invres.config import LabelScheme, NetworkConfig, PreparationPlan, Recipe
 from invres.events import Reporter, TerminalReporter
 from invres.files import written_whole
