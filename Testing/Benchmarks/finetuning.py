@@ -88,7 +88,8 @@ def main() -> None:
     training = dataclasses.replace(
         recipe.training, patch=tuple(options.patch), epochs=max(1, options.base_steps // 100), time_s=0.0
     )
-    recipe = dataclasses.replace(recipe, training=dataclasses.replace(training, seed=options.seed))
+    training = dataclasses.replace(training, seed=options.seed)
+    recipe = dataclasses.replace(recipe, training=training, spacing_mm=(options.spacing,) * 3)
     base = _base(_listed(output, "base", merged, rest, {"background": 0, "hippocampus": 1}), recipe, output, report)
     untrained = _untrained(base, output / "untrained", options.seed)
     on_test = _listed(output, "test", options.data, test, PARTS)
@@ -109,9 +110,10 @@ def _options() -> argparse.Namespace:
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning and of each training from scratch")
-    parser.add_argument("--patch", type=int, nargs=3, default=[32, 48, 32])
+    parser.add_argument("--spacing", type=float, default=1.5, help="mm, of all models; labels are scored at their 1 mm")
+    parser.add_argument("--patch", type=int, nargs=3, default=[24, 32, 24])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -251,9 +253,10 @@ def _mean_sd(values: np.ndarray, decimals: int = 3) -> str:
 
 def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str:
     base = _values(_read(output, "base"))
+    patch = " ".join(map(str, options.patch))
     lines = [
         f"`python Testing/Benchmarks/finetuning.py --base-steps {options.base_steps} --steps {options.steps} "
-        f"--patch {' '.join(map(str, options.patch))} --seed {options.seed}`, {os.cpu_count()}-core CPU "
+        f"--spacing {options.spacing:g} --patch {patch} --seed {options.seed}`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
         f"Base model: {base_cases} cases, {options.base_steps} steps; Dice of the whole hippocampus on the {len(base)} "
