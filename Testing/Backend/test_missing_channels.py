@@ -406,6 +406,9 @@ def test_train_takes_cases_that_lack_a_channel_where_dropout_is_on(tmp_path):
     manifest = open_package(outcome.of("result")[0]["model"]).manifest
     assert all(channel.optional for channel in manifest.plan.channels)
     assert any("lack a channel; there are T1 " in event["message"] for event in outcome.of("note"))
+    again = invres(*common, "-o", tmp_path / "run", "--resume")
+    assert again.code == 0 and "augmentation.channel_dropout" in again.of("warning")[0]["message"]
+    assert open_package(again.of("result")[0]["model"]).manifest.plan == manifest.plan
     single = write_dataset(tmp_path / "single", channels=("T1",))
     outcome = invres(*common[:2], single, *common[3:], "-o", tmp_path / "no", "--channel-dropout", "0.3")
     assert outcome.code == 2 and "two channels or more" in outcome.of("error")[0]["message"]

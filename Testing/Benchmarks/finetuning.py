@@ -110,7 +110,7 @@ def _options() -> argparse.Namespace:
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-steps", type=int, default=400)
+    parser.add_argument("--base-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning and of each training from scratch")
     parser.add_argument("--spacing", type=float, default=1.5, help="mm, of all models; labels are scored at their 1 mm")
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 32, 24])
