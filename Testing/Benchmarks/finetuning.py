@@ -259,8 +259,8 @@ def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str
         f"--spacing {options.spacing:g} --patch {patch} --seed {options.seed}`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
-        f"Base model: {base_cases} cases ({CHOOSING_CASES} of them choose its epoch), {options.base_steps} steps; Dice of the whole hippocampus on the {len(base)} "
-        f"test cases {_mean_sd(base)}.",
+        f"Base model: {base_cases} cases ({CHOOSING_CASES} of them choose its epoch), {options.base_steps} steps; Dice "
+        f"of the whole hippocampus on the {len(base)} test cases {_mean_sd(base)}.",
         "",
         "| cases | from scratch: Dice | HD95 mm | fine-tuned: Dice | HD95 mm | difference in Dice [95 % interval] |",
         "|---|---|---|---|---|---|",
