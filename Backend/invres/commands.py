@@ -99,7 +99,9 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
     else:
-        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0)
+        # A run that is resumed goes on as it was started, whatever is asked for now.
+        partial = recipe.augmentation.channel_dropout > 0 or options.resume
+        dataset = read_dataset(options.data, partial=partial)
     vram_bytes = _bytes(options.vram) if options.vram else 0
     choices = TrainOptions(
         options.device, options.resume, options.fold, 5, options.validation_count, options.licence, vram_bytes

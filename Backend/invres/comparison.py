@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import stats
 
 from . import InvresError
-from .cases import Case, Dataset
-from .config import ChannelPlan, LabelScheme, to_dict
-from .events import SILENT, Reporter
+from .casecomparison import CaseComparison
+from .config import LabelScheme, to_dict
 from .files import written_whole
-from .inference import segment_volumes
-from .metrics import score_masks
-from .modelpackage import ModelPackage
-from .networks import SegmentationNetwork
-from .prediction import SegmentOptions
-from .preprocessing import LABEL_TOLERANCE_MM
-from .transfer import match_names
-from .volume import Volume, write_segmentation
 
-__all__ = [
-    "CaseComparison",
-    "Contender",
-    "can_segment",
-    "channels_for",
-    "compare_case",
-    "comparison_table",
-    "interval",
-    "summarise",
-    "write_comparison",
-]
+__all__ = ["comparison_table", "interval", "summarise", "write_comparison"]
 
 METRICS = ("Dice", "HD95_mm", "VolumeError_ml")
 LARGER_IS_BETTER = {"Dice": True, "HD95_mm": False, "VolumeError_ml": False}
@@ -48,113 +27,6 @@ RESAMPLES = 2000
 FEWEST_TOLD = 3
 """Below this many patients nothing is claimed, whatever the interval."""
 NOT_ENOUGH = "not enough data to tell"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model that takes part. network: with its weights, on its device."""
-
-    package: ModelPackage
-    network: SegmentationNetwork
-
-
-@dataclass(frozen=True)
-class CaseComparison:
-    """One case.
-
-    base, tuned: label name -> metric -> value; volume errors are absolute. A label that the base model does not have
-    is missing in `base`. worst_point_mm: RAS, the middle of the tuned model's largest error; None where there is none.
-    files: where segmentations were written, their paths by "base" and "tuned", and what they were made of and compared
-    with: "images" (a list, in the data's order of channels) and "reference". reference_values: of that label map, by
-    label.
-    """
-
-    case: str
-    patient: str
-    base: dict
-    tuned: dict
-    worst_point_mm: tuple[float, float, float] | None = None
-    files: dict = field(default_factory=dict)
-    reference_values: dict = field(default_factory=dict)
-
-    def difference(self, metric: str = "Dice") -> float | None:
-        """Tuned minus base, mean over the labels that both have; None where there is none."""
-        values = [self.tuned[name][metric] - self.base[name][metric] for name in self.base]
-        return float(np.mean(values)) if values else None
-
-
-def compare_case(
-    dataset: Dataset,
-    case: Case,
-    base: Contender | None,
-    tuned: Contender,
-    folder: Path | None = None,
-    report: Reporter = SILENT,
-) -> CaseComparison:
-    """Segments one labelled case with both models and scores them against its label map, on the case's own grid.
-
-    base: None where it cannot take the case's channels. folder: where both segmentations are written, if anywhere.
-    Labels of `dataset` are matched to those of each model by name.
-    Raises InvresError for a case that cannot be read, or that lacks a channel which a model needs.
-    """
-    volumes, label = dataset.load(case, report)
-    if label is None or case.label is None:
-        raise InvresError(f"The case {case.name} has no label to compare with.", hint="Leave it out.")
-    scores: dict[str, dict[str, dict[str, float]]] = {"base": {}}
-    files: dict[str, Any] = {}
-    if folder is not None:
-        images = [str(path.absolute()) for path in case.images if path is not None]
-        files = {"images": images, "reference": str(case.label.absolute())}
-    wrong: np.ndarray | None = None
-    for key, contender in (("base", base), ("tuned", tuned)):
-        if contender is None:
-            continue
-        manifest = contender.package.manifest
-        chosen = channels_for(manifest.plan.channels, dataset.channel_names)
-        if chosen is None:
-            raise InvresError(
-                f"The model {manifest.name} takes the channels {', '.join(c.name for c in manifest.plan.channels)}, "
-                f"which {dataset.name} does not have.",
-                hint=f"Its channels are {', '.join(dataset.channel_names)}; rename them if they are the same.",
-            )
-        ordered = [None if place is None else volumes[place] for place in chosen]
-        found, _, _ = segment_volumes(contender.package, contender.network, ordered, SegmentOptions(), report)
-        predicted, reference = _on_one_grid(found, label, case.name)
-        scores[key], wrong = _scores(predicted, reference, manifest.scheme, dataset.scheme)
-        if folder is not None:
-            path = folder / f"{_safe(case.name)}_{key}.seg.nrrd"
-            write_segmentation(path, found, manifest.scheme)
-            files[key] = str(path)
-    assert wrong is not None  # the tuned model is never None
-    return CaseComparison(
-        case.name,
-        case.patient,
-        scores["base"],
-        scores["tuned"],
-        _worst_point(wrong, reference),
-        files,
-        {one.name: list(one.values) for one in dataset.scheme.labels} if files else {},
-    )
-
-
-def channels_for(wanted: Sequence[ChannelPlan], names: Sequence[str]) -> list[int | None] | None:
-    """Places, among `names`, of a model's channels in its order, None for an optional one that is missing.
-
-    None instead of a list where one that is not optional is missing, or all are.
-    """
-    places = match_names([channel.name for channel in wanted], names, alone=True)
-    needed = any(place is None and not channel.optional for place, channel in zip(places, wanted, strict=True))
-    return None if needed or all(place is None for place in places) else places
-
-
-def can_segment(wanted: Sequence[ChannelPlan], dataset: Dataset, case: Case) -> bool:
-    """Whether a case has the channels that a model of these needs."""
-    if dataset.channels_in_one_file:
-        return channels_for(wanted, dataset.channel_names) is not None
-    places = channels_for(wanted, dataset.channel_names)
-    there = dict(enumerate(dataset.present(case)))
-    found = [place is not None and there.get(place, False) for place in places or ()]
-    return any(found) and all(here or channel.optional for here, channel in zip(found, wanted, strict=True))
 
 
 def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
@@ -179,7 +51,8 @@ def summarise(
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen.
-    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first.
+    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first. `without`: Dice
+    of the tuned model by channel that was left out, mean over labels, beside that of the same cases with it.
     held_out: False where the model was trained on these very cases, which proves nothing. which: cases, in words.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
@@ -203,6 +76,7 @@ def summarise(
         "difference": overall,
         "labels": labels,
         "worse_labels": worse,
+        "without": _without(cases),
         "cases": [
             {**to_dict(one), "difference": one.difference(), "worst_label": _worst_label(one)} for one in ordered
         ],
@@ -243,7 +117,15 @@ def comparison_table(content: Mapping[str, Any]) -> str:
                     str(values["tuned"]["n"]),
                 ]
             )
-    lines = [content["sentence"], "", *_aligned(rows), "", "Cases, worst first (difference in Dice, mean over labels):"]
+    lines = [content["sentence"], "", *_aligned(rows), ""]
+    if content["without"]:
+        lefts = [["  without", "Dice", "with it", "n"]]
+        for channel, of_both in content["without"].items():
+            lefts.append(
+                [f"  {channel}", _mean(of_both["without"], 3), _mean(of_both["with"], 3), str(of_both["with"]["n"])]
+            )
+        lines += ["The tuned model where a channel is left out (mean over labels):", *_aligned(lefts), ""]
+    lines.append("Cases, worst first (difference in Dice, mean over labels):")
     cases = [["  case", "difference", "Dice base", "Dice tuned", "worst label"]]
     for one in content["cases"]:
         base = "-" if not one["base"] else f"{_mean_dice(one['base']):.3f}"
@@ -251,54 +133,6 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         tuned = f"{_mean_dice({k: v for k, v in one['tuned'].items() if k in one['base'] or not one['base']}):.3f}"
         cases.append([f"  {one['case']}", change, base, tuned, one["worst_label"]])
     return "\n".join([*lines, *_aligned(cases)])
-
-
-def _scores(
-    predicted: Volume, reference: Volume, scheme: LabelScheme, wanted: LabelScheme
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Metrics of the labels that a model's scheme shares with the data's, and where the model is wrong."""
-    counted = np.ones(reference.array.shape, dtype=bool)
-    if wanted.ignore_value is not None:
-        counted = reference.array != wanted.ignore_value
-    wrong = np.zeros(reference.array.shape, dtype=bool)
-    scores = {}
-    for label, place in zip(wanted.labels, match_names(wanted.names, scheme.names), strict=True):
-        if place is None:
-            continue
-        own = scheme.labels[place]
-        inside = np.isin(predicted.array, own.values if scheme.regions else [own.output_value]) & counted
-        truth = np.isin(reference.array, label.values) & counted
-        score = score_masks(inside, truth, reference.geometry.spacing_mm)
-        wrong |= inside != truth
-        scores[label.name] = {
-            "Dice": score.dice,
-            "HD95_mm": score.hd95_mm,
-            "VolumeError_ml": abs(score.volume_error_ml),
-        }
-    return scores, wrong
-
-
-def _on_one_grid(predicted: Volume, reference: Volume, name: str) -> tuple[Volume, Volume]:
-    if not predicted.geometry.same_as(reference.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
-        predicted, reference = predicted.canonical(), reference.canonical()
-    if not predicted.geometry.same_as(reference.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
-        raise InvresError(
-            f"The label of {name} lies on another grid than its image "
-            f"({predicted.geometry.difference(reference.geometry)}).",
-            hint="Resample the label to the image's grid with nearest neighbours.",
-        )
-    return predicted, reference
-
-
-def _worst_point(wrong: np.ndarray, grid: Volume) -> tuple[float, float, float] | None:
-    """RAS mm of the wrong voxel that lies deepest inside an error."""
-    if not wrong.any():
-        return None
-    # The border of the volume counts as right, so that an error there has a middle too.
-    depth = ndimage.distance_transform_edt(np.pad(wrong, 1), sampling=grid.geometry.spacing_mm)
-    index = np.array(np.unravel_index(int(depth.argmax()), depth.shape)) - 1
-    x, y, z = (float(value) for value in (grid.geometry.affine @ [*index, 1])[:3])
-    return x, y, z
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -332,6 +166,17 @@ def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
     return summary
+
+
+def _without(cases: Sequence[CaseComparison]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for channel in dict.fromkeys(channel for one in cases for channel in one.without):
+        some = [one for one in cases if channel in one.without]
+        found[channel] = {
+            "without": _spread([float(np.mean(list(one.without[channel].values()))) for one in some]),
+            "with": _spread([_mean_dice(one.tuned) for one in some]),
+        }
+    return found
 
 
 def _verdict(overall: Mapping[str, Any], held_out: bool) -> str:
@@ -409,9 +254,3 @@ def _signed(difference: Mapping[str, Any], decimals: int) -> str:
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _safe(name: str) -> str:
-    """The name as part of a file name; one that had to be changed is told from others by a checksum."""
-    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80]
-    return plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}"

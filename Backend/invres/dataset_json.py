@@ -94,7 +94,8 @@ class Dataset:
 
     def geometry(self, case: Case) -> Geometry:
         """The grid of a case's first image that is there, from its header alone."""
-        return read_geometry(next((image for image in case.images if image and image.exists()), self._first(case)))
+        there = [image for image in case.images if image is not None and image.exists()]
+        return read_geometry(there[0] if there else self._first(case))
 
     def load(self, case: Case, report: Reporter = SILENT) -> tuple[list[Volume | None], Volume | None]:
         """The image volumes of a case in channel order, None for one that it lacks, and its label map if it has one.
@@ -103,7 +104,7 @@ class Dataset:
         than the data set's.
         """
         if not any(self.present(case)):
-            read_geometry(self._first(case))  # says so
+            self.geometry(case)  # says which file is not there
         volumes: list[Volume | None] = []
         for image in case.images:
             volumes += read_channels(image, report=report) if image is not None and image.exists() else [None]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from . import Cancelled, InvresError
+from .casecomparison import CaseComparison
 from .cases import Dataset
 from .casesplits import Part
 from .checkpoint import CHECKPOINT
-from .comparison import CaseComparison, summarise, write_comparison
+from .comparison import summarise, write_comparison
 from .config import Recipe, from_dict, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole

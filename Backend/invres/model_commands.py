@@ -43,8 +43,9 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
         f"  use        {manifest.intended_use}",
     ]
     for name, values in manifest.metrics.items():
-        if dice := values.get("Dice"):
-            lines.append(f"  Dice       {name}: {spread(dice)}")
+        for metric, found in values.items():
+            if metric.startswith("Dice"):
+                lines.append(f"  Dice       {name}{metric.removeprefix('Dice')}: {spread(found)}")
     say(report, "\n".join(lines))
     report.result(**_described(package))
 

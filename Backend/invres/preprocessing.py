@@ -34,6 +34,7 @@ __all__ = [
     "scheme_targets",
     "target_table",
     "with_dropout",
+    "without_channel",
 ]
 
 # Headers are stored in float32 at best; label tools round origins a little more.
@@ -184,6 +185,7 @@ def prepare(
             hint="Give one volume for each channel, in this order.",
         )
     absent = tuple(place for place, volume in enumerate(volumes) if volume is None)
+    places = [place for place, volume in enumerate(volumes) if volume is not None]
     needed = [plan.channels[place].name for place in absent if not plan.channels[place].optional]
     if needed:
         raise InvresError(
@@ -191,8 +193,7 @@ def prepare(
             hint="Only a model that was trained with channel dropout can do without a channel.",
         )
     original = given[0].geometry
-    channels = [channel for place, channel in enumerate(plan.channels) if place not in absent]
-    names = [channel.name for channel in channels]
+    names = [plan.channels[place].name for place in places]
     given = [_snapped(volume, original, IMAGE_TOLERANCE_MM) for volume in given]
     label = None if label is None else _snapped(label, original, LABEL_TOLERANCE_MM)
     check_grids(given, label, names, name)
@@ -209,13 +210,11 @@ def prepare(
     same = np.allclose(cropped.spacing_mm, plan.spacing_mm, rtol=SAME_SPACING, atol=0)
     target = cropped if same else cropped.with_spacing(plan.spacing_mm)
 
-    image = np.empty((len(given), *target.shape), dtype=np.float32)
-    for index, volume in enumerate(given):
+    image = np.zeros((len(volumes), *target.shape), dtype=np.float32)
+    for place, volume in zip(places, given, strict=True):
         part = np.ascontiguousarray(volume.array[box], dtype=np.float32)
-        image[index] = part if same else _resample_image(Volume(part, cropped), target).array
-    _normalise(image, channels)
-    if absent:
-        image = _with_blanks(image, absent)
+        image[place] = part if same else _resample_image(Volume(part, cropped), target).array
+    _normalise(image, plan.channels, places)
     prepared_label = None
     if label is not None:
         inside = _renumber(np.ascontiguousarray(label.array[box]), scheme, name, report)
@@ -223,11 +222,14 @@ def prepare(
     return PreparedCase(name, image, prepared_label, target, original, absent)
 
 
-def _with_blanks(image: np.ndarray, absent: Sequence[int]) -> np.ndarray:
-    """The planes of the channels that are there, with planes of zeros in the places `absent`."""
-    whole = np.zeros((len(image) + len(absent), *image.shape[1:]), dtype=image.dtype)
-    whole[[place for place in range(len(whole)) if place not in absent]] = image
-    return whole
+def without_channel(case: PreparedCase, channel: int) -> PreparedCase | None:
+    """The case as if it lacked one more channel; None where it has no such channel, or no other one."""
+    absent = tuple(sorted({*case.absent, channel}))
+    if channel in case.absent or len(absent) == len(case.image):
+        return None
+    image = np.array(case.image)
+    image[channel] = 0
+    return dataclasses.replace(case, image=image, absent=absent)
 
 
 def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence[str], case: str = "") -> None:
@@ -291,10 +293,10 @@ def _resample_label(inside: np.ndarray, source: Geometry, target: Geometry) -> n
     return (moved.array.astype(np.int32) - 1).astype(np.int16)
 
 
-def _normalise(image: np.ndarray, channels: Sequence[ChannelPlan]) -> None:
-    """Intensities of (C, D, H, W), in place."""
-    mask = _body(image) if any(channel.modality != "CT" for channel in channels) else None
-    for plane, channel in zip(image, channels, strict=True):
+def _normalise(image: np.ndarray, channels: Sequence[ChannelPlan], places: Sequence[int]) -> None:
+    """Intensities of (C, D, H, W), in place; the channels that are not in `places` stay zero."""
+    mask = _body(image) if any(channels[place].modality != "CT" for place in places) else None
+    for plane, channel in ((image[place], channels[place]) for place in places):
         if channel.modality == "CT":
             if channel.clip is not None:
                 np.clip(plane, *channel.clip, out=plane)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from . import Cancelled, InvresError
+from .casecomparison import CaseComparison, Contender, can_segment, channels_for, compare_case
 from .cases import Case, Dataset, read_dataset
-from .comparison import CaseComparison, Contender, can_segment, channels_for, compare_case, interval, summarise
+from .comparison import interval, summarise
 from .config import PreparationPlan
 from .events import Reporter
 from .inference import load_network
@@ -33,7 +34,8 @@ class Proof:
     def compare(
         self, names: Sequence[str], tuned: Contender, report: Reporter, dataset: Dataset | None = None
     ) -> list[CaseComparison]:
-        """Base and tuned model on the run's own cases, with their segmentations written, or on those of a data set.
+        """Base and tuned model on the run's own cases, with their segmentations written and channels left out one by
+        one, or on those of a data set.
 
         A case that cannot be read (any more) is left out with a warning.
         """
@@ -52,7 +54,8 @@ class Proof:
                 base = self._base(dataset, case)
                 # A case for which the card was too small has moved both to the CPU.
                 tuned.network.to(self._device)
-                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report)))
+                own = folder is not None
+                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report), leave_out=own))
             except InvresError as error:
                 if error.code in ("write_failed", "out_of_memory"):
                     raise
@@ -101,16 +104,22 @@ def manifest_metrics(cases: list[CaseComparison]) -> dict[str, Any]:
     for name in cases[0].tuned:
         metrics[name] = {}
         for metric, key in (("Dice", "Dice"), ("HD95", "HD95_mm")):
-            values = [one.tuned[name][key] for one in cases]
-            bounds, method = interval(values)
-            metrics[name][metric] = {
-                "mean": float(np.mean(values)),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "median": float(np.median(values)),
-                "n": len(values),
-                "ci95": list(bounds) if bounds and method == "bootstrap" else None,
-            }
+            metrics[name][metric] = _spread([one.tuned[name][key] for one in cases])
+        for channel in dict.fromkeys(channel for one in cases for channel in one.without):
+            values = [one.without[channel][name] for one in cases if channel in one.without]
+            metrics[name][f"Dice without {channel}"] = _spread(values)
     return metrics
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    bounds, method = interval(values)
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "median": float(np.median(values)),
+        "n": len(values),
+        "ci95": list(bounds) if bounds and method == "bootstrap" else None,
+    }
 
 
 class _Quiet(Reporter):

@@ -29,7 +29,14 @@ from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities
 from .prepared import prepare_cases
-from .preprocessing import PreparedCase, case_volumes_ml, make_plan, scheme_targets, with_dropout
+from .preprocessing import (
+    PreparedCase,
+    case_volumes_ml,
+    make_plan,
+    scheme_targets,
+    with_dropout,
+    without_channel,
+)
 from .sampling import CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
@@ -136,6 +143,13 @@ def train(
     else:
         scores, confidences = _scores(network, validation_cases, scheme, config, device)
         volumes = [case_volumes_ml(case, scheme) for case in training_cases]
+    metrics = _metrics({"Dice": scores}, scheme)
+    for number, channel in enumerate(plan.channels):
+        if channel.optional:
+            lacking = [one for case in validation_cases if (one := without_channel(case, number)) is not None]
+            scores, _ = _scores(network, lacking, scheme, config, device)
+            for name, spread in _metrics({f"Dice without {channel.name}": scores}, scheme).items():
+                metrics[name] |= spread
     return save_package(
         output / MODEL,
         name=recipe.name,
@@ -146,7 +160,7 @@ def train(
         patch=recipe.window_or_patch,
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
-        metrics=_metrics(scores, scheme),
+        metrics=metrics,
         expected=of_volumes(scheme.names, volumes, min(confidences, default=0.0)),
         licence=options.licence,
     )
@@ -222,20 +236,14 @@ def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) 
     return dice_by_label(predicted & (reference >= 0), targets)
 
 
-def _metrics(scores: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:
-    """Dice (cases, labels) as mean, sd and n by label, for the package."""
-    if not len(scores):
-        return {}
-    return {
-        name: {
-            "Dice": {
-                "mean": float(column.mean()),
-                "sd": float(column.std(ddof=1)) if len(column) > 1 else None,
-                "n": len(column),
-            }
-        }
-        for name, column in zip(scheme.names, scores.T, strict=True)
-    }
+def _metrics(scores: dict[str, np.ndarray], scheme: LabelScheme) -> dict[str, Any]:
+    """Each metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases."""
+    spreads: dict[str, Any] = {}
+    for metric, table in scores.items():
+        for name, column in zip(scheme.names, table.T, strict=True) if len(table) else ():
+            sd = float(column.std(ddof=1)) if len(column) > 1 else None
+            spreads.setdefault(name, {})[metric] = {"mean": float(column.mean()), "sd": sd, "n": len(column)}
+    return spreads
 
 
 def training_summary(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .comparison import Contender
+from .casecomparison import Contender
 from .config import to_dict
 from .events import Reporter
 from .expectation import Expectation, merged

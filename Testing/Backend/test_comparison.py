@@ -12,17 +12,9 @@ from test_transfer import scheme
 from tiny_datasets import invres
 
 from invres import InvresError
+from invres.casecomparison import CaseComparison, Contender, channels_for, compare_case
 from invres.cases import Case, Dataset
-from invres.comparison import (
-    CaseComparison,
-    Contender,
-    channels_for,
-    compare_case,
-    comparison_table,
-    interval,
-    summarise,
-    write_comparison,
-)
+from invres.comparison import comparison_table, interval, summarise, write_comparison
 from invres.config import ChannelPlan, NetworkConfig, PreparationPlan
 from invres.manifest import Manifest
 from invres.modelpackage import ModelPackage

@@ -91,21 +91,22 @@ ALLOWED = {
     "stopfile": "trainer",
     "runfolder": "events",
     "reduction": "checkpoint config networks",
-    "comparison": (
-        "cases config events files inference metrics modelpackage networks prediction preprocessing transfer volume"
+    "casecomparison": (
+        "cases config events inference manifest metrics modelpackage networks prediction preprocessing transfer volume"
     ),
+    "comparison": "casecomparison config files",
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
     "tuningmemory": "config devices events manifest memory networks reduction tuningplan",
-    "proof": "cases comparison config events inference modelpackage networks trainer",
+    "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
         "networks prediction prepared preprocessing reduction sampling syntheticbatches trainer training transfer "
         "tuningplan"
     ),
-    "tunedmodel": "comparison config events expectation files manifest modelpackage networks tuningplan",
+    "tunedmodel": "casecomparison config events expectation files manifest modelpackage networks tuningplan",
     "finetuning": (
-        "cases casesplits checkpoint comparison config events files modelpackage parttraining prediction proof "
-        "runfolder stopfile trainer training tunedmodel tuningplan"
+        "casecomparison cases casesplits checkpoint comparison config events files modelpackage parttraining "
+        "prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": (

@@ -15,9 +15,9 @@ from tiny_datasets import invres, phantom, tiny_recipe, write_dataset, write_rec
 
 from invres import Cancelled, InvresError
 from invres.augmentation import blank_channels, draw_presence
+from invres.casecomparison import Contender, can_segment, compare_case
 from invres.cases import case_problems, read_dataset, write_dataset_json
 from invres.checkpoint import load_checkpoint
-from invres.comparison import Contender, can_segment, compare_case
 from invres.config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, TrainingConfig, to_dict
 from invres.dataset_json import plain_scheme
 from invres.events import Recorder, Reporter
@@ -285,6 +285,9 @@ def test_segment_takes_what_is_there_from_a_model_that_can_do_without(able, unab
 def test_the_package_says_what_may_be_missing_through_every_door(able, unable, tmp_path):
     verify_package(able.path)
     assert able.manifest.training.channel_dropout == 0.4
+    assert set(able.manifest.metrics["upper"]) == {"Dice", "Dice without T1", "Dice without T2"}
+    assert set(unable.manifest.metrics["upper"]) == {"Dice"}
+    assert "Dice       upper without T2: " in invres("describe", able.path).out
     for package, optional in ((able, True), (unable, False)):
         outcome = invres("models", "import", package.path, "--models-dir", tmp_path / str(optional), "--json")
         assert outcome.code == 0
@@ -404,6 +407,9 @@ def test_train_takes_cases_that_lack_a_channel_where_dropout_is_on(tmp_path):
     manifest = open_package(outcome.of("result")[0]["model"]).manifest
     assert all(channel.optional for channel in manifest.plan.channels)
     assert any("lack a channel; there are T1 " in event["message"] for event in outcome.of("note"))
+    again = invres(*common, "-o", tmp_path / "run", "--resume")
+    assert again.code == 0 and "augmentation.channel_dropout" in again.of("warning")[0]["message"]
+    assert open_package(again.of("result")[0]["model"]).manifest.plan == manifest.plan
     single = write_dataset(tmp_path / "single", channels=("T1",))
     outcome = invres(*common[:2], single, *common[3:], "-o", tmp_path / "no", "--channel-dropout", "0.3")
     assert outcome.code == 2 and "two channels or more" in outcome.of("error")[0]["message"]
@@ -451,7 +457,24 @@ def test_a_held_out_case_that_the_base_model_cannot_take_has_no_difference(unabl
     assert found["patient00"]["difference"] is not None
     assert set(found["patient01"]["tuned"]) == {"upper", "lower", "core"}
     assert result["verdict"] == "not enough data to tell" and proof["difference"]["n"] == 1
+    # patient01 has nothing else that it could do without.
+    assert found["patient01"]["without"] == {} and set(found["patient00"]["without"]) == {"T1", "T2"}
+    assert proof["without"]["T2"]["with"]["n"] == 1
+    assert "where a channel is left out" in (tmp_path / "run" / "comparison.txt").read_text(encoding="utf-8")
+    manifest = open_package(result["model"]).manifest
+    assert [manifest.metrics["core"][name]["n"] for name in ("Dice", "Dice without T1")] == [2, 1]
     assert not [event for event in report.events if event["event"] == "warning"]
+
+
+def test_the_dice_without_a_channel_is_that_of_a_case_that_lacks_it(able, tmp_path):
+    data = write_dataset(tmp_path / "data", cases=2)
+    contender = Contender(able, load_network(able, CPU))
+    dataset = read_dataset(data)
+    left_out = compare_case(dataset, dataset.cases[1], None, contender, leave_out=True)
+    assert left_out.tuned == compare_case(dataset, dataset.cases[1], None, contender).tuned
+    lacking = read_dataset(without(data, "patient01", 0), partial=True)
+    found = compare_case(lacking, lacking.cases[1], None, contender)
+    assert left_out.without["T1"] == {name: score["Dice"] for name, score in found.tuned.items()}
 
 
 def test_which_cases_a_model_can_take(able, unable, tmp_path):

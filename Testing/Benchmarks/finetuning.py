@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from invres.casecomparison import Contender, compare_case
 from invres.cases import Dataset, read_dataset
-from invres.comparison import Contender, compare_case, interval
+from invres.comparison import interval
 from invres.config import LabelScheme, NetworkConfig, PreparationPlan, Recipe
 from invres.events import Reporter, TerminalReporter
 from invres.files import written_whole
@@ -47,7 +48,7 @@ from invres.volume import Volume, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus.json"
-TEST_CASES, LOCAL_CASES = 40, 20  # the rest trains the base model
+TEST_CASES, LOCAL_CASES, CHOOSING_CASES = 40, 20, 10  # what remains without the first two is the base model's
 COUNTS = (1, 3, 5, 10, 20)
 RATES_AT = 3  # cases
 PARTS = {"background": 0, "anterior": 1, "posterior": 2}
@@ -87,7 +88,8 @@ def main() -> None:
     training = dataclasses.replace(
         recipe.training, patch=tuple(options.patch), epochs=max(1, options.base_steps // 100), time_s=0.0
     )
-    recipe = dataclasses.replace(recipe, training=dataclasses.replace(training, seed=options.seed))
+    training = dataclasses.replace(training, seed=options.seed)
+    recipe = dataclasses.replace(recipe, training=training, spacing_mm=(options.spacing,) * 3)
     base = _base(_listed(output, "base", merged, rest, {"background": 0, "hippocampus": 1}), recipe, output, report)
     untrained = _untrained(base, output / "untrained", options.seed)
     on_test = _listed(output, "test", options.data, test, PARTS)
@@ -108,9 +110,10 @@ def _options() -> argparse.Namespace:
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--base-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning and of each training from scratch")
-    parser.add_argument("--patch", type=int, nargs=3, default=[32, 48, 32])
+    parser.add_argument("--spacing", type=float, default=1.5, help="mm, of all models; labels are scored at their 1 mm")
+    parser.add_argument("--patch", type=int, nargs=3, default=[24, 32, 24])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -163,7 +166,7 @@ def _base(data: Dataset, recipe: Recipe, output: Path, report: Reporter) -> Mode
     run = output / "base"
     if (run / "model" / "manifest.json").is_file():
         return open_package(run / "model")
-    options = TrainOptions(device="cpu", resume=(run / "run.json").is_file(), validation_count=10)
+    options = TrainOptions(device="cpu", resume=(run / "run.json").is_file(), validation_count=CHOOSING_CASES)
     return train(data, recipe, run, options, report)
 
 
@@ -250,13 +253,14 @@ def _mean_sd(values: np.ndarray, decimals: int = 3) -> str:
 
 def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str:
     base = _values(_read(output, "base"))
+    patch = " ".join(map(str, options.patch))
     lines = [
         f"`python Testing/Benchmarks/finetuning.py --base-steps {options.base_steps} --steps {options.steps} "
-        f"--patch {' '.join(map(str, options.patch))} --seed {options.seed}`, {os.cpu_count()}-core CPU "
+        f"--spacing {options.spacing:g} --patch {patch} --seed {options.seed}`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
-        f"Base model: {base_cases} cases, {options.base_steps} steps; Dice of the whole hippocampus on the {len(base)} "
-        f"test cases {_mean_sd(base)}.",
+        f"Base model: {base_cases} cases ({CHOOSING_CASES} of them choose its epoch), {options.base_steps} steps; Dice "
+        f"of the whole hippocampus on the {len(base)} test cases {_mean_sd(base)}.",
         "",
         "| cases | from scratch: Dice | HD95 mm | fine-tuned: Dice | HD95 mm | difference in Dice [95 % interval] |",
         "|---|---|---|---|---|---|",
