@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ class BatchQueue:
 
     def _startOnFiles(self, case: BatchCase) -> None:
         wanted = [channel.name for channel in self._model.channels]
-        problem = _channelProblem(case.files, wanted)
+        problem = _channelProblem(case.files, self._model.channels)
         lost = [str(case.files[name]) for name in wanted if name in case.files and not case.files[name].exists()]
         if not problem and lost:
             problem = _("The file {path} is not there any more.").format(path=lost[0])
@@ -169,7 +169,8 @@ class BatchQueue:
             return
         arguments = ["segment", "--model", str(self._model.path)]
         for name in wanted:
-            arguments += ["--input", f"{name}={case.files[name]}"]
+            if name in case.files:
+                arguments += ["--input", f"{name}={case.files[name]}"]
         arguments += ["--output", str(self.folder / case.fileName), "--device", self._device]
         warnings: list[str] = []
 
@@ -192,7 +193,7 @@ class BatchQueue:
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
 
     def _startInScene(self, case: BatchCase) -> None:
-        problem = _channelProblem(case.nodes, [channel.name for channel in self._model.channels])
+        problem = _channelProblem(case.nodes, self._model.channels)
         if problem:
             self._ended(case, FAILED, problem)
             return
@@ -230,8 +231,10 @@ def _identity(case: BatchCase) -> tuple:
     return tuple(sorted((channel, str(path)) for channel, path in {**case.files, **nodes}.items()))
 
 
-def _channelProblem(found: dict[str, Any], wanted: list[str]) -> str:
-    missing = [name for name in wanted if name not in found]
+def _channelProblem(found: dict[str, Any], wanted: Sequence[Any]) -> str:
+    missing = [channel.name for channel in wanted if channel.name not in found and not channel.optional]
+    if not missing and not found:
+        missing = [channel.name for channel in wanted]
     if not missing:
         return ""
     return _("No image was found for the channel {names}.").format(names=", ".join(missing))

@@ -41,7 +41,7 @@ def casesOfScene(channels: Sequence[Any]) -> list[BatchCase]:
         if chosen:
             top = hierarchy is None or parent in (hierarchy.GetSceneItemID(), hierarchy.GetInvalidItemID())
             name = members[0].GetName() if top else hierarchy.GetItemName(parent)
-            found.append(_withProblem(BatchCase(name, nodes=chosen), matches))
+            found.append(_withProblem(BatchCase(name, nodes=chosen), matches, channels))
     return found
 
 
@@ -61,6 +61,8 @@ def casesOfDataset(contents: dict[str, Any], channels: Sequence[Any]) -> list[Ba
         fitting = [place for place, name in enumerate(names) if _plain(name) == _plain(channel.name)]
         if not fitting and len(names) == len(channels) == 1:
             fitting = [0]
+        if not fitting and channel.optional:
+            continue
         if not fitting:
             raise NodeConversion.ConversionError(
                 _("The data set has no channel {name}; it has {names}.").format(
@@ -88,7 +90,7 @@ def casesOfFolder(folder: Path, channels: Sequence[Any]) -> list[BatchCase]:
         matches = match(channels, [VolumeDescription(_stem(file), key=key) for key, file in files.items()])
         chosen = {one.channel: files[one.volume.key] for one in matches if one.volume is not None}
         if chosen:
-            found.append(_withProblem(BatchCase(sub.name, files=chosen), matches))
+            found.append(_withProblem(BatchCase(sub.name, files=chosen), matches, channels))
     return found
 
 
@@ -115,7 +117,7 @@ def _caseOfStudy(database: Any, patient: str, study: str, channels: Sequence[Any
         return None
     words = (database.displayedNameForPatient(patient), database.descriptionForStudy(study))
     name = ", ".join(word for word in words if word) or study
-    return _withProblem(BatchCase(name, files=chosen), matches)
+    return _withProblem(BatchCase(name, files=chosen), matches, channels)
 
 
 def _describedSeries(database: Any, series: str, file: str) -> VolumeDescription:
@@ -124,9 +126,10 @@ def _describedSeries(database: Any, series: str, file: str) -> VolumeDescription
     return VolumeDescription.fromHeader(name, header, key=series)
 
 
-def _withProblem(case: BatchCase, matches: Sequence[Any]) -> BatchCase:
-    """A case that lacks a channel says so at once, and is left out of the run."""
-    problems = [one.sentence for one in matches if one.volume is None]
+def _withProblem(case: BatchCase, matches: Sequence[Any], channels: Sequence[Any]) -> BatchCase:
+    """A case that lacks a channel which the model needs says so at once, and is left out of the run."""
+    optional = {channel.name for channel in channels if channel.optional}
+    problems = [one.sentence for one in matches if one.volume is None and one.channel not in optional]
     if problems:
         case.state, case.message = FAILED, " ".join(problems)
     return case

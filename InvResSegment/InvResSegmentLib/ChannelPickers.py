@@ -30,7 +30,7 @@ class ChannelPickers:
         self._layout.setContentsMargins(0, 0, 0, 0)
 
     def setChannels(self, channels: tuple) -> None:
-        """Make one row for each channel (objects with `name` and `modality`), all empty."""
+        """Make one row for each channel (`ChannelInfo`), all empty."""
         if channels == self._channels and self._body is not None:
             return
         self._channels = tuple(channels)
@@ -46,7 +46,11 @@ class ChannelPickers:
         grid.setContentsMargins(0, 0, 0, 0)
         grid.setColumnStretch(1, 1)
         for index, channel in enumerate(self._channels):
-            grid.addWidget(qt.QLabel(f"{channel.name}:"), index, 0)
+            label = qt.QLabel(f"{channel.name}:")
+            if channel.optional:
+                label.text = _("{name} (optional):").format(name=channel.name)
+                label.toolTip = _("The model was trained to do without; leave it empty where there is none.")
+            grid.addWidget(label, index, 0)
             picker = self._makePicker(channel)
             grid.addWidget(picker, index, 1)
             confidence = qt.QLabel("")

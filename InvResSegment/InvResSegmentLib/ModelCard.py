@@ -47,9 +47,9 @@ def _version(model) -> str:
 
 
 def _withModality(channel) -> str:
-    if not channel.modality or channel.modality.casefold() == channel.name.casefold():
-        return escape(channel.name)
-    return escape(f"{channel.name} ({channel.modality})")
+    same = not channel.modality or channel.modality.casefold() == channel.name.casefold()
+    words = ([] if same else [channel.modality]) + ([_("optional")] if channel.optional else [])
+    return escape(f"{channel.name} ({', '.join(words)})" if words else channel.name)
 
 
 def _labels(model) -> str:

@@ -17,10 +17,11 @@ __all__ = ["ChannelInfo", "LabelInfo", "ModelCatalogue", "ModelInfo", "modelFrom
 
 @dataclass(frozen=True)
 class ChannelInfo:
-    """One input of a model. modality: "MR", "CT"..."""
+    """One input of a model. modality: "MR", "CT"... optional: the model was trained to do without."""
 
     name: str
     modality: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         name=manifest["name"],
         path=description["path"],
         description=manifest.get("description") or "",
-        channels=tuple(ChannelInfo(each["name"], each.get("modality") or "") for each in plan["channels"]),
+        channels=tuple(_channel(each) for each in plan["channels"]),
         labels=tuple(_label(each) for each in scheme["labels"]),
         spacingMm=(depth, height, width),
         licence=manifest.get("licence") or "",
@@ -165,6 +166,10 @@ class ModelCatalogue:
 
     def _arguments(self, action: str, *model: str) -> list[str]:
         return ["models", action, *model, "--models-dir", self.modelsFolder]
+
+
+def _channel(described: dict) -> ChannelInfo:
+    return ChannelInfo(described["name"], described.get("modality") or "", bool(described.get("optional")))
 
 
 def _label(label: dict[str, Any]) -> LabelInfo:

@@ -131,13 +131,18 @@ class SegmentationLogic:
         sentences, nodes = [], []
         if self.running:
             sentences.append(_("A segmentation is running; wait for it or cancel it."))
+        complete = True
         for channel in request.model.channels:
             node = request.channels.get(channel.name)
             if node is None or node.GetScene() is None:
-                sentences.append(_("Choose a volume for the channel {name}.").format(name=channel.name))
+                if not channel.optional:
+                    complete = False
+                    sentences.append(_("Choose a volume for the channel {name}.").format(name=channel.name))
             elif problem := NodeConversion.exportProblem(node):
+                complete = False
                 sentences.append(problem)
             elif node in nodes:
+                complete = False
                 sentences.append(
                     _("{name} is chosen for two channels; choose another volume for {channel}.").format(
                         name=node.GetName(), channel=channel.name
@@ -145,8 +150,10 @@ class SegmentationLogic:
                 )
             else:
                 nodes.append(node)
-        if len(nodes) == len(request.model.channels):
+        if complete and nodes:
             sentences += self._geometryProblems(request, nodes)
+        elif complete:
+            sentences.append(_("Choose a volume for one channel at least."))
         output = request.outputNode
         if output is not None and output.GetScene() is not None and not _takesVoxels(output):
             sentences.append(
@@ -446,14 +453,13 @@ class SegmentationLogic:
     # ---------------------------------------------------------------- small things
 
     def _nodes(self, request: SegmentationRequest) -> dict[str, slicer.vtkMRMLScalarVolumeNode]:
-        """Channel name -> node, in the model's order."""
-        return {channel.name: request.channels[channel.name] for channel in request.model.channels}
+        """Channel name -> node, in the model's order, for the channels that have one."""
+        chosen = {channel.name: request.channels.get(channel.name) for channel in request.model.channels}
+        return {name: node for name, node in chosen.items() if node is not None and node.GetScene() is not None}
 
     def _reference(self, request: SegmentationRequest) -> slicer.vtkMRMLScalarVolumeNode | None:
-        """The volume of the first channel, on whose grid the result lies."""
-        if request.model is None or not request.model.channels:
-            return None
-        return request.channels.get(request.model.channels[0].name)
+        """The volume of the first channel that has one; the result lies on its grid."""
+        return None if request.model is None else next(iter(self._nodes(request).values()), None)
 
 
 def _scene() -> slicer.vtkMRMLScene:

@@ -72,7 +72,9 @@ def model_info(package):
         name=package.name,
         path=str(package.path),
         sha256=manifest.sha256,
-        channels=tuple(SimpleNamespace(name=c.name, modality=c.modality) for c in manifest.plan.channels),
+        channels=tuple(
+            SimpleNamespace(name=c.name, modality=c.modality, optional=c.optional) for c in manifest.plan.channels
+        ),
         labels=tuple(
             SimpleNamespace(name=one.name, value=one.output_value, colour=one.colour, terminology=one.terminology)
             for one in manifest.scheme.labels

@@ -32,8 +32,11 @@ from standins import pythonqt, qtclasses, waitUntil
 from tiny_run import SHAPE, write_balls
 from vtk.util.numpy_support import vtk_to_numpy
 
-T1 = (SimpleNamespace(name="T1", modality="MR"),)
-TWO = (SimpleNamespace(name="T1", modality="MR"), SimpleNamespace(name="FLAIR", modality="MR"))
+T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
+TWO = (
+    SimpleNamespace(name="T1", modality="MR", optional=False),
+    SimpleNamespace(name="FLAIR", modality="MR", optional=False),
+)
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_a_data_set_is_read_by_the_backend(backend, data):
     backend.request(["check", "--data", str(data)], None, found.append)
     waitUntil(lambda: found, 60)
     contents = found[0].result["contents"]
-    cases = BatchSources.casesOfDataset(contents, (SimpleNamespace(name="t1", modality="MR"),))
+    cases = BatchSources.casesOfDataset(contents, (SimpleNamespace(name="t1", modality="MR", optional=False),))
     assert [case.name for case in cases] == ["case0", "case1", "case2"]
     assert all(case.files["t1"].is_file() for case in cases)
     with pytest.raises(ConversionError, match="no channel FLAIR"):

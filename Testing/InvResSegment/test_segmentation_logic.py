@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from backends import RecordingBackend
 from InvResSegmentLib import NodeConversion, SegmentationResult
 from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRequest
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
+
+from invres.modelpackage import save_package
 
 SHAPE = (22, 24, 26)
 
@@ -249,6 +252,29 @@ def test_the_memory_plan_is_a_sentence_with_figures(scene, panel, backend, small
 
 
 # ---------------------------------------------------------------- what is missing
+
+
+def test_a_channel_that_the_model_can_do_without_may_stay_empty(scene, panel, two_channel_package, tmp_path):
+    known = two_channel_package.manifest
+    channels = tuple(dataclasses.replace(channel, optional=True) for channel in known.plan.channels)
+    package = save_package(
+        tmp_path / "either",
+        name="either",
+        network=known.network,
+        state_dict=two_channel_package.load_weights(),
+        plan=dataclasses.replace(known.plan, channels=channels),
+        scheme=known.scheme,
+        patch=known.patch,
+    )
+    model = model_info(package)
+    images, _ = ball(2)
+    flair = add_volume(scene, images[1], name="FLAIR")
+    request = SegmentationRequest(model, {"FLAIR": flair}, "cpu")
+    assert panel.logic.missing(request) == []
+    outcome = panel.run(request)
+    assert (outcome.state, outcome.message) == ("done", "")
+    nothing = SegmentationRequest(model, {}, "cpu")
+    assert panel.logic.missing(nothing) == ["Choose a volume for one channel at least."]
 
 
 def test_what_is_missing_is_named(scene, panel, two_channel_package):

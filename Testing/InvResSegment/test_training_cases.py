@@ -42,7 +42,7 @@ def model(*labels: str, channels=("T1",), regions=None):
     """What the panel knows of a model with the labels 2, 4, 6..."""
     names = [SimpleNamespace(name=name, value=2 * index + 2) for index, name in enumerate(labels)]
     scheme = {"regions": regions is not None, "labels": regions or []}
-    channels = tuple(SimpleNamespace(name=name, modality="MR") for name in channels)
+    channels = tuple(SimpleNamespace(name=name, modality="MR", optional=False) for name in channels)
     return SimpleNamespace(name="base", labels=tuple(names), channels=channels, manifest={"scheme": scheme})
 
 
