@@ -537,7 +537,7 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
 @pytest.mark.parametrize(
     ("flags", "told", "hint"),
     [
-        (["-r", "hipocampus"], "There is no recipe 'hipocampus'; the recipes are default, hippocampus", ""),
+        (["-r", "hipocampus"], "There is no recipe 'hipocampus'; the recipes are brain-any-contrast, ", ""),
         (["-r", "missing.json"], "There is no recipe file missing.json", ""),
         (["-r", "UNKNOWN"], "training has the unknown key 'epoch'", "Did you mean 'epochs'?"),
         (["-r", "BROKEN"], "is not readable JSON", ""),
