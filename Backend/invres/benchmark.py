@@ -13,7 +13,7 @@ import torch
 
 from .config import NETWORKS, LossWeights, NetworkConfig
 from .events import SILENT, Reporter, format_bytes
-from .hollow import HollowTensors
+from .hollow import without_values
 from .losses import segmentation_loss
 from .memory import TrainingMemory, measure_step, measure_training, predict_training
 from .networks import SegmentationNetwork, build
@@ -107,7 +107,7 @@ def _tried(figures: Callable[[], dict[str, Any] | None]) -> Any:
 def _peer_memory(
     name: str, patch: Triple, channels: int, classes: int, device: str, real: bool
 ) -> TrainingMemory | None:
-    with contextlib.nullcontext() if real else HollowTensors(), torch.device(device):
+    with contextlib.nullcontext() if real else without_values(), torch.device(device):
         network = build_peer(name, channels, classes, patch)
         if network is None:
             return None
@@ -128,7 +128,7 @@ def _peer_step(network: Peer, optimizer: torch.optim.Optimizer, image: torch.Ten
 
 def count_flops(config: NetworkConfig, patch: Triple, engine: str, memory: str) -> int:
     """Floating-point operations of a training step, counted on hollow tensors."""
-    with HollowTensors(), Operations() as counter:
+    with without_values(), Operations() as counter:
         network = build(config, engine, memory).train()
         image = torch.zeros(1, config.in_channels, *patch)
         target = torch.zeros(1, *patch, dtype=torch.int16)

@@ -11,7 +11,7 @@ import torch
 
 from .config import NetworkConfig
 from .events import SILENT, Reporter
-from .hollow import HollowTensors
+from .hollow import without_values
 from .livebytes import LiveBytes
 from .networks.blocks import CouplingFunction
 from .operations import Operations
@@ -64,7 +64,7 @@ def _run(strategy: str, depth: int) -> tuple[int, int]:
     def function() -> CouplingFunction:
         return CouplingFunction(WIDTH // 2, config)
 
-    with HollowTensors():
+    with without_values():
         program = Program([Couple(function(), function()) for _ in range(depth)], private=True)
         inputs = [torch.zeros(1, WIDTH // 2, SIDE, SIDE, SIDE, requires_grad=True) for _ in range(2)]
         probe = LiveBytes()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HollowTensors"]
+__all__ = ["HollowTensors", "without_values"]
 
 _ASKS_DEVICE = torch.ops.prim.device.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -61,6 +62,32 @@ class HollowTensors(TorchDispatchMode):
         for watch in self.watchers:
             watch(func, result)
         return result
+
+
+def without_values() -> AbstractContextManager[Any]:
+    """A context in which new tensors have no values: `HollowTensors`, or torch's own where this torch lacks what they
+    are made of."""
+    if _hollow_works():
+        return HollowTensors()
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
+    return FakeTensorMode()
+
+
+@functools.cache
+def _hollow_works() -> bool:
+    """Tried out, because they are made of private functions of torch, which other versions may have changed."""
+    try:
+        with HollowTensors():
+            one = torch.zeros(2, 3, requires_grad=True)
+            layer = torch.nn.Linear(3, 2)
+            layer(one).relu_().sum().backward()
+            emptied = torch.zeros(4)
+            emptied.untyped_storage().resize_(0)
+            layer.weight.data = torch.zeros(2, 3)
+            return one.grad is not None and tuple(one.grad.shape) == (2, 3)
+    except Exception:  # whatever it is, the other way is open
+        return False
 
 
 class _Hollow(torch.Tensor):

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from .config import LossWeights, NetworkConfig
-from .hollow import HollowTensors
+from .hollow import without_values
 from .livebytes import LiveBytes
 from .networks import build, with_patch
 from .reversible import abridged, role
@@ -88,7 +88,7 @@ def predict_training(
 
     Raises InvresError if the configuration does not describe a network.
     """
-    with HollowTensors(), abridged():
+    with without_values(), abridged():
         return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
 
 
@@ -165,7 +165,7 @@ def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) 
 
     Found on hollow tensors like `predict_training`. The VAE branch takes no part in segmenting.
     """
-    with HollowTensors(), torch.no_grad():
+    with without_values(), torch.no_grad():
         network = build(dataclasses.replace(config, vae=None)).eval()
         tiles = torch.zeros(batch_size, config.in_channels, *window)
         held = [*network.parameters(), *network.buffers()]

@@ -9,10 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from invres import hollow
 from invres.benchmark import ENGINE_TABLE
 from invres.config import NetworkConfig, VAEConfig
 from invres.hollow import HollowTensors
-from invres.memory import measure_training
+from invres.memory import measure_training, predict_training
 from invres.reversible import abridged, same_memory
 
 RUNS = [
@@ -90,3 +91,12 @@ def test_a_large_tensor_takes_no_memory_and_the_context_can_be_left_by_an_error(
         assert (huge @ huge).untyped_storage().nbytes() == 2**42
         raise ZeroDivisionError
     assert HollowTensors.active() is None and torch.zeros(2).tolist() == [0, 0]
+
+
+def test_where_torch_lacks_what_they_need_its_own_fake_tensors_predict_the_same(monkeypatch):
+    config = NetworkConfig(out_channels=3, channels=(8, 16))
+    assert hollow._hollow_works()
+    expected = predict_training(config, (16, 24, 16))
+    monkeypatch.setattr(hollow, "_hollow_works", lambda: False)
+    assert not isinstance(hollow.without_values(), HollowTensors)
+    assert predict_training(config, (16, 24, 16)) == expected
