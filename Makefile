@@ -43,7 +43,7 @@ gpu:
 # 124: the nine minutes are over and everything is saved.
 gpu-train:
 	@test -d "$(LABEL_MAPS)" || { echo "Say where the label maps are: make gpu-train LABEL_MAPS=folder" >&2; exit 2; }
-	timeout --signal=INT 540 env $(INVRES) train --recipe brain-any-contrast-1mm \
+	timeout --foreground --signal=INT 540 env $(INVRES) train --recipe brain-any-contrast-1mm \
 		--data "$(LABEL_MAPS)" --output out/brain --device cuda --time 2h --validation-count 2 \
 		$(if $(wildcard out/brain/checkpoint.pt),--resume) || test $$? -eq 124
 

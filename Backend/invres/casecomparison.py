@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def compare_case(
         given = _ordered(contender.package.manifest, dataset, volumes)
         found, _, _ = segment_volumes(contender.package, contender.network, given, SegmentOptions(), report)
         predicted, reference = _on_one_grid(found, label, case.name)
-        scores[key], wrong = _scores(predicted, reference, scheme, dataset.scheme)
+        scores[key], wrong = _scores(predicted, reference, scheme, dataset.scheme, scores["base"])
         if folder is not None:
             path = folder / f"{_safe(case.name)}_{key}.seg.nrrd"
             write_segmentation(path, found, scheme)
@@ -146,19 +146,25 @@ def _ordered(manifest: Manifest, dataset: Dataset, volumes: Sequence[Volume | No
 
 
 def _scores(
-    predicted: Volume, reference: Volume, scheme: LabelScheme, wanted: LabelScheme
+    predicted: Volume, reference: Volume, scheme: LabelScheme, wanted: LabelScheme, known: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Metrics of the labels that a model's scheme shares with the data's, and where the model is wrong."""
+    """Metrics of the labels that a model's scheme shares with the data's, and where the model is wrong.
+
+    known: labels that the other model has. What this one has given up counts as not found: it was forgotten.
+    """
     counted = np.ones(reference.array.shape, dtype=bool)
     if wanted.ignore_value is not None:
         counted = reference.array != wanted.ignore_value
     wrong = np.zeros(reference.array.shape, dtype=bool)
     scores = {}
     for label, place in zip(wanted.labels, match_names(wanted.names, scheme.names), strict=True):
-        if place is None:
+        if place is None and label.name not in known:
             continue
-        own = scheme.labels[place]
-        inside = np.isin(predicted.array, own.values if scheme.regions else [own.output_value]) & counted
+        values: tuple[int, ...] = ()
+        if place is not None:
+            own = scheme.labels[place]
+            values = own.values if scheme.regions else (own.output_value,)
+        inside = np.isin(predicted.array, values) & counted
         truth = np.isin(reference.array, label.values) & counted
         score = score_masks(inside, truth, reference.geometry.spacing_mm)
         wrong |= inside != truth

@@ -163,13 +163,14 @@ def _nnunet(path: Path, description: dict[str, Any]) -> Dataset:
     root = path.parent
     channels = _numbered(path, "channel_names", description["channel_names"])
     scheme = _nnunet_scheme(path, description)
+    in_one_file = bool(description.get("channels_in_one_file", False))
     if "dataset" in description:
         cases = [_listed_case(path, name, entry) for name, entry in _mapping(path, "dataset", description).items()]
         layout = "nnU-Net v2 (dataset.json that lists its files)"
     else:
-        cases = _nnunet_cases(path, str(description.get("file_ending", ".nii.gz")), len(channels))
+        files = 1 if in_one_file else len(channels)
+        cases = _nnunet_cases(path, str(description.get("file_ending", ".nii.gz")), files)
         layout = "nnU-Net v2"
-    in_one_file = bool(description.get("channels_in_one_file", False))
     return make_dataset(str(description.get("name") or root.name), channels, scheme, cases, root, layout, in_one_file)
 
 

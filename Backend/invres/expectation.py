@@ -43,11 +43,17 @@ class Expectation:
             raise InvresError(f"expected.confidence must be from 0 to 1, got {self.confidence}.")
 
 
-def of_volumes(names: Sequence[str], cases: Iterable[Sequence[float]], confidence: float = 0.0) -> Expectation:
-    """From the volumes (mL) of each label in each training case."""
+def of_volumes(
+    names: Sequence[str], cases: Iterable[Sequence[float]], confidences: Iterable[float] = ()
+) -> Expectation:
+    """From the volumes (mL) of each label in each training case, and the confidence in each case held out.
+
+    A case in which nothing was found has no confidence (0), and says nothing of the others.
+    """
+    confidence = min((value for value in confidences if value > 0), default=0.0)
     columns = list(zip(*cases, strict=True))
     ranges = {name: [round(min(c), 4), round(max(c), 4)] for name, c in zip(names, columns, strict=False)}
-    return Expectation(ranges, round(min(max(confidence, 0.0), 1.0), 4))
+    return Expectation(ranges, round(min(confidence, 1.0), 4))
 
 
 def merged(one: Expectation, other: Expectation, names: Sequence[str]) -> Expectation:
@@ -94,7 +100,7 @@ def unlike_result(expected: Expectation, volumes_ml: Mapping[str, float], confid
             f"Unusual volumes: {', '.join(odd[:NAMED])}{more}. Check the result: the image may be cropped, or unlike "
             "those that the model was trained on."
         )
-    if expected.confidence and confidence < expected.confidence - CONFIDENCE_MARGIN:
+    if 0 < confidence < expected.confidence - CONFIDENCE_MARGIN:
         found.append(
             f"The model is less sure than on any image it was tested with (mean probability {confidence:.2f} against "
             f"{expected.confidence:.2f}). Check the result: the image may be unlike those that it was trained on."

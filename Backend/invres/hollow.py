@@ -10,12 +10,16 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HollowTensors", "without_values"]
+from . import InvresError
+
+__all__ = ["HollowTensors", "run_without_values", "without_values"]
+
+T = TypeVar("T")
 
 _ASKS_DEVICE = torch.ops.prim.device.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -74,11 +78,27 @@ def without_values() -> AbstractContextManager[Any]:
     return FakeTensorMode()
 
 
+def run_without_values(work: Callable[[], T]) -> T:
+    """What `work` gives inside `without_values`; where hollow tensors cannot do something in it, on torch's own."""
+    if _hollow_works():
+        try:
+            with HollowTensors():
+                return work()
+        except InvresError:
+            raise
+        except Exception:  # a prediction must not end a training; what else is wrong, the second attempt says too
+            pass
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return work()
+
+
 @functools.cache
 def _hollow_works() -> bool:
     """Tried out, because they are made of private functions of torch, which other versions may have changed."""
     try:
-        with HollowTensors():
+        with torch.enable_grad(), HollowTensors():
             one = torch.zeros(2, 3, requires_grad=True)
             layer = torch.nn.Linear(3, 2)
             layer(one).relu_().sum().backward()

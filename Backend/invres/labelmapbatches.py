@@ -26,7 +26,7 @@ class LabelMapBatches:
 
     maps: int16, with the values of the files. Patches lie with their centre in the box around the scheme's labels.
     Everything but the choice of the patch is computed on the training device; a batch is a pure function of seed and
-    iteration. Raises InvresError for a label that no map has, and for regions.
+    iteration. Raises InvresError for regions and, if these maps are to be `complete`, for a label that none has.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class LabelMapBatches:
         label_maps: LabelMapConfig,
         config: TrainingConfig,
         device: torch.device,
+        complete: bool = True,
     ):
         if scheme.regions:
             raise InvresError("Training on label maps alone needs labels that exclude one another, not regions.")
@@ -46,7 +47,7 @@ class LabelMapBatches:
         target = np.zeros(len(values), np.int16)
         for number, label in enumerate(scheme.labels, start=1):
             codes = [self._code[value] for value in label.values if value in self._code]
-            if not codes:
+            if not codes and complete:
                 raise InvresError(
                     f"No label map has a value of {label.name} ({', '.join(map(str, label.values))}).",
                     hint="Correct the labels of the recipe, or leave this one out.",

@@ -28,6 +28,7 @@ __all__ = ["CHANNEL", "SyntheticScenes", "label_map_batches", "label_map_plan", 
 
 CHANNEL = "MR"
 HELD_OUT_SEED = 1_000_000  # added, so that validation never draws an image of the training
+LARGEST_VALUE = 32767
 SCENES = 2  # synthetic images for each map that is validated on
 
 
@@ -93,7 +94,7 @@ class SyntheticScenes:
         maps = [_prepared(dataset.case(name), recipe, folder, report) for name in names]
         self._count = SCENES * len(maps)
         settings = dataclasses.replace(_settings(recipe), beginning=None, beginning_iterations=0)
-        self._batches = LabelMapBatches(maps, dataset.scheme, settings, config, device)
+        self._batches = LabelMapBatches(maps, dataset.scheme, settings, config, device, complete=False)
 
     def validate(self, network: SegmentationNetwork) -> dict[str, float]:
         """The mean Dice of each label, and of all as "mean"."""
@@ -133,6 +134,12 @@ def _prepared(case: Case, recipe: Recipe, folder: Path, report: Reporter) -> np.
     grid = volume.geometry.with_spacing((spacing[0], spacing[1], spacing[2]))
     if not np.allclose(volume.geometry.spacing_mm, spacing, rtol=1e-3):
         volume = resample(Volume(volume.array, volume.geometry), grid, interpolation="label")
+    lowest, highest = int(volume.array.min()), int(volume.array.max())
+    if lowest < 0 or highest > LARGEST_VALUE:
+        raise InvresError(
+            f"The label map {case.label.name} has values from {lowest} to {highest}; 0 to {LARGEST_VALUE} are allowed.",
+            hint="Renumber its labels.",
+        )
     inside = np.argwhere(volume.array != 0)
     if not len(inside):
         raise InvresError(f"The label map {case.label.name} is empty.", hint="Remove it from the folder.")

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from .config import LossWeights, NetworkConfig
-from .hollow import without_values
+from .hollow import run_without_values
 from .livebytes import LiveBytes
 from .networks import build, with_patch
 from .reversible import abridged, role
@@ -88,8 +88,12 @@ def predict_training(
 
     Raises InvresError if the configuration does not describe a network.
     """
-    with without_values(), abridged():
-        return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
+
+    def step() -> TrainingMemory:
+        with abridged():
+            return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
+
+    return run_without_values(step)
 
 
 def measure_training(
@@ -165,18 +169,22 @@ def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) 
 
     Found on hollow tensors like `predict_training`. The VAE branch takes no part in segmenting.
     """
-    with without_values(), torch.no_grad():
-        network = build(dataclasses.replace(config, vae=None)).eval()
-        tiles = torch.zeros(batch_size, config.in_channels, *window)
-        held = [*network.parameters(), *network.buffers()]
-        probe = LiveBytes()
-        probe.watch([tiles, *held])
-        with probe:
-            # The average over mirrored predictions is a second map of the logits' size.
-            logits = network(tiles).logits.float()
-            logits = logits / 1
-    weights = sum(_nbytes(tensor) for tensor in held)
-    return weights, probe.peak - weights
+
+    def pass_through() -> tuple[int, int]:
+        with torch.no_grad():
+            network = build(dataclasses.replace(config, vae=None)).eval()
+            tiles = torch.zeros(batch_size, config.in_channels, *window)
+            held = [*network.parameters(), *network.buffers()]
+            probe = LiveBytes()
+            probe.watch([tiles, *held])
+            with probe:
+                # The average over mirrored predictions is a second map of the logits' size.
+                logits = network(tiles).logits.float()
+                logits = logits / 1
+            weights = sum(_nbytes(tensor) for tensor in held)
+            return weights, probe.peak - weights
+
+    return run_without_values(pass_through)
 
 
 class PeakResident:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def train(
     metrics = _metrics({"Dice": scores}, scheme)
     for number, channel in enumerate(plan.channels):
         if channel.optional:
-            lacking = [one for case in validation_cases if (one := without_channel(case, number)) is not None]
+            # One at a time: they are copies in memory, unlike the prepared cases.
+            lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
             scores, _ = _scores(network, lacking, scheme, config, device)
             for name, spread in _metrics({f"Dice without {channel.name}": scores}, scheme).items():
                 metrics[name] |= spread
@@ -161,7 +163,7 @@ def train(
         description=recipe.description,
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
         metrics=metrics,
-        expected=of_volumes(scheme.names, volumes, min(confidences, default=0.0)),
+        expected=of_volumes(scheme.names, volumes, confidences),
         licence=options.licence,
     )
 
@@ -209,7 +211,7 @@ def _predict(
 
 def _scores(
     network: SegmentationNetwork,
-    cases: list[PreparedCase],
+    cases: Iterable[PreparedCase],
     scheme: LabelScheme,
     config: TrainingConfig,
     device: torch.device,

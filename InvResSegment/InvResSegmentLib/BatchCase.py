@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ __all__ = [
     "EDITED",
     "FAILED",
     "RECORD",
+    "RESULT_SUFFIX",
     "RUNNING",
     "WAITING",
     "BatchCase",
     "correctedPath",
     "freeFileName",
     "readBatch",
+    "readMade",
     "writeBatch",
 ]
 
@@ -81,7 +83,7 @@ def correctedPath(folder: Path, case: BatchCase) -> Path:
     return folder / (case.fileName.removesuffix(RESULT_SUFFIX) + CORRECTED_SUFFIX)
 
 
-def writeBatch(folder: Path, cases: Iterable[BatchCase], model: str) -> None:
+def writeBatch(folder: Path, cases: Sequence[BatchCase], model: str) -> None:
     """Remembers the cases of files in the folder of their results. model: its name. Raises OSError."""
     entries = [
         {
@@ -96,9 +98,18 @@ def writeBatch(folder: Path, cases: Iterable[BatchCase], model: str) -> None:
         for case in cases
         if not case.inScene
     ]
-    content = {"format": 1, "model": model, "cases": entries}
+    # Of cases that were taken off the list, too: what no batch has made must not be written over.
+    made = sorted({*readMade(folder), *(case.fileName for case in cases if case.state == DONE and not case.inScene)})
+    content = {"format": 1, "model": model, "cases": entries, "made": made}
     folder.mkdir(parents=True, exist_ok=True)
     writeWhole(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def readMade(folder: Path) -> list[str]:
+    """The names of the results that batches have written into a folder."""
+    record = readJson(folder / RECORD)
+    listed = [entry.get("result") for entry in record.get("cases") or [] if isinstance(entry, dict)]
+    return [str(name) for name in (*(record.get("made") or []), *listed) if name]
 
 
 def readBatch(folder: Path) -> list[BatchCase]:

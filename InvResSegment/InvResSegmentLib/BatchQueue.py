@@ -10,7 +10,21 @@ from typing import Any
 import qt
 from slicer.i18n import tr as _
 
-from .BatchCase import DONE, FAILED, RECORD, RUNNING, WAITING, BatchCase, freeFileName, readBatch, writeBatch
+from .BatchCase import (
+    DONE,
+    EDITED,
+    FAILED,
+    RECORD,
+    RESULT_SUFFIX,
+    RUNNING,
+    WAITING,
+    BatchCase,
+    correctedPath,
+    freeFileName,
+    readBatch,
+    readMade,
+    writeBatch,
+)
 from .SegmentationLogic import SegmentationLogic, SegmentationRequest
 
 __all__ = ["BatchQueue"]
@@ -58,7 +72,8 @@ class BatchQueue:
         new = [case for case in cases if _identity(case) not in known]
         for case in new:
             if not case.fileName and not case.inScene:
-                case.fileName = freeFileName(case.name, [one.fileName for one in self.cases])
+                case.fileName = freeFileName(case.name, [*(one.fileName for one in self.cases), *self._foreign()])
+                self._takeUpCorrection(case)
             self.cases.append(case)
         self.tell()
         return len(new)
@@ -83,7 +98,24 @@ class BatchQueue:
                 remembered.append(case)
         scene = [case for case in others if case.inScene]
         self.folder, self.cases = folder, [*remembered, *scene]
+        names = [case.fileName for case in self.cases if case.state != WAITING]
+        for case in self.cases:
+            if case.state == WAITING and case.fileName in self._foreign():
+                case.fileName = freeFileName(case.name, [*names, *self._foreign()])
+            names.append(case.fileName)
         self.tell()
+
+    def _foreign(self) -> list[str]:
+        """Segmentations in the folder of results that no batch has made: nothing may be written over them."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        ours = set(readMade(self.folder)) | {case.fileName for case in self.cases if case.state != WAITING}
+        return [file.name for file in self.folder.glob(f"*{RESULT_SUFFIX}") if file.name not in ours]
+
+    def _takeUpCorrection(self, case: BatchCase) -> None:
+        """A case that was corrected before, taken off the list and added again, is not segmented anew."""
+        if self.folder is not None and correctedPath(self.folder, case).is_file():
+            case.state, case.review = DONE, EDITED
 
     def tell(self) -> None:
         """Remembers the state on disk, and calls whoever listens."""

@@ -120,6 +120,7 @@ class FineTuneTab(VTKObservationMixin):
     def enter(self) -> None:
         """The panel, or this tab of it, is shown: cases may have changed, and runs may have ended, since."""
         self._form.forgetPlans()
+        self._showModels()
         self.run.find()
         self._schedule()
 

@@ -21,6 +21,7 @@ __all__ = ["emptySegmentation", "loadSegmentation", "loadVolume", "newSegmentati
 
 IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
 SEGMENTATION_FILE = ".seg.nrrd"
+SINGLE_FILES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img")
 
 
 def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) -> slicer.vtkMRMLScalarVolumeNode:
@@ -32,7 +33,8 @@ def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) 
     file = _firstFile(path)
     node = _newNode(kind, name, passing)
     storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
-    storage.SetSingleFile(not path.is_dir() and file.suffix.lower() not in ("", ".dcm", ".ima"))
+    # Names of DICOM files may end in anything (1.2.840.55), and the backend reads the series of such a file.
+    storage.SetSingleFile(not path.is_dir() and file.name.lower().endswith(SINGLE_FILES))
     storage.SetFileName(str(file))
     read = storage.ReadData(node)
     slicer.mrmlScene.RemoveNode(storage)  # the scene would take the file for its own, and write to it

@@ -26,6 +26,7 @@ class ReviewQueue:
     def __init__(self, queue: BatchQueue, trainingCases: Any) -> None:
         self._queue, self._trainingCases = queue, trainingCases
         self.current: BatchCase | None = None
+        self._tried: BatchCase | None = None  # opened last, or tried to
         self.channels: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self.segmentation: slicer.vtkMRMLSegmentationNode | None = None
         self._segmentCount = 0
@@ -49,8 +50,8 @@ class ReviewQueue:
     def step(self, forward: bool, model: Any) -> bool:
         """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError."""
         cases = self.cases
-        if self.current in cases:
-            place = cases.index(self.current) + (1 if forward else -1)
+        if self._tried in cases:
+            place = cases.index(self._tried) + (1 if forward else -1)
         else:
             place = next((i for i, case in enumerate(cases) if case.review != ACCEPTED), 0)
         if not 0 <= place < len(cases):
@@ -66,6 +67,7 @@ class ReviewQueue:
         if case is self.current and self._alive:
             return
         self.leave()
+        self._tried = case  # the way on starts here, also when it cannot be opened
         channels, segmentation = self._kept.get(case, ({}, None))
         if segmentation is not None and segmentation.GetScene() is not None:
             self.channels, self.segmentation = channels, segmentation

@@ -76,6 +76,7 @@ class _Run:
     folder: Path
     onProgress: Callable[[str, float, float | None], None]
     onDone: Callable[[SegmentationOutcome], None]
+    reference: slicer.vtkMRMLScalarVolumeNode  # on whose grid the result lies, also when it has left the scene
     inputs: tuple[SegmentationResult.InputRecord, ...]
     begun: float = field(default_factory=time.monotonic)
     requestId: int | None = None
@@ -254,7 +255,7 @@ class SegmentationLogic:
             SegmentationResult.InputRecord(name, node.GetName(), node.GetID(), SegmentationResult.seriesUidOf(node))
             for name, node in self._nodes(request).items()
         )
-        run = self._run = _Run(request, folder, onProgress, onDone, inputs)
+        run = self._run = _Run(request, folder, onProgress, onDone, self._reference(request), inputs)
         try:
             arguments = self._export(run)
         except NodeConversion.ConversionError as error:
@@ -266,7 +267,7 @@ class SegmentationLogic:
         if run.verdict is not None:  # cancelled from within onProgress
             self._endAsDecided()
             return
-        scene = self._reference(request).GetScene()
+        scene = run.reference.GetScene()
         for event, handler in (
             (scene.StartCloseEvent, self._onSceneClosing),
             (scene.NodeRemovedEvent, self._onNodeRemoved),
@@ -299,7 +300,7 @@ class SegmentationLogic:
 
     def _export(self, run: _Run) -> list[str]:
         """Writes the volumes; returns the backend's arguments."""
-        request, reference = run.request, self._reference(run.request)
+        request, reference = run.request, run.reference
         arguments = ["segment", "--model", str(request.model.path)]
         nodes = self._nodes(request)
         for index, (channel, node) in enumerate(nodes.items()):
@@ -357,7 +358,7 @@ class SegmentationLogic:
             self._endAsDecided()
             return
         try:
-            reference = self._reference(run.request)
+            reference = run.reference
             # All that can be wrong with the file shows here, before anything is touched.
             result = NodeConversion.readResult(run.resultPath, reference)
             scene.SaveStateForUndo()
@@ -426,10 +427,9 @@ class SegmentationLogic:
         run = self._run
         if run is None or run.verdict is not None:
             return
-        reference = self._reference(run.request)
-        if reference.GetScene() is None:
+        if run.reference.GetScene() is None:
             sentence = _("{name} was deleted during the segmentation; nothing was changed.")
-            self._stop("failed", sentence.format(name=reference.GetName()), _("Load it again and press Apply."))
+            self._stop("failed", sentence.format(name=run.reference.GetName()), _("Load it again and press Apply."))
 
     def _stop(self, state: str, message: str, hint: str = "") -> None:
         run = self._run

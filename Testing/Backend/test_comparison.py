@@ -11,11 +11,11 @@ from grids import RAS
 from test_transfer import scheme
 from tiny_datasets import invres
 
-from invres import InvresError
+from invres import InvresError, casecomparison
 from invres.casecomparison import CaseComparison, Contender, channels_for, compare_case
 from invres.cases import Case, Dataset
 from invres.comparison import comparison_table, interval, summarise, write_comparison
-from invres.config import ChannelPlan, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
 from invres.manifest import Manifest
 from invres.modelpackage import ModelPackage
 from invres.networks import NetworkOutput
@@ -244,3 +244,16 @@ def test_a_label_on_another_grid_is_told(one):
 
 def test_the_verb_explains_itself():
     assert "--check-base" in invres("finetune", "--help").out
+
+
+def test_a_label_that_was_given_up_counts_as_forgotten():
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[0], array[1] = 1, 2
+    grid = Geometry((4, 4, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    both = LabelScheme((Label("kept", (1,), 1), Label("given up", (2,), 2)))
+    kept = LabelScheme(both.labels[:1])
+    found = Volume(np.where(array == 1, 1, 0).astype(np.uint8), grid)
+    scores, wrong = casecomparison._scores(found, Volume(array, grid), kept, both, {"kept": {}, "given up": {}})
+    assert (scores["kept"]["Dice"], scores["given up"]["Dice"]) == (1.0, 0.0) and wrong.any()
+    scores, wrong = casecomparison._scores(found, Volume(array, grid), kept, both)
+    assert set(scores) == {"kept"} and not wrong.any()

@@ -11,7 +11,7 @@ from invres.config import ChannelPlan
 from invres.expectation import Expectation, merged, of_volumes, unlike_modality, unlike_result
 from invres.prediction import confidence_of
 
-SEEN = of_volumes(["left", "right"], [[3.0, 2.5], [2.0, 4.0]], confidence=0.9)
+SEEN = of_volumes(["left", "right"], [[3.0, 2.5], [2.0, 4.0]], [0.95, 0.0, 0.9])
 
 
 def test_the_extremes_of_the_training_cases_are_kept():
@@ -35,6 +35,7 @@ def test_an_unsure_model_says_so():
 
 def test_nothing_measured_nothing_said():
     assert unlike_result(Expectation(), {"left": 1000.0}, 0.1) == []
+    assert unlike_result(Expectation(confidence=0.9), {"left": 0.0}, 0.0) == []
 
 
 def test_ct_for_mr_is_told_and_mr_for_ct():
@@ -49,7 +50,7 @@ def test_ct_for_mr_is_told_and_mr_for_ct():
 
 
 def test_what_a_tuned_model_has_seen_includes_what_its_base_has():
-    tuned = merged(SEEN, of_volumes(["left", "new"], [[1.5, 9.0]], 0.8), ["left", "new"])
+    tuned = merged(SEEN, of_volumes(["left", "new"], [[1.5, 9.0]], [0.8]), ["left", "new"])
     assert tuned == Expectation({"left": [1.5, 3.0], "new": [9.0, 9.0]}, 0.8)
 
 

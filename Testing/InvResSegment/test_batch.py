@@ -282,6 +282,27 @@ def test_a_folder_that_was_only_chosen_is_left_alone(queue, images, tmp_path):
     assert list(folder.iterdir()) == []
 
 
+def test_a_segmentation_that_no_batch_has_made_is_never_written_over(queue, small_model, images, tmp_path):
+    mine = tmp_path / "case_0.seg.nrrd"
+    mine.write_bytes(b"drawn by hand")
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path)
+    assert ran(queue, small_model) == [DONE]
+    assert mine.read_bytes() == b"drawn by hand" and queue.cases[0].fileName == "case_0_2.seg.nrrd"
+
+
+def test_a_corrected_case_that_is_taken_off_and_added_again_keeps_its_correction(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE]
+    correctedPath(queue.folder, queue.cases[0]).write_bytes(b"corrected")
+    queue.remove(list(queue.cases))
+    queue.add(cases_of(images[:1]))
+    (case,) = queue.cases
+    assert (case.fileName, case.state, case.review) == ("case_0.seg.nrrd", DONE, EDITED)
+    assert not case.pending("another model")
+
+
 def test_names_of_files_are_safe_and_differ():
     names = []
     for name in ("A/b: c", "a_b_c", "..", "Ödem", "x" * 300):
