@@ -11,6 +11,7 @@ import torch
 
 from . import InvresError
 from .config import LabelScheme, TrainingConfig
+from .preprocessing import nonzero_box
 from .randomness import happens, uniform
 from .sampling import cut_padded, seeded_generator
 from .synthesis import input_patch, synthesise
@@ -59,7 +60,10 @@ class LabelMapBatches:
                 mirror[self._code[left]], mirror[self._code[right]] = self._code[right], self._code[left]
         self._mirror = mirror
         self._maps = [np.searchsorted(values, one).astype(np.int16) for one in maps]
-        self._boxes = [_box(target[one] > 0) for one in self._maps]
+        self._boxes = [
+            [part.indices(size)[:2] for part, size in zip(nonzero_box([target[one]]), one.shape, strict=True)]
+            for one in self._maps
+        ]
         self._target = torch.from_numpy(target).to(device)
 
         def with_codes(synthesis: SynthesisConfig) -> SynthesisConfig:
@@ -114,12 +118,3 @@ class LabelMapBatches:
     def _codes(self, groups: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         """Groups of file values as groups of codes; what is in no map is left out."""
         return tuple(tuple(self._code[value] for value in group if value in self._code) for group in groups)
-
-
-def _box(mask: np.ndarray) -> list[tuple[int, int]]:
-    """(first, last + 1) along each axis; the whole axis where nothing is inside."""
-    found = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        found.append((int(hit[0]), int(hit[-1]) + 1) if hit.size else (0, mask.shape[axis]))
-    return found

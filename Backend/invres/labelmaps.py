@@ -21,8 +21,9 @@ from .labelmapbatches import LabelMapBatches
 from .metrics import dice_by_label
 from .networks import SegmentationNetwork
 from .prediction import confidence_of, predict_probabilities
+from .preprocessing import SAME_SPACING, nonzero_box
 from .synthesisconfig import LabelMapConfig
-from .volume import Volume, read_volume, resample
+from .volume import read_volume, resample
 
 __all__ = ["CHANNEL", "SyntheticScenes", "label_map_batches", "label_map_plan", "read_label_maps"]
 
@@ -132,20 +133,17 @@ def _prepared(case: Case, recipe: Recipe, folder: Path, report: Reporter) -> np.
         return np.load(kept)
     volume = read_volume(case.label, kind="labels", report=report).canonical()
     grid = volume.geometry.with_spacing((spacing[0], spacing[1], spacing[2]))
-    if not np.allclose(volume.geometry.spacing_mm, spacing, rtol=1e-3):
-        volume = resample(Volume(volume.array, volume.geometry), grid, interpolation="label")
+    if not np.allclose(volume.geometry.spacing_mm, spacing, rtol=SAME_SPACING, atol=0):
+        volume = resample(volume, grid, interpolation="label")
     lowest, highest = int(volume.array.min()), int(volume.array.max())
     if lowest < 0 or highest > LARGEST_VALUE:
         raise InvresError(
             f"The label map {case.label.name} has values from {lowest} to {highest}; 0 to {LARGEST_VALUE} are allowed.",
             hint="Renumber its labels.",
         )
-    inside = np.argwhere(volume.array != 0)
-    if not len(inside):
+    if not highest:
         raise InvresError(f"The label map {case.label.name} is empty.", hint="Remove it from the folder.")
-    box = tuple(slice(low, high + 1) for low, high in zip(inside.min(axis=0), inside.max(axis=0), strict=True))
-    array = np.ascontiguousarray(volume.array[box]).astype(np.int16)
-    folder.mkdir(parents=True, exist_ok=True)
+    array = np.ascontiguousarray(volume.array[nonzero_box([volume.array])]).astype(np.int16)
     with written_whole(kept) as temporary, open(temporary, "wb") as stream:
         np.save(stream, array)
     return array

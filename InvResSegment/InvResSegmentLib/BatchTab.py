@@ -15,6 +15,7 @@ from .BatchQueue import BatchQueue
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .ReviewQueue import ReviewQueue
 from .ReviewSection import ReviewSection
+from .Table import setUpTable
 from .Text import bullets, escape
 
 __all__ = ["BatchTab"]
@@ -43,7 +44,8 @@ class BatchTab:
             self.ui, services.backend, self._notice, self._channels, self.queue.add, self._update
         )
         self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
-        self._setUpTable()
+        titles = [_("Case"), _("Channels"), _("State"), _("Review")]
+        setUpTable(self.ui.casesTable, titles, stretched=(0,))
         for button, action in (
             (self.ui.removeButton, self._onRemove),
             (self.ui.clearButton, self._onClear),
@@ -167,17 +169,6 @@ class BatchTab:
             self._review.open(case)
 
     # ---------------------------------------------------------------- what is shown
-
-    def _setUpTable(self) -> None:
-        table = self.ui.casesTable
-        titles = [_("Case"), _("Channels"), _("State"), _("Review")]
-        table.setColumnCount(len(titles))
-        table.setHorizontalHeaderLabels(titles)
-        table.verticalHeader().setVisible(False)
-        header = table.horizontalHeader()
-        for column in range(len(titles)):
-            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
-        header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
 
     @property
     def _selected(self) -> list:

@@ -8,6 +8,7 @@ from slicer.i18n import tr as _
 from .CaseFindings import labelNames
 from .LabelMapping import labelOf
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, levelIcon
+from .Table import setUpTable
 from .Text import bullets
 from .TrainingCases import LEFT_OUT, TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
@@ -26,16 +27,8 @@ class CaseTable:
         self._table, self._cases, self._onSelected = table, cases, onSelected
         self._rows: list[CaseRow] = []
         self._filling = False
-        titles = [_("Case"), _("Images"), _("Labels"), _("Role"), _("Findings")]
-        table.setColumnCount(len(titles))
-        table.setHorizontalHeaderLabels(titles)
-        table.verticalHeader().setVisible(False)
-        header = table.horizontalHeader()
-        for column in range(len(titles)):
-            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
-        for column in (CASE, LABELS):
-            header.setSectionResizeMode(column, qt.QHeaderView.Stretch)
-        header.connect("sectionResized(int,int,int)", self._fit)
+        setUpTable(table, [_("Case"), _("Images"), _("Labels"), _("Role"), _("Findings")], stretched=(CASE, LABELS))
+        table.horizontalHeader().connect("sectionResized(int,int,int)", self._fit)
         table.connect("itemSelectionChanged()", self._onSelectionChanged)
 
     @property

@@ -10,6 +10,7 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .Notice import ERROR, GOOD, INFORMATION, Notice
+from .Table import setUpTable
 
 __all__ = ["ModelsTab"]
 
@@ -95,16 +96,8 @@ class ModelsTab:
 
     def _setUpTable(self) -> None:
         table = self.ui.modelsTable
-        titles = [_("Name"), _("Version"), _("Labels"), _("Licence"), _("From")]
-        table.setColumnCount(len(titles))
-        table.setHorizontalHeaderLabels(titles)
-        table.verticalHeader().setVisible(False)
-        header = table.horizontalHeader()
-        for column in range(len(titles)):
-            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
-        for column in (0, 2):
-            header.setSectionResizeMode(column, qt.QHeaderView.Stretch)
-        header.connect("sectionResized(int,int,int)", self._onColumnResized)
+        setUpTable(table, [_("Name"), _("Version"), _("Labels"), _("Licence"), _("From")], stretched=(0, 2))
+        table.horizontalHeader().connect("sectionResized(int,int,int)", self._onColumnResized)
         table.connect("itemSelectionChanged()", self._onSelected)
 
     def _onColumnResized(self) -> None:

@@ -10,6 +10,7 @@ from .CaseOverlay import COLOURS, CaseOverlay, titles
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .RunDecision import RunDecision
 from .RunRecord import RunRecord
+from .Table import setUpTable
 from .Text import escape, paragraphs
 
 __all__ = ["ProofView"]
@@ -31,8 +32,10 @@ class ProofView:
         self._overlayProblems = Notice(ui, "overlayNotice")
         self._overlay = CaseOverlay()
         self._decision = RunDecision(ui, catalogue, onDecided)
-        _setUp(ui.proofTable, [_("Segment"), "", _("Base"), _("Tuned"), _("Difference")], stretched=4)
-        _setUp(ui.casesTable, [_("Case"), _("Base"), _("Tuned"), _("Difference"), _("Worst segment")], stretched=0)
+        setUpTable(ui.proofTable, [_("Segment"), "", _("Base"), _("Tuned"), _("Difference")], stretched=(4,))
+        setUpTable(
+            ui.casesTable, [_("Case"), _("Base"), _("Tuned"), _("Difference"), _("Worst segment")], stretched=(0,)
+        )
         ui.legendText.text = _legend()
         ui.casesTable.connect("itemSelectionChanged()", self._onCase)
         ui.hideCaseButton.connect("clicked()", self._onHide)
@@ -159,16 +162,6 @@ class ProofView:
 
 
 # ---------------------------------------------------------------- small things
-
-
-def _setUp(table, titles: list[str], stretched: int) -> None:
-    table.setColumnCount(len(titles))
-    table.setHorizontalHeaderLabels(titles)
-    table.verticalHeader().setVisible(False)
-    header = table.horizontalHeader()
-    for column in range(len(titles)):
-        header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
-    header.setSectionResizeMode(stretched, qt.QHeaderView.Stretch)
 
 
 def _setCell(table, row: int, column: int, text: str, toolTip: str = ""):

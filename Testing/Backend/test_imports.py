@@ -67,7 +67,7 @@ ALLOWED = {
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
-    "labelmapbatches": "config randomness sampling synthesis synthesisconfig",
+    "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "prediction": "config events livebytes memory networks preprocessing region",
     "inference": (
         "config devices events expectation memory modelpackage networks prediction preprocessing region restoration "
@@ -76,7 +76,8 @@ ALLOWED = {
     "planning": "devices events manifest memory networks prediction region volume",
     "trainer": "checkpoint config distributed events files guard livebytes losses memory networks sampling step",
     "labelmaps": (
-        "cases config dataset_json events files labelmapbatches metrics networks prediction synthesisconfig volume"
+        "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
+        "synthesisconfig volume"
     ),
     "training": (
         "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "

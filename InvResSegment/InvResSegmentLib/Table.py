@@ -1,0 +1,16 @@
+"""Tables of one row a thing: titles, no row numbers, columns as wide as what is in them."""
+
+import qt
+
+__all__ = ["setUpTable"]
+
+
+def setUpTable(table, titles: list[str], stretched: tuple[int, ...]) -> None:
+    """Gives a QTableWidget its columns; those that are `stretched` share the room that is left."""
+    table.setColumnCount(len(titles))
+    table.setHorizontalHeaderLabels(titles)
+    table.verticalHeader().setVisible(False)
+    header = table.horizontalHeader()
+    for column in range(len(titles)):
+        resize = qt.QHeaderView.Stretch if column in stretched else qt.QHeaderView.ResizeToContents
+        header.setSectionResizeMode(column, resize)
