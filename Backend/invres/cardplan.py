@@ -31,14 +31,16 @@ WHOLE_VOLUME = (240, 240, 155)  # voxels of BraTS and of many 1 mm brains
 class CardPlan:
     """What fits into `vram_bytes`. patch (D, H, W) is the largest with `memory`; needed_bytes with the margin for it.
 
-    block_factor: by how much the blocks of every level may be multiplied at that patch's half in every direction, and
-    width_factor by how much the widths. whole_volume_bytes: of a training step on a volume of 240x240x155.
+    half: about half of that patch in every direction. block_factor: by how much the blocks of every level may be
+    multiplied there, and width_factor by how much the widths. whole_volume_bytes: of a training step on a volume of
+    240x240x155.
     """
 
     vram_bytes: int
     memory: str
     patch: Triple
     needed_bytes: int
+    half: Triple
     block_factor: int
     width_factor: int
     whole_volume_bytes: dict[str, int]
@@ -46,7 +48,7 @@ class CardPlan:
     def sentences(self) -> list[str]:
         """The plan in words."""
         size = "x".join(map(str, self.patch))
-        half = "x".join(str(max(STEP, side // 2)) for side in self.patch)
+        half = "x".join(map(str, self.half))
         lines = [
             f"{format_bytes(self.vram_bytes)} hold a patch of {size} voxels with memory {self.memory!r}: "
             f"{format_bytes(self.needed_bytes)} with {format_bytes(CONTEXT_BYTES)} for the CUDA context and workspaces "
@@ -119,7 +121,7 @@ def plan_for_card(
     whole = {setting: needed(config, WHOLE_VOLUME, setting) for setting in settings}
     patch = patch_of(side)
     blocks = 1 + max(0, int(room // each)) if each else 1
-    return CardPlan(vram_bytes, memory, patch, needed(config, patch), blocks, factor, whole)
+    return CardPlan(vram_bytes, memory, patch, needed(config, patch), half, blocks, factor, whole)
 
 
 def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter) -> Recipe:

@@ -19,6 +19,7 @@ from .files import written_whole
 from .layouts import FOLDER_READERS
 
 __all__ = [
+    "SPLITS",
     "Case",
     "Dataset",
     "case_problems",
@@ -32,6 +33,7 @@ __all__ = [
     "write_splits",
 ]
 
+SPLITS = "splits_final.json"  # of nnU-Net
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 
 FORMATS = (
@@ -169,7 +171,7 @@ def described(dataset: Dataset) -> dict[str, Any]:
 
 def _splits(dataset: Dataset) -> list[dict[str, list[str]]]:
     """The folds of a splits_final.json; none where it is broken, of which the doctor speaks."""
-    file = dataset.root / "splits_final.json"
+    file = dataset.root / SPLITS
     with contextlib.suppress(InvresError):
         if file.is_file():
             return [{"train": list(train), "val": list(held)} for train, held in read_splits(file, dataset)]
@@ -234,7 +236,7 @@ def split_cases(
     Raises InvresError for a fold that does not exist, a data set without labels, or a splits_final.json that names
     unknown cases.
     """
-    file = Path(root or dataset.root) / "splits_final.json"
+    file = Path(root or dataset.root) / SPLITS
     splits = read_splits(file, dataset) if file.is_file() else _folds(dataset, seed, folds)
     if not 0 <= fold < len(splits):
         raise InvresError(
@@ -287,7 +289,7 @@ def read_splits(path: Path | str, dataset: Dataset) -> list[Split]:
 
 def write_splits(dataset: Dataset, folder: Path | str, seed: int = 0, folds: int = 5) -> Path:
     """Writes splits_final.json with all folds into `folder`, whole or not at all, and returns its path."""
-    path = Path(folder) / "splits_final.json"
+    path = Path(folder) / SPLITS
     splits = _folds(dataset, seed, folds)
     _write_json(path, [{"train": list(train), "val": list(validation)} for train, validation in splits])
     return path

@@ -281,7 +281,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
 def _plan_tuning(options: argparse.Namespace, report: Reporter) -> None:
     manifest = package_named(options.model).manifest
     _load_torch(report)
-    from .inference import choose_device
+    from .prediction import choose_device
     from .tuningmemory import plan_tuning_memory
 
     wishes = {key: getattr(options, key) for key in ("engine", "precision", "memory")}

@@ -13,9 +13,11 @@ from scipy import stats
 from . import InvresError
 from .casecomparison import CaseComparison
 from .config import LabelScheme, to_dict
+from .evaluation import bootstrap_interval
+from .events import aligned
 from .files import written_whole
 
-__all__ = ["comparison_table", "interval", "summarise", "write_comparison"]
+__all__ = ["comparison_table", "interval", "spread", "summarise", "write_comparison"]
 
 METRICS = ("Dice", "HD95_mm", "VolumeError_ml")
 LARGER_IS_BETTER = {"Dice": True, "HD95_mm": False, "VolumeError_ml": False}
@@ -23,7 +25,6 @@ AS_GOOD = 0.01
 """A difference in Dice that does not matter (chosen): an interval within it means "as good as before"."""
 FEWEST_RESAMPLED = 5
 """Below this many patients resampling shows hardly any of the uncertainty; Student's t is wide where it must be."""
-RESAMPLES = 2000
 FEWEST_TOLD = 3
 """Below this many patients nothing is claimed, whatever the interval."""
 NOT_ENOUGH = "not enough data to tell"
@@ -37,9 +38,7 @@ def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
     if n < FEWEST_RESAMPLED:
         half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
         return (mean - half, mean + half), "t"
-    drawn = np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
-    low, high = np.percentile(np.asarray(values)[drawn].mean(axis=1), (2.5, 97.5))
-    return (float(low), float(high)), "bootstrap"
+    return bootstrap_interval(values), "bootstrap"
 
 
 def summarise(
@@ -117,14 +116,14 @@ def comparison_table(content: Mapping[str, Any]) -> str:
                     str(values["tuned"]["n"]),
                 ]
             )
-    lines = [content["sentence"], "", *_aligned(rows), ""]
+    lines = [content["sentence"], "", *aligned(rows), ""]
     if content["without"]:
         lefts = [["  without", "Dice", "with it", "n"]]
         for channel, of_both in content["without"].items():
             lefts.append(
                 [f"  {channel}", _mean(of_both["without"], 3), _mean(of_both["with"], 3), str(of_both["with"]["n"])]
             )
-        lines += ["The tuned model where a channel is left out (mean over labels):", *_aligned(lefts), ""]
+        lines += ["The tuned model where a channel is left out (mean over labels):", *aligned(lefts), ""]
     lines.append("Cases, worst first (difference in Dice, mean over labels):")
     cases = [["  case", "difference", "Dice base", "Dice tuned", "worst label"]]
     for one in content["cases"]:
@@ -132,10 +131,11 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         change = "-" if one["difference"] is None else f"{one['difference']:+.3f}"
         tuned = f"{_mean_dice({k: v for k, v in one['tuned'].items() if k in one['base'] or not one['base']}):.3f}"
         cases.append([f"  {one['case']}", change, base, tuned, one["worst_label"]])
-    return "\n".join([*lines, *_aligned(cases)])
+    return "\n".join([*lines, *aligned(cases)])
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation, median and n; None if undefined."""
     found: dict[str, Any] = {"mean": None, "sd": None, "median": None, "n": len(values)}
     if values:
         found |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
@@ -145,7 +145,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _difference(values: Sequence[float]) -> dict[str, Any]:
-    found = {**_spread(values), "ci95": None, "ci95_method": ""}
+    found = {**spread(values), "ci95": None, "ci95_method": ""}
     if values:
         bounds, method = interval(values)
         found |= {"ci95": None if bounds is None else list(bounds), "ci95_method": method}
@@ -160,8 +160,8 @@ def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]
             if name in one.base:
                 by_patient.setdefault(one.patient, []).append(one.tuned[name][metric] - one.base[name][metric])
         summary[metric] = {
-            "base": _spread([one.base[name][metric] for one in cases if name in one.base]),
-            "tuned": _spread([one.tuned[name][metric] for one in cases if name in one.tuned]),
+            "base": spread([one.base[name][metric] for one in cases if name in one.base]),
+            "tuned": spread([one.tuned[name][metric] for one in cases if name in one.tuned]),
             "difference": _difference([float(np.mean(values)) for values in by_patient.values()]),
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
@@ -173,8 +173,8 @@ def _without(cases: Sequence[CaseComparison]) -> dict[str, Any]:
     for channel in dict.fromkeys(channel for one in cases for channel in one.without):
         some = [one for one in cases if channel in one.without]
         found[channel] = {
-            "without": _spread([float(np.mean(list(one.without[channel].values()))) for one in some]),
-            "with": _spread([_mean_dice(one.tuned) for one in some]),
+            "without": spread([float(np.mean(list(one.without[channel].values()))) for one in some]),
+            "with": spread([_mean_dice(one.tuned) for one in some]),
         }
     return found
 
@@ -249,8 +249,3 @@ def _signed(difference: Mapping[str, Any], decimals: int) -> str:
     bounds = difference["ci95"]
     text = "[n/a]" if bounds is None else "[{:+.{d}f}, {:+.{d}f}]".format(*bounds, d=decimals)
     return f"{difference['mean']:+.{decimals}f} {text}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import InvresError
 from .config import Label, LabelScheme
-from .events import SILENT, Reporter
+from .events import SILENT, Reporter, aligned
 from .files import written_whole
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .volume import Volume, read_volume
@@ -120,7 +121,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
                 f"{empty['predicted']}/{empty['reference']}/{empty['both']}",
             ]
         )
-    lines = _aligned(rows)
+    lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",
@@ -130,7 +131,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
         if metrics[key]:
             lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
-    lines += ["", "Lowest Dice (mean over labels):", *_aligned(_worst_cases(metrics))]
+    lines += ["", "Lowest Dice (mean over labels):", *aligned(_worst_cases(metrics))]
     return "\n".join(lines)
 
 
@@ -270,10 +271,16 @@ def _spread(values: list[float]) -> dict[str, Any]:
     if n:
         spread |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
     if n > 1:
-        drawn = np.random.default_rng(0).integers(0, n, size=(_RESAMPLES, n))
-        low, high = np.percentile(np.asarray(values, dtype=float)[drawn].mean(axis=1), (2.5, 97.5))
-        spread |= {"sd": float(np.std(values, ddof=1)), "ci95": [float(low), float(high)]}
+        spread |= {"sd": float(np.std(values, ddof=1)), "ci95": list(bootstrap_interval(values))}
     return spread
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % percentile bootstrap interval of the mean, always the same for the same values."""
+    n = len(values)
+    drawn = np.random.default_rng(0).integers(0, n, size=(_RESAMPLES, n))
+    low, high = np.percentile(np.asarray(values, dtype=float)[drawn].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _worst_cases(metrics: dict[str, Any]) -> list[list[str]]:
@@ -300,12 +307,6 @@ def _interval(spread: dict[str, Any], decimals: int) -> str:
     if spread["ci95"] is None:
         return "[n/a]"
     return "[{:.{d}f}, {:.{d}f}]".format(*spread["ci95"], d=decimals)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines with left-aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _listed(names: list[str], shown: int = 10) -> str:

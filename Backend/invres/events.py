@@ -6,9 +6,20 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
-__all__ = ["SILENT", "JsonReporter", "Recorder", "Reporter", "TerminalReporter", "format_bytes", "format_seconds"]
+__all__ = [
+    "SILENT",
+    "FilteredReporter",
+    "JsonReporter",
+    "Recorder",
+    "Reporter",
+    "TerminalReporter",
+    "aligned",
+    "format_bytes",
+    "format_seconds",
+]
 
 
 def format_bytes(count: float) -> str:
@@ -29,6 +40,12 @@ def format_seconds(seconds: float) -> str:
     if minutes < 100:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines with left-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Reporter:
@@ -80,6 +97,18 @@ class Reporter:
 
 
 SILENT = Reporter()
+
+
+class FilteredReporter(Reporter):
+    """Passes on the events whose kind (their key "event") `keep` says yes to."""
+
+    def __init__(self, report: Reporter, keep: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._report, self._keep = report, keep
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if self._keep(event["event"]):
+            self._report.emit(event)
 
 
 class Recorder(Reporter):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._pytree import tree_iter
 
-from .config import LossWeights, NetworkConfig
+from .config import LossWeights, NetworkConfig, TrainingConfig
 from .hollow import run_without_values
 from .livebytes import LiveBytes
 from .networks import build, with_patch
@@ -29,6 +29,7 @@ __all__ = [
     "has_room",
     "measure_step",
     "measure_training",
+    "predict_for",
     "predict_forward",
     "predict_training",
 ]
@@ -94,6 +95,11 @@ def predict_training(
             return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
 
     return run_without_values(step)
+
+
+def predict_for(network: NetworkConfig, config: TrainingConfig, engine: str, regions: bool) -> TrainingMemory:
+    """`predict_training` of a network with the patch, batch, precision and memory setting of a training."""
+    return predict_training(network, config.patch, config.batch_size, engine, regions, config.precision, config.memory)
 
 
 def measure_training(

@@ -21,7 +21,7 @@ from .events import Reporter, format_bytes
 from .expectation import Expectation, of_volumes
 from .files import written_whole
 from .freezing import freeze
-from .memory import has_room, predict_training
+from .memory import has_room, predict_for
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build, with_patch
 from .prediction import is_out_of_memory
@@ -31,7 +31,7 @@ from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
-from .training import validator
+from .training import announce_memory, validator
 from .transfer import STEMS, Transfer, transfer_weights
 from .tuningplan import TuningPlan, write_plan
 
@@ -73,26 +73,14 @@ class PartTrainer:
         self._report.note(transfer.sentence())
         while True:
             plan, config = self.plan, self.plan.training
-            predicted = predict_training(
-                plan.network,
-                config.patch,
-                config.batch_size,
-                network.engine,
-                plan.scheme.regions,
-                config.precision,
-                config.memory,
-            ).peak_bytes
+            predicted = predict_for(plan.network, config, network.engine, plan.scheme.regions).peak_bytes
             # In main memory, where others' pages can move out, a step is tried.
             free = device_info(self._device).free_bytes if self._device.type == "cuda" else None
             if has_room(predicted, free) or lighter(network, config) is None:
                 break
             self._reduce(f"A step would need {format_bytes(predicted)}, more than the card has free")
             network, _ = self._begun()
-        self._report.emit({"event": "memory", "predicted_bytes": predicted})
-        self._report.note(
-            f"{plan.network.name} under the {network.engine} engine: a training step is predicted to need "
-            f"{format_bytes(predicted)}."
-        )
+        announce_memory(plan.network.name, network.engine, predicted, self._report)
 
     def train(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
         """Trains a part, or goes on with it. The result, and the engine that it was trained under.

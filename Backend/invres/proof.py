@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import Cancelled, InvresError
 from .casecomparison import CaseComparison, Contender, can_segment, channels_for, compare_case
 from .cases import Case, Dataset, read_dataset
-from .comparison import interval, summarise
+from .comparison import interval, spread, summarise
 from .config import PreparationPlan
-from .events import Reporter
+from .events import FilteredReporter, Reporter
 from .inference import load_network
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
@@ -39,6 +38,8 @@ class Proof:
 
         A case that cannot be read (any more) is left out with a warning.
         """
+        # The windows of a comparison are no progress of the run.
+        quiet = FilteredReporter(report, lambda kind: kind == "warning")
         folder = self._folder if dataset is None else None
         dataset = dataset or self._dataset
         found = []
@@ -55,7 +56,7 @@ class Proof:
                 # A case for which the card was too small has moved both to the CPU.
                 tuned.network.to(self._device)
                 own = folder is not None
-                found.append(compare_case(dataset, case, base, tuned, folder, _Quiet(report), leave_out=own))
+                found.append(compare_case(dataset, case, base, tuned, folder, quiet, leave_out=own))
             except InvresError as error:
                 if error.code in ("write_failed", "out_of_memory"):
                     raise
@@ -113,22 +114,4 @@ def manifest_metrics(cases: list[CaseComparison]) -> dict[str, Any]:
 
 def _spread(values: list[float]) -> dict[str, Any]:
     bounds, method = interval(values)
-    return {
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "median": float(np.median(values)),
-        "n": len(values),
-        "ci95": list(bounds) if bounds and method == "bootstrap" else None,
-    }
-
-
-class _Quiet(Reporter):
-    """Passes warnings on and nothing else: the windows of a comparison are no progress of the run."""
-
-    def __init__(self, report: Reporter):
-        super().__init__()
-        self._report = report
-
-    def emit(self, event: dict[str, Any]) -> None:
-        if event["event"] == "warning":
-            self._report.emit(event)
+    return {**spread(values), "ci95": list(bounds) if bounds and method == "bootstrap" else None}

@@ -24,7 +24,7 @@ from .expectation import of_volumes
 from .files import written_whole
 from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
-from .memory import predict_training
+from .memory import predict_for
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
@@ -41,7 +41,7 @@ from .preprocessing import (
 from .sampling import CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
-__all__ = ["TrainOptions", "software_versions", "train", "training_summary", "validator"]
+__all__ = ["TrainOptions", "announce_memory", "software_versions", "train", "training_summary", "validator"]
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 RUN = "run.json"
@@ -110,7 +110,8 @@ def train(
     scheme, config = dataset.scheme, recipe.training
     torch.manual_seed(config.seed)
     network = build(recipe.network, config.engine, config.memory).to(device)
-    _announce_memory(recipe, network.engine, scheme, report)
+    predicted = predict_for(recipe.network, config, network.engine, scheme.regions)
+    announce_memory(recipe.network.name, network.engine, predicted.peak_bytes, report)
     prepared = output / "prepared"
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
     batches: LabelMapBatches | CaseBatches
@@ -144,13 +145,13 @@ def train(
     else:
         scores, confidences = _scores(network, validation_cases, scheme, config, device)
         volumes = [case_volumes_ml(case, scheme) for case in training_cases]
-    metrics = _metrics({"Dice": scores}, scheme)
+    metrics = _metrics("Dice", scores, scheme)
     for number, channel in enumerate(plan.channels):
         if channel.optional:
             # One at a time: they are copies in memory, unlike the prepared cases.
             lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
             scores, _ = _scores(network, lacking, scheme, config, device)
-            for name, spread in _metrics({f"Dice without {channel.name}": scores}, scheme).items():
+            for name, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
                 metrics[name] |= spread
     return save_package(
         output / MODEL,
@@ -238,13 +239,12 @@ def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) 
     return dice_by_label(predicted & (reference >= 0), targets)
 
 
-def _metrics(scores: dict[str, np.ndarray], scheme: LabelScheme) -> dict[str, Any]:
-    """Each metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases."""
+def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:
+    """A metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases."""
     spreads: dict[str, Any] = {}
-    for metric, table in scores.items():
-        for name, column in zip(scheme.names, table.T, strict=True) if len(table) else ():
-            sd = float(column.std(ddof=1)) if len(column) > 1 else None
-            spreads.setdefault(name, {})[metric] = {"mean": float(column.mean()), "sd": sd, "n": len(column)}
+    for name, column in zip(scheme.names, table.T, strict=True) if len(table) else ():
+        sd = float(column.std(ddof=1)) if len(column) > 1 else None
+        spreads[name] = {metric: {"mean": float(column.mean()), "sd": sd, "n": len(column)}}
     return spreads
 
 
@@ -281,15 +281,11 @@ def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
     return dataclasses.replace(recipe, network=with_patch(network, recipe.training.patch))
 
 
-def _announce_memory(recipe: Recipe, engine: str, scheme: LabelScheme, report: Reporter) -> None:
-    config = recipe.training
-    predicted = predict_training(
-        recipe.network, config.patch, config.batch_size, engine, scheme.regions, config.precision, config.memory
-    )
-    report.emit({"event": "memory", "predicted_bytes": predicted.peak_bytes})
+def announce_memory(network: str, engine: str, predicted_bytes: int, report: Reporter) -> None:
+    """Says what a training step is predicted to need. network: its name."""
+    report.emit({"event": "memory", "predicted_bytes": predicted_bytes})
     report.note(
-        f"{recipe.network.name} under the {engine} engine: a training step is predicted to need "
-        f"{format_bytes(predicted.peak_bytes)}."
+        f"{network} under the {engine} engine: a training step is predicted to need {format_bytes(predicted_bytes)}."
     )
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from .config import NetworkConfig, VAEConfig
 from .devices import device_info
 from .events import format_bytes
 from .manifest import Manifest
-from .memory import has_room, predict_training
+from .memory import has_room, predict_for
 from .networks import build, with_patch
 from .reduction import lighter
-from .tuningplan import DEFAULTS
+from .tuningplan import DEFAULTS, wanted_vae
 
 __all__ = ["TuningMemory", "plan_tuning_memory"]
 
@@ -54,21 +53,13 @@ def plan_tuning_memory(
     Raises InvresError for wishes that make no sense.
     """
     config = dataclasses.replace(DEFAULTS, patch=manifest.patch, **wishes)
-    wanted = _network(manifest, vae)
+    wanted = dataclasses.replace(manifest.network, vae=wanted_vae(manifest.network, vae))
     here = device_info(device)
     reductions: tuple[str, ...] = ()
     while True:
         with torch.device("meta"):
             network = build(with_patch(wanted, config.patch), config.engine, config.memory)
-        needed = predict_training(
-            network.config,
-            config.patch,
-            config.batch_size,
-            network.engine,
-            manifest.scheme.regions,
-            config.precision,
-            config.memory,
-        ).peak_bytes
+        needed = predict_for(network.config, config, network.engine, manifest.scheme.regions).peak_bytes
         enough = has_room(needed, here.free_bytes)
         found = lighter(network, config)
         if enough or device.type != "cuda" or found is None:
@@ -90,11 +81,6 @@ def plan_tuning_memory(
         sentence="",
     )
     return dataclasses.replace(plan, sentence=_sentence(plan, enough))
-
-
-def _network(manifest: Manifest, vae: bool | None) -> NetworkConfig:
-    wants = (manifest.network.vae is not None) if vae is None else vae
-    return dataclasses.replace(manifest.network, vae=(manifest.network.vae or VAEConfig()) if wants else None)
 
 
 def _sentence(plan: TuningMemory, enough: bool) -> str:

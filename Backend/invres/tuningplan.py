@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import InvresError
-from .cases import Dataset, case_problems, read_splits, report_missing_channels
+from .cases import SPLITS, Dataset, case_problems, read_splits, report_missing_channels
 from .casesplits import Part, parts_of_splits, plan_parts
 from .config import (
     AugmentationConfig,
@@ -26,7 +26,7 @@ from .config import (
     from_dict,
     to_dict,
 )
-from .events import SILENT, Reporter
+from .events import SILENT, FilteredReporter, Reporter
 from .files import written_whole
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 RUN = "run.json"
-SPLITS = "splits_final.json"
 DEFAULTS = TrainingConfig(
     iterations_per_epoch=25,
     epochs=40,
@@ -346,10 +345,11 @@ def _prepared(
 ) -> tuple[list[str], list[str], list[SkippedCase]]:
     """Names of the cases that could be prepared, those of them without a labelled voxel, and the others."""
     names, empty, skipped = [], [], []
+    counted = FilteredReporter(report, lambda kind: kind != "progress")  # which is counted in cases here
     report.progress("prepare.cases", 0, len(dataset.cases))
     for index, case in enumerate(dataset.cases):
         try:
-            (one,) = prepare_cases(dataset, [case.name], plan, folder, _WithoutProgress(report))
+            (one,) = prepare_cases(dataset, [case.name], plan, folder, counted)
         # One broken file must not cost the other cases: InvresError, and what readers throw for damaged data.
         except (InvresError, RuntimeError, ValueError) as error:
             if isinstance(error, InvresError) and error.code == "write_failed":
@@ -369,23 +369,16 @@ def _skip(case: str, error: Exception, report: Reporter) -> SkippedCase:
     return SkippedCase(case, reason)
 
 
-class _WithoutProgress(Reporter):
-    """Passes everything on but progress, which the caller counts in cases."""
-
-    def __init__(self, report: Reporter):
-        super().__init__()
-        self._report = report
-
-    def emit(self, event: dict[str, Any]) -> None:
-        if event["event"] != "progress":
-            self._report.emit(event)
+def wanted_vae(base: NetworkConfig, wish: bool | None) -> VAEConfig | None:
+    """The VAE branch of a fine-tuned network: as the base has it, or as is wished; of the base's sizes if any."""
+    wanted = (base.vae is not None) if wish is None else wish
+    return (base.vae or VAEConfig()) if wanted else None
 
 
 def _network(
     base: Manifest, plan: PreparationPlan, scheme: LabelScheme, training: TrainingConfig, options: TuningOptions
 ) -> NetworkConfig:
-    wants = (base.network.vae is not None) if options.vae is None else options.vae
-    vae = (base.network.vae or VAEConfig()) if wants and options.freeze != "all-but-head" else None
+    vae = None if options.freeze == "all-but-head" else wanted_vae(base.network, options.vae)
     network = dataclasses.replace(
         base.network, in_channels=len(plan.channels), out_channels=scheme.out_channels, vae=vae
     )

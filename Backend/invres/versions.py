@@ -8,6 +8,7 @@ from typing import Any
 
 from . import InvresError
 from .config import to_dict
+from .events import aligned
 from .lineage import active_members, ancestors, family_of, read_active, set_active
 from .modelpackage import ModelPackage
 
@@ -60,7 +61,7 @@ def history_table(versions: Sequence[dict[str, Any]]) -> str:
                 f"{sum(dice) / len(dice):.3f}" if dice else "-",
             ]
         )
-    return "\n".join([f"{versions[-1]['name']}", *_aligned(rows)])
+    return "\n".join([f"{versions[-1]['name']}", *aligned(rows)])
 
 
 def difference(
@@ -177,8 +178,3 @@ def _tensor_changes(older: ModelPackage, newer: ModelPackage) -> list[dict[str, 
             note = "was zero" if change is None else ""
         rows.append({"name": name, "change": change, "note": note})
     return sorted(rows, key=lambda row: (row["change"] is not None, -(row["change"] or 0.0)))
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .WholeFile import readJson, writeWhole
+from .WholeFile import readJson, writeJson
 
 __all__ = [
     "ACCEPTED",
@@ -102,7 +101,7 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], model: str) -> None:
     made = sorted({*readMade(folder), *(case.fileName for case in cases if case.state == DONE and not case.inScene)})
     content = {"format": 1, "model": model, "cases": entries, "made": made}
     folder.mkdir(parents=True, exist_ok=True)
-    writeWhole(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    writeJson(folder / RECORD, content)
 
 
 def readMade(folder: Path) -> list[str]:

@@ -70,9 +70,10 @@ class BatchQueue:
         """Appends the cases that are not there yet; returns how many those are."""
         known = {_identity(case) for case in self.cases}
         new = [case for case in cases if _identity(case) not in known]
+        foreign = self._foreign()
         for case in new:
             if not case.fileName and not case.inScene:
-                case.fileName = freeFileName(case.name, [*(one.fileName for one in self.cases), *self._foreign()])
+                case.fileName = freeFileName(case.name, [*(one.fileName for one in self.cases), *foreign])
                 self._takeUpCorrection(case)
             self.cases.append(case)
         self.tell()
@@ -98,10 +99,10 @@ class BatchQueue:
                 remembered.append(case)
         scene = [case for case in others if case.inScene]
         self.folder, self.cases = folder, [*remembered, *scene]
-        names = [case.fileName for case in self.cases if case.state != WAITING]
+        names, foreign = [case.fileName for case in self.cases if case.state != WAITING], self._foreign()
         for case in self.cases:
-            if case.state == WAITING and case.fileName in self._foreign():
-                case.fileName = freeFileName(case.name, [*names, *self._foreign()])
+            if case.state == WAITING and case.fileName in foreign:
+                case.fileName = freeFileName(case.name, [*names, *foreign])
             names.append(case.fileName)
         self.tell()
 
@@ -214,13 +215,7 @@ class BatchQueue:
 
         def onFinished(outcome: Any) -> None:
             self._requestId = None
-            if outcome.state == "done":
-                case.model = self._model.sha256
-                self._ended(case, DONE, " ".join(warnings))
-            elif outcome.state == "cancelled":
-                self._stopped(case)
-            else:
-                self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
+            self._finished(case, outcome, warnings)
 
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
 
@@ -234,14 +229,19 @@ class BatchQueue:
 
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":
-                case.model, case.segmentation = self._model.sha256, outcome.segmentationNode
-                self._ended(case, DONE, " ".join(outcome.warnings))
-            elif outcome.state == "cancelled":
-                self._stopped(case)
-            else:
-                self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
+                case.segmentation = outcome.segmentationNode
+            self._finished(case, outcome, outcome.warnings)
 
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
+
+    def _finished(self, case: BatchCase, outcome: Any, warnings: Sequence[str]) -> None:
+        if outcome.state == "done":
+            case.model = self._model.sha256
+            self._ended(case, DONE, " ".join(warnings))
+        elif outcome.state == "cancelled":
+            self._stopped(case)
+        else:
+            self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
 
     def _report(self, case: BatchCase, fraction: float) -> None:
         done = sum(one.state in (DONE, FAILED) for one in self.cases)

@@ -20,7 +20,7 @@ from .CaseFindings import labelsOf, patients, usedChannels
 from .LabelMapping import LabelConflict, labelOf, plainName
 from .SegmentExport import labelArray, segmentNames, writeLabels
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, TrainingCases
-from .WholeFile import writeWhole
+from .WholeFile import writeJson
 
 __all__ = ["CaseExport", "ExportOutcome", "directDataSet", "stampOf"]
 
@@ -194,7 +194,7 @@ class CaseExport:
             written += 1
         self._forget(cases)
         description = _description(cases, rows, channels, table, folder)
-        _writeJson(folder / DATASET, description)
+        writeJson(folder / DATASET, description)
         _writeSplit(folder / SPLITS, rows)
         self._outcome = ExportOutcome("done", folder / DATASET, written)
 
@@ -217,7 +217,7 @@ class CaseExport:
             yield index + 1, len(mine), name
         if (source / SPLITS).is_file():
             shutil.copyfile(source / SPLITS, target / SPLITS)
-        _writeJson(target / DATASET, description)
+        writeJson(target / DATASET, description)
         self._outcome = ExportOutcome("done", target / DATASET, len(mine))
 
 
@@ -324,11 +324,7 @@ def _writeSplit(path: Path, rows: list[CaseRow]) -> None:
     """The roles as a split that fine-tuning takes; without any case held out it makes its own."""
     sides = {role: [row.code for row in rows if row.role == role] for role in (TRAINING, VALIDATION)}
     if sides[VALIDATION]:
-        _writeJson(path, [{"train": sides[TRAINING], "val": sides[VALIDATION]}])
+        writeJson(path, [{"train": sides[TRAINING], "val": sides[VALIDATION]}])
     else:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-
-
-def _writeJson(path: Path, content: Any) -> None:
-    writeWhole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

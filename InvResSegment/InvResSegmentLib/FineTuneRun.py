@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -20,7 +19,7 @@ from slicer.i18n import tr as _
 from .ProcessTree import killTree
 from .Protocol import parsedEvent
 from .RunRecord import LOCK, RunRecord, isHeld
-from .WholeFile import readJson, writeWhole
+from .WholeFile import readJson, writeJson, writeWhole
 
 __all__ = ["FineTuneRun", "newRunFolder", "secondsPerStep", "undecidedRuns"]
 
@@ -48,7 +47,7 @@ class FineTuneRun:
         Raises OSError where the disk refuses.
         """
         created = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        writeWhole(folder / RECORD, json.dumps({"created": created, **record}, indent=1, ensure_ascii=False) + "\n")
+        writeJson(folder / RECORD, {"created": created, **record})
         return cls(folder)
 
     @property

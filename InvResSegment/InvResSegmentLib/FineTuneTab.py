@@ -152,8 +152,7 @@ class FineTuneTab(VTKObservationMixin):
         box = self.ui.baseBox
         box.clear()
         for model in self._models:
-            version = str(model.manifest.get("version") or "")
-            box.addItem(f"{model.name} {version}".strip())
+            box.addItem(f"{model.name} {model.version}".strip())
         wanted = [self._parameters.baseModel, self._parameters.model] if self._parameters is not None else []
         known = [model.sha256 for model in self._models]
         places = [known.index(sha256) for sha256 in wanted if sha256 in known]

@@ -14,7 +14,7 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from .Protocol import parsedEvent
-from .WholeFile import readJson, writeWhole
+from .WholeFile import readJson, writeJson
 
 __all__ = ["DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld"]
 
@@ -236,8 +236,7 @@ class RunRecord:
 
 def decide(folder: Path, decision: str, **fields: Any) -> None:
     """Writes down what became of the tuned model. Raises OSError where the disk refuses."""
-    content = {"decision": decision, "time": _now(), **fields}
-    writeWhole(folder / DECISION, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    writeJson(folder / DECISION, {"decision": decision, "time": _now(), **fields})
 
 
 def _now(shift_s: float = 0.0) -> str:

@@ -10,11 +10,9 @@ from . import Settings
 from .Dependencies import backendCommand, backendEnvironment
 from .FineTuneRun import FineTuneRun, undecidedRuns
 from .Notice import ERROR, INFORMATION, WARNING, Notice
-from .RunView import RunView
+from .RunView import AT_WORK, RunView
 
 __all__ = ["RunSection"]
-
-AT_WORK = ("starting", "running", "stopping")
 
 
 class RunSection:
@@ -150,21 +148,17 @@ class RunSection:
         if run is None:
             return
         if self.state in ("paused", "failed"):
-            self._do(lambda: run.launch(backendCommand("-m", "invres"), backendEnvironment(), resume=True))
-            if self._message.text == "":
+            if self._do(lambda: run.launch(backendCommand("-m", "invres"), backendEnvironment(), resume=True)):
                 self.show(run, launched=True)
             return
-        self._do(run.pause)
-        if self._message.text == "":
+        if self._do(run.pause):
             self._message.show(INFORMATION, _("It is saved after the step at hand, and then stops."))
 
     def _onKeep(self) -> None:
-        if self._shown is not None:
-            self._do(self._shown.keepBest)
-            if self._message.text == "":
-                self._message.show(
-                    INFORMATION, _("The training ends after the step at hand; then the models are compared.")
-                )
+        if self._shown is not None and self._do(self._shown.keepBest):
+            self._message.show(
+                INFORMATION, _("The training ends after the step at hand; then the models are compared.")
+            )
 
     def _onDelete(self) -> None:
         run = self._shown
@@ -186,10 +180,13 @@ class RunSection:
         self.find()
         self._onChanged()
 
-    def _do(self, action: Callable[[], None]) -> None:
+    def _do(self, action: Callable[[], None]) -> bool:
+        """Whether the disk let it be done; else it is told."""
         self._message.clear()
         try:
             action()
         except OSError as error:
             text = _("That could not be done: {reason}.").format(reason=error.strerror or error)
             self._message.show(ERROR, text, _("Look whether the folder of the runs can be written to."))
+            return False
+        return True

@@ -13,12 +13,13 @@ from .RunChart import RunChart
 from .RunRecord import RunRecord
 from .Text import formatBytes, formatSeconds
 
-__all__ = ["RunView"]
+__all__ = ["AT_WORK", "RunView"]
 
 POLL_MS = 1000
 STEPS = 1000  # of the progress bar
 WARNINGS_SHOWN = 5
 AT_WORK = ("starting", "running", "stopping")
+"""States in which a process is at work."""
 
 
 class RunView:

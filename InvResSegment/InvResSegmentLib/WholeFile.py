@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-__all__ = ["readJson", "writeWhole"]
+__all__ = ["readJson", "writeJson", "writeWhole"]
 
 
 def writeWhole(path: Path, text: str) -> None:
@@ -25,6 +25,11 @@ def writeWhole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def writeJson(path: Path, content: Any) -> None:
+    """Writes JSON that people can read, as `writeWhole` does."""
+    writeWhole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def readJson(path: Path) -> dict[str, Any]:

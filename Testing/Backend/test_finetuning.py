@@ -51,7 +51,7 @@ def base(phantoms, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_forecast(monkeypatch):
     """The forecast of memory takes seconds a run; `tuned` has it, and `test_memory` is about it."""
-    monkeypatch.setattr(parttraining, "predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
+    monkeypatch.setattr(parttraining, "predict_for", lambda *_: SimpleNamespace(peak_bytes=0))
 
 
 def options(**wishes):

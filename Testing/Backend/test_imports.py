@@ -55,7 +55,7 @@ ALLOWED = {
     "packagefiles": "events",
     "manifest": "config expectation",
     "modelpackage": "config events expectation lineage manifest networks packagefiles",
-    "versions": "config lineage modelpackage",
+    "versions": "config events lineage modelpackage",
     "transfer": "config manifest networks",
     "freezing": "networks transfer",
     "step": "config losses networks reversible",
@@ -95,7 +95,7 @@ ALLOWED = {
     "casecomparison": (
         "cases config events inference manifest metrics modelpackage networks prediction preprocessing transfer volume"
     ),
-    "comparison": "casecomparison config files",
+    "comparison": "casecomparison config evaluation events files",
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
     "tuningmemory": "config devices events manifest memory networks reduction tuningplan",
     "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",

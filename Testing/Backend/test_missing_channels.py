@@ -56,7 +56,7 @@ def without_forecast():
     """The forecast of memory takes seconds a training; `test_memory` is about it."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("training", "parttraining"):
-            patch.setattr(f"invres.{module}.predict_training", lambda *_: SimpleNamespace(peak_bytes=0))
+            patch.setattr(f"invres.{module}.predict_for", lambda *_: SimpleNamespace(peak_bytes=0))
         yield
 
 

@@ -45,7 +45,7 @@ def small_model(one_channel_package):
 
 @pytest.fixture(scope="session")
 def finished_run(one_channel_package, tmp_path_factory):
-    """The folder of a fine-tuning on three cases, beside it `base` and `data`; made once, so copy it to change it."""
+    """The folder of a fine-tuning on three cases, beside it `data`; made once, so copy it to change it."""
     from tiny_run import tuned
 
     return tuned(one_channel_package, tmp_path_factory.mktemp("fine-tuning"))

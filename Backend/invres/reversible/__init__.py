@@ -5,7 +5,6 @@ A network is written once, as a `Program`: a list of steps over a stack of state
 same output and gradients; they differ in what they keep in memory between forward and backward.
 """
 
-from .drift import drifting
 from .program import Program
 from .readout import Readout
 from .roles import role
@@ -26,7 +25,6 @@ __all__ = [
     "Step",
     "Unit",
     "abridged",
-    "drifting",
     "role",
     "same_memory",
 ]

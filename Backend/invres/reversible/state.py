@@ -116,6 +116,6 @@ class State:
         self.journal.random_states.append(RandomState.now(self.tensors[-1].device) if draws else None)
 
     def same_numbers(self) -> AbstractContextManager[None]:
-        """Inside it, the last module that `evaluate` ran draws the same numbers again; each call goes one back."""
+        """Inside it, the last module noted (by `evaluate`, too) draws the same numbers; each call goes one back."""
         random_state = self.journal.random_states.pop()
         return nullcontext() if random_state is None else random_state.restored()

@@ -104,7 +104,6 @@ def _is_listened_to(module: nn.Module) -> bool:
 class Couple(Step):
     """Additive coupling on the two top tensors, equation 1: y1 = x1 + N1(x2), y2 = x2 + N2(y1).
 
-
     keep: keep the input for backward instead of recomputing it (for a block that cannot be inverted accurately).
     """
 
