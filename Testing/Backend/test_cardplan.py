@@ -30,6 +30,7 @@ def test_the_largest_patch_fits_and_the_next_larger_does_not():
     assert plan.width_factor >= 1 and plan.block_factor > 10
     text = "\n".join(plan.sentences())
     assert f"a patch of {side}x{side}x{side} voxels" in text
+    assert f"At {'x'.join(map(str, plan.half))} voxels there is room" in text
     assert "A whole volume of 240x240x155 needs" in text
 
 
@@ -47,6 +48,7 @@ def test_the_search_predicts_no_more_than_it_must(monkeypatch):
     side = plan.patch[0]
     assert (SMALL, (128,) * 3, "low") not in asked and len(set(asked)) == len(asked) <= 8
     assert {patch[0] for _, patch, memory in asked} >= {side, side + cardplan.STEP, 240}
+    assert plan.half in {patch for _, patch, _ in asked}, "what is said of a size was predicted at that size"
 
 
 def test_a_measurement_corrects_the_plan():
