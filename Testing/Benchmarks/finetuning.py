@@ -47,7 +47,7 @@ from invres.tuningplan import TuningOptions
 from invres.volume import Volume, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus.json"
+RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"
 TEST_CASES, LOCAL_CASES, CHOOSING_CASES = 40, 20, 10  # what remains without the first two is the base model's
 COUNTS = (1, 3, 5, 10, 20)
 RATES_AT = 3  # cases

@@ -1,0 +1,184 @@
+"""Five-fold cross-validation of the three networks on real MR crops of the hippocampus, with equal training time.
+
+    PYTHONPATH=Backend python Testing/Benchmarks/crossvalidation.py --output FOLDER [--data HIPPOCAMPUS]
+
+Every network trains on the same folds, patches and augmentation, for as many steps as fit into --seconds at its own
+step time. The step times are measured at the start, one network after the other in turn, and kept; steps and not
+seconds end a training, so that the figures do not depend on what else runs. The weights after the last step are
+scored on the cases of the fold that was left out, in the file's own voxels; nothing is chosen by those cases. Every
+finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
+is so far. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from invres.cases import Dataset, read_dataset
+from invres.config import NetworkConfig, Recipe
+from invres.events import TerminalReporter
+from invres.files import written_whole
+from invres.inference import load_network, segment_volumes
+from invres.metrics import score_case
+from invres.modelpackage import ModelPackage
+from invres.networks import build
+from invres.step import make_optimizer, training_step
+from invres.training import TrainOptions, train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"
+FOLDS = 5
+METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("nsd", "NSD at 1 mm", 3))
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    data = read_dataset(options.data)
+    recipe = Recipe.read(RECIPE)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=options.precision))
+    networks = _networks(recipe)
+    steps = _kept(options.output / "steps.json", lambda: _step_seconds(networks, recipe, data))
+    for fold in range(FOLDS):
+        for name in options.networks:
+            count = 100 * max(1, round(options.seconds / steps[name] / 100))
+            run = options.output / f"{name}_{fold}"
+            _kept(
+                options.output / "folds" / f"{name}_{fold}.json",
+                lambda name=name, run=run, count=count, fold=fold: _fold(networks[name], recipe, data, run, count, fold),
+            )
+            print(_markdown(options, data, steps, networks), flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
+    names = [*_networks(Recipe.read(RECIPE))]
+    parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=480, help="of training steps, for each fold of each network")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    return parser.parse_args()
+
+
+def _networks(recipe: Recipe) -> dict[str, NetworkConfig]:
+    """The recipe's Fully-InvRes and, of about its size, Partially-InvRes and the baseline."""
+    return {
+        "fully_invres": recipe.network,
+        "unet3d": NetworkConfig(name="unet3d", levels=4),
+        "partially_invres": NetworkConfig(name="partially_invres", levels=4),
+    }
+
+
+def _sized(network: NetworkConfig, data: Dataset) -> NetworkConfig:
+    return dataclasses.replace(network, in_channels=len(data.channel_names), out_channels=data.scheme.out_channels)
+
+
+def _step_seconds(networks: dict[str, NetworkConfig], recipe: Recipe, data: Dataset) -> dict[str, float]:
+    """Median seconds of an optimizer step; the networks take turns, so that all meet the same machine."""
+    config = recipe.training
+    image = torch.randn(config.batch_size, len(data.channel_names), *config.patch)
+    target = torch.randint(0, data.scheme.out_channels, (config.batch_size, *config.patch), dtype=torch.int16)
+    built = {name: build(_sized(network, data), "stored").train() for name, network in networks.items()}
+    optimizers = {name: make_optimizer(network) for name, network in built.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(12):
+        for name, network in built.items():
+            began = time.process_time()
+            training_step(network, optimizers[name], image, target, False, config.loss, config.precision)
+            seconds[name].append(time.process_time() - began)
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def _fold(network: NetworkConfig, recipe: Recipe, data: Dataset, run: Path, steps: int, fold: int) -> dict[str, Any]:
+    epochs = steps // recipe.training.iterations_per_epoch
+    # What is stored or recomputed makes no difference to the result, and on a CPU memory is not short.
+    training = dataclasses.replace(
+        recipe.training, epochs=epochs, time_s=0.0, engine="stored", validate_every=epochs, validation_cases=1
+    )
+    recipe = dataclasses.replace(recipe, network=network, training=training)
+    options = TrainOptions(device="cpu", fold=fold, folds=FOLDS, resume=(run / "checkpoint.pt").is_file())
+    package = train(data, recipe, run, options, TerminalReporter())
+    held_out = json.loads((run / "run.json").read_text(encoding="utf-8"))["split"]["validation"]
+    scores = _scores(package, data, held_out)
+    shutil.rmtree(run / "prepared")
+    return {"steps": steps, "training": dataclasses.asdict(package.manifest.training), "scores": scores}
+
+
+def _scores(package: ModelPackage, data: Dataset, names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Case -> label -> metric -> value, on the grid of the case's file."""
+    network = load_network(package, torch.device("cpu"))
+    scores = {}
+    for name in names:
+        volumes, label = data.load(data.case(name))
+        assert label is not None  # only labelled cases are in a fold
+        found, _, _ = segment_volumes(package, network, volumes)
+        scored = score_case(found.array, label.array, data.scheme, label.geometry.spacing_mm)
+        scores[name] = {one: {key: getattr(score, key) for key, _, _ in METRICS} for one, score in scored.items()}
+    return scores
+
+
+def _kept(path: Path, compute: Any) -> dict[str, Any]:
+    """The content of `path`, computed and written where it is not there."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        content = compute()
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _markdown(
+    options: argparse.Namespace, data: Dataset, steps: dict[str, float], networks: dict[str, NetworkConfig]
+) -> str:
+    lines = [
+        f"`python Testing/Benchmarks/crossvalidation.py --seconds {options.seconds:g} "
+        f"--precision {options.precision}`, {os.cpu_count()}-core CPU "
+        f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
+        "",
+        "| network | parameters | step, s | steps | folds | n | label "
+        + "".join(f"| {heading} " for _, heading, _ in METRICS)
+        + "|",
+        "|---|---|---|---|---|---|---|" + "---|" * len(METRICS),
+    ]
+    for name in networks:
+        found = [_kept(path, dict) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))]
+        if not found:
+            continue
+        scores = [case for fold in found for case in fold["scores"].values()]
+        parameters = sum(p.numel() for p in build(_sized(networks[name], data)).parameters())
+        labels = list(scores[0])
+        for label in [*labels, "mean"]:
+            cells = []
+            for metric, _, decimals in METRICS:
+                chosen = labels if label == "mean" else [label]
+                values = np.array([np.mean([case[one][metric] for one in chosen]) for case in scores])
+                cells.append(f"{values.mean():.{decimals}f} ± {values.std(ddof=1):.{decimals}f}")
+            first = label == labels[0]
+            head = [name, f"{parameters:,}", f"{steps[name]:.2f}", str(found[0]["steps"]), str(len(found))]
+            head += [str(len(scores))]
+            lines.append(f"| {' | '.join(head if first else [''] * len(head))} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
