@@ -147,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("R0", "R1", "A0", "A1", "S0", "S1"),
         help="segment only this box: its ends in mm to the right, front and top (RAS)",
     )
+    one.add_argument(
+        "--locate",
+        metavar="MODEL",
+        help="for a model that was trained on crops: the model that finds their place in a whole image",
+    )
     _device(one)
 
     one = add("train", "Trains a network on a data set.", "train")
@@ -163,9 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
-    one.add_argument("--fold", type=int, default=0, help="fold to validate on, of 5 or of splits_final.json")
+    one.add_argument(
+        "--fold",
+        type=_fold,
+        default=0,
+        help="validated on, of 5 or of splits_final.json; all: train on every case",
+    )
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
+    one.add_argument("--source", default="", help="where the data come from, in words, written into the package")
     _device(one)
 
     _finetune(add("finetune", "Fine-tunes a model on your own cases and proves what it brought.", "finetune"))
@@ -238,9 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     _size(one, 64)
     _device(one, default="cpu")
 
-    one = add("demo", "Trains on synthetic contrasts and segments the real ICBM152 T1 volume.", "demo")
-    one.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
-    one.add_argument("-t", "--time", default="270s", metavar="270s", help="training time budget (default 270s)")
+    one = add(
+        "demo", "Segments the real ICBM152 T1 volume with the bundled brain model, and scores the result.", "demo"
+    )
+    one.add_argument("-m", "--model", default="brain-any-contrast", help="another brain model (default %(default)s)")
+    one.add_argument("-o", "--output", type=Path, default=Path("out/demo"), help="folder (default %(default)s)")
     _device(one)
     return parser
 
@@ -279,6 +292,15 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--name", default="", help="of the tuned model (default: the model's)")
     one.add_argument("--licence", default="", help="of the tuned model (default: the model's)")
     _device(one)
+
+
+def _fold(text: str) -> int | None:
+    """The number of a fold; None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all")
+    return int(text)
 
 
 def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .config import NetworkConfig, Recipe, VAEConfig, to_dict
 from .console import check_sizes, package_named, recipes_dir, say, spread
 from .events import Reporter, format_bytes, format_seconds
 from .model_commands import describe, models
+from .modelpackage import ModelPackage
 
 __all__ = [
     "bench",
@@ -71,7 +73,8 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         options.device, options.overlap, tuple(options.mirror), tuple(options.window), tuple(options.roi or ())
     )
     keeper = _kept.setdefault("keeper", NetworkKeeper())
-    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper)
+    locate = _locator(package, options.locate, options.device) if options.locate else None
+    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
     settings = found["settings"]
     flips = 2 ** len(options.mirror)
     remember_speed(
@@ -86,6 +89,26 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         say(report, f"  {name}: {volume:.2f} mL")
     say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
     report.result(**found)
+
+
+def _locator(package: ModelPackage, model: str, device: str) -> Callable[..., Any]:
+    """Finds the boxes that the package wants to see in a whole image, with another model."""
+    crop = package.manifest.plan.crop
+    if crop is None:
+        raise InvresError(
+            f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
+        )
+    other = package_named(model)
+    from .inference import NetworkKeeper
+    from .locating import locate
+    from .prediction import choose_device
+
+    keeper = _kept.setdefault("locator", NetworkKeeper())
+
+    def find(volumes: Any, report: Reporter) -> Any:
+        return locate(other, keeper.network(other, choose_device(device)), volumes, crop, report)
+
+    return find
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
@@ -104,7 +127,13 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         dataset = read_dataset(options.data, partial=partial)
     vram_bytes = _bytes(options.vram) if options.vram else 0
     choices = TrainOptions(
-        options.device, options.resume, options.fold, 5, options.validation_count, options.licence, vram_bytes
+        device=options.device,
+        resume=options.resume,
+        fold=options.fold,
+        validation_count=options.validation_count,
+        licence=options.licence,
+        source=options.source,
+        vram_bytes=vram_bytes,
     )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, report, stop)
@@ -311,7 +340,7 @@ def worker(options: argparse.Namespace, report: Reporter) -> None:
 def demo(options: argparse.Namespace, report: Reporter) -> None:
     from .demo import run
 
-    found = run(options.output, _seconds(options.time), options.device, report)
+    found = run(package_named(options.model), options.output, options.device, report)
     say(report, found["text"])
     report.result(**found)
 

@@ -222,16 +222,40 @@ class ChannelPlan:
 
 
 @dataclass(frozen=True)
+class CropPlan:
+    """Training images that were cut out around a structure: what a whole image is cut to before it is segmented.
+
+    around: names of the structure, as models of the whole image have it among their labels ("hippocampus" also stands
+    for "left hippocampus"). margin_mm: left around it, (D, H, W). largest_mm: about the largest training image.
+    """
+
+    around: tuple[str, ...] = ()
+    margin_mm: tuple[float, float, float] = (5.0, 5.0, 5.0)
+    largest_mm: tuple[float, float, float] = (64.0, 64.0, 64.0)
+
+    def __post_init__(self) -> None:
+        if not self.around:
+            raise InvresError("crop.around must name the structure that the images are cut out around.")
+        if min(self.margin_mm) < 0 or min(self.largest_mm) <= 0:
+            raise InvresError(
+                "crop.margin_mm must be three sizes of 0 or more and crop.largest_mm three above 0, "
+                f"got {list(self.margin_mm)} and {list(self.largest_mm)}."
+            )
+
+
+@dataclass(frozen=True)
 class PreparationPlan:
     """How files become network input; recorded in the model package so that segmenting repeats it.
 
     spacing_mm: target voxel size in canonical array order (D, H, W) = (superior, anterior, right).
     crop_to_nonzero: crop to the box where any channel differs from zero.
+    crop: the images were cut out around a structure before they became training data; None if they show all.
     """
 
     channels: tuple[ChannelPlan, ...] = (ChannelPlan(),)
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     crop_to_nonzero: bool = True
+    crop: CropPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +304,7 @@ class Recipe:
 
     spacing_mm: target spacing (D, H, W canonical); None takes the training cases' median.
     window: voxels (D, H, W) of the sliding window that the model will segment with; (0, 0, 0) = the training patch.
+    crop: what the data set's images were cut out around, if they do not show all.
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
     labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
     """
@@ -291,6 +316,7 @@ class Recipe:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     spacing_mm: tuple[float, float, float] | None = None
     window: Triple = (0, 0, 0)
+    crop: CropPlan | None = None
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from . import InvresError, __version__
-from .config import ChannelPlan, LabelScheme
+from .config import ChannelPlan, LabelScheme, PreparationPlan
 from .devices import device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
@@ -24,11 +25,15 @@ from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .prediction import Prediction, SegmentOptions, choose_device, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
-from .region import Bounds, clear_outside, crop_to_region
+from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume
-from .volume import WRITABLE_ENDINGS, Volume, read_channels, read_volume, write_segmentation, write_volume
+from .volume import WRITABLE_ENDINGS, Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = ["NetworkKeeper", "load_network", "segment", "segment_volumes"]
+__all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volumes"]
+
+Locate = Callable[[Sequence[Volume | None], Reporter], Sequence[Bounds]]
+WHOLE: Box = (slice(None), slice(None), slice(None))
+SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
 
 def load_network(package: ModelPackage, device: torch.device) -> SegmentationNetwork:
@@ -79,10 +84,81 @@ def segment_volumes(
 
 @dataclass(frozen=True)
 class _SegmentedCase:
+    """where: of the part in the whole image."""
+
     labels: Volume
     prepared: PreparedCase
     prediction: Prediction
     seconds: dict[str, float]
+    where: Box = WHOLE
+
+
+def is_crop(plan: PreparationPlan, volumes: Sequence[Volume | None]) -> bool:
+    """Whether the volumes can be segmented as they are: the model wants no crops, or they are no larger than those."""
+    if plan.crop is None:
+        return True
+    grid = next(volume.geometry for volume in volumes if volume is not None).canonical()
+    lengths = np.multiply(grid.shape, grid.spacing_mm)
+    return bool((lengths <= SLACK * np.array(plan.crop.largest_mm)).all())
+
+
+def _segment_parts(
+    package: ModelPackage,
+    network: SegmentationNetwork,
+    volumes: Sequence[Volume | None],
+    boxes: Sequence[Bounds],
+    options: SegmentOptions,
+    report: Reporter,
+) -> list[_SegmentedCase]:
+    """Each box as if only it had been acquired; without boxes the whole."""
+    if not boxes:
+        return [_segment_case(package, network, volumes, options, report)]
+    parts = []
+    for number, bounds in enumerate(boxes):
+        cut, where = cut_out(volumes, bounds)
+        whole = dataclasses.replace(options, roi_mm=())
+        found = _segment_case(package, network, cut, whole, _PartOf(report, number, len(boxes)))
+        parts.append(dataclasses.replace(found, where=where))
+    return parts
+
+
+def _boxes(
+    package: ModelPackage,
+    volumes: Sequence[Volume | None],
+    options: SegmentOptions,
+    locate: Locate | None,
+    report: Reporter,
+) -> Sequence[Bounds]:
+    """What a whole image is cut to for a model that was trained on crops; nothing for other models and for crops."""
+    plan = package.manifest.plan
+    if plan.crop is None or (is_crop(plan, volumes) and not options.roi_mm):
+        return []
+    if options.roi_mm:
+        return [options.roi_mm]
+    if locate is not None:
+        return locate(volumes, report)
+    largest = " x ".join(f"{length:g}" for length in plan.crop.largest_mm)
+    raise InvresError(
+        f"{package.name} was trained on crops around the {plan.crop.around[0]} of up to {largest} mm, and this image "
+        "is larger.",
+        hint="Name a model that finds it in the whole image (--locate MODEL), or give a region of interest (--roi).",
+        code="needs_region",
+    )
+
+
+class _PartOf(Reporter):
+    """Counts the progress of one part of several as that of the whole."""
+
+    def __init__(self, report: Reporter, number: int, count: int):
+        super().__init__()
+        self._report, self._number, self._count = report, number, count
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            done, total = event["done"] + self._number * event["total"], event["total"] * self._count
+            self._report.progress(event["stage"], done, total)
+        else:
+            self._report.emit(event)
 
 
 def _segment_case(
@@ -120,12 +196,14 @@ def segment(
     report: Reporter = SILENT,
     network: SegmentationNetwork | None = None,
     keeper: NetworkKeeper | None = None,
+    locate: Locate | None = None,
 ) -> dict[str, Any]:
     """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
     Optional channels may be left out.
 
     probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
+    locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`).
     Warns where image or result are unlike what the model has seen in training.
     Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
     region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
@@ -149,15 +227,24 @@ def segment(
     if network is None:
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
-    found = _segment_case(package, network, volumes, options, report)
-    clock.add(found.seconds)
+    boxes = _boxes(package, volumes, options, locate, report)
+    clock.lap("locate")
+    parts = _segment_parts(package, network, volumes, boxes, options, report)
+    for part in parts:
+        clock.add(part.seconds)
+    roi_mm = options.roi_mm
+    labels = _joined(parts, next(volume.geometry for volume in volumes if volume is not None), roi_mm)
     report.progress("segment.write", 0, 1)
-    write_segmentation(output, found.labels, manifest.scheme)
-    written = _write_probabilities(probabilities_path, found, manifest.scheme, options.roi_mm)
-    volumes_ml = _volumes_ml(found, manifest.scheme, options.roi_mm)
-    confidence = confidence_of(found.prediction.probabilities, manifest.scheme.regions)
-    if not options.roi_mm:
-        for sentence in unlike_result(manifest.expected, volumes_ml, confidence):
+    write_segmentation(output, labels, manifest.scheme)
+    written = _write_probabilities(probabilities_path, parts, labels.geometry, manifest.scheme, roi_mm)
+    of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
+    volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in manifest.scheme.names}
+    if not manifest.scheme.regions:  # boxes may overlap, and a voxel counts once
+        volumes_ml = _label_volumes_ml(labels, manifest.scheme)
+    confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
+    if not roi_mm:
+        said = (unlike_result(manifest.expected, *seen) for seen in zip(of_parts, confidences, strict=True))
+        for sentence in dict.fromkeys(itertools.chain(*said)):
             report.warning(sentence)
     report.progress("segment.write", 1, 1)
     clock.lap("write")
@@ -169,9 +256,9 @@ def segment(
         "probabilities": written,
         "missing_channels": missing,
         "volumes_ml": volumes_ml,
-        "confidence": round(confidence, 4),
+        "confidence": round(min(confidences), 4),
         "seconds": clock.rounded(),
-        "measured_bytes": found.prediction.measured_bytes + beside,
+        "measured_bytes": max(part.prediction.measured_bytes for part in parts) + beside,
         "measured_rss_bytes": resident.growth_bytes(),
         "device": str(device),
         "device_title": device_info(device).title,
@@ -180,11 +267,12 @@ def segment(
         "model_version": manifest.version,
         "model_sha256": manifest.sha256,
         "settings": {
-            "window": list(found.prediction.window),
-            "windows": found.prediction.windows,
+            "window": list(parts[0].prediction.window),
+            "windows": sum(part.prediction.windows for part in parts),
             "overlap": options.overlap,
             "mirror_axes": list(options.mirror_axes),
             "roi_mm": list(options.roi_mm),
+            "boxes_mm": [list(box) for box in boxes],
         },
         "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -204,7 +292,8 @@ class _Clock:
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Stages that another clock has timed meanwhile."""
-        self.seconds.update(seconds)
+        for stage, taken in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
         self._last = time.perf_counter()
 
     def rounded(self) -> dict[str, float]:
@@ -212,19 +301,37 @@ class _Clock:
         return {stage: round(seconds, 2) for stage, seconds in {**self.seconds, "total": total}.items()}
 
 
-def _write_probabilities(path: Path | None, found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> list[str]:
+def _joined(parts: Sequence[_SegmentedCase], grid: Geometry, roi_mm: Bounds) -> Volume:
+    """The labels of all parts on the grid of the whole image."""
+    if parts[0].where == WHOLE:
+        return parts[0].labels
+    labels = np.zeros(grid.shape, parts[0].labels.array.dtype)
+    for part in parts:
+        inside = labels[part.where]
+        np.copyto(inside, part.labels.array, where=part.labels.array != 0)
+    if roi_mm:
+        clear_outside(labels, grid, roi_mm)
+    return Volume(labels, grid)
+
+
+def _write_probabilities(
+    path: Path | None, parts: Sequence[_SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
+) -> list[str]:
     """One map per label (and for the background where labels exclude one another); the paths."""
     if path is None:
         return []
-    prepared, written = found.prepared, []
+    written = []
     names_of_maps = scheme.names if scheme.regions else ("background", *scheme.names)
-    for name, array in zip(names_of_maps, found.prediction.probabilities, strict=True):
+    for place, name in enumerate(names_of_maps):
         outside = 1.0 if name == "background" and not scheme.regions else 0.0
-        whole = restore_volume(array, prepared.geometry, prepared.original, outside)
+        whole = np.full(grid.shape, outside, np.float32)
+        for part in parts:
+            array, prepared = part.prediction.probabilities[place], part.prepared
+            whole[part.where] = restore_volume(array, prepared.geometry, prepared.original, outside)
         if roi_mm:
-            clear_outside(whole, prepared.original, roi_mm, outside)
+            clear_outside(whole, grid, roi_mm, outside)
         target = _beside(path, name)
-        write_volume(target, Volume(whole, prepared.original))
+        write_volume(target, Volume(whole, grid))
         written.append(os.fspath(target))
     return written
 
@@ -264,20 +371,24 @@ def _counted(names: list[str]) -> str:
     return f"the channel {names[0]}" if len(names) == 1 else f"the {len(names)} channels {', '.join(names)}"
 
 
+def _label_volumes_ml(labels: Volume, scheme: LabelScheme) -> dict[str, float]:
+    """Millilitres of each label that excludes the others."""
+    voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
+    return {label.name: round(int((labels.array == label.output_value).sum()) * voxel_ml, 3) for label in scheme.labels}
+
+
 def _volumes_ml(found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> dict[str, float]:
     """Millilitres of each label or region on the original grid."""
-    labels, prepared = found.labels, found.prepared
-    voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
+    if not scheme.regions:
+        return _label_volumes_ml(found.labels, scheme)
+    prepared, grid = found.prepared, found.labels.geometry
+    voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
     volumes = {}
-    for index, label in enumerate(scheme.labels):
-        if scheme.regions:
-            # Counted before regions overwrite one another in the label map.
-            probability = found.prediction.probabilities[index]
-            inside = restore_volume(probability, prepared.geometry, prepared.original) > 0.5
-            if roi_mm:
-                clear_outside(inside, labels.geometry, roi_mm)
-        else:
-            inside = labels.array == label.output_value
+    for label, probability in zip(scheme.labels, found.prediction.probabilities, strict=True):
+        # Counted before regions overwrite one another in the label map.
+        inside = restore_volume(probability, prepared.geometry, prepared.original) > 0.5
+        if roi_mm and found.where == WHOLE:
+            clear_outside(inside, grid, roi_mm)
         volumes[label.name] = round(int(inside.sum()) * voxel_ml, 3)
     return volumes
 

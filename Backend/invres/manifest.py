@@ -20,10 +20,12 @@ FORMAT_VERSION = 1
 class TrainingSummary:
     """How the weights came about; counts and versions only, nothing about patients.
 
-    seconds: time spent training. channel_dropout: how often each channel was blanked. software: name -> version.
+    data: where the training data come from, in words. seconds: time spent training. channel_dropout: how often each
+    channel was blanked. software: name -> version.
     """
 
     recipe: str = ""
+    data: str = ""
     epochs: int = 0
     iterations: int = 0
     seconds: float = 0.0

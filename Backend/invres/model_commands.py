@@ -40,6 +40,7 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
         f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
         f"  window     {' x '.join(map(str, manifest.patch))} voxels",
         f"  licence    {manifest.licence or 'not stated'}",
+        *([f"  data       {manifest.training.data}"] if manifest.training.data else []),
         f"  use        {manifest.intended_use}",
     ]
     for name, values in manifest.metrics.items():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from . import InvresError
 from .preprocessing import PreparedCase
-from .volume import Geometry
+from .volume import Geometry, Volume
 
-__all__ = ["Bounds", "clear_outside", "crop_to_region", "region_shape"]
+__all__ = ["Bounds", "clear_outside", "crop_to_region", "cut_out", "region_shape"]
 
 Bounds = tuple[float, ...]
+Box = tuple[slice, slice, slice]
 Triple = tuple[int, int, int]
 
 
@@ -42,6 +44,27 @@ def crop_to_region(prepared: PreparedCase, bounds: Bounds, window: Triple) -> Pr
         image=np.ascontiguousarray(prepared.image[part]),
         geometry=prepared.geometry.crop(box),  # type: ignore[arg-type]
     )
+
+
+def cut_out(volumes: Sequence[Volume | None], bounds: Bounds) -> tuple[list[Volume | None], Box]:
+    """The volumes as if only the box had been acquired, and where in them it lies (slices).
+
+    volumes: on one grid; None stays None. Raises InvresError where the box lies outside.
+    """
+    grid = next(volume.geometry for volume in volumes if volume is not None)
+    first, last = _index_box(grid, bounds)
+    if (first >= grid.shape).any() or (last < 0).any():
+        raise InvresError(
+            "The region of interest lies outside the volume.",
+            hint="Move the region over the part to segment, or switch it off.",
+            code="empty_region",
+        )
+    d, h, w = (slice(max(int(a), 0), min(int(b) + 1, size)) for a, b, size in zip(first, last, grid.shape, strict=True))
+    parts: list[Volume | None] = [
+        None if volume is None else Volume(np.ascontiguousarray(volume.array[d, h, w]), volume.geometry.crop((d, h, w)))
+        for volume in volumes
+    ]
+    return parts, (d, h, w)
 
 
 def region_shape(box: Triple, whole: Triple, window: Triple) -> Triple:

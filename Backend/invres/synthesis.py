@@ -1,4 +1,4 @@
-"""Training images of random contrast made from label maps or tissue maps alone (SynthSeg's idea)."""
+"""Training images of random contrast made from label maps alone (SynthSeg's idea)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .augmentation import (
     apply_low_resolution,
     draw_displacement,
     rotation_matrix,
-    sample_image,
     sample_labels,
     sampling_grid,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "background_clusters",
     "input_patch",
     "synthesise",
-    "synthesise_from_probabilities",
     "tissue_maps_from_gm_wm",
 ]
 
@@ -97,61 +95,6 @@ def synthesise(
         images.append(torch.cat(planes))
         moved.append(torch.where(_is_target(label, config), label, torch.zeros_like(label)))
     return torch.stack(images), torch.stack(moved)
-
-
-@torch.no_grad()
-def synthesise_from_probabilities(
-    tissue_maps: Tensor,
-    surroundings: Tensor | None,
-    config: SynthesisConfig,
-    generator: torch.Generator,
-    patch: Triple,
-) -> tuple[Tensor, Tensor]:
-    """As `synthesise`, from soft tissue maps, so that partial volume is kept: image = sum_k p_k (mu_k + sd_k noise).
-
-    tissue_maps: float (N, K, D, H, W), probabilities with a sum of at most 1.
-    surroundings: integer (N, 1, D, H, W), anonymous structures of random contrast that fill what the tissues leave
-    (see `background_clusters`; 0 = air), or None for air alone.
-    Returns image (N, 1, *patch) float32 and labels (N, 1, *patch) int16: 1..K = the likeliest tissue, 0 where the
-    rest is likelier still. `config.groups` counts tissues as 1..K; `config.targets` must be empty (the
-    tissues are the targets). Raises InvresError for a wrong shape or type.
-    """
-    if tissue_maps.ndim != 5 or not tissue_maps.is_floating_point():
-        raise InvresError(
-            "synthesise_from_probabilities wants float maps (N, K, D, H, W), "
-            f"got {tissue_maps.dtype} with shape {list(tissue_maps.shape)}."
-        )
-    if surroundings is not None and (
-        surroundings.is_floating_point() or surroundings.shape != tissue_maps[:, :1].shape
-    ):
-        raise InvresError(
-            f"The surroundings must be an integer map of shape {list(tissue_maps[:, :1].shape)}, "
-            f"got {surroundings.dtype} with shape {list(surroundings.shape)}."
-        )
-    if config.targets:
-        raise InvresError("synthesis.targets must be empty for tissue maps: the tissues are the targets.")
-    _check_patch(tissue_maps, patch)
-    images, labels = [], []
-    for index, maps in enumerate(tissue_maps):
-        grid = _draw_grid(maps, config, generator, patch)
-        maps = sample_image(maps.float(), grid)
-        rest = (1 - maps.sum(0, keepdim=True)).clamp_(0, 1)
-        labels.append(_likeliest(rest, maps))
-        contrasts = _draw_contrasts(config, generator, maps.device)
-        tissues = contrasts[:, 1 : 1 + maps.shape[0]]
-        mean, std = torch.tensordot(tissues, maps, dims=1).unsqueeze(1)
-        present = rest < EMPTY
-        if not happens(generator, config.strip_probability):
-            if surroundings is None:
-                around = torch.zeros_like(rest, dtype=torch.long)
-            else:
-                around = sample_labels(surroundings[index], grid).long()
-            # Structures take the table's entries behind the tissues; entry 0 is the air of both.
-            entry = torch.where(around == 0, 0, (around + maps.shape[0]) % CONTRASTS)
-            mean, std = torch.addcmul(torch.stack((mean, std)), contrasts[:, entry], rest)
-            present = present | (around != 0)
-        images.append(_acquire(mean, std, present, config, generator))
-    return torch.stack(images), torch.stack(labels)
 
 
 def input_patch(config: SynthesisConfig, patch: Triple) -> Triple:
@@ -248,8 +191,6 @@ def _draw_contrasts(config: SynthesisConfig, generator: torch.Generator, device:
     """
     bounds = torch.tensor((config.mean, config.std))
     table = bounds[:, :1] + (bounds[:, 1:] - bounds[:, :1]) * torch.rand((2, CONTRASTS), generator=generator)
-    for label, (low, high) in enumerate(config.means, start=1):
-        table[0, label] = low + (high - low) * torch.rand((), generator=generator)
     if config.tissues and happens(generator, config.tissue_probability):
         bounds_of_tissues = (config.mean,) * len(config.tissues)
         if config.families:
@@ -276,15 +217,6 @@ def _is_target(label: Tensor, config: SynthesisConfig) -> Tensor:
         return label != 0
     targets = torch.tensor(config.targets, device=label.device)
     return torch.isin(label, targets) | (label < 0)
-
-
-def _likeliest(rest: Tensor, maps: Tensor) -> Tensor:
-    """int16 (1, D, H, W): 0 where `rest` is largest, else 1..K. Tensor.argmax takes ten times as long on a CPU."""
-    label, best = torch.zeros_like(rest, dtype=torch.int16), rest
-    for number, probability in enumerate(maps[:, None], start=1):
-        label = torch.where(probability > best, torch.full_like(label, number), label)
-        best = torch.maximum(best, probability)
-    return label
 
 
 def _acquire(mean: Tensor, std: Tensor, present: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:

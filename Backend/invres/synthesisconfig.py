@@ -30,8 +30,6 @@ class SynthesisConfig:
     Background (label 0; probabilities chosen): exactly zero, as after masking, or a texture like any other label,
     otherwise dark noisy air.
 
-    means: for labels 1, 2, ... a pair instead of `mean`, where something is known about the contrast; for example that
-    under T1 weighting fluid is dark and white matter bright. Empty: every label is drawn from `mean`.
     groups: labels that share one contrast, for example left and right of a structure.
     tissues: groups of labels that look alike in most real contrasts (grey matter, white matter, fluid; chosen). With
     tissue_probability they are drawn around one mean for each, tissue_spread (standard deviation) apart; otherwise each
@@ -58,7 +56,6 @@ class SynthesisConfig:
     noise_std: float = 10.0
     zero_background_probability: float = 0.4
     textured_background_probability: float = 0.2
-    means: tuple[tuple[float, float], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     tissues: tuple[tuple[int, ...], ...] = ()
     tissue_probability: float = 0.0
@@ -77,8 +74,7 @@ class SynthesisConfig:
                 "synthesis.low_resolution and thick_slices are factors of 1 or more, "
                 f"got {self.low_resolution} and {self.thick_slices}."
             )
-        pairs = [("mean", self.mean), ("std", self.std), *(("means", pair) for pair in self.means)]
-        for name, (low, high) in pairs:
+        for name, (low, high) in (("mean", self.mean), ("std", self.std)):
             if not 0 <= low <= high:
                 raise InvresError(f"synthesis.{name} must be two numbers from 0 up, low then high, got {[low, high]}.")
 
@@ -118,9 +114,9 @@ class LabelMapConfig:
             raise InvresError(f"label_maps.finer must be 1 or more, got {self.finer}.")
 
     def _check(self, name: str, synthesis: SynthesisConfig) -> None:
-        if synthesis.groups or synthesis.tissues or synthesis.targets or synthesis.means:
+        if synthesis.groups or synthesis.tissues or synthesis.targets:
             raise InvresError(
-                f"label_maps.{name} must leave groups, tissues, targets and means empty.",
+                f"label_maps.{name} must leave groups, tissues and targets empty.",
                 hint="Use same_contrast and similar of label_maps instead; the targets are the recipe's labels.",
             )
         if any(len(family) != len(self.similar) for family in synthesis.families):

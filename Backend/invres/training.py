@@ -53,16 +53,18 @@ VALIDATION_OVERLAP = 0.25  # between windows while training; less than for resul
 class TrainOptions:
     """What belongs to one run and not to a recipe.
 
-    fold: which of `folds` is validated on; validation_count > 0 takes that many cases instead of a fold.
+    fold: which of `folds` is validated on, None to train on every case; validation_count > 0 takes that many cases
+    instead of a fold. source: where the training data come from, in words, for the package.
     vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
     """
 
     device: str = "auto"
     resume: bool = False
-    fold: int = 0
+    fold: int | None = 0
     folds: int = 5
     validation_count: int = 0
     licence: str = ""
+    source: str = ""
     vram_bytes: int = 0
 
 
@@ -101,6 +103,7 @@ def train(
             report_missing_channels(dataset, names[0], report)
             plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
             plan = with_dropout(plan, recipe.augmentation.channel_dropout)
+        plan = dataclasses.replace(plan, crop=recipe.crop)
         recipe = _fitted(recipe, dataset, plan)
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
@@ -162,7 +165,7 @@ def train(
         scheme=scheme,
         patch=recipe.window_or_patch,
         description=recipe.description,
-        training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1])),
+        training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1]), options.source),
         metrics=metrics,
         expected=of_volumes(scheme.names, volumes, confidences),
         licence=options.licence,
@@ -249,11 +252,12 @@ def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme) -> dict[str, A
 
 
 def training_summary(
-    recipe: Recipe, result: TrainingResult, engine: str, training_cases: int, validation_cases: int
+    recipe: Recipe, result: TrainingResult, engine: str, training_cases: int, validation_cases: int, data: str = ""
 ) -> dict[str, Any]:
     """The manifest's training fields."""
     return {
         "recipe": recipe.name,
+        "data": data,
         "epochs": result.epochs,
         "iterations": result.iterations,
         "seconds": round(result.seconds, 1),
@@ -307,6 +311,8 @@ def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptio
         dataset = dataclasses.replace(dataset, cases=tuple(c for c in dataset.cases if c.label is not None))
     if options.validation_count:
         return split_by_count(dataset, options.validation_count, seed)
+    if options.fold is None:
+        return tuple(sorted(labelled)), ()
     return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
 
 

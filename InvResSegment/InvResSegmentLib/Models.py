@@ -181,17 +181,18 @@ def _label(label: dict[str, Any]) -> LabelInfo:
 
 
 def _trainingData(training: dict[str, Any]) -> str:
-    """How much the model has learned from, in words; manifests hold counts and nothing about patients."""
-    cases = int(training.get("training_cases") or 0)
+    """What the model has learned from, in words; manifests hold counts and nothing about patients."""
+    cases, data = int(training.get("training_cases") or 0), str(training.get("data") or "")
     if not cases:
-        return ""
+        return data
     validation = int(training.get("validation_cases") or 0)
     if validation:
         text = _("{cases} cases, validated on {validation} others").format(cases=cases, validation=validation)
     else:
         text = _("one case") if cases == 1 else _("{cases} cases").format(cases=cases)
     recipe = training.get("recipe")
-    return _("{text} (recipe {recipe})").format(text=text, recipe=recipe) if recipe else text
+    text = _("{text} (recipe {recipe})").format(text=text, recipe=recipe) if recipe else text
+    return f"{data} {text}." if data else text
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:

@@ -73,6 +73,7 @@ ALLOWED = {
         "config devices events expectation memory modelpackage networks prediction preprocessing region restoration "
         "volume"
     ),
+    "locating": "config events inference modelpackage networks prediction region volume",
     "planning": "devices events manifest memory networks prediction region volume",
     "trainer": "checkpoint config distributed events files guard livebytes losses memory networks sampling step",
     "labelmaps": (
@@ -110,17 +111,14 @@ ALLOWED = {
         "prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
-    "demo": (
-        "cases config dataset_json evaluation events inference memory metrics modelpackage networks overlay "
-        "prediction preprocessing sampling synthesis synthesisconfig trainer training volume"
-    ),
+    "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
     "commands": (
         "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference "
-        "labelmaps memory model_commands networks planning prediction preprocessing stopfile trainer training "
-        "tuningmemory tuningplan volume worker"
+        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
+        "trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

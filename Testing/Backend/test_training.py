@@ -434,6 +434,15 @@ def test_a_splits_file_is_kept_to_and_folds_are_counted_from_0(tmp_path):
             train(dataset, tiny_recipe(**QUICK), tmp_path / str(fold), TrainOptions(device="cpu", fold=fold))
 
 
+def test_every_case_can_be_trained_on_and_none_validated(tmp_path):
+    data = read_dataset(write_dataset(tmp_path / "data", cases=3, channels=("T1",)))
+    options = TrainOptions(device="cpu", fold=None, source="Phantoms.")
+    manifest = train(data, tiny_recipe(**QUICK), tmp_path / "run", options).manifest
+    assert (manifest.training.training_cases, manifest.training.validation_cases) == (3, 0)
+    assert manifest.training.data == "Phantoms." and manifest.metrics == {} and manifest.expected.confidence == 0
+    assert len(manifest.expected.volumes_ml) == len(manifest.scheme.labels)
+
+
 @pytest.mark.parametrize("patch", [[2, 2, 2], [1, 2, 1]])
 def test_a_patch_too_small_for_the_network_is_told(phantoms, tmp_path, patch):
     with pytest.raises(InvresError, match="shrink to a single voxel") as caught:

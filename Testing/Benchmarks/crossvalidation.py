@@ -39,6 +39,7 @@ from invres.inference import load_network, segment_volumes
 from invres.metrics import score_case
 from invres.modelpackage import ModelPackage
 from invres.networks import build
+from invres.prediction import confidence_of
 from invres.step import make_optimizer, training_step
 from invres.training import TrainOptions, train
 
@@ -56,15 +57,15 @@ def main() -> None:
     recipe = Recipe.read(RECIPE)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=options.precision))
     networks = _networks(recipe)
-    steps = _kept(options.output / "steps.json", lambda: _step_seconds(networks, recipe, data))
+    if not (options.output / "steps.json").is_file():
+        _write(options.output / "steps.json", _step_seconds(networks, recipe, data))
+    steps = _read(options.output / "steps.json")
     for fold in range(FOLDS):
         for name in options.networks:
             count = 100 * max(1, round(options.seconds / steps[name] / 100))
-            run = options.output / f"{name}_{fold}"
-            _kept(
-                options.output / "folds" / f"{name}_{fold}.json",
-                lambda name=name, run=run, count=count, fold=fold: _fold(networks[name], recipe, data, run, count, fold),
-            )
+            run, kept = options.output / f"{name}_{fold}", options.output / "folds" / f"{name}_{fold}.json"
+            if not kept.is_file():
+                _write(kept, _fold(networks[name], recipe, data, run, count, fold))
             print(_markdown(options, data, steps, networks), flush=True)
 
 
@@ -119,31 +120,33 @@ def _fold(network: NetworkConfig, recipe: Recipe, data: Dataset, run: Path, step
     options = TrainOptions(device="cpu", fold=fold, folds=FOLDS, resume=(run / "checkpoint.pt").is_file())
     package = train(data, recipe, run, options, TerminalReporter())
     held_out = json.loads((run / "run.json").read_text(encoding="utf-8"))["split"]["validation"]
-    scores = _scores(package, data, held_out)
+    scores, confidences = _scores(package, data, held_out)
     shutil.rmtree(run / "prepared")
-    return {"steps": steps, "training": dataclasses.asdict(package.manifest.training), "scores": scores}
+    training = dataclasses.asdict(package.manifest.training)
+    return {"steps": steps, "training": training, "scores": scores, "confidences": confidences}
 
 
-def _scores(package: ModelPackage, data: Dataset, names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Case -> label -> metric -> value, on the grid of the case's file."""
+def _scores(package: ModelPackage, data: Dataset, names: list[str]) -> tuple[dict[str, Any], list[float]]:
+    """Case -> label -> metric -> value, on the grid of the case's file; and the confidence in each case."""
     network = load_network(package, torch.device("cpu"))
-    scores = {}
+    scores, confidences = {}, []
     for name in names:
         volumes, label = data.load(data.case(name))
         assert label is not None  # only labelled cases are in a fold
-        found, _, _ = segment_volumes(package, network, volumes)
+        found, probabilities, _ = segment_volumes(package, network, volumes)
+        confidences.append(confidence_of(probabilities, data.scheme.regions))
         scored = score_case(found.array, label.array, data.scheme, label.geometry.spacing_mm)
         scores[name] = {one: {key: getattr(score, key) for key, _, _ in METRICS} for one, score in scored.items()}
-    return scores
+    return scores, confidences
 
 
-def _kept(path: Path, compute: Any) -> dict[str, Any]:
-    """The content of `path`, computed and written where it is not there."""
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        content = compute()
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -161,7 +164,7 @@ def _markdown(
         "|---|---|---|---|---|---|---|" + "---|" * len(METRICS),
     ]
     for name in networks:
-        found = [_kept(path, dict) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))]
+        found = [_read(path) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))]
         if not found:
             continue
         scores = [case for fold in found for case in fold["scores"].values()]

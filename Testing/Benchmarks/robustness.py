@@ -13,40 +13,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from invres import InvresError
-from invres.config import LabelScheme
-from invres.demo import template_files
+from invres.console import package_named
+from invres.demo import TISSUES, template, tissues_of
 from invres.events import Reporter
 from invres.expectation import unlike_modality, unlike_result
 from invres.inference import load_network, segment_volumes
 from invres.metrics import dice_by_label
-from invres.modelpackage import find_package
 from invres.prediction import SegmentOptions, confidence_of
-from invres.synthesis import tissue_maps_from_gm_wm
-from invres.volume import Geometry, Volume, read_volume, resample
+from invres.volume import Geometry, Volume, resample
 
-TISSUES = ("CSF", "GM", "WM")
-WHITE = ("white matter", "brain stem", "ventral diencephalon", "pallidum")
-FLUID = ("csf", "ventricle")
 Scene = tuple[str, Volume, np.ndarray]
-
-
-def tissue_of(name: str) -> int:
-    """Index in TISSUES; brain stem, ventral diencephalon and pallidum count as white, as in the template's maps."""
-    if any(word in name.casefold() for word in FLUID):
-        return 0
-    return 2 if any(word in name.casefold() for word in WHITE) else 1
-
-
-def reference_of(gm: Volume, wm: Volume, image: Volume) -> np.ndarray:
-    maps = tissue_maps_from_gm_wm(gm.array, wm.array)
-    return np.where((maps.sum(axis=0) > 0.5) & (image.array > 0), maps.argmax(axis=0) + 1, 0).astype(np.uint8)
 
 
 def rotated(geometry: Geometry, degrees: float) -> Geometry:
@@ -135,27 +117,20 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="name or path of a package")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    package = find_package(options.model)
-    scheme: LabelScheme = package.manifest.scheme
+    package = package_named(options.model)
     network = load_network(package, torch.device(options.device))
-    files = template_files()
-    image, gm, wm = (read_volume(Path(files[key])) for key in ("t1", "gm", "wm"))
-    reference = reference_of(gm, wm, image)
-    table = np.zeros(max(label.output_value for label in scheme.labels) + 1, np.uint8)
-    for label in scheme.labels:
-        table[label.output_value] = tissue_of(label.name) + 1
-    print(f"| {package.name} | {' | '.join(TISSUES)} | what it says |\n|---|---|---|---|---|")
-    for name, volume, wanted in scenes(image, reference):
-        print(f"| {name} | {row(package, network, table, volume, wanted)} |", flush=True)
+    print(f"| {package.name} | {' | '.join(TISSUES.names)} | what it says |\n|---|---|---|---|---|")
+    for name, volume, wanted in scenes(*template()):
+        print(f"| {name} | {row(package, network, volume, wanted)} |", flush=True)
 
 
-def row(package, network, table: np.ndarray, volume: Volume, wanted: np.ndarray) -> str:
+def row(package, network, volume: Volume, wanted: np.ndarray) -> str:
     manifest = package.manifest
     try:
         labels, probabilities, _ = segment_volumes(package, network, [volume], SegmentOptions(), Reporter())
     except InvresError as error:
         return f"- | - | - | {error.message}"
-    found = table[labels.array]
+    found = tissues_of(labels.array, manifest.scheme)
     counted = wanted != 255
     dice = dice_by_label(
         np.stack([(found == t + 1) & counted for t in range(3)]), np.stack([wanted == t + 1 for t in range(3)])

@@ -107,6 +107,12 @@ def test_a_model_goes_out_as_one_file_and_comes_back(catalogue, package, tmp_pat
     assert own(refreshed(catalogue)[0])[0].sha256 == model.sha256
 
 
+def test_where_the_data_come_from_stands_first():
+    training = {"training_cases": 20, "data": "Label maps of SynthSeg."}
+    model = modelFromDescription(description(manifest={**description()["manifest"], "training": training}))
+    assert model.trainingData == "Label maps of SynthSeg. 20 cases."
+
+
 def test_failures_come_as_sentences(catalogue, package, tmp_path):
     outcome = outcome_of(catalogue.importModel, tmp_path / "nothing.invres")
     assert outcome.state == "failed" and "There is no model package" in outcome.message and outcome.hint
