@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="segmenting: voxels"
     )
+    one.add_argument("--locate", metavar="MODEL", help="segmenting: this model finds the place first")
     _device(one)
     one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
     one.add_argument("--engine", choices=ENGINES, default="auto")
@@ -298,9 +299,10 @@ def _fold(text: str) -> int | None:
     """The number of a fold; None for "all"."""
     if text == "all":
         return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all") from None
 
 
 def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:

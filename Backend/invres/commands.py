@@ -291,18 +291,21 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
         )
     manifest = package_named(options.model).manifest
     _load_torch(report)
+    from .locating import crop_shape
     from .planning import plan_segmentation
     from .prediction import choose_device
 
-    found = plan_segmentation(
-        manifest,
-        tuple(options.shape),
-        tuple(options.spacing),
-        choose_device(options.device),
-        tuple(options.window),
-        None if options.roi_shape is None else tuple(options.roi_shape),
-        report=report,
-    )
+    device, shape, spacing = choose_device(options.device), tuple(options.shape), tuple(options.spacing)
+    roi_shape = None if options.roi_shape is None else tuple(options.roi_shape)
+    if manifest.plan.crop is not None:
+        # Only the crop is prepared; the files themselves are next to nothing beside what a network needs.
+        shape, roi_shape = roi_shape or crop_shape(manifest.plan.crop, shape, spacing), None
+    found = plan_segmentation(manifest, shape, spacing, device, tuple(options.window), roi_shape, report=report)
+    if options.locate:
+        before = plan_segmentation(
+            package_named(options.locate).manifest, tuple(options.shape), spacing, device, report=report
+        )
+        found = found.after(before)
     say(report, found.sentence)
     report.result(**dataclasses.asdict(found))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .prediction import SegmentOptions
 from .region import Bounds
 from .volume import Volume
 
-__all__ = ["boxes_around", "can_locate", "locate"]
+__all__ = ["boxes_around", "can_locate", "crop_shape", "locate"]
 
 SMALLEST_PART = 0.25  # of the largest piece: smaller ones are specks, not another side
 
@@ -27,6 +28,14 @@ SMALLEST_PART = 0.25  # of the largest piece: smaller ones are specks, not anoth
 def can_locate(scheme: LabelScheme, crop: CropPlan) -> bool:
     """Whether a model with these labels finds what the crops lie around."""
     return bool(_values(scheme, crop))
+
+
+def crop_shape(
+    crop: CropPlan, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> tuple[int, int, int]:
+    """Voxels of the largest crop out of an image of this shape and spacing, all (D, H, W) and canonical."""
+    d, h, w = (min(n, math.ceil(mm / s)) for n, mm, s in zip(shape, crop.largest_mm, spacing_mm, strict=True))
+    return d, h, w
 
 
 def locate(

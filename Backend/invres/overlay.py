@@ -58,7 +58,8 @@ def draw_overlay(
         row[1].set_title(caption, color="white", fontsize=10)
     figure.suptitle(title, color="white", fontsize=12)
     patches = [Patch(color=tuple(colours[label.output_value]), label=label.name) for label in scheme.labels]
-    legend = figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False)
+    columns, size = (len(patches), 10) if len(patches) < 6 else (5, 8)  # so that long names fit
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=size, frameon=False)
     for text in legend.get_texts():
         text.set_color("white")
     with written_whole(path) as temporary:

@@ -57,6 +57,18 @@ class SegmentationPlan:
     shape: Triple
     sentence: str
 
+    def after(self, before: SegmentationPlan) -> SegmentationPlan:
+        """The plan of both, one after the other on one device."""
+        times = (before.seconds, self.seconds)
+        return replace(
+            self,
+            predicted_bytes=max(before.predicted_bytes, self.predicted_bytes),
+            host_bytes=max(before.host_bytes, self.host_bytes),
+            fits=before.fits and self.fits,
+            seconds=None if None in times else round(sum(filter(None, times)), 1),
+            sentence=f"To find the place: {before.sentence} Then: {self.sentence}",
+        )
+
 
 def plan_segmentation(
     manifest: Manifest,

@@ -12,6 +12,7 @@ from .Text import escape
 __all__ = ["ModelChooser"]
 
 ROWS_SHOWN = 5
+USUAL_MODEL = "brain-any-contrast"
 
 
 class ModelChooser:
@@ -44,9 +45,11 @@ class ModelChooser:
         return list(self._models)
 
     @property
-    def only(self):
-        """The one model there is, or None."""
-        return self._models[0] if len(self._models) == 1 else None
+    def usual(self):
+        """The model to begin with: the only one there is, else the bundled one for brains; None without."""
+        if len(self._models) == 1:
+            return self._models[0]
+        return next((model for model in self._models if model.bundled and model.name == USUAL_MODEL), None)
 
     def setModels(self, models: list, emptyText: str) -> None:
         """Show these models; emptyText is the card's text where there is none."""

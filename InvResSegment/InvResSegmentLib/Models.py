@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from slicer.i18n import tr as _
 from .Paths import defaultModelsFolder
 from .Protocol import Outcome
 
-__all__ = ["ChannelInfo", "LabelInfo", "ModelCatalogue", "ModelInfo", "modelFromDescription"]
+__all__ = ["ChannelInfo", "LabelInfo", "ModelCatalogue", "ModelInfo", "locatorFor", "modelFromDescription"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ModelInfo:
     """One model package. path: what the backend takes as --model. spacingMm: superior, anterior, right.
 
     id, version: of the package. active: the version that its name stands for.
+    cropAround: what the images that it learned from were cut out around, () where they showed all; largestMm: so large.
     metrics: one line of text for each label. parent: id of the model that it was tuned from, or "". manifest: all of
     it. predictedBytes: None, until somebody has planned a run.
     """
@@ -60,6 +61,22 @@ class ModelInfo:
     version: str = ""
     active: bool = False
     predictedBytes: int | None = None
+    cropAround: tuple[str, ...] = ()
+    largestMm: tuple[float, float, float] | None = None
+
+    def finds(self, names: Sequence[str]) -> bool:
+        """Whether one of these structures is among the labels, on one side or both."""
+        own = (label.name.casefold() for label in self.labels)
+        plain = {name.removeprefix("left ").removeprefix("right ") for name in own}
+        return any(name.casefold() in plain for name in names)
+
+
+def locatorFor(model: ModelInfo, models: Sequence[ModelInfo]) -> ModelInfo | None:
+    """The model that finds, in a whole image, what `model` was trained on crops around; None without."""
+    if not model.cropAround:
+        return None
+    able = (one for one in models if not one.cropAround and len(one.channels) == 1 and one.finds(model.cropAround))
+    return next(able, None)
 
 
 def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
@@ -69,6 +86,8 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
     """
     manifest = description["manifest"]
     plan, scheme = manifest["plan"], manifest["scheme"]
+    crop = plan.get("crop") or {}
+    largest = [float(value) for value in crop.get("largest_mm") or ()]
     depth, height, width = (float(value) for value in plan["spacing_mm"])
     return ModelInfo(
         name=manifest["name"],
@@ -87,6 +106,8 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         id=manifest.get("id") or "",
         version=str(manifest.get("version") or ""),
         active=bool(description.get("active")),
+        cropAround=tuple(crop.get("around") or ()),
+        largestMm=(largest[0], largest[1], largest[2]) if len(largest) == 3 else None,
     )
 
 

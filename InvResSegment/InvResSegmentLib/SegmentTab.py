@@ -12,6 +12,7 @@ from . import GeometryDoctor, NodeConversion
 from .ChannelPickers import ChannelPickers
 from .DeviceChooser import DeviceChooser
 from .ModelChooser import ModelChooser
+from .Models import locatorFor
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
 from .ResultView import ResultView
 from .SegmentationLogic import SegmentationRequest
@@ -66,6 +67,7 @@ class SegmentTab(VTKObservationMixin):
         self.ui.applyButton.connect("clicked()", self._onApply)
         self.ui.trainingButton.connect("clicked()", self._onAddToTraining)
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
+        self.ui.locateBox.connect("toggled(bool)", self._scheduleUpdate)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         scene = slicer.mrmlScene
@@ -109,7 +111,7 @@ class SegmentTab(VTKObservationMixin):
         bound = {widget.property("SlicerParameterName"): widget for widget in vars(self.ui).values()}
         self._guiTag = parameters.connectParametersToGui({name: widget for name, widget in bound.items() if name})
         self._parameters = parameters
-        self._chooseOnlyModel()
+        self._chooseUsualModel()
         self._update()
 
     def setModels(self, models: list, emptyText: str) -> None:
@@ -117,7 +119,7 @@ class SegmentTab(VTKObservationMixin):
         self._models.setModels(models, emptyText)
         if self._parameters is not None:
             self._showChannels(self._parameters)
-            self._chooseOnlyModel()
+            self._chooseUsualModel()
         self._update()
 
     def chooseModel(self, sha256: str) -> None:
@@ -165,11 +167,11 @@ class SegmentTab(VTKObservationMixin):
 
     # ---------------------------------------------------------------- choices
 
-    def _chooseOnlyModel(self) -> None:
-        only = self._models.only
-        if only is not None and not self._parameters.model:
-            self._models.choose(only.sha256)
-            self._onModelChosen(only)
+    def _chooseUsualModel(self) -> None:
+        usual = self._models.usual
+        if usual is not None and not self._parameters.model:
+            self._models.choose(usual.sha256)
+            self._onModelChosen(usual)
 
     def _onModelChosen(self, model) -> None:
         if self._parameters is None:
@@ -243,6 +245,7 @@ class SegmentTab(VTKObservationMixin):
         empty = self._models.chosen is not None and len(volumes) < len(self._models.chosen.channels)
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else []))
         self._showFindings(list(volumes.values()))
+        self._showLocating()
         request = self._makeRequest()
         missing = [self._services.problem()] if self._services.problem() else []
         missing += self._missing(request)
@@ -269,7 +272,27 @@ class SegmentTab(VTKObservationMixin):
             outputNode=self.ui.outputSelector.currentNode(),
             roiNode=self.ui.roiSelector.currentNode(),
             window=None,
+            locator=self._locator if self.ui.locateBox.checked else None,
         )
+
+    @property
+    def _locator(self):
+        """The model that finds the place for the chosen one, where that wants a crop and has no region."""
+        model = self._models.chosen
+        if model is None or self.ui.roiSelector.currentNode() is not None:
+            return None
+        return locatorFor(model, self._models.models)
+
+    def _showLocating(self) -> None:
+        model, locator = self._models.chosen, self._locator
+        box = self.ui.locateBox
+        box.visible = model is not None and bool(model.cropAround)
+        box.enabled = locator is not None
+        if locator is not None:
+            text = _("Find the {structure} with {model} first")
+            box.text = text.format(structure=model.cropAround[0], model=locator.name)
+        elif box.visible:
+            box.text = _("Find the {structure} with another model first").format(structure=model.cropAround[0])
 
     def _showFindings(self, volumes: list) -> None:
         self.ui.matchRow.visible = self._models.chosen is not None

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 Triple = tuple[int, int, int]
+CROP_SLACK = 1.5  # `inference.SLACK` of the backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class SegmentationRequest:
 
     outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
     window: voxels (D, H, W) of the sliding window, None for the model's own.
+    locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
     """
 
     model: Any
@@ -40,6 +42,12 @@ class SegmentationRequest:
     outputNode: slicer.vtkMRMLSegmentationNode | None = None
     roiNode: slicer.vtkMRMLMarkupsROINode | None = None
     window: Triple | None = None
+    locator: Any = None
+
+    @property
+    def located(self) -> bool:
+        """Whether another model finds the place first."""
+        return self.locator is not None and self.roiNode is None
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def _stages() -> dict[str, tuple[str, float, float]]:
         "start": (_("Starting the backend"), 0.03, 0.10),
         "segment.read": (_("Reading the volumes"), 0.10, 0.13),
         "segment.load": (_("Loading the model"), 0.13, 0.18),
+        "segment.locate": (_("Finding the place to segment"), 0.18, 0.28),
         "segment.prepare": (_("Preparing the volumes"), 0.18, 0.28),
         "segment.tiles": (_("Segmenting"), 0.28, 0.90),
         "segment.restore": (_("Returning to the grid of the volume"), 0.90, 0.95),
@@ -172,6 +181,14 @@ class SegmentationLogic:
         # One sentence a volume is enough here; the panel shows the rest.
         hint = _("Align it to {name}.").format(name=nodes[0].GetName())
         sentences = [f"{found[0]} {hint}" for found in errors.values()]
+        model = request.model
+        if model.cropAround and request.roiNode is None and not request.located and _exceeds(nodes[0], model.largestMm):
+            sentences.append(
+                _(
+                    "{name} is larger than the crops around the {structure} that this model was trained on; choose a "
+                    "region of interest, or let another model find it."
+                ).format(name=nodes[0].GetName(), structure=model.cropAround[0])
+            )
         if request.roiNode is not None and request.roiNode.GetScene() is not None:
             box = _regionVoxels(request.roiNode, nodes[0])
             if box is None:
@@ -203,6 +220,8 @@ class SegmentationLogic:
             arguments += ["--window", *map(str, request.window)]
         if request.roiNode is not None and (box := _regionVoxels(request.roiNode, reference)) is not None:
             arguments += ["--roi-shape", *(str(number) for number in np.array(box)[order])]
+        if request.located:
+            arguments += ["--locate", str(request.locator.path)]
         asked: list[int] = []
 
         def finished(outcome: Any) -> None:
@@ -315,6 +334,8 @@ class SegmentationLogic:
             # Without exponents, which argparse takes for options where the number is negative.
             bounds = NodeConversion.regionInVolume(request.roiNode, reference)
             arguments += ["--roi", *(f"{number:.6f}" for number in bounds)]
+        if request.located:
+            arguments += ["--locate", str(request.locator.path)]
         self._progress("export", len(nodes), len(nodes), None)
         return arguments
 
@@ -483,6 +504,13 @@ def _canonicalOrder(volumeNode: slicer.vtkMRMLVolumeNode) -> tuple[list[int], np
         best = max((axis for axis in range(3) if axis not in order), key=lambda axis: alignment[world, axis])
         order.append(best)
     return order, spacing
+
+
+def _exceeds(volumeNode: slicer.vtkMRMLVolumeNode, largestMm: tuple[float, float, float] | None) -> bool:
+    """Whether a volume is clearly larger than crops of this size (superior, anterior, right), as the backend has it."""
+    order, spacing = _canonicalOrder(volumeNode)
+    lengths = (np.array(volumeNode.GetImageData().GetDimensions()) * spacing)[order]
+    return largestMm is not None and bool((lengths > CROP_SLACK * np.array(largestMm)).any())
 
 
 def _regionVoxels(roiNode: slicer.vtkMRMLMarkupsROINode, volumeNode: slicer.vtkMRMLVolumeNode) -> Triple | None:

@@ -657,7 +657,6 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
         (["check", "-d", "nowhere"], "There is no data set at nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "m.json"], "nowhere"),
-        (["demo", "--time", "never"], "A time is given as"),
     ],
 )
 def test_wrong_wishes_of_the_other_verbs_are_told(refused, arguments, told):

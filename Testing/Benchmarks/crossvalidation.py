@@ -1,4 +1,4 @@
-"""Five-fold cross-validation of the three networks on real MR crops of the hippocampus, with equal training time.
+"""Five-fold cross-validation of the three networks on real MR crops of the hippocampus, and the model that is bundled.
 
     PYTHONPATH=Backend python Testing/Benchmarks/crossvalidation.py --output FOLDER [--data HIPPOCAMPUS]
 
@@ -8,6 +8,9 @@ seconds end a training, so that the figures do not depend on what else runs. The
 scored on the cases of the fold that was left out, in the file's own voxels; nothing is chosen by those cases. Every
 finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
 is so far. One thread.
+
+With --bundle PATH the recipe's network is at last trained on all cases, for as many steps as in a fold, and written as
+a package whose card has the figures of the cross-validation.
 """
 
 from __future__ import annotations
@@ -32,12 +35,13 @@ import numpy as np
 import torch
 
 from invres.cases import Dataset, read_dataset
-from invres.config import NetworkConfig, Recipe
+from invres.config import Label, LabelScheme, NetworkConfig, Recipe
 from invres.events import TerminalReporter
+from invres.expectation import Expectation
 from invres.files import written_whole
 from invres.inference import load_network, segment_volumes
 from invres.metrics import score_case
-from invres.modelpackage import ModelPackage
+from invres.modelpackage import ModelPackage, save_package
 from invres.networks import build
 from invres.prediction import confidence_of
 from invres.step import make_optimizer, training_step
@@ -46,6 +50,15 @@ from invres.training import TrainOptions, train
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"
 FOLDS = 5
+SOURCE = "Medical Segmentation Decathlon, Task04 (hippocampus in T1-weighted MR), CC BY-SA 4.0."
+_HIPPOCAMPUS = (
+    "Segmentation category and type - DICOM master list~SCT^123037004^Anatomical Structure~SCT^5366008^Hippocampus~^^"
+    "~Anatomic codes - DICOM master list~^^~^^"
+)
+LABELS = (
+    Label("anterior hippocampus", (1,), 1, (235, 160, 40), _HIPPOCAMPUS),
+    Label("posterior hippocampus", (2,), 2, (60, 140, 225), _HIPPOCAMPUS),
+)
 METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("nsd", "NSD at 1 mm", 3))
 
 
@@ -67,6 +80,10 @@ def main() -> None:
             if not kept.is_file():
                 _write(kept, _fold(networks[name], recipe, data, run, count, fold))
             print(_markdown(options, data, steps, networks), flush=True)
+    if options.bundle:
+        name = recipe.network.name
+        folds = [_read(path) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))]
+        print(_bundle(recipe, data, options.output / "all", folds, options.bundle).path)
 
 
 def _options() -> argparse.Namespace:
@@ -77,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="of training steps, for each fold of each network")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--bundle", type=Path, help="where the package is written")
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
     return parser.parse_args()
 
@@ -108,6 +126,43 @@ def _step_seconds(networks: dict[str, NetworkConfig], recipe: Recipe, data: Data
             training_step(network, optimizers[name], image, target, False, config.loss, config.precision)
             seconds[name].append(time.process_time() - began)
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def _bundle(recipe: Recipe, data: Dataset, run: Path, folds: list[dict[str, Any]], target: Path) -> ModelPackage:
+    """Trains on every case and writes the package, with metrics and confidence from the folds."""
+    training = dataclasses.replace(
+        recipe.training, epochs=folds[0]["steps"] // recipe.training.iterations_per_epoch, time_s=0.0, engine="stored"
+    )
+    options = TrainOptions(device="cpu", fold=None, resume=(run / "checkpoint.pt").is_file(), source=SOURCE)
+    manifest = train(data, dataclasses.replace(recipe, training=training), run, options, TerminalReporter()).manifest
+    scheme = LabelScheme(LABELS)
+    assert [label.values for label in scheme.labels] == [label.values for label in manifest.scheme.labels]
+    names = dict(zip(scheme.names, manifest.scheme.names, strict=True))
+    cases = [case for fold in folds for case in fold["scores"].values()]
+    shown = {"Dice": "dice", "HD95": "hd95_mm", "NSD": "nsd"}
+    metrics = {
+        name: {metric: _spread([case[own][key] for case in cases]) for metric, key in shown.items()}
+        for name, own in names.items()
+    }
+    ranges = {name: manifest.expected.volumes_ml[own] for name, own in names.items()}
+    return save_package(
+        target,
+        name=manifest.name,
+        network=manifest.network,
+        state_dict=ModelPackage(run / "model", manifest).load_weights(),
+        plan=manifest.plan,
+        scheme=scheme,
+        patch=manifest.patch,
+        description=f"{manifest.description} Metrics: cross-validation, {len(folds)} of {FOLDS} folds.",
+        training=dataclasses.asdict(manifest.training),
+        metrics=metrics,
+        expected=Expectation(ranges, min(value for fold in folds for value in fold["confidences"])),
+        licence="CC-BY-SA-4.0",
+    )
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "n": len(values)}
 
 
 def _fold(network: NetworkConfig, recipe: Recipe, data: Dataset, run: Path, steps: int, fold: int) -> dict[str, Any]:

@@ -26,11 +26,17 @@ waitUntil = standins.waitUntil
 
 
 @contextlib.contextmanager
-def loadedPanel(modelsFolder: Path, python: str = sys.executable, settings: dict | None = None, examine: bool = False):
+def loadedPanel(
+    modelsFolder: Path,
+    python: str = sys.executable,
+    settings: dict | None = None,
+    examine: bool = False,
+    bundled: bool = False,
+):
     """The loaded module, shown; in the end it is unloaded and no exception may have been lost in a slot.
 
     modelsFolder: the folder of own models. python: the Python of the backend. examine: examine it anew, which takes
-    seconds, and not only for the first panel of this session.
+    seconds, and not only for the first panel of this session. bundled: list the bundled models, too.
     """
     qt.QSettings().clear()
     for key, value in {
@@ -44,8 +50,11 @@ def loadedPanel(modelsFolder: Path, python: str = sys.executable, settings: dict
     qtclasses.answers.clear()
     module = moduleloader.ScriptedModule(MODULE)
     try:
+        panel = module.widgetRepresentation().self().panel
         if python == sys.executable and not examine:
-            _shortenExamination(module.widgetRepresentation().self().panel.dependencies)
+            _shortenExamination(panel.dependencies)
+        if not bundled:
+            _hideBundled(panel.services.catalogue)
         yield module
     finally:
         backend = module.widgetRepresentation().self().panel.backend
@@ -54,6 +63,15 @@ def loadedPanel(modelsFolder: Path, python: str = sys.executable, settings: dict
         assert not backend.running
     assert not pythonqt.slotErrors, pythonqt.slotErrors
     assert not qtclasses.answers, "a dialog that was expected did not open"
+
+
+def _hideBundled(catalogue) -> None:
+    refresh = catalogue.refresh
+
+    def refreshed(onDone):
+        return refresh(lambda models, error: onDone([model for model in models if not model.bundled], error))
+
+    catalogue.refresh = refreshed
 
 
 _examined: list = []

@@ -79,6 +79,8 @@ def model_info(package):
             SimpleNamespace(name=one.name, value=one.output_value, colour=one.colour, terminology=one.terminology)
             for one in manifest.scheme.labels
         ),
+        cropAround=() if manifest.plan.crop is None else manifest.plan.crop.around,
+        largestMm=None if manifest.plan.crop is None else manifest.plan.crop.largest_mm,
     )
 
 

@@ -13,7 +13,13 @@ standins.install()
 
 from InvResSegmentLib import Paths  # noqa: E402
 from InvResSegmentLib.BackendProcess import BackendProcess, Outcome  # noqa: E402
-from InvResSegmentLib.Models import ChannelInfo, LabelInfo, ModelCatalogue, modelFromDescription  # noqa: E402
+from InvResSegmentLib.Models import (  # noqa: E402
+    ChannelInfo,
+    LabelInfo,
+    ModelCatalogue,
+    locatorFor,
+    modelFromDescription,
+)
 
 sys.path.insert(0, str(Paths.backendFolder()))
 
@@ -111,6 +117,22 @@ def test_where_the_data_come_from_stands_first():
     training = {"training_cases": 20, "data": "Label maps of SynthSeg."}
     model = modelFromDescription(description(manifest={**description()["manifest"], "training": training}))
     assert model.trainingData == "Label maps of SynthSeg. 20 cases."
+
+
+def test_a_model_of_crops_has_another_one_to_find_the_place():
+    def model(name, labels, crop=None):
+        known = description()["manifest"]
+        scheme = {"labels": [{"name": label, "output_value": 1} for label in labels]}
+        manifest = {**known, "name": name, "scheme": scheme, "plan": {**known["plan"], "crop": crop}}
+        return modelFromDescription(description(manifest=manifest))
+
+    crop = {"around": ["hippocampus"], "largest_mm": [40, 50, 45]}
+    crops = model("crops", ["anterior"], crop)
+    assert crops.cropAround == ("hippocampus",) and crops.largestMm == (40.0, 50.0, 45.0)
+    brain, other = model("brain", ["Left Hippocampus", "amygdala"]), model("other", ["amygdala"])
+    also = model("also", ["hippocampus"], crop)
+    assert locatorFor(crops, [crops, also, other, brain]) is brain
+    assert locatorFor(crops, [crops, also, other]) is None and locatorFor(other, [brain]) is None
 
 
 def test_failures_come_as_sentences(catalogue, package, tmp_path):

@@ -17,6 +17,7 @@ from InvResSegmentLib import NodeConversion, SegmentationResult
 from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRequest
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
 
+from invres.config import CropPlan
 from invres.modelpackage import save_package
 
 SHAPE = (22, 24, 26)
@@ -213,6 +214,49 @@ def test_a_region_restricts_what_is_found(scene, panel, small_model, moved):
     box = (abs(i - middle[0]) <= 2) & (abs(j - middle[1]) <= 2)
     assert mask.any() and not (mask & ~box).any()
     assert dice(mask, (classes == 1) & box) > 0.8
+
+
+@pytest.fixture(scope="module")
+def crop_model(one_channel_package, tmp_path_factory):
+    """The small model as if it had been trained on crops around the ball."""
+    known = one_channel_package.manifest
+    package = save_package(
+        tmp_path_factory.mktemp("crops") / "crops",
+        name="crops",
+        network=known.network,
+        state_dict=one_channel_package.load_weights(),
+        plan=dataclasses.replace(known.plan, crop=CropPlan(("ball",), (3.0, 3.0, 3.0), (14.0, 14.0, 14.0))),
+        scheme=known.scheme,
+        patch=known.patch,
+    )
+    return model_info(package)
+
+
+def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model, crop_model):
+    request, node, classes = one_request(scene, crop_model, MATRICES["sagittal"], locator=small_model)
+    assert panel.logic.missing(request) == []
+    outcome = panel.run(request)
+    assert outcome.state == "done", outcome.message
+    assert masks_in_world(outcome.segmentationNode, classes == 1, node) > 0.8
+    assert backend.requests[-1][-2:] == ["--locate", small_model.path]
+    assert "Finding the place to segment" in [text for text, _, _ in panel.progress]
+    told = []
+    panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
+    standins.waitUntil(lambda: told, 180)
+    assert told[0][0].fits and told[0][0].sentence.startswith("To find the place: Needs ")
+
+
+def test_a_model_of_crops_wants_a_place_in_a_whole_image(scene, panel, small_model, crop_model):
+    request, node, _ = one_request(scene, crop_model)
+    (sentence,) = panel.logic.missing(request)
+    assert sentence.startswith("12: AX T1 is larger than the crops around the ball")
+    roi = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "box")
+    roi.SetCenter(*(NodeConversion.volumeMatrix(node) @ [13, 12, 11, 1])[:3])
+    roi.SetSize(12, 12, 12)
+    assert panel.logic.missing(dataclasses.replace(request, roiNode=roi)) == []
+    assert not dataclasses.replace(request, roiNode=roi, locator=small_model).located, "the region goes first"
+    small = add_volume(scene, ball(shape=(16, 18, 20))[0][0])
+    assert panel.logic.missing(SegmentationRequest(crop_model, {"T1": small}, "cpu")) == []
 
 
 def test_the_second_run_is_warm(scene, panel, backend, small_model):

@@ -448,6 +448,17 @@ def test_models_are_verified_exported_deleted_and_imported(scene, models, tmp_pa
         assert "no model" in ui.modelsNoticeText.text and table.rowCount == 2
 
 
+def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, models):
+    volume = addVolume("MRHead")
+    with loadedPanel(models, bundled=True) as module:
+        tab = module.enter().panel.segmentTab
+        waitUntil(lambda: tab.models and tab.idle, 120)
+        assert tab.ui.modelList.currentItem().text() == "brain-any-contrast"
+        (picker,) = pickers(tab).values()
+        assert picker.currentNode() is volume
+        assert tab.ui.applyButton.enabled and not tab.ui.locateBox.visible
+
+
 def test_without_models_the_panel_says_what_to_do(scene, tmp_path):
     with loadedPanel(tmp_path / "nothing") as module:
         panel = module.enter().panel
