@@ -180,13 +180,13 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def check(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import described, read_dataset
+    from .cases import channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
 
     dataset = read_dataset(options.data, checked=False)
     findings = check_dataset(dataset, report)
     say(report, f"{dataset.name}: {len(dataset.cases)} cases, {dataset.layout}.")
-    say(report, f"Channels: {', '.join(dataset.channel_names)}. Labels: {', '.join(dataset.scheme.names)}.")
+    say(report, f"Channels: {', '.join(channels_told(dataset))}. Labels: {', '.join(dataset.scheme.names)}.")
     say(report, findings_table(findings))
     report.result(
         dataset=dataset.name,
