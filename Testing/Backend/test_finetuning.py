@@ -37,11 +37,6 @@ QUICK = {"epochs": 1, "iterations_per_epoch": 2}
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("phantoms"))
-
-
-@pytest.fixture(scope="module")
 def base(phantoms, tmp_path_factory):
     """A model that knows the phantoms a little."""
     recipe = dataclasses.replace(tiny_recipe(iterations_per_epoch=20, epochs=2), name="Phantom")

@@ -39,11 +39,6 @@ from invres.volume import Geometry, read_volume
 QUICK = {"epochs": 1, "iterations_per_epoch": 1}
 
 
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("phantoms"))
-
-
 def warnings_of(report):
     return [event["message"] for event in report.events if event["event"] == "warning"]
 
