@@ -84,12 +84,13 @@ def _held(
         if options.resume:
             report.note(f"There is nothing in {output} to resume, so the fine-tuning starts.")
         plan = plan_tuning(base.manifest, dataset, output / "prepared", options, report)
-        if options.check_base:  # a mistake there is told before hours of training
-            read_reference(options.check_base, base, plan.plan)
-        write_plan(output, plan)
-    if (output / RESULT).is_file():
+    if started and (output / RESULT).is_file():
         return finished_result(output, options.promote, report)
-    run = _Run(base, dataset, plan, output, options, device, report, stop)
+    # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
+    reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
+    if not started:
+        write_plan(output, plan)
+    run = _Run(base, dataset, plan, reference, output, options, device, report, stop)
     try:
         result = run.whole()
     except Cancelled:
@@ -120,6 +121,7 @@ class _Run:
         base: ModelPackage,
         dataset: Dataset,
         plan: TuningPlan,
+        reference: Dataset | None,
         output: Path,
         options: TuningOptions,
         device: torch.device,
@@ -130,7 +132,7 @@ class _Run:
         self.device, self.report, self.stop = device, report, stop
         self.trainer = PartTrainer(base, dataset, plan, output, device, report, stop)
         self.proof = Proof(base, dataset, output / "comparison", device, stop)
-        self.reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
+        self.reference = reference
 
     def whole(self) -> dict[str, Any]:
         """All trainings, the proof and the package."""

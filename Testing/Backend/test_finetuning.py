@@ -18,7 +18,7 @@ import SimpleITK as sitk
 import torch
 from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
 
-from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, trainer
+from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, proof, trainer
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
@@ -264,9 +264,12 @@ def test_synthetic_batches_train_too(base, tmp_path):
 
 
 def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, monkeypatch):
+    real, read = proof.read_dataset, []
+    monkeypatch.setattr(proof, "read_dataset", lambda path, **rest: read.append(path) or real(path, **rest))
     result = tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=phantoms)
-    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
-    assert proof["base_check"]["n_cases"] == 3
+    assert read == [phantoms], "once is enough"
+    content = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert content["base_check"]["n_cases"] == 3
     assert result["base_check"]["sentence"].startswith("On 3 cases of the base model's own kind the Dice went from")
     report, found = Recorder(), finetuning.summarise
 
