@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("train", "Trains a network on a data set.", "train")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
-    one.add_argument("-r", "--recipe", default="default", help="name or JSON file (default: default)")
+    one.add_argument("-r", "--recipe", help="name or JSON file (default: default; with --resume that of the run)")
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
     one.add_argument("--resume", action="store_true", help="go on with the run in --output")
     one.add_argument("-n", "--network", choices=NETWORKS, help="instead of the recipe's")

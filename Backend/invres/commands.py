@@ -89,13 +89,16 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
-    recipe = _changed(_recipe(options.recipe), options)
+    of_run = options.resume and options.recipe is None
+    recipe = None if of_run else _changed(_recipe(options.recipe or "default"), options)
     from .cases import read_dataset
     from .labelmaps import read_label_maps
     from .trainer import StopRequest
-    from .training import TrainOptions
+    from .training import TrainOptions, started_recipe
     from .training import train as run
 
+    if recipe is None:
+        recipe = _changed(started_recipe(options.output), options)
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
     else:
