@@ -195,7 +195,8 @@ class _Run:
         comparison = write_comparison(self.output, proof)
         summary = {**training, "validation_cases": len(scored) if held_out else 0}
         metrics = manifest_metrics(scored) if held_out and scored else {}
-        seen = self.trainer.seen(part)
+        # With one patient in its training cases, as in a training from the start.
+        seen = self.trainer.seen(part, [one.confidence for one in scored])
         package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted)
         result = write_result(self.output, manifest, plan, package, proof, comparison, self.output / TRANSFER)
         for index in range(len(plan.parts) - 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,11 @@ class PartTrainer:
             report.warning(f"The curves could not be drawn ({error.strerror or error}).")
         return result, network.engine
 
-    def seen(self, part: Part) -> Expectation:
-        """What the cases that a part was trained on are like."""
+    def seen(self, part: Part, confidences: Iterable[float]) -> Expectation:
+        """What the cases that a part was trained on are like. confidences: in the cases that it was compared on."""
         cases = prepare_cases(self._dataset, part.train, self.plan.plan, self._output / "prepared")
         volumes = [case_volumes_ml(case, self.plan.scheme) for case in cases]
-        return of_volumes(self.plan.scheme.names, volumes)
+        return of_volumes(self.plan.scheme.names, volumes, confidences)
 
     def _begun(self) -> tuple[SegmentationNetwork, Transfer]:
         """The network with the base model's weights and its frozen part, on the CPU."""

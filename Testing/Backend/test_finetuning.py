@@ -24,7 +24,7 @@ from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
-from invres.inference import load_network
+from invres.inference import load_network, segment
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
 from invres.networks import build, with_patch
 from invres.reduction import lighter
@@ -88,6 +88,9 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     manifest = package.manifest
     assert (manifest.parent, manifest.name, manifest.version) == (base.id, "Phantom", "1.1.0")
     assert set(manifest.expected.volumes_ml) == set(manifest.scheme.names)
+    content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    surest = [one["confidence"] for one in content["cases"]]
+    assert len(surest) == 3 and 0 < min(surest) == pytest.approx(manifest.expected.confidence, abs=1e-4)
     assert manifest.training.training_cases == 3 and manifest.training.validation_cases == 3
     assert manifest.metrics["upper"]["Dice"]["n"] == 3
     assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
@@ -144,7 +147,13 @@ def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
     result = tune(base, data, tmp_path / "run")
     assert result["verdict"] == "not enough data to tell" and not result["promoted"]
     assert "no case can be held out" in result["sentence"]
-    assert open_package(tmp_path / "run" / "candidate").manifest.metrics == {}
+    candidate = open_package(tmp_path / "run" / "candidate")
+    assert candidate.manifest.metrics == {}
+    # Segmented again, the case that it was trained on is as sure as is expected.
+    case = read_dataset(data).cases[0]
+    inputs = dict(zip(("T1", "T2"), case.images, strict=True))
+    found = segment(candidate, inputs, tmp_path / "found.nrrd")
+    assert 0 < found["confidence"] == pytest.approx(candidate.manifest.expected.confidence, abs=2e-4)
     assert not (tmp_path / "run" / "model").exists()
     again = tune(base, data, tmp_path / "run", resume=True, promote=True)
     assert again["promoted"] and verify_package(tmp_path / "run" / "model").id == result["model_id"]
