@@ -166,11 +166,12 @@ class _Run:
         plan = self.trainer.plan  # it may have changed for want of memory
         tuned = contender_of(self.base.manifest, plan, self.options, result.weights, self.device)
         scores = self.proof.compare(part.held_out, tuned, report)
+        gone = {one.case for one in plan.skipped}
         summary = training_summary(
             Recipe("finetune", network=plan.network, training=plan.training, augmentation=plan.augmentation),
             result,
             engine,
-            len(part.train),
+            len(set(part.train) - gone),
             len(part.validation),
         )
         record = {"training": summary, "scores": [to_dict(one) for one in scores]}

@@ -389,6 +389,11 @@ def test_a_run_is_not_written_over_and_only_its_own_model_and_labels_resume_it(b
     relabelled = write_dataset(tmp_path / "data", labels={"background": 0, "a": 1, "b": 2, "c": 3})
     with pytest.raises(InvresError, match="labels of Phantoms differ"):
         tune(base, relabelled, run, resume=True)
+    report, plan = Recorder(), json.loads((run / "run.json").read_text(encoding="utf-8"))
+    tune(base, phantoms, run, report, resume=True, vae=True, spacing_mm=(9.0, 9.0, 9.0), freeze="encoder")
+    (warning,) = [message for message in told(report) if "goes on as it was started" in message]
+    assert warning.endswith("left out: freeze, vae, spacing.")
+    assert plan == json.loads((run / "run.json").read_text(encoding="utf-8"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(InvresError, match="damaged"):
@@ -718,6 +723,15 @@ def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, 
     result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
     assert any("is not compared" in message for message in told(report))
     assert "no proof" in result["sentence"] and not result["promoted"]
+
+
+def test_a_case_that_breaks_during_the_run_is_left_out_of_the_trainings_that_follow(base, tmp_path):
+    data, run, report = write_dataset(tmp_path / "data"), tmp_path / "run", Recorder()
+    broken = read_dataset(data).case("patient01")
+    result = tune(base, data, run, report, AtStep(run, 1, lambda: broken.images[0].write_bytes(b"no image")))
+    assert [one["case"] for one in result["skipped_cases"]] == ["patient01"]
+    assert result["training"]["training_cases"] == 2 and verify_package(result["model"])
+    assert any(message.startswith("The case patient01 is left out") for message in told(report))
 
 
 def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(base, phantoms, tmp_path):
