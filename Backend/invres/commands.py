@@ -123,6 +123,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         field: value
         for field, value in (
             ("epochs", options.epochs),
+            ("early_stop_epochs", options.patience),
             ("learning_rate", options.lr),
             ("seed", options.seed),
             ("engine", options.engine),

@@ -478,6 +478,17 @@ def test_a_signal_saves_and_stops_with_exit_code_130(base, phantoms, tmp_path):
     assert load_checkpoint(run / "fold0")["iteration"] >= 2
 
 
+def test_how_long_to_wait_for_a_better_epoch_may_be_chosen(base, tmp_path):
+    data, run = write_dataset(tmp_path / "data", cases=1), tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.json", **QUICK)
+    command = ("finetune", "-m", base.path, "-d", data, "-o", run, "-r", recipe, "--device", "cpu", "--json")
+    outcome = invres(*command, "--patience", 3)
+    assert outcome.code == 0, outcome
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["training"]["early_stop_epochs"] == 3
+    refused = invres(*command[:6], tmp_path / "other", *command[7:], "--patience", -1)
+    assert refused.code == 2 and "early_stop_epochs must be 0 or more" in refused.events[-1]["message"]
+
+
 def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):
     started = time.monotonic()
     result = tune(base, phantoms, tmp_path / "run", epochs=10000, wishes={"time_s": 2.0})
