@@ -31,7 +31,7 @@ from invres.reduction import lighter
 from invres.runfolder import RecordingReporter
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
-from invres.tuningplan import TuningOptions, plan_tuning
+from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, read_plan
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
 
@@ -389,15 +389,24 @@ def test_a_run_is_not_written_over_and_only_its_own_model_and_labels_resume_it(b
     relabelled = write_dataset(tmp_path / "data", labels={"background": 0, "a": 1, "b": 2, "c": 3})
     with pytest.raises(InvresError, match="labels of Phantoms differ"):
         tune(base, relabelled, run, resume=True)
-    report, plan = Recorder(), json.loads((run / "run.json").read_text(encoding="utf-8"))
-    tune(base, phantoms, run, report, resume=True, vae=True, spacing_mm=(9.0, 9.0, 9.0), freeze="encoder")
-    (warning,) = [message for message in told(report) if "goes on as it was started" in message]
-    assert warning.endswith("left out: freeze, vae, spacing.")
-    assert plan == json.loads((run / "run.json").read_text(encoding="utf-8"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(InvresError, match="damaged"):
         tune(base, phantoms, tmp_path / "damaged", resume=True)
+
+
+def test_wishes_that_a_resumed_run_leaves_out_are_told(base, phantoms, tuned):
+    run, _, _ = tuned
+    dataset, spacing = read_dataset(phantoms), base.manifest.plan.spacing_mm
+    dataset = dataclasses.replace(dataset, scheme=merged_scheme(dataset.scheme, base.manifest.scheme))
+    report = Recorder()
+    same = TuningOptions(wishes={"epochs": 9}, vae=False, spacing_mm=spacing, channel_dropout=0.0)
+    plan = read_plan(run, base.manifest, dataset, same, report)
+    assert plan.training.epochs == 9 and not report.events
+    other = TuningOptions(wishes={"seed": 5}, vae=True, spacing_mm=(9.0, 9.0, 9.0), freeze="encoder")
+    plan = read_plan(run, base.manifest, dataset, other, report)
+    assert plan.plan.spacing_mm == spacing and plan.network.vae is None and plan.freeze == "none"
+    assert told(report)[0].endswith("left out: seed, freeze, vae, spacing.")
 
 
 # --- stopping ------------------------------------------------------------------------------------------------------
