@@ -20,7 +20,7 @@ from .manifest import Manifest
 from .metrics import score_masks
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
-from .prediction import SegmentOptions
+from .prediction import SegmentOptions, confidence_of
 from .preprocessing import LABEL_TOLERANCE_MM
 from .transfer import match_names
 from .volume import Volume, write_segmentation
@@ -45,7 +45,7 @@ class CaseComparison:
     files: where segmentations were written, their paths by "base" and "tuned", and what they were made of and compared
     with: "images" (a list, in the data's order of channels) and "reference". reference_values: of that label map, by
     label. without: channel that was left out -> label name -> Dice of the tuned
-    model, for each channel that it can do without.
+    model, for each channel that it can do without. confidence: of the tuned model (`prediction.confidence_of`).
     """
 
     case: str
@@ -56,6 +56,7 @@ class CaseComparison:
     files: dict = field(default_factory=dict)
     reference_values: dict = field(default_factory=dict)
     without: dict = field(default_factory=dict)
+    confidence: float = 0.0
 
     def difference(self, metric: str = "Dice") -> float | None:
         """Tuned minus base, mean over the labels that both have; None where there is none."""
@@ -92,7 +93,9 @@ def compare_case(
             continue
         scheme = contender.package.manifest.scheme
         given = _ordered(contender.package.manifest, dataset, volumes)
-        found, _, _ = segment_volumes(contender.package, contender.network, given, SegmentOptions(), report)
+        found, probabilities, _ = segment_volumes(contender.package, contender.network, given, SegmentOptions(), report)
+        confidence = confidence_of(probabilities, scheme.regions)
+        del probabilities  # it would stand beside those of the next model
         predicted, reference = _on_one_grid(found, label, case.name)
         scores[key], wrong = _scores(predicted, reference, scheme, dataset.scheme, scores["base"])
         if folder is not None:
@@ -110,7 +113,9 @@ def compare_case(
             rescored, _ = _scores(predicted, reference, scheme, dataset.scheme)
             without[channel.name] = {name: of_label["Dice"] for name, of_label in rescored.items()}
     values = {one.name: list(one.values) for one in dataset.scheme.labels} if files else {}
-    return CaseComparison(case.name, case.patient, scores["base"], scores["tuned"], worst, files, values, without)
+    return CaseComparison(
+        case.name, case.patient, scores["base"], scores["tuned"], worst, files, values, without, confidence
+    )
 
 
 def channels_for(wanted: Sequence[ChannelPlan], names: Sequence[str]) -> list[int | None] | None:

@@ -23,6 +23,7 @@ __all__ = [
     "Case",
     "Dataset",
     "case_problems",
+    "channels_told",
     "described",
     "read_dataset",
     "read_splits",
@@ -126,19 +127,37 @@ def case_problems(dataset: Dataset, partial: bool = False) -> list[tuple[str, st
 
 def report_missing_channels(dataset: Dataset, names: Sequence[str], report: Reporter) -> None:
     """Tells how many of the named cases lack a channel. Raises InvresError for a channel that all of them lack."""
-    present = [dataset.present(dataset.case(name)) for name in names]
-    if dataset.channels_in_one_file or not present:
+    cases = [dataset.case(name) for name in names]
+    counts = _channel_counts(dataset, cases)
+    if dataset.channels_in_one_file or not cases:
         return
-    counts = [sum(there) for there in zip(*present, strict=True)]
     if 0 in counts:
         channel = dataset.channel_names[counts.index(0)]
         raise InvresError(
             f"No case has the channel {channel}, so nothing can be learnt of it.",
             hint="Leave it out of the data set's channels.",
         )
-    if lacking := sum(not all(there) for there in present):
+    if lacking := sum(not all(dataset.present(case)) for case in cases):
         each = ", ".join(f"{name} {count}" for name, count in zip(dataset.channel_names, counts, strict=True))
         report.note(f"{lacking} of {len(names)} cases lack a channel; there are {each}.")
+
+
+def channels_told(dataset: Dataset) -> list[str]:
+    """The names of the channels, with the number of cases where some lack one."""
+    counts, cases = _channel_counts(dataset, dataset.cases), len(dataset.cases)
+    return [
+        name if count == cases else f"{name} (in {count} of {cases} cases)"
+        for name, count in zip(dataset.channel_names, counts, strict=True)
+    ]
+
+
+def _channel_counts(dataset: Dataset, cases: Sequence[Case]) -> list[int]:
+    """How many of the cases have each channel."""
+    if dataset.channels_in_one_file:
+        return [len(cases)] * len(dataset.channel_names)
+    present = [dataset.present(case) for case in cases]
+    places = range(len(dataset.channel_names))
+    return [sum(place < len(there) and there[place] for there in present) for place in places]
 
 
 def described(dataset: Dataset) -> dict[str, Any]:

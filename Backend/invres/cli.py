@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("train", "Trains a network on a data set.", "train")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
-    one.add_argument("-r", "--recipe", default="default", help="name or JSON file (default: default)")
+    one.add_argument("-r", "--recipe", help="name or JSON file (default: default; with --resume that of the run)")
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
     one.add_argument("--resume", action="store_true", help="go on with the run in --output")
     one.add_argument("-n", "--network", choices=NETWORKS, help="instead of the recipe's")
@@ -266,6 +266,9 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
     one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
     one.add_argument("--epochs", type=int, help="of each training (default 40, of 25 steps)")
+    one.add_argument(
+        "--patience", type=int, metavar="EPOCHS", help="end after so many without a better Dice (default 20, 0 = never)"
+    )
     one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
     one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")
     one.add_argument(

@@ -112,13 +112,16 @@ def _locator(package: ModelPackage, model: str, device: str) -> Callable[..., An
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
-    recipe = _changed(_recipe(options.recipe), options)
+    of_run = options.resume and options.recipe is None
+    recipe = None if of_run else _changed(_recipe(options.recipe or "default"), options)
     from .cases import read_dataset
     from .labelmaps import read_label_maps
     from .trainer import StopRequest
-    from .training import TrainOptions
+    from .training import TrainOptions, started_recipe
     from .training import train as run
 
+    if recipe is None:
+        recipe = _changed(started_recipe(options.output), options)
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
     else:
@@ -149,6 +152,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         field: value
         for field, value in (
             ("epochs", options.epochs),
+            ("early_stop_epochs", options.patience),
             ("learning_rate", options.lr),
             ("seed", options.seed),
             ("engine", options.engine),
@@ -209,13 +213,13 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def check(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import described, read_dataset
+    from .cases import channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
 
     dataset = read_dataset(options.data, checked=False)
     findings = check_dataset(dataset, report)
     say(report, f"{dataset.name}: {len(dataset.cases)} cases, {dataset.layout}.")
-    say(report, f"Channels: {', '.join(dataset.channel_names)}. Labels: {', '.join(dataset.scheme.names)}.")
+    say(report, f"Channels: {', '.join(channels_told(dataset))}. Labels: {', '.join(dataset.scheme.names)}.")
     say(report, findings_table(findings))
     report.result(
         dataset=dataset.name,

@@ -10,12 +10,11 @@ import torch
 
 from .config import NetworkConfig
 from .events import SILENT, Reporter
-from .memory import measure_training
+from .memory import CONTEXT_BYTES, measure_training
 
 __all__ = ["CARDS_GIB", "bench_cube"]
 
 CARDS_GIB = (8, 12, 24)
-CONTEXT_GIB = 0.8  # of the card that the context takes and the allocator does not see
 STEP = 16
 LARGEST = 640
 # (network, engine, memory setting, precision)
@@ -39,7 +38,7 @@ def bench_cube(
     todo = [(gib, candidate) for gib in CARDS_GIB for candidate in CANDIDATES]
     for done, (gib, (name, engine, memory, precision)) in enumerate(todo):
         report.progress("bench.cube", done, len(todo))
-        budget = (gib - CONTEXT_GIB) * 2**30
+        budget = gib * 2**30 - CONTEXT_BYTES
         row = {"card_gib": gib, "network": name, "engine": engine, "memory": memory, "precision": precision}
         if budget > total:
             continue

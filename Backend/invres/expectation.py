@@ -27,8 +27,8 @@ class Expectation:
     """What training and validation cases were like; kept in the manifest. Nothing of single cases but extremes.
 
     volumes_ml: smallest and largest volume of each label among the training cases.
-    confidence: the least mean probability of the chosen labels, over their own voxels, among the cases held out;
-    0 = not measured.
+    confidence: the least mean probability of the chosen labels, over their own voxels, among the cases held out (with
+    one patient, in the cases trained on); 0 = not measured.
     """
 
     volumes_ml: dict = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Expectation:
 def of_volumes(
     names: Sequence[str], cases: Iterable[Sequence[float]], confidences: Iterable[float] = ()
 ) -> Expectation:
-    """From the volumes (mL) of each label in each training case, and the confidence in each case held out.
+    """From the volumes (mL) of each label in each training case, and the confidence in each case that was scored.
 
     A case in which nothing was found has no confidence (0), and says nothing of the others.
     """

@@ -84,12 +84,13 @@ def _held(
         if options.resume:
             report.note(f"There is nothing in {output} to resume, so the fine-tuning starts.")
         plan = plan_tuning(base.manifest, dataset, output / "prepared", options, report)
-        if options.check_base:  # a mistake there is told before hours of training
-            read_reference(options.check_base, base, plan.plan)
-        write_plan(output, plan)
-    if (output / RESULT).is_file():
+    if started and (output / RESULT).is_file():
         return finished_result(output, options.promote, report)
-    run = _Run(base, dataset, plan, output, options, device, report, stop)
+    # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
+    reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
+    if not started:
+        write_plan(output, plan)
+    run = _Run(base, dataset, plan, reference, output, options, device, report, stop)
     try:
         result = run.whole()
     except Cancelled:
@@ -120,6 +121,7 @@ class _Run:
         base: ModelPackage,
         dataset: Dataset,
         plan: TuningPlan,
+        reference: Dataset | None,
         output: Path,
         options: TuningOptions,
         device: torch.device,
@@ -130,7 +132,7 @@ class _Run:
         self.device, self.report, self.stop = device, report, stop
         self.trainer = PartTrainer(base, dataset, plan, output, device, report, stop)
         self.proof = Proof(base, dataset, output / "comparison", device, stop)
-        self.reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
+        self.reference = reference
 
     def whole(self) -> dict[str, Any]:
         """All trainings, the proof and the package."""
@@ -164,11 +166,12 @@ class _Run:
         plan = self.trainer.plan  # it may have changed for want of memory
         tuned = contender_of(self.base.manifest, plan, self.options, result.weights, self.device)
         scores = self.proof.compare(part.held_out, tuned, report)
+        gone = {one.case for one in plan.skipped}
         summary = training_summary(
             Recipe("finetune", network=plan.network, training=plan.training, augmentation=plan.augmentation),
             result,
             engine,
-            len(part.train),
+            len(set(part.train) - gone),
             len(part.validation),
         )
         record = {"training": summary, "scores": [to_dict(one) for one in scores]}
@@ -193,7 +196,8 @@ class _Run:
         comparison = write_comparison(self.output, proof)
         summary = {**training, "validation_cases": len(scored) if held_out else 0}
         metrics = manifest_metrics(scored) if held_out and scored else {}
-        seen = self.trainer.seen(part)
+        # With one patient in its training cases, as in a training from the start.
+        seen = self.trainer.seen(part, [one.confidence for one in scored])
         package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted)
         result = write_result(self.output, manifest, plan, package, proof, comparison, self.output / TRANSFER)
         for index in range(len(plan.parts) - 1):

@@ -33,6 +33,10 @@ __all__ = ["FOLDER_READERS"]
 LABEL_STEMS = ("label", "labels", "seg", "segmentation")
 # Label values are looked up in this many label files where nothing states them.
 LABEL_FILES_READ = 8
+# What decides whether a name that not all cases have is a channel.
+FEW = 5
+FEWEST_CASES = 2
+RARE = 0.05
 # A case as found: its name, its patient, its image of each channel, its label map.
 Found = tuple[str, str, dict[str, Path], Path | None]
 
@@ -97,7 +101,7 @@ def _hcp(root: Path) -> Dataset | None:
         return None
     sides = (("left white matter", 2), ("left cortex", 3), ("right white matter", 41), ("right cortex", 42))
     scheme = LabelScheme(tuple(Label(name, (value,), value) for name, value in sides))
-    channels, cases = _with_common_channels(found)
+    channels, cases = _with_channels(found)
     return make_dataset(root.name, channels, scheme, cases, root, "HCP")
 
 
@@ -127,7 +131,7 @@ def _bids(root: Path) -> Dataset | None:
                 found.append((name, subject.name, images, labels[0] if labels else None))
     if not found:
         return None
-    channels, cases = _with_common_channels(found)
+    channels, cases = _with_channels(found)
     return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, "BIDS derivatives")
 
 
@@ -208,7 +212,7 @@ def _folder_per_case(root: Path) -> Dataset | None:
             found.append((folder.name, folder.name, images, label))
     if not found:
         return None
-    channels, cases = _with_common_channels(found)
+    channels, cases = _with_channels(found)
     return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, "a folder per case")
 
 
@@ -230,17 +234,25 @@ def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
     return plain_scheme((f"label_{value}", (value,)) for value in found)
 
 
-def _with_common_channels(found: list[Found]) -> tuple[list[str], list[Case]]:
-    """The channels that most cases have; a case without one of them gets the path where it should lie."""
-    sets = Counter(tuple(sorted(images)) for _, _, images, _ in found)
-    channels = max(sets, key=lambda names: (sets[names], len(names)))
+def _with_channels(found: list[Found]) -> tuple[list[str], list[Case]]:
+    """All channels that the cases have, sorted by name; a case that lacks one has None in its place.
+
+    What fewer than `FEWEST_CASES` or less than `RARE` of the cases have is no channel (with less than `FEW` cases all
+    are): a scan that is hardly ever there cannot be learnt from, so such a name is a misspelt one or another kind of
+    file, and all other cases would be said to lack it. It stays with its case, as one image file too many, which
+    `case_problems` names. Where no name is common, the channels are those of the most frequent set.
+    """
+    counts = Counter(channel for _, _, images, _ in found for channel in images)
+    fewest = 1 if len(found) < FEW else max(FEWEST_CASES, RARE * len(found))
+    channels = sorted(channel for channel, count in counts.items() if count >= fewest)
+    if not channels:
+        ((most, _),) = Counter(tuple(sorted(images)) for _, _, images, _ in found).most_common(1)
+        channels = list(most)
     cases = []
     for name, patient, images, label in found:
-        known, file = next(iter(images.items()))
-        paths = [images.get(channel, file.with_name(file.name.replace(known, channel))) for channel in channels]
         extra = [images[channel] for channel in sorted(images.keys() - set(channels))]
-        cases.append(Case(name, tuple(paths + extra), label, patient))
-    return list(channels), cases
+        cases.append(Case(name, (*(images.get(channel) for channel in channels), *extra), label, patient))
+    return channels, cases
 
 
 # In the order of trial: names that no other format uses come first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .checkpoint import CHECKPOINT, load_checkpoint
 from .config import TrainingConfig
 from .curves import draw_curves
 from .devices import device_info
-from .events import Reporter, format_bytes
+from .events import SILENT, Reporter, format_bytes
 from .expectation import Expectation, of_volumes
 from .files import written_whole
 from .freezing import freeze
@@ -25,7 +26,6 @@ from .memory import has_room, predict_for
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build, with_patch
 from .prediction import is_out_of_memory
-from .prepared import prepare_cases
 from .preprocessing import PreparedCase, case_volumes_ml
 from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
@@ -33,7 +33,7 @@ from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
 from .training import announce_memory, validator
 from .transfer import STEMS, Transfer, transfer_weights
-from .tuningplan import TuningPlan, write_plan
+from .tuningplan import TuningPlan, prepare_readable, write_plan
 
 __all__ = ["TRANSFER", "PartTrainer"]
 
@@ -125,9 +125,12 @@ class PartTrainer:
         torch.manual_seed((config.seed + index) % 2**32)
         network, _ = self._begun()
         network.to(self._device)
-        prepared = self._output / "prepared"
-        names = (part.train, part.validation or part.held_out)
-        training, watched = (prepare_cases(self._dataset, some, plan.plan, prepared, report) for some in names)
+        training, watched = (self._cases(some, report) for some in (part.train, part.validation or part.held_out))
+        if not training:
+            raise InvresError(
+                f"None of the cases of this training can be read any more: {', '.join(part.train)}.",
+                hint="Put their files back and go on with --resume.",
+            )
         trainer = Trainer(
             network,
             self._batches(training, config),
@@ -150,11 +153,19 @@ class PartTrainer:
             report.warning(f"The curves could not be drawn ({error.strerror or error}).")
         return result, network.engine
 
-    def seen(self, part: Part) -> Expectation:
-        """What the cases that a part was trained on are like."""
-        cases = prepare_cases(self._dataset, part.train, self.plan.plan, self._output / "prepared")
-        volumes = [case_volumes_ml(case, self.plan.scheme) for case in cases]
-        return of_volumes(self.plan.scheme.names, volumes)
+    def seen(self, part: Part, confidences: Iterable[float]) -> Expectation:
+        """What the cases that a part was trained on are like. confidences: in the cases that it was compared on."""
+        volumes = [case_volumes_ml(case, self.plan.scheme) for case in self._cases(part.train, SILENT)]
+        return of_volumes(self.plan.scheme.names, volumes, confidences)
+
+    def _cases(self, names: Sequence[str], report: Reporter) -> list[PreparedCase]:
+        """The cases that can still be read; others may have changed since the run was begun, and are left out."""
+        cases, skipped = prepare_readable(self._dataset, names, self.plan.plan, self._output / "prepared", report)
+        known = {one.case for one in self.plan.skipped}
+        if new := tuple(one for one in skipped if one.case not in known):
+            self.plan = dataclasses.replace(self.plan, skipped=(*self.plan.skipped, *new))
+            write_plan(self._output, self.plan)
+        return cases
 
     def _begun(self) -> tuple[SegmentationNetwork, Transfer]:
         """The network with the base model's weights and its frozen part, on the CPU."""

@@ -142,14 +142,20 @@ def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
 
 
 def confidence_of(probabilities: np.ndarray | torch.Tensor, regions: bool) -> float:
-    """The mean probability of the chosen labels (K, D, H, W) over their own voxels; 0 where nothing is found."""
-    if regions:
-        chosen = probabilities[probabilities > 0.5]
-    else:
-        tensor = torch.as_tensor(probabilities)
-        best, label = tensor.max(dim=0)
-        chosen = best[label > 0]
-    return float(chosen.mean()) if len(chosen) else 0.0
+    """The mean probability of the chosen labels (K, D, H, W) over their own voxels; 0 where nothing is found.
+
+    Plane by plane, so that it needs no memory to speak of.
+    """
+    total, count = 0.0, 0
+    for plane in torch.as_tensor(probabilities).unbind(dim=1):
+        if regions:
+            chosen = plane[plane > 0.5]
+        else:
+            best, label = plane.max(dim=0)
+            chosen = best[label > 0]
+        total += float(chosen.sum(dtype=torch.float64))
+        count += len(chosen)
+    return total / count if count else 0.0
 
 
 def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:

@@ -43,10 +43,14 @@ def prepare_cases(
             raise Cancelled("Stopped while the cases were prepared.", hint="Give the same command again to go on.")
         case = dataset.case(name)
         home = folder / _key(dataset, case, plan)
-        if not home.is_dir():
+        found = _read(home, name)
+        if found is None:
+            shutil.rmtree(home, ignore_errors=True)
             volumes, label = dataset.load(case, report)
             _write(home, prepare(volumes, label, plan, dataset.scheme, name, report))
-        prepared.append(_read(home, name))
+            found = _read(home, name)
+            assert found is not None
+        prepared.append(found)
         report.progress("prepare.cases", count, len(names))
     return prepared
 
@@ -70,6 +74,9 @@ def _write(home: Path, case: PreparedCase) -> None:
             np.save(temporary / "label.npy", case.label)
         rest = {"geometry": _to_json(case.geometry), "original": _to_json(case.original), "absent": case.absent}
         (temporary / "grids.json").write_text(json.dumps(rest), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb+") as stream:
+                os.fsync(stream.fileno())
         os.rename(temporary, home)
     except OSError as error:
         raise InvresError(
@@ -81,7 +88,15 @@ def _write(home: Path, case: PreparedCase) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(home: Path, name: str) -> PreparedCase:
+def _read(home: Path, name: str) -> PreparedCase | None:
+    """The case as it was written; None where it was not, or was damaged, as when the power fails."""
+    try:
+        return _read_whole(home, name)
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+
+
+def _read_whole(home: Path, name: str) -> PreparedCase:
     rest = json.loads((home / "grids.json").read_text(encoding="utf-8"))
     label = home / "label.npy"
     return PreparedCase(

@@ -41,7 +41,15 @@ from .preprocessing import (
 from .sampling import CaseBatches
 from .trainer import StopRequest, Trainer, TrainingResult, Validation
 
-__all__ = ["TrainOptions", "announce_memory", "software_versions", "train", "training_summary", "validator"]
+__all__ = [
+    "TrainOptions",
+    "announce_memory",
+    "software_versions",
+    "started_recipe",
+    "train",
+    "training_summary",
+    "validator",
+]
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 RUN = "run.json"
@@ -327,8 +335,13 @@ def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
-    """The run as it was started. `asked` may only lengthen it (epochs, time); other wishes give a warning."""
+def started_recipe(output: Path) -> Recipe:
+    """What the training in `output` was started with. Raises InvresError where there is none, and for a damaged one."""
+    return _started(output)[0]
+
+
+def _started(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:
+    """run.json: recipe, plan, scheme as JSON, and split."""
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
     try:
@@ -338,6 +351,12 @@ def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -
         scheme, names = content["scheme"], (tuple(content["split"]["train"]), tuple(content["split"]["validation"]))
     except (ValueError, KeyError, TypeError):
         raise InvresError(f"{output / RUN} is damaged.", hint="Train again in a new folder.") from None
+    return recipe, plan, scheme, names
+
+
+def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
+    """The run as it was started. `asked` may only lengthen it (epochs, time); other wishes give a warning."""
+    recipe, plan, scheme, names = _started(output)
     if asked.network.name != recipe.network.name:
         raise InvresError(
             f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",

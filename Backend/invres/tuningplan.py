@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from .freezing import FROZEN_PARTS
 from .manifest import Manifest
 from .networks import with_patch
 from .prepared import prepare_cases
-from .preprocessing import make_plan, with_dropout
+from .preprocessing import PreparedCase, make_plan, with_dropout
 from .transfer import match_names
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "TuningPlan",
     "merged_scheme",
     "plan_tuning",
+    "prepare_readable",
     "read_plan",
     "write_plan",
 ]
@@ -262,11 +263,36 @@ def read_plan(
     ignored += [
         key for key in ("freeze", "synthetic") if getattr(options, key) not in (getattr(plan, key), _unset(key))
     ]
-    if options.channel_dropout not in (None, plan.augmentation.channel_dropout):
-        ignored.append("channel_dropout")
+    for key, wish, chosen in (
+        ("channel_dropout", options.channel_dropout, plan.augmentation.channel_dropout),
+        ("vae", options.vae, plan.network.vae is not None),
+        ("spacing", options.spacing_mm, plan.plan.spacing_mm),
+    ):
+        if wish not in (None, chosen):
+            ignored.append(key)
     if ignored:
         report.warning(f"The run goes on as it was started; what is asked otherwise is left out: {', '.join(ignored)}.")
     return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **lengths))
+
+
+def prepare_readable(
+    dataset: Dataset, names: Sequence[str], plan: PreparationPlan, folder: Path, report: Reporter = SILENT
+) -> tuple[list[PreparedCase], list[SkippedCase]]:
+    """`prepare_cases` of those that can be read; the others with the reason, of which a warning tells."""
+    cases: list[PreparedCase] = []
+    skipped = []
+    counted = FilteredReporter(report, lambda kind: kind != "progress")  # which is counted in cases here
+    report.progress("prepare.cases", 0, len(names))
+    for count, name in enumerate(names, start=1):
+        try:
+            cases += prepare_cases(dataset, [name], plan, folder, counted)
+        # One broken file must not cost the other cases: InvresError, and what readers throw for damaged data.
+        except (InvresError, RuntimeError, ValueError) as error:
+            if isinstance(error, InvresError) and error.code == "write_failed":
+                raise
+            skipped.append(_skip(name, error, report))
+        report.progress("prepare.cases", count, len(names))
+    return cases, skipped
 
 
 def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
@@ -344,23 +370,9 @@ def _prepared(
     dataset: Dataset, plan: PreparationPlan, folder: Path, report: Reporter
 ) -> tuple[list[str], list[str], list[SkippedCase]]:
     """Names of the cases that could be prepared, those of them without a labelled voxel, and the others."""
-    names, empty, skipped = [], [], []
-    counted = FilteredReporter(report, lambda kind: kind != "progress")  # which is counted in cases here
-    report.progress("prepare.cases", 0, len(dataset.cases))
-    for index, case in enumerate(dataset.cases):
-        try:
-            (one,) = prepare_cases(dataset, [case.name], plan, folder, counted)
-        # One broken file must not cost the other cases: InvresError, and what readers throw for damaged data.
-        except (InvresError, RuntimeError, ValueError) as error:
-            if isinstance(error, InvresError) and error.code == "write_failed":
-                raise
-            skipped.append(_skip(case.name, error, report))
-        else:
-            names.append(case.name)
-            if one.label is None or not bool((np.asarray(one.label) > 0).any()):
-                empty.append(case.name)
-        report.progress("prepare.cases", index + 1, len(dataset.cases))
-    return names, empty, skipped
+    cases, skipped = prepare_readable(dataset, [case.name for case in dataset.cases], plan, folder, report)
+    empty = [one.name for one in cases if one.label is None or not bool((np.asarray(one.label) > 0).any())]
+    return [one.name for one in cases], empty, skipped
 
 
 def _skip(case: str, error: Exception, report: Reporter) -> SkippedCase:

@@ -1,9 +1,10 @@
-"""Every backend test starts from the same random state."""
+"""What backend tests share: the random state that each starts from, and a data set."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny_datasets import write_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +14,9 @@ def seeded():
 
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """A data set of three cases with two channels and three labels, for tests that only read it."""
+    return write_dataset(tmp_path_factory.mktemp("phantoms"))

@@ -12,6 +12,7 @@ from invres import benchmark, cube
 from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
 from invres.config import NETWORKS
 from invres.events import Recorder
+from invres.memory import CONTEXT_BYTES
 from invres.networks import build
 from invres.peers import PEERS, build_peer
 from invres.reversible.steps import Couple
@@ -174,7 +175,10 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
 def test_the_largest_cube_is_found_by_halving(monkeypatch):
     """On a made-up card: what fits is decided by the side alone."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
+    limits = []
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: limits.append(fraction * 10 * 2**30)
+    )
     monkeypatch.setattr(cube, "_fits", lambda config, side, *rest: side <= (160 if config.name == "unet3d" else 304))
     rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() + 60)
     assert {(row["network"], row["side"], row["complete"]) for row in rows} == {
@@ -182,5 +186,6 @@ def test_the_largest_cube_is_found_by_halving(monkeypatch):
         ("fully_invres", 304, True),
     }
     assert {row["card_gib"] for row in rows} == {8}, "cards larger than the one at hand are left out"
+    assert limits[0] == pytest.approx(8 * 2**30 - CONTEXT_BYTES), "what the plan for such a card leaves to the tensors"
     rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() - 1)
     assert not any(row["complete"] for row in rows)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_datasets import invres
 
 from invres import InvresError
 from invres.cases import (
+    case_problems,
     described,
     read_dataset,
     split_by_count,
@@ -248,8 +250,10 @@ def test_hcp_subject_without_t2_is_named(tmp_path):
         put(tmp_path / subject / "T1w" / "T1w_acpc_dc_restore.nii.gz")
         put(tmp_path / subject / "T1w" / "T2w_acpc_dc_restore.nii.gz")
     (tmp_path / "100408" / "T1w" / "T2w_acpc_dc_restore.nii.gz").unlink()
-    with pytest.raises(InvresError, match=r"100408.*T2w_acpc_dc_restore"):
+    with pytest.raises(InvresError, match="The case 100408 has no file of T2"):
         read_dataset(tmp_path)
+    dataset = read_dataset(tmp_path, partial=True)
+    assert dataset.channel_names == ("T1", "T2") and dataset.cases[1].images[1] is None
 
 
 def break_json(folder):
@@ -331,13 +335,55 @@ def test_a_case_name_given_twice_is_told(tmp_path):
         read_dataset(tmp_path)
 
 
-def test_a_case_without_one_of_the_channels_is_told(tmp_path):
-    for case in ("a", "b", "c"):
-        put(tmp_path / case / "T1.nii.gz")
-        if case != "b":
-            put(tmp_path / case / "T2.nii.gz")
-    with pytest.raises(InvresError, match=r"b.T2\.nii\.gz of b does not exist"):
+def lacking(folder, sets, bids=False):
+    """A data set with a case for each set of channels, as folders or as BIDS."""
+    for index, channels in enumerate(sets):
+        name = f"sub-{index:02d}"
+        for channel in channels:
+            put(folder / name / "anat" / f"{name}_{channel}.nii.gz" if bids else folder / name / f"{channel}.nii.gz")
+    return read_dataset(folder, checked=False)
+
+
+@pytest.mark.parametrize("bids", [True, False])
+def test_a_channel_that_cases_lack_is_none_and_the_channels_are_all_that_there_are(tmp_path, bids):
+    """The most frequent set of channels is not the whole one, and no case has them all."""
+    sets = (["T1w"], ["T1w", "T2w"], ["FLAIR", "T1w"], ["T1w"], ["FLAIR", "T1w"], ["T2w"])
+    dataset = lacking(tmp_path, sets, bids)
+    assert dataset.channel_names == ("FLAIR", "T1w", "T2w")
+    for case, channels in zip(dataset.cases, sets, strict=True):
+        names = [None if image is None else image.name.split("_")[-1].split(".")[0] for image in case.images]
+        assert names == [name if name in channels else None for name in dataset.channel_names]
+    with pytest.raises(InvresError, match="The case sub-00 has no file of FLAIR") as caught:
         read_dataset(tmp_path)
+    assert "--channel-dropout" in caught.value.hint
+    volumes, _ = read_dataset(tmp_path, partial=True).load(dataset.cases[1])
+    assert [volume is None for volume in volumes] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("sets", "channels"),
+    [
+        ([["T1", "T2"], ["T1"], ["T1"], ["T1"]], ("T1", "T2")),
+        ([["T1", "t2"], *[["T1", "T2"]] * 4], ("T1", "T2")),
+        ([["T1", "old"], ["T1", "old"], *[["T1"]] * 39], ("T1",)),
+        ([["T1", "T2"], ["T1", "T2"], *[["T1"]] * 38], ("T1", "T2")),
+        ([["a"], ["b"], ["c"], ["d"], ["e"]], ("a",)),
+    ],
+)
+def test_what_hardly_any_case_has_is_no_channel_and_is_named_with_its_case(tmp_path, sets, channels):
+    dataset = lacking(tmp_path, sets)
+    assert dataset.channel_names == channels
+    too_many = {name for name, code, _ in case_problems(dataset, partial=True) if code == "channel_count"}
+    assert too_many == {f"sub-{index:02d}" for index, names in enumerate(sets) if set(names) - set(channels)}
+
+
+def test_check_tells_which_channel_is_missing_where(tmp_path):
+    lacking(tmp_path, (["T1"], ["T1", "T2"], ["T1", "T2"]))
+    outcome = invres("check", "--data", tmp_path, "--json")
+    assert outcome.of("result")[0]["contents"]["cases"][0]["images"][1] is None
+    messages = [one["message"] for one in outcome.of("result")[0]["findings"] if one["code"] == "missing_channel"]
+    assert messages == ["The case sub-00 has no file of T2."]
+    assert "Channels: T1, T2 (in 2 of 3 cases)." in invres("check", "--data", tmp_path).out
 
 
 def test_two_images_of_one_channel_are_told(tmp_path):

@@ -545,6 +545,7 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["-n", "unet3d", "--engine", "reversible"], "unet3d does not run under the engine 'reversible'", ""),
         (["--device", "gpu"], "There is no device 'gpu'", ""),
         (["--resume"], "There is no training in", "--resume"),
+        (["--resume", "-r", "default"], "There is no training in", "--resume"),
         (["--time=-5m"], "A time is given as 90s, 30m or 2h, got '-5m'.", ""),
         (["--time", "0"], "A time is given as 90s, 30m or 2h, got '0'.", ""),
         (["--time", "soon"], "A time is given as 90s, 30m or 2h, got 'soon'.", ""),

@@ -9,6 +9,7 @@ import torch
 from invres import InvresError
 from invres.config import ChannelPlan
 from invres.expectation import Expectation, merged, of_volumes, unlike_modality, unlike_result
+from invres.livebytes import LiveBytes
 from invres.prediction import confidence_of
 
 SEEN = of_volumes(["left", "right"], [[3.0, 2.5], [2.0, 4.0]], [0.95, 0.0, 0.9])
@@ -65,3 +66,16 @@ def test_confidence_is_the_mean_over_the_voxels_of_labels():
     assert confidence_of(probabilities, regions=False) == pytest.approx(0.7)
     assert confidence_of(probabilities.numpy(), regions=True) == pytest.approx((0.9 + 0.8 + 0.6) / 3)
     assert confidence_of(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1), regions=False) == 0
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_confidence_needs_no_memory_beside_the_probabilities(regions):
+    probabilities = torch.rand(4, 40, 16, 16).softmax(dim=0) if not regions else torch.rand(4, 40, 16, 16)
+    best, label = probabilities.max(dim=0)
+    wanted = probabilities[probabilities > 0.5].mean() if regions else best[label > 0].mean()
+    probe = LiveBytes()
+    probe.watch([probabilities])
+    with probe:
+        found = confidence_of(probabilities, regions)
+    assert found == pytest.approx(float(wanted), abs=1e-6)
+    assert 0 < probe.peak - 4 * probabilities.numel() < 0.1 * 4 * probabilities.numel()

@@ -18,27 +18,22 @@ import SimpleITK as sitk
 import torch
 from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
 
-from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, trainer
+from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, proof, trainer
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
-from invres.inference import load_network
+from invres.inference import load_network, segment
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
 from invres.networks import build, with_patch
 from invres.reduction import lighter
 from invres.runfolder import RecordingReporter
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
-from invres.tuningplan import TuningOptions, plan_tuning
+from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, read_plan
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("phantoms"))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +88,9 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     manifest = package.manifest
     assert (manifest.parent, manifest.name, manifest.version) == (base.id, "Phantom", "1.1.0")
     assert set(manifest.expected.volumes_ml) == set(manifest.scheme.names)
+    content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    surest = [one["confidence"] for one in content["cases"]]
+    assert len(surest) == 3 and 0 < min(surest) == pytest.approx(manifest.expected.confidence, abs=1e-4)
     assert manifest.training.training_cases == 3 and manifest.training.validation_cases == 3
     assert manifest.metrics["upper"]["Dice"]["n"] == 3
     assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
@@ -149,7 +147,13 @@ def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
     result = tune(base, data, tmp_path / "run")
     assert result["verdict"] == "not enough data to tell" and not result["promoted"]
     assert "no case can be held out" in result["sentence"]
-    assert open_package(tmp_path / "run" / "candidate").manifest.metrics == {}
+    candidate = open_package(tmp_path / "run" / "candidate")
+    assert candidate.manifest.metrics == {}
+    # Segmented again, the case that it was trained on is as sure as is expected.
+    case = read_dataset(data).cases[0]
+    inputs = dict(zip(("T1", "T2"), case.images, strict=True))
+    found = segment(candidate, inputs, tmp_path / "found.nrrd")
+    assert 0 < found["confidence"] == pytest.approx(candidate.manifest.expected.confidence, abs=2e-4)
     assert not (tmp_path / "run" / "model").exists()
     again = tune(base, data, tmp_path / "run", resume=True, promote=True)
     assert again["promoted"] and verify_package(tmp_path / "run" / "model").id == result["model_id"]
@@ -269,9 +273,12 @@ def test_synthetic_batches_train_too(base, tmp_path):
 
 
 def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, monkeypatch):
+    real, read = proof.read_dataset, []
+    monkeypatch.setattr(proof, "read_dataset", lambda path, **rest: read.append(path) or real(path, **rest))
     result = tune(base, phantoms, tmp_path / "run", validation_count=1, check_base=phantoms)
-    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
-    assert proof["base_check"]["n_cases"] == 3
+    assert read == [phantoms], "once is enough"
+    content = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert content["base_check"]["n_cases"] == 3
     assert result["base_check"]["sentence"].startswith("On 3 cases of the base model's own kind the Dice went from")
     report, found = Recorder(), finetuning.summarise
 
@@ -388,6 +395,20 @@ def test_a_run_is_not_written_over_and_only_its_own_model_and_labels_resume_it(b
         tune(base, phantoms, tmp_path / "damaged", resume=True)
 
 
+def test_wishes_that_a_resumed_run_leaves_out_are_told(base, phantoms, tuned):
+    run, _, _ = tuned
+    dataset, spacing = read_dataset(phantoms), base.manifest.plan.spacing_mm
+    dataset = dataclasses.replace(dataset, scheme=merged_scheme(dataset.scheme, base.manifest.scheme))
+    report = Recorder()
+    same = TuningOptions(wishes={"epochs": 9}, vae=False, spacing_mm=spacing, channel_dropout=0.0)
+    plan = read_plan(run, base.manifest, dataset, same, report)
+    assert plan.training.epochs == 9 and not report.events
+    other = TuningOptions(wishes={"seed": 5}, vae=True, spacing_mm=(9.0, 9.0, 9.0), freeze="encoder")
+    plan = read_plan(run, base.manifest, dataset, other, report)
+    assert plan.plan.spacing_mm == spacing and plan.network.vae is None and plan.freeze == "none"
+    assert told(report)[0].endswith("left out: seed, freeze, vae, spacing.")
+
+
 # --- stopping ------------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +485,17 @@ def test_a_signal_saves_and_stops_with_exit_code_130(base, phantoms, tmp_path):
     error = json.loads(out.splitlines()[-1])
     assert error["code"] == "cancelled" and "--resume" in error["hint"]
     assert load_checkpoint(run / "fold0")["iteration"] >= 2
+
+
+def test_how_long_to_wait_for_a_better_epoch_may_be_chosen(base, tmp_path):
+    data, run = write_dataset(tmp_path / "data", cases=1), tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.json", **QUICK)
+    command = ("finetune", "-m", base.path, "-d", data, "-o", run, "-r", recipe, "--device", "cpu", "--json")
+    outcome = invres(*command, "--patience", 3)
+    assert outcome.code == 0, outcome
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["training"]["early_stop_epochs"] == 3
+    refused = invres(*command[:6], tmp_path / "other", *command[7:], "--patience", -1)
+    assert refused.code == 2 and "early_stop_epochs must be 0 or more" in refused.events[-1]["message"]
 
 
 def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):
@@ -711,6 +743,15 @@ def test_a_case_that_vanishes_during_the_run_is_not_compared_and_reported(base, 
     result = tune(base, data, run, report, AtStep(run, 1, vanish), epochs=1, folds=0, validation_count=1)
     assert any("is not compared" in message for message in told(report))
     assert "no proof" in result["sentence"] and not result["promoted"]
+
+
+def test_a_case_that_breaks_during_the_run_is_left_out_of_the_trainings_that_follow(base, tmp_path):
+    data, run, report = write_dataset(tmp_path / "data"), tmp_path / "run", Recorder()
+    broken = read_dataset(data).case("patient01")
+    result = tune(base, data, run, report, AtStep(run, 1, lambda: broken.images[0].write_bytes(b"no image")))
+    assert [one["case"] for one in result["skipped_cases"]] == ["patient01"]
+    assert result["training"]["training_cases"] == 2 and verify_package(result["model"])
+    assert any(message.startswith("The case patient01 is left out") for message in told(report))
 
 
 def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(base, phantoms, tmp_path):

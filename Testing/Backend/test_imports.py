@@ -102,7 +102,7 @@ ALLOWED = {
     "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
-        "networks prediction prepared preprocessing reduction sampling syntheticbatches trainer training transfer "
+        "networks prediction preprocessing reduction sampling syntheticbatches trainer training transfer "
         "tuningplan"
     ),
     "tunedmodel": "casecomparison config events expectation files manifest modelpackage networks tuningplan",

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_datasets import invres
 
 from invres import InvresError
 from invres.config import Label, LabelScheme, NetworkConfig, Recipe, TrainingConfig, from_dict, to_dict
@@ -185,7 +186,11 @@ def test_training_on_label_maps_gives_a_package_for_any_contrast_and_resumes_to_
     # With a constant learning rate half of a training is the first half of the whole one.
     half = dataclasses.replace(RECIPE, training=dataclasses.replace(RECIPE.training, epochs=1))
     train(dataset, half, tmp_path / "parts", options)
-    resumed = train(dataset, RECIPE, tmp_path / "parts", dataclasses.replace(options, resume=True)).load_weights()
+    # The run says that its data are label maps.
+    again = ("train", "-d", tmp_path / "maps", "-o", tmp_path / "parts", "--resume", "--device", "cpu")
+    outcome = invres(*again, "--epochs", 2, "--json")
+    assert outcome.code == 0 and not outcome.of("warning"), outcome
+    resumed = open_package(tmp_path / "parts" / "model").load_weights()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.load_weights().items())
 
 

@@ -49,13 +49,12 @@ def test_gradients_in_slabs_are_those_of_plain_autograd(name, memory, private, f
     assert_same_run(gradients_of(program, inputs, "reversible"), wanted)
 
 
-@pytest.mark.parametrize(("name", "memory"), CASES)
+# Not at `lowest`: an increment on the edge between two grid values may be rounded the other way by another order of
+# summing.
+@pytest.mark.parametrize(("name", "memory"), [case for case in CASES if case[1] != "lowest"])
 def test_gradients_in_single_precision_are_within_rounding(name, memory, fine):
     program, inputs = make(name, torch.float32)
     program.memory = memory
-    if memory == "lowest":
-        # An increment on the edge between two grid values may be rounded the other way by another order of summing.
-        program, inputs = program.double(), [round_to_grid(x.double()) for x in inputs]
     wanted = gradients_of(program, inputs, "stored")
     found = gradients_of(program, inputs, "reversible")
     for f, w in zip([*found[1], *found[2].values()], [*wanted[1], *wanted[2].values()], strict=True):

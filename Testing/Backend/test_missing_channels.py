@@ -61,11 +61,6 @@ def without_forecast():
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("phantoms"))
-
-
-@pytest.fixture(scope="module")
 def able(phantoms, tmp_path_factory):
     """A model that was trained with channels blanked until it finds most with either of them."""
     long = recipe(0.4, epochs=1, iterations_per_epoch=110, warmup_iterations=5)

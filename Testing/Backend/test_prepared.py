@@ -126,3 +126,15 @@ def test_progress_counts_cases(dataset, plan, tmp_path):
     prepare_cases(dataset, names_of(dataset), plan, tmp_path, report)
     counted = [(event["done"], event["total"]) for event in report.events if event["event"] == "progress"]
     assert counted == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "grids.json"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_what_a_power_failure_cut_short_is_prepared_again(dataset, plan, tmp_path, name, size):
+    (whole,) = prepare_cases(dataset, names_of(dataset)[1:2], plan, tmp_path)
+    wanted = np.array(whole.image), np.array(whole.label)
+    (path,) = tmp_path.glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[:size])
+    (again,) = prepare_cases(dataset, names_of(dataset)[1:2], plan, tmp_path)
+    assert np.array_equal(again.image, wanted[0]) and np.array_equal(again.label, wanted[1])
+    assert len(list(tmp_path.iterdir())) == 1

@@ -9,7 +9,6 @@ prints a table of who passes what. Every row is a failure that some library's us
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
 import subprocess
@@ -405,8 +404,6 @@ def main() -> None:
         print(f"| {row} | " + " | ".join(results[row].values()) + " |", flush=True)
     counts = [sum(found[engine] == "passes" for found in results.values()) for engine in engines]
     print("| passed | " + " | ".join(f"{count} of {len(ROWS)}" for count in counts) + " |")
-    if "--json" in sys.argv:
-        print(json.dumps(results))
 
 
 if __name__ == "__main__":
