@@ -16,6 +16,7 @@ from .casesplits import Part
 from .checkpoint import CHECKPOINT
 from .comparison import summarise, write_comparison
 from .config import Recipe, from_dict, to_dict
+from .cropping import cropped
 from .events import SILENT, Reporter
 from .files import written_whole
 from .modelpackage import ModelPackage
@@ -73,6 +74,8 @@ def _held(
         stop.clear(also_keep_best=False)
     device = choose_device(options.device)
     dataset = dataclasses.replace(dataset, scheme=merged_scheme(dataset.scheme, base.manifest.scheme))
+    if base.manifest.plan.crop is not None:
+        dataset = cropped(dataset, base.manifest.plan.crop, output / "crops", report)
     started = (output / RUN).exists()
     if started and not options.resume:
         raise InvresError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import InvresError, __version__
-from .config import ChannelPlan, LabelScheme, PreparationPlan
+from .config import ChannelPlan, CropPlan, LabelScheme
 from .devices import device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
@@ -93,13 +93,11 @@ class _SegmentedCase:
     where: Box = WHOLE
 
 
-def is_crop(plan: PreparationPlan, volumes: Sequence[Volume | None]) -> bool:
-    """Whether the volumes can be segmented as they are: the model wants no crops, or they are no larger than those."""
-    if plan.crop is None:
-        return True
+def is_crop(crop: CropPlan, volumes: Sequence[Volume | None]) -> bool:
+    """Whether the volumes of a case are no larger than the crops that a model learned from."""
     grid = next(volume.geometry for volume in volumes if volume is not None).canonical()
     lengths = np.multiply(grid.shape, grid.spacing_mm)
-    return bool((lengths <= SLACK * np.array(plan.crop.largest_mm)).all())
+    return bool((lengths <= SLACK * np.array(crop.largest_mm)).all())
 
 
 def _segment_parts(
@@ -131,7 +129,7 @@ def _boxes(
 ) -> Sequence[Bounds]:
     """What a whole image is cut to for a model that was trained on crops; nothing for other models and for crops."""
     plan = package.manifest.plan
-    if plan.crop is None or (is_crop(plan, volumes) and not options.roi_mm):
+    if plan.crop is None or (is_crop(plan.crop, volumes) and not options.roi_mm):
         return []
     if options.roi_mm:
         return [options.roi_mm]

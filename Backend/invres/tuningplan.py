@@ -351,7 +351,7 @@ def _preparation(
         for index, channel in enumerate(channels)
     )
     crop = base.plan.crop_to_nonzero and all(channel.modality != "CT" for channel in settled)
-    return PreparationPlan(settled, spacing, crop), dataset, skipped
+    return PreparationPlan(settled, spacing, crop, base.plan.crop), dataset, skipped
 
 
 def _readable(dataset: Dataset, report: Reporter) -> tuple[Dataset, list[SkippedCase]]:

@@ -106,8 +106,9 @@ ALLOWED = {
         "tuningplan"
     ),
     "tunedmodel": "casecomparison config events expectation files manifest modelpackage networks tuningplan",
+    "cropping": "cases config events files inference locating region volume",
     "finetuning": (
-        "casecomparison cases casesplits checkpoint comparison config events files modelpackage parttraining "
+        "casecomparison cases casesplits checkpoint comparison config cropping events files modelpackage parttraining "
         "prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",

@@ -1,0 +1,96 @@
+"""Whole images for a model of crops: the same voxels in the same place, by patient, and a fine-tuning on them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_locating import saved
+from tiny_datasets import places, write_dataset
+
+from invres.cases import SPLITS, read_dataset
+from invres.config import CropPlan, Label, LabelScheme
+from invres.cropping import cropped
+from invres.events import Recorder
+from invres.finetuning import finetune
+from invres.inference import is_crop
+from invres.tuningplan import TuningOptions
+from invres.volume import Volume, read_volume, resample, write_volume
+
+LABELS = {"background": 0, "upper": 1, "lower": 2, "core": 3}
+CROP = CropPlan(("ball",), (2.0, 2.0, 2.0), (8.0, 8.0, 8.0))
+
+
+def two_places(folder, **options):
+    """A data set whose labels lie in two places, above and below."""
+    data = write_dataset(folder, labels=LABELS, **options)
+    for path in (data / "labelsTr").iterdir():
+        label = read_volume(path, kind="labels")
+        apart = np.abs(places(label.geometry)[0]) > 0.15
+        write_volume(path, Volume(np.where(apart, label.array, 0), label.geometry))
+    return data
+
+
+@pytest.fixture
+def data(tmp_path):
+    return two_places(tmp_path / "data", cases=3, empty=(2,))
+
+
+def test_each_labelled_place_is_a_case_with_its_voxels_where_they_were(data, tmp_path):
+    dataset, report = read_dataset(data), Recorder()
+    found = cropped(dataset, CROP, tmp_path / "crops", report)
+    names = [case.name for case in found.cases]
+    assert names == ["patient00-1", "patient00-2", "patient01-1", "patient01-2", "patient02"], (
+        "nothing is labelled in 02"
+    )
+    assert [case.patient for case in found.cases] == [name[:9] for name in names]
+    for whole in dataset.cases[:2]:
+        images, label = dataset.load(whole)
+        seen = np.zeros(label.array.shape, int)
+        for case in (case for case in found.cases if case.patient == whole.name):
+            parts, truth = found.load(case)
+            back = resample(truth, label.geometry, interpolation="label").array
+            assert ((back == 0) | (back == label.array)).all()
+            seen += back
+            for part, image in zip(parts, images, strict=True):
+                moved = resample(part, image.geometry, interpolation="label", outside=-1)
+                inside = moved.array != -1
+                assert inside.sum() == part.array.size and np.array_equal(moved.array[inside], image.array[inside])
+        assert np.array_equal(seen > 0, label.array > 0)
+    assert "around the labels of patient00, patient01" in report.events[-1]["message"]
+
+
+def test_crops_stay_and_files_are_written_once(data, tmp_path):
+    wide = CropPlan(("ball",), largest_mm=(80.0, 80.0, 80.0))
+    dataset = read_dataset(data)
+    assert cropped(dataset, wide, tmp_path / "crops") is dataset and not (tmp_path / "crops").exists()
+    first = cropped(dataset, CROP, tmp_path / "crops")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "crops").iterdir()}
+    assert cropped(dataset, CROP, tmp_path / "crops") == first
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "crops").iterdir()}
+
+
+def test_the_split_follows(data, tmp_path):
+    (data / SPLITS).write_text(json.dumps([{"train": ["patient01", "patient02"], "val": ["patient00"]}]))
+    found = cropped(read_dataset(data), CROP, tmp_path / "crops")
+    (split,) = json.loads((found.root / SPLITS).read_text(encoding="utf-8"))
+    assert split == {"train": ["patient01-1", "patient01-2", "patient02"], "val": ["patient00-1", "patient00-2"]}
+
+
+def test_a_model_of_crops_is_fine_tuned_on_whole_images(tmp_path):
+    data = two_places(tmp_path / "data", cases=2, channels=("T1",))
+    scheme = LabelScheme(tuple(Label(name, (value,), value) for name, value in LABELS.items() if value))
+    base = saved(tmp_path / "base", scheme, "MR", CROP)
+    options = TuningOptions(
+        device="cpu", wishes={"epochs": 1, "iterations_per_epoch": 2, "patch": (12, 12, 12)}, promote=True
+    )
+    found = finetune(base, read_dataset(data), tmp_path / "run", options)
+    compared = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))["cases"]
+    held_out = sorted(case["case"] for case in compared)
+    assert held_out == ["patient00-1", "patient00-2", "patient01-1", "patient01-2"]
+    assert found["training"]["training_cases"] == 4
+    record = json.loads((tmp_path / "run" / "model" / "manifest.json").read_text(encoding="utf-8"))
+    assert record["plan"]["crop"]["around"] == ["ball"]
+    dataset = read_dataset(data)
+    assert not is_crop(CROP, dataset.load(dataset.cases[0])[0])
