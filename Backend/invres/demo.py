@@ -34,10 +34,10 @@ TISSUES = LabelScheme(
         Label("white matter", (3,), 3, (240, 214, 140)),
     )
 )
-# What of a brain model's labels is not grey matter, by words in their names. The template's maps count brain stem,
-# ventral diencephalon and pallidum mostly as white.
+# What of a brain model's labels is not grey matter, by words in their names, as the template's maps have it: most of the
+# brain stem is grey there, and most of pallidum and ventral diencephalon white.
 _FLUID = ("csf", "ventricle")
-_WHITE = ("white matter", "brain stem", "ventral diencephalon", "pallidum")
+_WHITE = ("white matter", "ventral diencephalon", "pallidum")
 
 
 def template() -> tuple[Volume, np.ndarray]:
