@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readResultFile"]
+__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readResultFile", "readSegments"]
 
 _TYPES = {"unsigned char": "u1", "signed char": "i1", "short": "i2", "unsigned short": "u2"}
 _TYPES |= {"int": "i4", "unsigned int": "u4", "uint8": "u1", "int8": "i1", "int16": "i2", "uint16": "u2"}
@@ -68,6 +68,19 @@ def readResultFile(path: str | Path) -> ResultFile:
     if not segments:
         raise DamagedFile("it names no segment")
     return ResultFile(array.astype(dtype.newbyteorder("="), copy=False), _matrix(fields), segments)
+
+
+def readSegments(path: str | Path) -> tuple[SegmentLabel, ...]:
+    """The segments that the header of a .seg.nrrd names; () for a segmentation in which there is nothing.
+
+    Raises DamagedFile and OSError as `readResultFile` does.
+    """
+    with open(path, "rb") as stream:
+        _fields, values = _header(stream)
+    segments = _segments(values)
+    if not segments and not any(key.startswith("Segmentation_") for key in values):
+        raise DamagedFile("it names no segment")
+    return segments
 
 
 def _header(stream) -> tuple[dict[str, str], dict[str, str]]:

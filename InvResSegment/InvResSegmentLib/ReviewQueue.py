@@ -90,22 +90,28 @@ class ReviewQueue:
         if case is None or not self._alive or not self._edited:
             return False
         if not case.inScene:
-            NodeFiles.saveSegmentation(self.segmentation, correctedPath(self._queue.folder, case))
+            NodeFiles.saveSegmentation(self.segmentation, correctedPath(self._queue.folder, case), self.background)
         if not case.review:
             case.review = EDITED
             self._queue.tell()
         return True
 
-    def accept(self) -> None:
-        """The open case is right as it is now: it becomes a training case, and its nodes stay. Raises OSError."""
+    def accept(self) -> bool:
+        """The open case is right as it is now: it becomes a training case, and its nodes stay. Raises OSError.
+
+        Returns whether there is anything to learn from; one without segments is accepted and no training case.
+        """
         case = self.current
         if case is None or not self._alive:
-            return
+            return False
         self.save()
-        self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
-        self._kept[case] = dict(self.channels), self.segmentation
+        learned = bool(self.segmentation.GetSegmentation().GetNumberOfSegments())
+        if learned:
+            self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
+            self._kept[case] = dict(self.channels), self.segmentation
         case.review = ACCEPTED
         self._queue.tell()
+        return learned
 
     def leave(self) -> None:
         """Closes the case, with what was changed saved. Raises OSError where that fails; the case stays open then."""
@@ -152,19 +158,20 @@ class ReviewQueue:
 
     def _segmentation(self, case: BatchCase, model: Any, loaded: list) -> slicer.vtkMRMLSegmentationNode:
         name = _("{name} segmentation").format(name=case.name)
-        corrected = correctedPath(self._queue.folder, case)
+        corrected, image = correctedPath(self._queue.folder, case), loaded[0]
         if case.review and corrected.is_file():
             node = NodeFiles.loadSegmentation(corrected, name)
             loaded.append(node)
+            if not node.GetSegmentation().GetNumberOfSegments():  # to be drawn in, after all
+                node.SetReferenceImageGeometryParameterFromVolumeNode(image)
         else:
-            image = loaded[0]
             result = NodeConversion.readResult(self._queue.folder / case.fileName, image)
             node = NodeFiles.emptySegmentation(name)
             loaded.append(node)
             labels = model.labels if model is not None and model.sha256 == case.model else ()
             stated = [NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology) for one in labels]
             NodeConversion.importSegmentation(result, image, node, case.model, stated)
-        SegmentationResult.placeBeside(node, loaded[0])
+        SegmentationResult.placeBeside(node, image)
         SegmentationResult.showInSlices(node)
         return node
 

@@ -32,6 +32,8 @@ from standins import pythonqt, qtclasses, waitUntil
 from tiny_run import SHAPE, write_balls
 from vtk.util.numpy_support import vtk_to_numpy
 
+from invres.volume import read_volume
+
 T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
 TWO = (
     SimpleNamespace(name="T1", modality="MR", optional=False),
@@ -406,6 +408,26 @@ def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
     assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
 
 
+def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, small_model, tmp_path):
+    reviewed.step(True, small_model)
+    segmentation = reviewed.segmentation.GetSegmentation()
+    segmentation.RemoveSegment(segment_id(reviewed))
+    segmentation.SetSourceRepresentationName("Closed surface")  # Slicer's own writer refuses it then, whole
+    assert not reviewed.accept() and reviewed._trainingCases.rows == [], "there is nothing to learn from"
+    reviewed.step(True, small_model)
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
+    corrected = tmp_path / "results" / "case_0.corrected.seg.nrrd"
+    empty, result = read_volume(corrected, kind="labels"), read_volume(tmp_path / "results" / "case_0.seg.nrrd")
+    assert not empty.array.any() and empty.geometry.same_as(result.geometry), "on the grid of the image"
+    reviewed.step(False, small_model)
+    again = reviewed.segmentation
+    assert again.GetSegmentation().GetNumberOfSegments() == 0 and not reviewed.save(), "nothing has changed since"
+    role = again.GetReferenceImageGeometryReferenceRole()
+    assert again.GetNodeReference(role) is reviewed.background, "so that segments can be drawn in it after all"
+    again.GetSegmentation().AddEmptySegment("drawn", "drawn")
+    assert reviewed.save()
+
+
 def test_a_case_that_cannot_be_loaded_is_told_and_skipped(reviewed, small_model, images):
     images[1].unlink()
     reviewed.step(True, small_model)
@@ -425,7 +447,7 @@ def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, 
     reviewed.step(True, small_model)
     paint(reviewed.segmentation)
 
-    def full(node, path):
+    def full(*_arguments):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(NodeFiles, "saveSegmentation", full)
