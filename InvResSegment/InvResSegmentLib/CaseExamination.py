@@ -69,7 +69,7 @@ class CaseExamination:
         if direct := directDataSet(self._cases, model):
             onDone(Path(direct), "", "")
             return
-        rows = [row for row in self._cases.rows if row.used]
+        rows = self._cases.used
         try:
             stamps = {row.key: stampOf(self._cases, row, model) for row in rows}
         except LabelConflict as conflict:

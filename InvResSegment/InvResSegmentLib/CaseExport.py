@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import qt
 from slicer.i18n import tr as _
 
 from . import NodeConversion
-from .CaseFindings import labelsOf, patients, usedChannels
+from .CaseChannels import imagesOf, namedAs, usedChannels
+from .CaseFindings import labelsOf, patients
 from .LabelMapping import LabelConflict, labelOf, plainName
 from .SegmentExport import labelArray, segmentNames, writeLabels
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, TrainingCases
@@ -41,7 +42,7 @@ class ExportOutcome:
 
 def directDataSet(cases: TrainingCases, model: Any) -> str:
     """The path of a data set on disk that can be used as it lies there; "" where the cases need one of their own."""
-    rows = [row for row in cases.rows if row.used]
+    rows = cases.used
     if len(cases.dataSets) != 1 or len(rows) < len(cases.rows) or not all(row.onDisk for row in rows):
         return ""
     (dataSet,) = cases.dataSets.values()
@@ -49,6 +50,10 @@ def directDataSet(cases: TrainingCases, model: Any) -> str:
         return ""
     if dataSet.folds == 1 and not all(row.files.get("splitRole") == row.role for row in rows):
         return ""
+    alone = len(dataSet.channels) == len(model.channels) == 1
+    pairs = zip(dataSet.channels, namedAs(dataSet.channels, model), strict=True)
+    if not alone and any(plainName(name) != plainName(as_) for name, as_ in pairs):
+        return ""  # the backend would take it for another one
     known = [label.name for label in model.labels]
     names = [label["name"] for label in dataSet.labels]
     same = all(plainName(labelOf(name, known, cases.choices) or "") == plainName(name) for name in names)
@@ -64,7 +69,7 @@ def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
     if row.onDisk:
         return ("on disk", *table)
     values = _values(row, table, [label.name for label in model.labels], cases.choices)
-    return _stamp(row, usedChannels(cases, model), values)
+    return _stamp(row, _images(row, usedChannels(cases, model), model), values)
 
 
 class CaseExport:
@@ -169,7 +174,7 @@ class CaseExport:
             self._folder = Path(self._makeFolder())
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in cases.rows if row.used]
+        rows = cases.used
         channels = usedChannels(cases, model)
         known = [label.name for label in model.labels]
         table = labelsOf(cases, model)
@@ -180,20 +185,21 @@ class CaseExport:
                 done += 1
                 continue
             values = _values(row, [(label.name, label.value) for label in table], known, cases.choices)
-            stamp = _stamp(row, channels, values)
+            images = _images(row, channels, model)
+            stamp = _stamp(row, images, values)
             place = folder / row.code
             if self._stamps.get(row.key) == stamp and place.is_dir():
                 done += len(channels) + 1
                 yield done, total, row.name
                 continue
             self._stamps.pop(row.key, None)
-            for step in _writeCase(row, channels, values, place):
+            for step in _writeCase(row, images, values, place):
                 done += step
                 yield done, total, row.name
             self._stamps[row.key] = stamp
             written += 1
         self._forget(cases)
-        description = _description(cases, rows, channels, table, folder)
+        description = _description(cases, rows, channels, table, model)
         writeJson(folder / DATASET, description)
         _writeSplit(folder / SPLITS, rows)
         self._outcome = ExportOutcome("done", folder / DATASET, written)
@@ -230,8 +236,13 @@ def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choice
     return {segmentId: value for name, value in table for segmentId, label in labels.items() if label == name}
 
 
-def _stamp(row: CaseRow, channels: tuple[str, ...], values: dict[str, int]) -> tuple:
-    volumes = {name: row.channels.get(name) for name in channels}
+def _images(row: CaseRow, channels: tuple[str, ...], model: Any) -> dict[str, Any]:
+    """Channel -> image of a case of the scene, in the order of these channels; None for one that it lacks."""
+    images = imagesOf(row, model)
+    return {name: images.get(name) for name in channels}
+
+
+def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[str, int]) -> tuple:
     reference = next(iter(volumes.values()), None)
     stamp: list[Any] = [tuple(values.items())]
     for name, volume in volumes.items():
@@ -252,15 +263,14 @@ def _stamp(row: CaseRow, channels: tuple[str, ...], values: dict[str, int]) -> t
     return tuple(stamp)
 
 
-def _writeCase(row: CaseRow, channels: tuple[str, ...], values: dict[str, int], place: Path) -> Iterator[int]:
+def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[str, int], place: Path) -> Iterator[int]:
     """Images and label map of a case of the scene in a folder that is renamed when all of them are there."""
     temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        reference = row.channels[channels[0]]
-        for index, name in enumerate(channels):
-            volume = row.channels[name]
+        reference = next(iter(images.values()))
+        for index, volume in enumerate(images.values()):
             frame = None if volume is reference else reference
             NodeConversion.exportVolume(volume, temporary / _image(index), frame)
             yield 1
@@ -287,7 +297,7 @@ def _link(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the description
 
 
-def _description(cases: TrainingCases, rows, channels, table, folder: Path) -> dict[str, Any]:
+def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dict[str, Any]:
     """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are."""
     regions = any(len(label.values) > 1 for label in table)
     sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.onDisk)]
@@ -305,19 +315,26 @@ def _description(cases: TrainingCases, rows, channels, table, folder: Path) -> d
     }
     if regions:
         description["regions_class_order"] = [label.value for label in table]
-    if sets and all(each.channelsInOneFile for each in sets):
+    if sets and all(each.severalInOneFile for each in sets):
         description["channels_in_one_file"] = True
     people = patients(cases)
     entries = {}
     for row in rows:
         if row.onDisk:
-            entry = {"images": list(row.files["images"]), "label": row.files["label"]}
+            own = namedAs(cases.dataSets[row.dataSet].channels, model)
+            entry = {"images": _inOrder(row.files["images"], own, channels), "label": row.files["label"]}
         else:
             images = [f"{row.code}/{_image(index)}" for index in range(len(channels))]
             entry = {"images": images, "label": f"{row.code}/{LABEL}"}
         entries[row.code] = entry | {"patient": people[row.key]}
     description["dataset"] = entries
     return description
+
+
+def _inOrder(files: list[str | None], own: Sequence[str], channels: Sequence[str]) -> list[str | None]:
+    """The images of a case on disk in the order of the channels. own: what each of them is."""
+    # Too many or too few, or all in one file: as they lie there; the data doctor says what is wrong with them.
+    return [files[own.index(name)] for name in channels] if len(files) == len(own) else list(files)
 
 
 def _writeSplit(path: Path, rows: list[CaseRow]) -> None:

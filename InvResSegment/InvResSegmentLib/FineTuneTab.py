@@ -6,6 +6,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
+from .CaseChannels import imagesOf
 from .CaseExamination import CaseExamination
 from .CaseExport import CaseExport, stampOf
 from .CaseFindings import findingsOf, labelNames, problems, summary, wrongCases
@@ -168,18 +169,19 @@ class FineTuneTab(VTKObservationMixin):
         self._schedule()
 
     def _matchCases(self) -> None:
-        """Find images for the channels of the model that cases of the scene lack."""
+        """Find images for the channels of the model that cases of the scene lack, or call otherwise."""
         model = self.model
         self._pickers.setChannels(model.channels if model is not None else ())
         if model is None:
             return
+        wanted = [channel.name for channel in model.channels]
         for row in self.cases.rows:
-            wanted = [channel.name for channel in model.channels]
             if row.onDisk or row.segmentation is None or all(name in row.channels for name in wanted):
                 continue
+            images = {name: volume for name, volume in imagesOf(row, model).items() if name in wanted}
             found = caseOf(row.segmentation, model.channels)
-            if found is not None:
-                self.cases.setChannels(row, {**found[1], **{n: v for n, v in row.channels.items() if n in wanted}})
+            if found is not None or images:
+                self.cases.setChannels(row, {**(found[1] if found is not None else {}), **images})
 
     # ---------------------------------------------------------------- the cases
 

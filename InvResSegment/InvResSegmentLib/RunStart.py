@@ -85,7 +85,7 @@ class RunStart:
             "modelSha256": model.sha256,
             "memory": options.memory,
             "device": options.device,
-            "cases": sum(row.used for row in self._cases.rows),
+            "cases": len(self._cases.used),
         }
         try:
             run = FineTuneRun.begin(folder, record)

@@ -44,6 +44,11 @@ class DataSetOnDisk:
     channelsInOneFile: bool = False
     folds: int = 0
 
+    @property
+    def severalInOneFile(self) -> bool:
+        """Whether a case is one file of several channels, which cannot be put into another order."""
+        return self.channelsInOneFile and len(self.channels) > 1
+
 
 @dataclass(eq=False)
 class CaseRow:
@@ -89,6 +94,11 @@ class TrainingCases:
         self._node = None
 
     # ---------------------------------------------------------------- the list
+
+    @property
+    def used(self) -> list[CaseRow]:
+        """The cases that take part, in their order."""
+        return [row for row in self.rows if row.used]
 
     def add(self, name: str, channels: dict, segmentationNode) -> CaseRow:
         """A case of the scene; one with this segmentation that is there already gets these images instead."""

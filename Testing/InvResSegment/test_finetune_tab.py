@@ -19,6 +19,7 @@ from small_models import ONE, TWO, example, trained_package
 from standins import qtclasses
 
 pytestmark = pytest.mark.slow
+SOLID = np.ones((20, 22, 24))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
 
 def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_others(panel):
     tab = panel.fineTuneTab
-    addCase("T1", 1, {"core": np.ones((20, 22, 24))})
+    addCase("T1", 1, {"core": SOLID})
     tab.ui.addSceneButton.click()
     tab.ui.baseBox.currentIndex = 1 - tab.ui.baseBox.currentIndex
     addVolume("scan 7", shape=(20, 22, 24), seed=5)
@@ -146,7 +147,12 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     settled(tab)
     assert tab.cases.rows[0].channels["FLAIR"] is flair and cells(tab, 0)[1] == "2"
     flair.SetOrigin(5, 0, 0)
+    volume = tab.cases.rows[0].channels["T1"]
+    added = tab.cases.add("of a batch", {"t1w": volume, "flair": flair}, addSegmentation(volume, {"core": SOLID}))
     tab.enter()  # a person comes back to it
+    settled(tab)
+    assert added.channels == {"T1": volume, "FLAIR": flair}
+    tab.cases.remove([added])
     settled(tab)
     assert "Align it in the tab Segment" in tab.ui.startButton.toolTip
 
