@@ -37,12 +37,15 @@ def namedAs(names: Sequence[str], model: Any) -> tuple[str, ...]:
 
 def channelsOf(cases: TrainingCases, row: CaseRow) -> tuple[str, ...]:
     """What the case itself calls its channels, in its own order."""
-    return cases.dataSets[row.dataSet].channels if row.onDisk else tuple(row.channels)
+    if row.ofDataSet:
+        return cases.dataSets[row.dataSet].channels
+    return tuple(row.channels if row.stored is None else row.stored.images)
 
 
 def imagesOf(row: CaseRow, model: Any) -> dict[str, Any]:
-    """Channel, as the model calls it -> image of a case of the scene."""
-    return dict(zip(namedAs(tuple(row.channels), model), row.channels.values(), strict=True))
+    """Channel, as the model calls it -> image of a case of no data set: a volume of the scene, or an `ImageFile`."""
+    images: dict[str, Any] = row.channels if row.stored is None else row.stored.images
+    return dict(zip(namedAs(tuple(images), model), images.values(), strict=True))
 
 
 def usedChannels(cases: TrainingCases, model: Any) -> tuple[str, ...]:
@@ -51,7 +54,7 @@ def usedChannels(cases: TrainingCases, model: Any) -> tuple[str, ...]:
     Those of the first data set, which may hold them in one file; else those of the model that any used case has.
     """
     for row in cases.used:
-        if row.onDisk:
+        if row.ofDataSet:
             return namedAs(channelsOf(cases, row), model)
     had = {name for row in cases.used for name in namedAs(channelsOf(cases, row), model)}
     return tuple(channel.name for channel in model.channels if channel.name in had)

@@ -80,7 +80,7 @@ class CaseExamination:
             if outcome.state != "done":
                 message = _("Cancelled.") if outcome.state == "cancelled" else outcome.message
                 onDone(None, message, outcome.hint)
-            elif all(row.onDisk or row.examined == stamps[row.key] for row in rows):
+            elif all(row.ofDataSet or row.examined == stamps[row.key] for row in rows):
                 onDone(outcome.dataset, "", "")
             else:
                 self._ask(str(outcome.dataset), onProgress, lambda *found: examined(outcome.dataset, *found))

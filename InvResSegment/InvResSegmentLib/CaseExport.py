@@ -43,7 +43,7 @@ class ExportOutcome:
 def directDataSet(cases: TrainingCases, model: Any) -> str:
     """The path of a data set on disk that can be used as it lies there; "" where the cases need one of their own."""
     rows = cases.used
-    if len(cases.dataSets) != 1 or len(rows) < len(cases.rows) or not all(row.onDisk for row in rows):
+    if len(cases.dataSets) != 1 or len(rows) < len(cases.rows) or not all(row.ofDataSet for row in rows):
         return ""
     (dataSet,) = cases.dataSets.values()
     if len(rows) != dataSet.count or (dataSet.folds != 1 and any(row.role != TRAINING for row in rows)):
@@ -66,7 +66,7 @@ def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
     Raises LabelConflict where the cases contradict each other.
     """
     table = [(label.name, label.value) for label in labelsOf(cases, model)]
-    if row.onDisk:
+    if row.ofDataSet:
         return ("on disk", *table)
     values = _values(row, table, [label.name for label in model.labels], cases.choices)
     return _stamp(row, _images(row, usedChannels(cases, model), model), values)
@@ -178,10 +178,10 @@ class CaseExport:
         channels = usedChannels(cases, model)
         known = [label.name for label in model.labels]
         table = labelsOf(cases, model)
-        total, done, written = sum(1 if row.onDisk else len(channels) + 1 for row in rows), 0, 0
+        total, done, written = sum(len(channels) + 1 if row.inScene else 1 for row in rows), 0, 0
         yield 0, total, ""
         for row in rows:
-            if row.onDisk:
+            if row.ofDataSet:
                 done += 1
                 continue
             values = _values(row, [(label.name, label.value) for label in table], known, cases.choices)
@@ -189,7 +189,7 @@ class CaseExport:
             stamp = _stamp(row, images, values)
             place = folder / row.code
             if self._stamps.get(row.key) == stamp and place.is_dir():
-                done += len(channels) + 1
+                done += len(channels) + 1 if row.inScene else 1
                 yield done, total, row.name
                 continue
             self._stamps.pop(row.key, None)
@@ -230,19 +230,25 @@ class CaseExport:
 # ---------------------------------------------------------------- one case
 
 
-def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[str, int]:
-    """Segment id -> label value, in the order in which they are painted: that of the labels."""
-    labels = {segmentId: labelOf(name, known, choices) for segmentId, name in segmentNames(row.segmentation).items()}
-    return {segmentId: value for name, value in table for segmentId, label in labels.items() if label == name}
+def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[Any, int]:
+    """Segment -> label value, in the order in which they are painted: that of the labels.
+
+    A segment is named by its id in the scene, and by its number in a file.
+    """
+    names = segmentNames(row.segmentation) if row.stored is None else dict(enumerate(row.stored.segments))
+    labels = {segment: labelOf(name, known, choices) for segment, name in names.items()}
+    return {segment: value for name, value in table for segment, label in labels.items() if label == name}
 
 
 def _images(row: CaseRow, channels: tuple[str, ...], model: Any) -> dict[str, Any]:
-    """Channel -> image of a case of the scene, in the order of these channels; None for one that it lacks."""
+    """Channel -> image of a case, in the order of these channels; None for one that it lacks."""
     images = imagesOf(row, model)
     return {name: images.get(name) for name in channels}
 
 
-def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[str, int]) -> tuple:
+def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[Any, int]) -> tuple:
+    if row.stored is not None:
+        return (tuple(values.items()), next(iter(volumes), None), *row.stored.stamp())
     reference = next(iter(volumes.values()), None)
     stamp: list[Any] = [tuple(values.items())]
     for name, volume in volumes.items():
@@ -263,18 +269,21 @@ def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[str, int]) -> tup
     return tuple(stamp)
 
 
-def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[str, int], place: Path) -> Iterator[int]:
-    """Images and label map of a case of the scene in a folder that is renamed when all of them are there."""
+def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[Any, int], place: Path) -> Iterator[int]:
+    """Images of the scene and label map of a case in a folder that is renamed when all of them are there."""
     temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         reference = next(iter(images.values()))
-        for index, volume in enumerate(images.values()):
-            frame = None if volume is reference else reference
-            NodeConversion.exportVolume(volume, temporary / _image(index), frame)
-            yield 1
-        writeLabels(temporary / LABEL, labelArray(row.segmentation, reference, values), reference)
+        if row.stored is not None:
+            row.stored.writeLabels(temporary / LABEL, values, reference)
+        else:
+            for index, volume in enumerate(images.values()):
+                frame = None if volume is reference else reference
+                NodeConversion.exportVolume(volume, temporary / _image(index), frame)
+                yield 1
+            writeLabels(temporary / LABEL, labelArray(row.segmentation, reference, values), reference)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(temporary, place)
         yield 1
@@ -300,7 +309,7 @@ def _link(source: Path, target: Path) -> None:
 def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dict[str, Any]:
     """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are."""
     regions = any(len(label.values) > 1 for label in table)
-    sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.onDisk)]
+    sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)]
     labels: dict[str, Any] = {"background": 0}
     labels |= {label.name: list(label.values) if regions else label.value for label in table}
     ignored = {each.ignoreValue for each in sets} - {None}
@@ -320,11 +329,13 @@ def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dic
     people = patients(cases)
     entries = {}
     for row in rows:
-        if row.onDisk:
+        if row.ofDataSet:
             own = namedAs(cases.dataSets[row.dataSet].channels, model)
             entry = {"images": _inOrder(row.files["images"], own, channels), "label": row.files["label"]}
         else:
             images = [f"{row.code}/{_image(index)}" for index in range(len(channels))]
+            if row.stored is not None:
+                images = [image.path for image in _images(row, channels, model).values()]
             entry = {"images": images, "label": f"{row.code}/{LABEL}"}
         entries[row.code] = entry | {"patient": people[row.key]}
     description["dataset"] = entries

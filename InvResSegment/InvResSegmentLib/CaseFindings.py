@@ -20,16 +20,18 @@ __all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summ
 
 def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
     """What the case itself calls its labels."""
-    if row.onDisk:
+    if row.ofDataSet:
         return [label["name"] for label in cases.dataSets[row.dataSet].labels]
+    if row.stored is not None:
+        return list(row.stored.segments)
     return list(segmentNames(row.segmentation).values()) if row.segmentation is not None else []
 
 
 def labelsOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
     """The labels that are trained on. Raises LabelConflict where the used cases contradict each other."""
     rows = cases.used
-    segments = [name for row in rows if not row.onDisk for name in labelNames(cases, row)]
-    paths = dict.fromkeys(row.dataSet for row in rows if row.onDisk)
+    segments = [name for row in rows if not row.ofDataSet for name in labelNames(cases, row)]
+    paths = dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)
     return labelTable(model, segments, [cases.dataSets[path] for path in paths], cases.choices)
 
 
@@ -47,7 +49,7 @@ def findingsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[Finding]:
 
 def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
     channels = usedChannels(cases, model)
-    if row.onDisk:
+    if row.ofDataSet:
         has = namedAs(channelsOf(cases, row), model)
         if sorted(has) != sorted(channels):
             return [
@@ -56,11 +58,15 @@ def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
                 )
             ]
         return []
-    if row.segmentation is None or row.segmentation.GetScene() is None:
-        return [_("Its segmentation is not in the scene any more; remove the case.")]
     wanted = channels or tuple(channel.name for channel in model.channels)
     images = imagesOf(row, model)
     missing = [name for name in wanted if name not in images]
+    if row.stored is not None:
+        if not row.stored.segments:
+            return [_("It has no segments, so there is nothing to learn from it; leave it out.")]
+        return [_("It has no image of the channel {name}; leave it out.").format(name=name) for name in missing]
+    if row.segmentation is None or row.segmentation.GetScene() is None:
+        return [_("Its segmentation is not in the scene any more; remove the case.")]
     if missing:
         return [_("No volume is chosen for the channel {name}.").format(name=name) for name in missing]
     volumes = [images[name] for name in wanted]
@@ -81,7 +87,7 @@ def patients(cases: TrainingCases) -> dict[str, str]:
     numbers: dict[str, str] = {}
     found = {}
     for row in cases.used:
-        if row.onDisk:
+        if row.ofDataSet:
             who = f"{row.dataSet} {row.files.get('patient') or row.name}"
         else:
             first = next(iter(row.channels.values()), None)

@@ -79,7 +79,8 @@ class CaseTable:
             LABELS: self._labelsText(row, labels),
             FINDINGS: said,
         }
-        where = self._cases.dataSets[row.dataSet].path if row.onDisk else _("in the scene")
+        where = self._cases.dataSets[row.dataSet].path if row.ofDataSet else _("in the scene")
+        where = where if row.stored is None else row.stored.label
         tips = {
             CASE: _("{name}, {where}; its files are called {code}.").format(name=row.name, where=where, code=row.code),
             IMAGES: "\n".join(self._imagesTip(row, channels)),
@@ -108,7 +109,9 @@ class CaseTable:
 
     @staticmethod
     def _imagesTip(row: CaseRow, channels: Sequence[str]) -> list[str]:
-        if row.onDisk:
+        if row.stored is not None:
+            return [f"{name}: {path}" for name, path in row.stored.paths.items()]
+        if row.ofDataSet:
             return [str(path) for path in row.files.get("images", ()) if path]
         return [f"{name}: {row.channels[name].GetName()}" for name in channels]
 

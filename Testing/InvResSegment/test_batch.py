@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,20 +19,25 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 import standins
+import vtk
 from InvResSegmentLib import BatchSources
 from InvResSegmentLib.BatchCase import ACCEPTED, DONE, EDITED, FAILED, WAITING, BatchCase, correctedPath, freeFileName
 from InvResSegmentLib.BatchQueue import BatchQueue
 from InvResSegmentLib.BatchTab import BatchTab
+from InvResSegmentLib.CaseExport import CaseExport, stampOf
+from InvResSegmentLib.CaseFindings import findingsOf, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
-from InvResSegmentLib.ResultFile import readResultFile
+from InvResSegmentLib.ResultFile import readMasks, readResultFile
 from InvResSegmentLib.ReviewQueue import ReviewQueue
-from InvResSegmentLib.TrainingCases import TrainingCases
+from InvResSegmentLib.TrainingCases import Finding, TrainingCases
 from small_models import add_volume, example
 from standins import pythonqt, qtclasses, waitUntil
 from tiny_run import SHAPE, write_balls
-from vtk.util.numpy_support import vtk_to_numpy
+from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from invres.cases import read_dataset
+from invres.doctor import check_dataset
 from invres.volume import read_volume
 
 T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
@@ -211,6 +217,19 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     assert review.step(True, small_model)
     assert review.background.GetImageData().GetDimensions() == SHAPE[::-1]
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
+    review.accept()
+    review.leave()
+    dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
+
+
+def exported(cases, model, folder):
+    """How it ends when the training cases are written for the backend."""
+    model.manifest = {"scheme": {"regions": False}}
+    export, ended = CaseExport(lambda: str(folder / "staged")), []
+    export.start(cases, model, lambda *step: None, ended.append)
+    waitUntil(lambda: ended, 30)
+    return ended[0]
 
 
 def segment_id(review):
@@ -380,23 +399,88 @@ def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend
     review.leave()
 
 
-def test_what_is_accepted_becomes_a_training_case_and_stays(reviewed, small_model, tmp_path):
+def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(reviewed, small_model, images, tmp_path):
     reviewed.step(True, small_model)
     paint(reviewed.segmentation)
-    node = reviewed.segmentation
     reviewed.accept()
     (row,) = reviewed._trainingCases.rows
-    assert row.segmentation is node and list(row.channels) == ["T1"] and row.name == "case 0"
-    assert correctedPath(tmp_path / "results", reviewed.current).is_file()
+    label = correctedPath(tmp_path / "results", reviewed.current)
+    assert row.name == "case 0" and not row.inScene and row.stored.paths == {"T1": str(images[0])}
+    assert row.stored.label == str(label) and label.is_file() and row.stored.segments == ("ball",)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
     reviewed.step(True, small_model)
-    assert in_scene() == ["case 0", "case 0 segmentation", "case 1", "case 1 segmentation"]
+    assert in_scene() == ["case 1", "case 1 segmentation"]
+    reviewed.accept()
+    untouched = correctedPath(tmp_path / "results", reviewed.current)
+    assert untouched.is_file(), "what was right as it is, too: the next model's result takes the place of this one's"
     reviewed.step(False, small_model)
-    assert reviewed.segmentation is node, "the same nodes, not others of the same name"
+    row.findings = [Finding("note", "It is small.")]
+    reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     reviewed.leave()
-    assert in_scene() == ["case 0", "case 0 segmentation"]
+    assert in_scene() == [] and len(reviewed._trainingCases.rows) == 2
+    assert not row.findings and row.stored.segments == (), "what is corrected after all is what is learned"
     reviewed.step(True, small_model)
-    assert reviewed.current.name == "case 1", "the first that is not accepted"
+    reviewed.step(True, small_model)
+    assert reviewed.current.name == "case 2", "the first that is not accepted"
+
+
+def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
+    reviewed, small_model, scene, images, tmp_path
+):
+    cases = reviewed._trainingCases
+    cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
+    reviewed.step(True, small_model)
+    ball = segmentMask(reviewed.segmentation, segment_id(reviewed))[0]
+    # Drawn with overlap, in a box of its own that looks out of the image: Slicer keeps layers then.
+    box, matrix = np.ones((10, 12, 16), np.uint8), vtk.vtkMatrix4x4()
+    reviewed.background.GetIJKToRASMatrix(matrix)
+    corner = matrix.MultiplyPoint((-2, 3, 2, 1))
+    for axis in range(3):
+        matrix.SetElement(axis, 3, corner[axis])
+    drawn = slicer.vtkOrientedImageData()
+    drawn.SetDimensions(*box.shape[::-1])
+    drawn.GetPointData().SetScalars(numpy_to_vtk(box.ravel(), deep=True))
+    drawn.SetGeometryFromImageToWorldMatrix(matrix)
+    segment = slicer.vtkSegment()
+    segment.SetName("Läsion")
+    segment.AddRepresentation("Binary labelmap", drawn)
+    reviewed.segmentation.GetSegmentation().AddSegment(segment, "drawn")
+    reviewed.accept()
+    assert readMasks(cases.rows[0].stored.label).layers.shape[3] == 2
+    for _again in range(2):
+        reviewed.step(True, small_model)
+        reviewed.accept()
+    reviewed.leave()
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    assert scene.Commit()
+    reviewed.forget()
+    cases.setNode(None)
+    scene.Clear(False)
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    assert scene.Import() and in_scene() == [] and cases.rows == []
+    wanted = [(f"case {number}", f"case0{number + 1}") for number in range(3)]
+    cases.setNode(scene.GetFirstNodeByClass("vtkMRMLScriptedModuleNode"))
+    assert [(row.name, row.code) for row in cases.rows] == wanted, "saved with the scene"
+    cases.setNode(None)
+    scene.Clear(False)
+    cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
+    assert [(row.name, row.code) for row in cases.rows] == wanted, "and there when it is closed unsaved"
+    cases.choose({"läsion": "lesion"})
+    small_model.manifest = {"scheme": {"regions": False}}
+    assert not problems(cases, small_model, {row.key: findingsOf(cases, row, small_model) for row in cases.rows})
+    dataset = read_dataset(exported(cases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"]
+    (image,), label = dataset.load(dataset.case("case01"))
+    assert np.array_equal(image.array, read_volume(images[0]).array)
+    value = {one.name: one.values[0] for one in dataset.scheme.labels}
+    wanted = value["ball"] * ball.astype(int)
+    wanted[2:12, 3:15, 0:14] = value["lesion"]
+    assert np.array_equal(label.array, wanted)
+    before = stampOf(cases, cases.rows[0], small_model)
+    shutil.copyfile(tmp_path / "results" / "case_1.corrected.seg.nrrd", cases.rows[0].stored.label)
+    assert stampOf(cases, cases.rows[0], small_model) != before
+    outcome = exported(cases, small_model, tmp_path)
+    assert outcome.state == "failed" and "Accept the case again" in outcome.hint, "its segments are others"
 
 
 def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
@@ -509,7 +593,7 @@ def test_from_a_folder_to_accepted_cases_with_the_mouse_alone(tab, data, tmp_pat
     tab.ui.nextButton.click()
     tab.ui.casesTable.selectRow(1)
     tab.ui.removeButton.click()
-    assert in_scene() == ["case0", "case0 segmentation"] and tab.ui.casesTable.rowCount == 2
+    assert in_scene() == [] and tab.ui.casesTable.rowCount == 2
 
 
 def test_a_plain_folder_and_a_wrong_one(tab, images, tmp_path):

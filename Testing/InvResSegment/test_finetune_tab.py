@@ -13,6 +13,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 
 import qt
 import slicer
+from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.RunRecord import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
@@ -152,7 +153,16 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     tab.enter()  # a person comes back to it
     settled(tab)
     assert added.channels == {"T1": volume, "FLAIR": flair}
-    tab.cases.remove([added])
+    unit = tuple(tuple(row) for row in np.eye(4).tolist())
+    image = ImageFile("/nowhere/a.nii", (2, 2, 2), unit)
+    label = "/nowhere/a.seg.nrrd"
+    stored = tab.cases.addFiles("accepted", CaseFiles({"t1w": image, "FLAIR": image}, label, ("core", "what")))
+    settled(tab)
+    assert cells(tab, 2)[:3] == ["accepted\ncase03", "2", "core, ?"] and "what" in tab.ui.startButton.toolTip
+    tab._table.select(stored)
+    settled(tab)
+    assert tab.ui.casePickers.isHidden() and label in tab.ui.casesTable.item(2, 0).toolTip()
+    tab.cases.remove([added, stored])
     settled(tab)
     assert "Align it in the tab Segment" in tab.ui.startButton.toolTip
 

@@ -239,6 +239,8 @@ def test_the_list_is_saved_with_the_scene(cases, scene, tmp_path):
     assert loaded.rows[0].findings and len(loaded.rows) == 3
     loaded.setNode(None)
     assert not loaded.rows
+    loaded.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "of the next scene"))
+    assert [row.code for row in loaded.rows] == ["p1"] and loaded.dataSets, "what lies on disk outlives the scene"
     node.SetParameter("trainingCases", '{"rows": [1]}')  # of a version to come
     loaded.setNode(node)
     assert loaded.rows == []
