@@ -63,6 +63,11 @@ class FineTuneRun:
             return True
         return isHeld(self.folder)
 
+    @property
+    def hasEnded(self) -> bool:
+        """Whether the process that was started here is gone; False where none was."""
+        return self._process is not None and self._process.poll() is not None
+
     def launch(self, command: list[str], environment: dict[str, str], resume: bool = False) -> None:
         """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
         arguments = [*command, *self.record["arguments"], *(["--resume"] if resume else []), "--json"]

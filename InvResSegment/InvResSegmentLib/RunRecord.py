@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -43,7 +44,8 @@ class Epoch:
 class RunRecord:
     """A run of `invres finetune`, as its folder tells it; `poll` brings it up to date.
 
-    launched: a process was started for it just now, which has not said anything yet.
+    launched: a process was started for it just now, which has not said anything yet. hasEnded: asked whether that
+    process is gone already, where somebody knows it.
     state: "starting", "running", "stopping" (a process is at work), "paused", "finished", "failed" (none is).
     stage: the backend's name of what is done at the moment; part of parts: which training, 0 before the first.
     fraction: of the whole, never smaller than before; etaS: seconds left of the whole, None where not known.
@@ -52,6 +54,7 @@ class RunRecord:
 
     folder: Path
     launched: bool = False
+    hasEnded: Callable[[], bool] = lambda: False
     state: str = "starting"
     stage: str = ""
     part: int = 0
@@ -78,9 +81,10 @@ class RunRecord:
     def poll(self) -> bool:
         """Reads what is new; returns whether anything changed."""
         before, news = self.state, False
+        gone = self.hasEnded()  # asked first: whatever it has said is read below
         while self._read():
             news = True
-        self.state = self._state()
+        self.state = self._state(gone)
         return news or self.state != before
 
     @property
@@ -113,7 +117,7 @@ class RunRecord:
 
     # ---------------------------------------------------------------- state
 
-    def _state(self) -> str:
+    def _state(self, gone: bool) -> str:
         if self.result:
             return "finished"
         if self._begun and not self._ended and isHeld(self.folder):
@@ -124,6 +128,10 @@ class RunRecord:
             # The disk was too full for the last event.
             self._take({**told, "event": "result"})
             return "finished"
+        # A launcher may be gone, and the Python behind it at work.
+        gone = gone and not isHeld(self.folder)
+        if self.launched and gone:
+            return self._notStarted(_("The training ended before it began."))
         if self._ended or self._begun:
             if self.launched and time.monotonic() - self._made < START_LIMIT_S:
                 return "starting"
@@ -138,9 +146,12 @@ class RunRecord:
             return "failed"
         if isHeld(self.folder) or time.monotonic() - self._made < START_LIMIT_S:
             return "starting"
+        return self._notStarted(_("The training did not begin within {count} s.").format(count=START_LIMIT_S))
+
+    def _notStarted(self, message: str) -> str:
         self.error = {
             "code": "not_started",
-            "message": _("The training did not begin within {count} s.").format(count=START_LIMIT_S),
+            "message": message,
             "hint": _("Look at the log of the run, in its folder."),
         }
         return "failed"
@@ -152,7 +163,7 @@ class RunRecord:
         path = self.folder / EVENTS
         try:
             if path.stat().st_size < self._offset:  # another run took the folder
-                self.__init__(self.folder, self.launched)
+                self.__init__(self.folder, self.launched, self.hasEnded)
             with open(path, "rb") as stream:
                 stream.seek(self._offset)
                 data = stream.read(LONGEST_PIECE)

@@ -74,7 +74,7 @@ class RunSection:
             self._runs.insert(0, run)
         self._shown, self._askedToDelete = run, False
         self._message.clear()
-        self.view.show(run.folder, launched)
+        self.view.show(run.folder, launched, lambda: run.hasEnded)
         self._update()
         self._onChanged()
 
@@ -104,10 +104,14 @@ class RunSection:
             if ended
             else _("Saves and stops; Resume goes on later, also after a restart.")
         )
+        ui.keepButton.toolTip = _("Ends the training now, with what it has learned, and compares.")
+        if state == "starting":
+            # A process that is just beginning takes what asks it to stop for left over from the stop before.
+            ui.pauseButton.toolTip = ui.keepButton.toolTip = _("Possible once the first training has begun.")
         problem = self._services.problem() if ended else ""
         if ended and any(other is not run and other.active for other in self._runs):
             problem = _("Another training is under way; wait for it, or pause it.")
-        ui.pauseButton.enabled = state in ("starting", "running") or (ended and not problem)
+        ui.pauseButton.enabled = state == "running" or (ended and not problem)
         if problem:
             ui.pauseButton.toolTip = problem
         ui.keepButton.enabled = state == "running"
