@@ -14,12 +14,14 @@ from typing import Any
 
 from slicer.i18n import tr as _
 
+from .Disposal import dispose
 from .Protocol import parsedEvent
 from .WholeFile import readJson, writeJson
 
-__all__ = ["DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld"]
+__all__ = ["DATA", "DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld", "tidy"]
 
 EVENTS, LOCK, STOP = "events.jsonl", "lock", "stop"
+DATA, PREPARED_DATA, CHECKPOINTS = "data", "prepared", "*/checkpoint.pt"
 RESULT, COMPARISON, DECISION = "result.json", "comparison.json", "decision.json"
 PROMOTED, DISCARDED, ROLLED_BACK = "promoted", "discarded", "rolled back"
 START_LIMIT_S = 120
@@ -248,6 +250,22 @@ class RunRecord:
 def decide(folder: Path, decision: str, **fields: Any) -> None:
     """Writes down what became of the tuned model. Raises OSError where the disk refuses."""
     writeJson(folder / DECISION, {"decision": decision, "time": _now(), **fields})
+
+
+def tidy(folder: Path, *more: str) -> None:
+    """Deletes what only training needed, in the background; what the proof shows, and the model, stay.
+
+    more: names of further folders of the run to be deleted. What cannot be moved stays as well.
+    """
+    shown = set()
+    for case in readJson(folder / COMPARISON).get("cases") or []:
+        files = case.get("files") or {}
+        named = [*(files.get("images") or [])[:1], files.get("reference")]  # the first image is what is looked at
+        shown |= {os.path.realpath(path) for path in named if path}
+    data = [path for path in (folder / DATA).rglob("*") if path.is_file() and os.path.realpath(path) not in shown]
+    named = [folder / name for name in (PREPARED_DATA, *more)]
+    with contextlib.suppress(OSError):
+        dispose([*named, *folder.glob(CHECKPOINTS), *data], folder.parent)
 
 
 def _now(shift_s: float = 0.0) -> str:

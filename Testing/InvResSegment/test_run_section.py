@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import slicer
 from InvResSegmentLib import RunSection as module
 from InvResSegmentLib.FineTuneRun import FineTuneRun
 from InvResSegmentLib.Models import ModelCatalogue
+from InvResSegmentLib.RunRecord import PROMOTED, decide
 from InvResSegmentLib.RunSection import RunSection
 from standins import pythonqt, waitUntil
 from tiny_run import at_work
@@ -83,3 +85,17 @@ def test_a_process_that_dies_at_once_is_told_at_once_with_its_last_words(section
     assert "no torch here" in ui.runMessageText.text and not ui.runMessage.isHidden()
     assert "ended before it began" in section.view.ui.runNoticeText.text
     assert ui.pauseButton.text == "Resume" and ui.pauseButton.enabled
+
+
+def test_a_run_that_is_decided_on_can_be_deleted(section, finished_run, tmp_path):
+    run, ui = shutil.copytree(finished_run, tmp_path / "runs" / "one"), section._ui
+    section.show(begun(run))
+    assert section.state == "finished" and ui.runButtons.isHidden(), "what becomes of it is asked below its proof"
+    decide(run, PROMOTED, model="/models/one")
+    section.view.onDecided()
+    assert not ui.runButtons.isHidden() and ui.pauseButton.isHidden() and ui.keepButton.isHidden()
+    ui.deleteRunButton.click()
+    assert run.is_dir() and "your models and your cases stay" in ui.runMessageText.text
+    ui.deleteRunButton.click()
+    assert not run.exists() and section.shown is None
+    waitUntil(lambda: not list((tmp_path / "runs").iterdir()), 10)
