@@ -27,7 +27,6 @@ class CaseExamination:
     def __init__(self, cases: TrainingCases, backend: Any, export: CaseExport) -> None:
         self._cases, self._backend, self._export = cases, backend, export
         self._requestId: int | None = None
-        self._number = 0
 
     @property
     def running(self) -> bool:
@@ -101,16 +100,11 @@ class CaseExamination:
         self._export.start(self._cases, model, progress, written)
 
     def _ask(self, path: str, onProgress: OnProgress, onFinished: Callable) -> None:
-        self._number += 1
-        number = self._number
-
         def onEvent(event: dict) -> None:
             if event.get("event") == "progress" and event.get("stage") == "check.cases":
                 onProgress(_("Looking at the cases"), int(event.get("done") or 0), int(event.get("total") or 0))
 
         def finished(outcome) -> None:
-            if number != self._number:
-                return
             self._requestId = None
             if outcome.state == "done":
                 onFinished(outcome.result, "", "")

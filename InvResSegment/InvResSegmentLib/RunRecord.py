@@ -66,7 +66,6 @@ class RunRecord:
     predictedBytes: int = 0
     measuredBytes: int = 0
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     epochs: dict[int, list[Epoch]] = field(default_factory=dict)
     error: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -196,11 +195,10 @@ class RunRecord:
             self.predictedBytes = int(event.get("predicted_bytes") or self.predictedBytes)
             measured = event.get("cuda_max_allocated_bytes") or event.get("measured_bytes")
             self.measuredBytes = int(measured or self.measuredBytes)
-        elif kind in ("warning", "note"):
-            said = self.warnings if kind == "warning" else self.notes
+        elif kind == "warning":
             text = str(event.get("message") or "")
-            if text and text not in said:
-                said.append(text)
+            if text and text not in self.warnings:
+                self.warnings.append(text)
         elif kind == "error":
             self._ended = True
             self.error = {key: str(event.get(key) or "") for key in ("code", "message", "hint")}

@@ -292,7 +292,26 @@ def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_erro
     other.mkdir()
     (other / "batch.json").write_text('{"cases": [', encoding="utf-8")
     queue.setFolder(other)
-    assert [one.name for one in queue.cases] == ["a"]
+    assert queue.cases == [] and [path.name for path in other.iterdir()] == ["batch.json"]
+
+
+def test_cases_that_only_a_folder_remembered_stay_with_it(queue, images, tmp_path):
+    mistyped, meant = tmp_path / "mistyped", tmp_path / "meant"
+    for folder in (mistyped, meant):
+        folder.mkdir()
+    entries = [{"name": path.name, "files": {"T1": str(path)}, "state": WAITING, "result": ""} for path in images]
+    (mistyped / "batch.json").write_text(json.dumps({"cases": entries}), encoding="utf-8")
+    added = BatchCase("added", files={"T1": tmp_path / "added.nii"})
+    queue.add([added])
+    queue.setFolder(mistyped)
+    assert len(queue.cases) == 4
+    assert queue.add(cases_of(images[:1])) == 0, "it is there, and by now a person has asked for it"
+    queue.cases[1].state = FAILED  # tried here
+    queue.setFolder(meant)
+    assert [case.name for case in queue.cases] == [images[0].name, images[1].name, "added"]
+    assert queue.cases[2] is added and {case.state for case in queue.cases} == {WAITING}
+    queue.setFolder(mistyped)
+    assert {case.name for case in queue.cases} == {*(path.name for path in images), "added"}
 
 
 def test_a_folder_that_was_only_chosen_is_left_alone(queue, images, tmp_path):

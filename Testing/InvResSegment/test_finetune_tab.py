@@ -13,6 +13,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 
 import qt
 import slicer
+from InvResSegmentLib import OptionsForm
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.RunRecord import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
@@ -82,8 +83,8 @@ def cells(tab, row):
     return [table.item(row, column).text() for column in range(table.columnCount)]
 
 
-def test_start_says_what_is_missing_until_it_can_work(panel):
-    tab = panel.fineTuneTab
+def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
+    tab, looked = panel.fineTuneTab, []
     assert "Add at least one case" in tab.ui.startButton.toolTip and not tab.ui.startButton.enabled
     addCase("T1 a", 1)
     volume, _segmentation = addCase("T1 b", 2, {"Segment_1": np.ones((20, 22, 24))})
@@ -127,8 +128,14 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
     assert tab.ui.casesTable.rowCount == 1 and tab.ui.startButton.enabled
     inFront(panel)
     waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 200)
+    monkeypatch.setattr(OptionsForm, "secondsPerStep", lambda *_arguments: looked.append(1))
+    tab.ui.nameEdit.text = "another name"
+    settled(tab)
     tab.ui.memorySlider.value = 2
     waitUntil(lambda: "changes nothing" in said(tab, "memoryNotice"), 200)  # it is no reversible network
+    tab.ui.nameEdit.text = ""
+    settled(tab)
+    assert len(looked) == 1, "the records of all runs are read once for a plan, not at each change"
 
 
 def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_others(panel):
