@@ -23,7 +23,7 @@ def namedAs(names: Sequence[str], model: Any) -> tuple[str, ...]:
     """
     if len(names) == len(model.channels) == 1 and _mayBe(names[0], model.channels[0]):
         return (model.channels[0].name,)
-    left = {channel.name: channel.name for channel in model.channels}
+    left = [channel.name for channel in model.channels]
     found: dict[str, str] = {}
     for same in (plainName, contrastOfChannel):
         for name in names:
@@ -31,7 +31,8 @@ def namedAs(names: Sequence[str], model: Any) -> tuple[str, ...]:
             fitting = [channel for channel in left if wanted is not None and same(channel) == wanted]
             alike = [other for other in names if other not in found and same(other) == wanted]
             if name not in found and len(fitting) == len(alike) == 1:
-                found[name] = left.pop(fitting[0])
+                found[name] = fitting[0]
+                left.remove(fitting[0])
     return tuple(found.get(name, name) for name in names)
 
 

@@ -131,7 +131,7 @@ class RunRecord:
             return "finished"
         # A launcher may be gone, and the Python behind it at work.
         gone = gone and not isHeld(self.folder)
-        if self.launched and gone:
+        if gone and (self.launched or not (self._begun or self._ended)):
             return self._notStarted(_("The training ended before it began."))
         if self._ended or self._begun:
             if self.launched and time.monotonic() - self._made < START_LIMIT_S:
@@ -261,9 +261,9 @@ def tidy(folder: Path, *more: str) -> None:
         named = [*(files.get("images") or [])[:1], files.get("reference")]  # the first image is what is looked at
         shown |= {os.path.realpath(path) for path in named if path}
     data = [path for path in (folder / DATA).rglob("*") if path.is_file() and os.path.realpath(path) not in shown]
-    named = [folder / name for name in (PREPARED_DATA, *more)]
+    folders = [folder / name for name in (PREPARED_DATA, *more)]
     with contextlib.suppress(OSError):
-        dispose([*named, *folder.glob(CHECKPOINTS), *data], folder.parent)
+        dispose([*folders, *folder.glob(CHECKPOINTS), *data], folder.parent)
 
 
 def _now(shift_s: float = 0.0) -> str:

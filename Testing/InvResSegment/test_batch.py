@@ -360,6 +360,13 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
     for case, volume in zip(queue.cases, volumes, strict=True):
         assert case.nodes == {"T1": volume} and case.segmentation.GetSegmentation().GetNumberOfSegments() == 1
         assert volume.GetName() in case.segmentation.GetName()
+    review = ReviewQueue(queue, TrainingCases())
+    review.open(queue.cases[1], small_model)
+    assert review.accept()
+    (row,) = review._trainingCases.rows
+    assert row.inScene and row.segmentation is queue.cases[1].segmentation and row.channels == {"T1": volumes[1]}
+    review.leave()
+    assert volumes[1].GetScene() is not None and row.segmentation.GetScene() is not None, "they are not the review's"
     scene.RemoveNode(volumes[0])
     queue.cases[0].state = WAITING
     assert ran(queue, small_model)[0] == FAILED and "T1" in queue.cases[0].message
