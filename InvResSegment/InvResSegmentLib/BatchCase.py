@@ -82,8 +82,8 @@ def correctedPath(folder: Path, case: BatchCase) -> Path:
     return folder / (case.fileName.removesuffix(RESULT_SUFFIX) + CORRECTED_SUFFIX)
 
 
-def writeBatch(folder: Path, cases: Sequence[BatchCase], model: str) -> None:
-    """Remembers the cases of files in the folder of their results. model: its name. Raises OSError."""
+def writeBatch(folder: Path, cases: Sequence[BatchCase]) -> None:
+    """Remembers the cases of files in the folder of their results. Raises OSError."""
     entries = [
         {
             "name": case.name,
@@ -99,7 +99,7 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], model: str) -> None:
     ]
     # Of cases that were taken off the list, too: what no batch has made must not be written over.
     made = sorted({*readMade(folder), *(case.fileName for case in cases if case.state == DONE and not case.inScene)})
-    content = {"format": 1, "model": model, "cases": entries, "made": made}
+    content = {"format": 1, "cases": entries, "made": made}
     folder.mkdir(parents=True, exist_ok=True)
     writeJson(folder / RECORD, content)
 

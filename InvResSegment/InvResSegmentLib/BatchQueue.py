@@ -52,6 +52,7 @@ class BatchQueue:
         self.changed: list[Callable[[], None]] = []
         self.progress: Callable[[str, float], None] = lambda text, fraction: None
         self._keptAt = 0.0
+        self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
         self.problem = ""  # why batch.json could not be written, in words
 
     @property
@@ -68,8 +69,12 @@ class BatchQueue:
 
     def add(self, cases: Iterable[BatchCase]) -> int:
         """Appends the cases that are not there yet; returns how many those are."""
-        known = {_identity(case) for case in self.cases}
-        new = [case for case in cases if _identity(case) not in known]
+        known, new = {_identity(case): case for case in self.cases}, []
+        for case in cases:
+            if (same := known.get(_identity(case))) is None:
+                new.append(case)
+            else:
+                self._asRead.pop(same, None)  # asked for, and not only remembered
         foreign = self._foreign()
         for case in new:
             if not case.fileName and not case.inScene:
@@ -86,12 +91,17 @@ class BatchQueue:
         self.tell()
 
     def setFolder(self, folder: Path | None) -> None:
-        """Where results go; the cases that it remembers from before come to the list, as they were then."""
+        """Where results go; the cases that it remembers from before come to the list, as they were then.
+
+        Those that only came from the folder before, and were not touched since, stay with that one.
+        """
         if folder == self.folder or self.running:
             return
         remembered = readBatch(folder) if folder is not None else []
         theirs = {_identity(case) for case in remembered}
-        others = [case for case in self.cases if _identity(case) not in theirs]
+        mine = [case for case in self.cases if self._asRead.get(case) != _state(case)]
+        others = [case for case in mine if _identity(case) not in theirs]
+        self._asRead = {case: _state(case) for case in remembered}
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
                 case.state, case.message, case.model, case.review = WAITING, "", "", ""
@@ -124,7 +134,7 @@ class BatchQueue:
         if self._worthKeeping and (not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S):
             self.problem, self._keptAt = "", time.monotonic()
             try:
-                writeBatch(self.folder, self.cases, getattr(self._model, "name", ""))
+                writeBatch(self.folder, self.cases)
             except OSError as error:
                 self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
                     folder=self.folder, reason=(error.strerror or str(error)).lower()
@@ -261,6 +271,10 @@ class BatchQueue:
 def _identity(case: BatchCase) -> tuple:
     nodes = {channel: node.GetID() for channel, node in case.nodes.items()}
     return tuple(sorted((channel, str(path)) for channel, path in {**case.files, **nodes}.items()))
+
+
+def _state(case: BatchCase) -> tuple:
+    return (case.state, case.message, case.model, case.review)
 
 
 def _channelProblem(found: dict[str, Any], wanted: Sequence[Any]) -> str:

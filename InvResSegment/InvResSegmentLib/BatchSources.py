@@ -12,11 +12,10 @@ from slicer.i18n import tr as _
 from . import NodeConversion
 from .BatchCase import FAILED, BatchCase
 from .ChannelMatching import describeVolume, match
-from .VolumeDescription import DICOM_TAGS, VolumeDescription
+from .VolumeDescription import DICOM_TAGS, VolumeDescription, choosableImages
 
 __all__ = ["casesOfDatabase", "casesOfDataset", "casesOfFolder", "casesOfScene"]
 
-IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABEL_FILES = ".seg.nrrd"
 IMAGE_MODALITIES = ("MR", "CT", "PT", "NM", "US", "XA", "MG", "OT")
@@ -24,7 +23,7 @@ IMAGE_MODALITIES = ("MR", "CT", "PT", "NM", "US", "XA", "MG", "OT")
 
 def casesOfScene(channels: Sequence[Any]) -> list[BatchCase]:
     """Each volume of the scene for a model of one channel; else each study or folder of the subject hierarchy."""
-    nodes = [node for node in slicer.util.getNodesByClass(IMAGE_CLASS) if _isImage(node)]
+    nodes = [node for node in choosableImages(slicer.mrmlScene) if not NodeConversion.exportProblem(node)]
     if len(channels) == 1:
         return [BatchCase(node.GetName(), nodes={channels[0].name: node}) for node in nodes]
     hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
@@ -133,12 +132,6 @@ def _withProblem(case: BatchCase, matches: Sequence[Any], channels: Sequence[Any
     if problems:
         case.state, case.message = FAILED, " ".join(problems)
     return case
-
-
-def _isImage(node) -> bool:
-    if node.GetClassName() != IMAGE_CLASS or node.GetHideFromEditors():
-        return False
-    return not NodeConversion.exportProblem(node)
 
 
 def _imagesIn(folder: Path) -> list[Path]:

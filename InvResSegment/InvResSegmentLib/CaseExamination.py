@@ -27,7 +27,6 @@ class CaseExamination:
     def __init__(self, cases: TrainingCases, backend: Any, export: CaseExport) -> None:
         self._cases, self._backend, self._export = cases, backend, export
         self._requestId: int | None = None
-        self._number = 0
 
     @property
     def running(self) -> bool:
@@ -69,7 +68,7 @@ class CaseExamination:
         if direct := directDataSet(self._cases, model):
             onDone(Path(direct), "", "")
             return
-        rows = [row for row in self._cases.rows if row.used]
+        rows = self._cases.used
         try:
             stamps = {row.key: stampOf(self._cases, row, model) for row in rows}
         except LabelConflict as conflict:
@@ -80,7 +79,7 @@ class CaseExamination:
             if outcome.state != "done":
                 message = _("Cancelled.") if outcome.state == "cancelled" else outcome.message
                 onDone(None, message, outcome.hint)
-            elif all(row.onDisk or row.examined == stamps[row.key] for row in rows):
+            elif all(row.ofDataSet or row.examined == stamps[row.key] for row in rows):
                 onDone(outcome.dataset, "", "")
             else:
                 self._ask(str(outcome.dataset), onProgress, lambda *found: examined(outcome.dataset, *found))
@@ -101,16 +100,11 @@ class CaseExamination:
         self._export.start(self._cases, model, progress, written)
 
     def _ask(self, path: str, onProgress: OnProgress, onFinished: Callable) -> None:
-        self._number += 1
-        number = self._number
-
         def onEvent(event: dict) -> None:
             if event.get("event") == "progress" and event.get("stage") == "check.cases":
                 onProgress(_("Looking at the cases"), int(event.get("done") or 0), int(event.get("total") or 0))
 
         def finished(outcome) -> None:
-            if number != self._number:
-                return
             self._requestId = None
             if outcome.state == "done":
                 onFinished(outcome.result, "", "")

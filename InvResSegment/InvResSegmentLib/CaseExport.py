@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import qt
 from slicer.i18n import tr as _
 
 from . import NodeConversion
-from .CaseFindings import labelsOf, patients, usedChannels
+from .CaseChannels import imagesOf, namedAs, usedChannels
+from .CaseFindings import labelsOf, patients
 from .LabelMapping import LabelConflict, labelOf, plainName
 from .SegmentExport import labelArray, segmentNames, writeLabels
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, TrainingCases
@@ -41,14 +42,18 @@ class ExportOutcome:
 
 def directDataSet(cases: TrainingCases, model: Any) -> str:
     """The path of a data set on disk that can be used as it lies there; "" where the cases need one of their own."""
-    rows = [row for row in cases.rows if row.used]
-    if len(cases.dataSets) != 1 or len(rows) < len(cases.rows) or not all(row.onDisk for row in rows):
+    rows = cases.used
+    if len(cases.dataSets) != 1 or len(rows) < len(cases.rows) or not all(row.ofDataSet for row in rows):
         return ""
     (dataSet,) = cases.dataSets.values()
     if len(rows) != dataSet.count or (dataSet.folds != 1 and any(row.role != TRAINING for row in rows)):
         return ""
     if dataSet.folds == 1 and not all(row.files.get("splitRole") == row.role for row in rows):
         return ""
+    alone = len(dataSet.channels) == len(model.channels) == 1
+    pairs = zip(dataSet.channels, namedAs(dataSet.channels, model), strict=True)
+    if not alone and any(plainName(name) != plainName(as_) for name, as_ in pairs):
+        return ""  # the backend would take it for another one
     known = [label.name for label in model.labels]
     names = [label["name"] for label in dataSet.labels]
     same = all(plainName(labelOf(name, known, cases.choices) or "") == plainName(name) for name in names)
@@ -61,10 +66,10 @@ def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
     Raises LabelConflict where the cases contradict each other.
     """
     table = [(label.name, label.value) for label in labelsOf(cases, model)]
-    if row.onDisk:
+    if row.ofDataSet:
         return ("on disk", *table)
     values = _values(row, table, [label.name for label in model.labels], cases.choices)
-    return _stamp(row, usedChannels(cases, model), values)
+    return _stamp(row, _images(row, usedChannels(cases, model), model), values)
 
 
 class CaseExport:
@@ -169,31 +174,32 @@ class CaseExport:
             self._folder = Path(self._makeFolder())
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in cases.rows if row.used]
+        rows = cases.used
         channels = usedChannels(cases, model)
         known = [label.name for label in model.labels]
         table = labelsOf(cases, model)
-        total, done, written = sum(1 if row.onDisk else len(channels) + 1 for row in rows), 0, 0
+        total, done, written = sum(len(channels) + 1 if row.inScene else 1 for row in rows), 0, 0
         yield 0, total, ""
         for row in rows:
-            if row.onDisk:
+            if row.ofDataSet:
                 done += 1
                 continue
             values = _values(row, [(label.name, label.value) for label in table], known, cases.choices)
-            stamp = _stamp(row, channels, values)
+            images = _images(row, channels, model)
+            stamp = _stamp(row, images, values)
             place = folder / row.code
             if self._stamps.get(row.key) == stamp and place.is_dir():
-                done += len(channels) + 1
+                done += len(channels) + 1 if row.inScene else 1
                 yield done, total, row.name
                 continue
             self._stamps.pop(row.key, None)
-            for step in _writeCase(row, channels, values, place):
+            for step in _writeCase(row, images, values, place):
                 done += step
                 yield done, total, row.name
             self._stamps[row.key] = stamp
             written += 1
         self._forget(cases)
-        description = _description(cases, rows, channels, table, folder)
+        description = _description(cases, rows, channels, table, model)
         writeJson(folder / DATASET, description)
         _writeSplit(folder / SPLITS, rows)
         self._outcome = ExportOutcome("done", folder / DATASET, written)
@@ -224,14 +230,25 @@ class CaseExport:
 # ---------------------------------------------------------------- one case
 
 
-def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[str, int]:
-    """Segment id -> label value, in the order in which they are painted: that of the labels."""
-    labels = {segmentId: labelOf(name, known, choices) for segmentId, name in segmentNames(row.segmentation).items()}
-    return {segmentId: value for name, value in table for segmentId, label in labels.items() if label == name}
+def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[Any, int]:
+    """Segment -> label value, in the order in which they are painted: that of the labels.
+
+    A segment is named by its id in the scene, and by its number in a file.
+    """
+    names = segmentNames(row.segmentation) if row.stored is None else dict(enumerate(row.stored.segments))
+    labels = {segment: labelOf(name, known, choices) for segment, name in names.items()}
+    return {segment: value for name, value in table for segment, label in labels.items() if label == name}
 
 
-def _stamp(row: CaseRow, channels: tuple[str, ...], values: dict[str, int]) -> tuple:
-    volumes = {name: row.channels.get(name) for name in channels}
+def _images(row: CaseRow, channels: tuple[str, ...], model: Any) -> dict[str, Any]:
+    """Channel -> image of a case, in the order of these channels; None for one that it lacks."""
+    images = imagesOf(row, model)
+    return {name: images.get(name) for name in channels}
+
+
+def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[Any, int]) -> tuple:
+    if row.stored is not None:
+        return (tuple(values.items()), next(iter(volumes), None), *row.stored.stamp())
     reference = next(iter(volumes.values()), None)
     stamp: list[Any] = [tuple(values.items())]
     for name, volume in volumes.items():
@@ -252,19 +269,21 @@ def _stamp(row: CaseRow, channels: tuple[str, ...], values: dict[str, int]) -> t
     return tuple(stamp)
 
 
-def _writeCase(row: CaseRow, channels: tuple[str, ...], values: dict[str, int], place: Path) -> Iterator[int]:
-    """Images and label map of a case of the scene in a folder that is renamed when all of them are there."""
+def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[Any, int], place: Path) -> Iterator[int]:
+    """Images of the scene and label map of a case in a folder that is renamed when all of them are there."""
     temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        reference = row.channels[channels[0]]
-        for index, name in enumerate(channels):
-            volume = row.channels[name]
-            frame = None if volume is reference else reference
-            NodeConversion.exportVolume(volume, temporary / _image(index), frame)
-            yield 1
-        writeLabels(temporary / LABEL, labelArray(row.segmentation, reference, values), reference)
+        reference = next(iter(images.values()))
+        if row.stored is not None:
+            row.stored.writeLabels(temporary / LABEL, values, reference)
+        else:
+            for index, volume in enumerate(images.values()):
+                frame = None if volume is reference else reference
+                NodeConversion.exportVolume(volume, temporary / _image(index), frame)
+                yield 1
+            writeLabels(temporary / LABEL, labelArray(row.segmentation, reference, values), reference)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(temporary, place)
         yield 1
@@ -287,10 +306,10 @@ def _link(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the description
 
 
-def _description(cases: TrainingCases, rows, channels, table, folder: Path) -> dict[str, Any]:
+def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dict[str, Any]:
     """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are."""
     regions = any(len(label.values) > 1 for label in table)
-    sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.onDisk)]
+    sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)]
     labels: dict[str, Any] = {"background": 0}
     labels |= {label.name: list(label.values) if regions else label.value for label in table}
     ignored = {each.ignoreValue for each in sets} - {None}
@@ -305,19 +324,28 @@ def _description(cases: TrainingCases, rows, channels, table, folder: Path) -> d
     }
     if regions:
         description["regions_class_order"] = [label.value for label in table]
-    if sets and all(each.channelsInOneFile for each in sets):
+    if sets and all(each.severalInOneFile for each in sets):
         description["channels_in_one_file"] = True
     people = patients(cases)
     entries = {}
     for row in rows:
-        if row.onDisk:
-            entry = {"images": list(row.files["images"]), "label": row.files["label"]}
+        if row.ofDataSet:
+            own = namedAs(cases.dataSets[row.dataSet].channels, model)
+            entry = {"images": _inOrder(row.files["images"], own, channels), "label": row.files["label"]}
         else:
             images = [f"{row.code}/{_image(index)}" for index in range(len(channels))]
+            if row.stored is not None:
+                images = [image.path for image in _images(row, channels, model).values()]
             entry = {"images": images, "label": f"{row.code}/{LABEL}"}
         entries[row.code] = entry | {"patient": people[row.key]}
     description["dataset"] = entries
     return description
+
+
+def _inOrder(files: list[str | None], own: Sequence[str], channels: Sequence[str]) -> list[str | None]:
+    """The images of a case on disk in the order of the channels. own: what each of them is."""
+    # Too many or too few, or all in one file: as they lie there; the data doctor says what is wrong with them.
+    return [files[own.index(name)] for name in channels] if len(files) == len(own) else list(files)
 
 
 def _writeSplit(path: Path, rows: list[CaseRow]) -> None:

@@ -8,36 +8,30 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion
-from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, plainName, undecided
+from .CaseChannels import channelsOf, imagesOf, namedAs, usedChannels
+from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, undecided
 from .RunOptions import proofSentence
 from .SceneCases import patientOf
 from .SegmentExport import segmentationProblem, segmentNames
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
-__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "usedChannels", "wrongCases"]
-
-
-def usedChannels(cases: TrainingCases, model: Any) -> tuple[str, ...]:
-    """The channels that are trained on: those of the data sets, else those of the model that any used case has."""
-    rows = [row for row in cases.rows if row.used]
-    for row in rows:
-        if row.onDisk:
-            return cases.dataSets[row.dataSet].channels
-    return tuple(channel.name for channel in model.channels if any(channel.name in row.channels for row in rows))
+__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "wrongCases"]
 
 
 def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
     """What the case itself calls its labels."""
-    if row.onDisk:
+    if row.ofDataSet:
         return [label["name"] for label in cases.dataSets[row.dataSet].labels]
+    if row.stored is not None:
+        return list(row.stored.segments)
     return list(segmentNames(row.segmentation).values()) if row.segmentation is not None else []
 
 
 def labelsOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
     """The labels that are trained on. Raises LabelConflict where the used cases contradict each other."""
-    rows = [row for row in cases.rows if row.used]
-    segments = [name for row in rows if not row.onDisk for name in labelNames(cases, row)]
-    paths = dict.fromkeys(row.dataSet for row in rows if row.onDisk)
+    rows = cases.used
+    segments = [name for row in rows if not row.ofDataSet for name in labelNames(cases, row)]
+    paths = dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)
     return labelTable(model, segments, [cases.dataSets[path] for path in paths], cases.choices)
 
 
@@ -55,22 +49,27 @@ def findingsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[Finding]:
 
 def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
     channels = usedChannels(cases, model)
-    if row.onDisk:
-        has = cases.dataSets[row.dataSet].channels
-        if has != channels:
+    if row.ofDataSet:
+        has = namedAs(channelsOf(cases, row), model)
+        if sorted(has) != sorted(channels):
             return [
                 _("It has the channels {has}, but the other cases have {wanted}.").format(
                     has=", ".join(has), wanted=", ".join(channels)
                 )
             ]
         return []
+    wanted = channels or tuple(channel.name for channel in model.channels)
+    images = imagesOf(row, model)
+    missing = [name for name in wanted if name not in images]
+    if row.stored is not None:
+        if not row.stored.segments:
+            return [_("It has no segments, so there is nothing to learn from it; leave it out.")]
+        return [_("It has no image of the channel {name}; leave it out.").format(name=name) for name in missing]
     if row.segmentation is None or row.segmentation.GetScene() is None:
         return [_("Its segmentation is not in the scene any more; remove the case.")]
-    wanted = channels or tuple(channel.name for channel in model.channels)
-    missing = [name for name in wanted if name not in row.channels]
     if missing:
         return [_("No volume is chosen for the channel {name}.").format(name=name) for name in missing]
-    volumes = [row.channels[name] for name in wanted]
+    volumes = [images[name] for name in wanted]
     unusable = [problem for volume in volumes if (problem := NodeConversion.exportProblem(volume))]
     if unusable:
         return unusable
@@ -87,28 +86,26 @@ def patients(cases: TrainingCases) -> dict[str, str]:
     """Key of each used case -> patient, as a number that tells nobody who that is."""
     numbers: dict[str, str] = {}
     found = {}
-    for row in cases.rows:
-        if row.used:
-            if row.onDisk:
-                who = f"{row.dataSet} {row.files.get('patient') or row.name}"
-            else:
-                first = next(iter(row.channels.values()), None)
-                who = patientOf(first) if first is not None else row.key
-            found[row.key] = numbers.setdefault(who, f"patient{len(numbers) + 1:02d}")
+    for row in cases.used:
+        if row.ofDataSet:
+            who = f"{row.dataSet} {row.files.get('patient') or row.name}"
+        else:
+            first = next(iter(row.channels.values()), None)
+            who = patientOf(first) if first is not None else row.key
+        found[row.key] = numbers.setdefault(who, f"patient{len(numbers) + 1:02d}")
     return found
 
 
 def wrongCases(cases: TrainingCases, findings: Mapping[str, Sequence[Finding]]) -> list[str]:
     """The names of used cases that cannot be learned from. findings: of each case, by its key."""
-    used = [row for row in cases.rows if row.used]
-    return [row.name for row in used if cases.worst(list(findings.get(row.key, ()))) == "error"]
+    return [row.name for row in cases.used if cases.worst(list(findings.get(row.key, ()))) == "error"]
 
 
 def summary(
     cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[Finding]]
 ) -> tuple[str, list[str], tuple[str, ...]]:
     """What will come of the cases: a severity and sentences, and severity and sentence on the proof (or nothing)."""
-    rows = [row for row in cases.rows if row.used]
+    rows = cases.used
     if model is None:
         return "note", [_("Choose the model to tune.")], ()
     if not rows:
@@ -130,13 +127,13 @@ def summary(
     if gone and named:
         text = _("It will not find {names} any more, because no case has it.")
         sentences.append(text.format(names=", ".join(gone)))
-    known = {plainName(channel.name) for channel in model.channels}
+    known = [channel.name for channel in model.channels]
     channels = usedChannels(cases, model)
-    strange = [name for name in channels if plainName(name) not in known]
+    strange = [name for name in channels if name not in known]
     if strange and not len(channels) == len(known) == 1:
         text = _("The model does not know the channel {names}, and begins anew with it.")
         sentences.append(text.format(names=", ".join(strange)))
-    left = [channel.name for channel in model.channels if plainName(channel.name) not in map(plainName, channels)]
+    left = [name for name in known if name not in channels]
     if left and len(channels) < len(known):
         text = _("The tuned model will do without the channel {names}, because no case has it.")
         sentences.append(text.format(names=", ".join(left)))
@@ -150,7 +147,7 @@ def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[F
 
     findings: of each case, by its key.
     """
-    rows = [row for row in cases.rows if row.used]
+    rows = cases.used
     if not rows:
         return [_("Add at least one case to train on.")]
     sentences = []
@@ -172,7 +169,7 @@ def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[F
             _("{names} are of one patient; give them the same role, or leave some out.").format(names=", ".join(names))
         ]
     sets = {row.dataSet for row in rows}
-    if len(sets) > 1 and any(path and cases.dataSets[path].channelsInOneFile for path in sets):
+    if len(sets) > 1 and any(path and cases.dataSets[path].severalInOneFile for path in sets):
         return [_("Cases with all channels in one file cannot be mixed with others; train on them alone.")]
     try:
         table = labelsOf(cases, model)

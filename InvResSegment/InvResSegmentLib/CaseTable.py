@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import qt
 from slicer.i18n import tr as _
 
+from .CaseChannels import channelsOf
 from .CaseFindings import labelNames
 from .LabelMapping import labelOf
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, levelIcon
@@ -62,7 +63,7 @@ class CaseTable:
         self._filling = False
         table.visible = bool(rows)
         # With one channel there is nothing to tell apart.
-        table.setColumnHidden(IMAGES, len({channel for row in rows for channel in self._channels(row)}) < 2)
+        table.setColumnHidden(IMAGES, all(len(channelsOf(self._cases, row)) < 2 for row in rows))
         self._fit()
 
     def _showRow(self, index: int, row: CaseRow, findings: Sequence[Finding], labels: Sequence[str]) -> None:
@@ -71,14 +72,15 @@ class CaseTable:
         said = _words()[worst] if sentences or row.examined is not None else _("not checked")
         if len(sentences) > 1:
             said = _("{count} findings").format(count=len(sentences))
-        channels = self._channels(row)
+        channels = channelsOf(self._cases, row)
         texts = {
             CASE: row.name if row.code == row.name else f"{row.name}\n{row.code}",
             IMAGES: str(len(channels)),
             LABELS: self._labelsText(row, labels),
             FINDINGS: said,
         }
-        where = self._cases.dataSets[row.dataSet].path if row.onDisk else _("in the scene")
+        where = self._cases.dataSets[row.dataSet].path if row.ofDataSet else _("in the scene")
+        where = where if row.stored is None else row.stored.label
         tips = {
             CASE: _("{name}, {where}; its files are called {code}.").format(name=row.name, where=where, code=row.code),
             IMAGES: "\n".join(self._imagesTip(row, channels)),
@@ -96,9 +98,6 @@ class CaseTable:
         if box.currentIndex != place:
             box.currentIndex = place
 
-    def _channels(self, row: CaseRow) -> tuple[str, ...]:
-        return self._cases.dataSets[row.dataSet].channels if row.onDisk else tuple(row.channels)
-
     def _labelsText(self, row: CaseRow, labels: Sequence[str]) -> str:
         found = [labelOf(name, labels, self._cases.choices) for name in labelNames(self._cases, row)]
         return ", ".join(dict.fromkeys("?" if label is None else label for label in found if label != ""))
@@ -110,7 +109,9 @@ class CaseTable:
 
     @staticmethod
     def _imagesTip(row: CaseRow, channels: Sequence[str]) -> list[str]:
-        if row.onDisk:
+        if row.stored is not None:
+            return [f"{name}: {path}" for name, path in row.stored.paths.items()]
+        if row.ofDataSet:
             return [str(path) for path in row.files.get("images", ()) if path]
         return [f"{name}: {row.channels[name].GetName()}" for name in channels]
 

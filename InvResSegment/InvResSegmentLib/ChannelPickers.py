@@ -7,10 +7,9 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import ChannelMatching
+from .VolumeDescription import IMAGE_CLASS, choosableImages
 
 __all__ = ["ChannelPickers"]
-
-IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 
 
 class ChannelPickers:
@@ -91,9 +90,8 @@ class ChannelPickers:
         taken = {node.GetID() for node in kept.values()}
         described = [
             ChannelMatching.describeVolume(node)
-            for node in slicer.util.getNodesByClass(IMAGE_CLASS)
-            # Of just this class, as the pickers: label maps, vectors and tensors are no images of one channel.
-            if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors() and node.GetID() not in taken
+            for node in choosableImages(slicer.mrmlScene)
+            if node.GetID() not in taken
         ]
         sentences = []
         self._filling = True

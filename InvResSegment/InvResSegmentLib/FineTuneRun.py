@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import secrets
-import shutil
 import subprocess
-import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 
 from slicer.i18n import tr as _
 
+from .Disposal import GONE, dispose, sweep
 from .ProcessTree import killTree
 from .Protocol import parsedEvent
 from .RunRecord import LOCK, RunRecord, isHeld
@@ -26,8 +23,6 @@ __all__ = ["FineTuneRun", "newRunFolder", "secondsPerStep", "undecidedRuns"]
 RECORD = "panel.json"
 OUTPUT, ERRORS = "stdout.jsonl", "stderr.txt"
 STOP_FILE, STOP, KEEP_BEST = "stop", "stop", "keep-best"
-DATA = "data"
-_GONE = ".gone-"
 _TAIL = 65_536  # bytes at the end of what a process said
 _SAID_AT_THE_END = re.compile(r"^\w*(Error|Exception|Killed)\b.*|.*\b(error|killed|abort|fault)\b.*", re.IGNORECASE)
 
@@ -62,6 +57,11 @@ class FineTuneRun:
         if self._process is not None and self._process.poll() is None:
             return True
         return isHeld(self.folder)
+
+    @property
+    def hasEnded(self) -> bool:
+        """Whether the process that was started here is gone; False where none was."""
+        return self._process is not None and self._process.poll() is not None
 
     def launch(self, command: list[str], environment: dict[str, str], resume: bool = False) -> None:
         """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
@@ -117,17 +117,13 @@ class FineTuneRun:
             end = time.monotonic() + 2
             while self.active and time.monotonic() < end:
                 time.sleep(0.02)
-        gone = self.folder.with_name(f"{_GONE}{secrets.token_hex(6)}")
-        os.replace(self.folder, gone)
-        # Gigabytes take a while, and nobody waits for them.
-        threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}, daemon=True).start()
+        dispose([self.folder], self.folder.parent)
 
 
 def newRunFolder(runsFolder: Path, model: str) -> Path:
     """A path for a new run, which is not there yet: the model's name and the time. Raises OSError."""
     runsFolder.mkdir(parents=True, exist_ok=True)
-    for leftover in runsFolder.glob(f"{_GONE}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(runsFolder)
     plain = re.sub(r"[^A-Za-z0-9]+", "-", model).strip("-")[:40] or "model"
     name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
     paths = (runsFolder / f"{name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 100))))
@@ -140,7 +136,7 @@ def undecidedRuns(runsFolder: Path) -> list[FineTuneRun]:
     with contextlib.suppress(OSError):
         for record in runsFolder.glob(f"*/{RECORD}"):
             run = FineTuneRun(record.parent)
-            if run.folder.name.startswith(_GONE) or not run.record.get("arguments"):
+            if run.folder.name.startswith(GONE) or not run.record.get("arguments"):
                 continue
             if not RunRecord(run.folder).decision:
                 found.append(run)

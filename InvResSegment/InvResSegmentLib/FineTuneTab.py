@@ -6,6 +6,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
+from .CaseChannels import imagesOf
 from .CaseExamination import CaseExamination
 from .CaseExport import CaseExport, stampOf
 from .CaseFindings import findingsOf, labelNames, problems, summary, wrongCases
@@ -168,18 +169,19 @@ class FineTuneTab(VTKObservationMixin):
         self._schedule()
 
     def _matchCases(self) -> None:
-        """Find images for the channels of the model that cases of the scene lack."""
+        """Find images for the channels of the model that cases of the scene lack, or call otherwise."""
         model = self.model
         self._pickers.setChannels(model.channels if model is not None else ())
         if model is None:
             return
+        wanted = [channel.name for channel in model.channels]
         for row in self.cases.rows:
-            wanted = [channel.name for channel in model.channels]
-            if row.onDisk or row.segmentation is None or all(name in row.channels for name in wanted):
+            if not row.inScene or row.segmentation is None or all(name in row.channels for name in wanted):
                 continue
+            images = {name: volume for name, volume in imagesOf(row, model).items() if name in wanted}
             found = caseOf(row.segmentation, model.channels)
-            if found is not None:
-                self.cases.setChannels(row, {**found[1], **{n: v for n, v in row.channels.items() if n in wanted}})
+            if found is not None or images:
+                self.cases.setChannels(row, {**(found[1] if found is not None else {}), **images})
 
     # ---------------------------------------------------------------- the cases
 
@@ -252,7 +254,7 @@ class FineTuneTab(VTKObservationMixin):
 
     def _onPicked(self) -> None:
         selected = self._table.selected
-        if not self._filling and len(selected) == 1 and not selected[0].onDisk:
+        if not self._filling and len(selected) == 1 and selected[0].inScene:
             self.cases.setChannels(selected[0], self._pickers.volumes())
 
     def _onRunChanged(self) -> None:
@@ -287,10 +289,10 @@ class FineTuneTab(VTKObservationMixin):
     def _forgetStale(self, model) -> None:
         """What the doctor said of a case that was changed since counts no more."""
         for row in self.cases.rows:
-            if row.onDisk or row.examined is None:
+            if row.ofDataSet or row.examined is None:
                 continue
             try:
-                fresh = row.segmentation is not None and stampOf(self.cases, row, model) == row.examined
+                fresh = (row.segmentation or row.stored) is not None and stampOf(self.cases, row, model) == row.examined
             except LabelConflict:
                 fresh = False
             if not fresh:
@@ -313,8 +315,8 @@ class FineTuneTab(VTKObservationMixin):
         level = LEVELS[self.cases.worst(findings)] if findings else GOOD
         good = _("Nothing is wrong with it.") if row.examined is not None else ""
         self._caseNotice.show(level, *([finding.sentence for finding in findings] or [good]))
-        self.ui.casePickers.visible = not row.onDisk
-        if not row.onDisk:
+        self.ui.casePickers.visible = row.inScene
+        if row.inScene:
             self._filling = True
             self._pickers.setVolumes(row.channels)
             self._filling = False

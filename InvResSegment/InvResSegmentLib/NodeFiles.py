@@ -15,12 +15,15 @@ from slicer.i18n import tr as _
 from vtk.util.numpy_support import numpy_to_vtk
 
 from .NodeConversion import BINARY_LABELMAP, ConversionError, toVtkMatrix, volumeArray, volumeMatrix
-from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile
+from .NrrdFile import writeNrrd
+from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile, readSegments
 
 __all__ = ["emptySegmentation", "loadSegmentation", "loadVolume", "newSegmentation", "readLabels", "saveSegmentation"]
 
 IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
 SEGMENTATION_FILE = ".seg.nrrd"
+_EMPTY = {"Segmentation_SourceRepresentation": BINARY_LABELMAP}
+"""Tells a segmentation without segments from a label map that names none."""
 SINGLE_FILES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img")
 
 
@@ -114,7 +117,15 @@ def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:
 
     That reader may end the application on a file that was cut off: only for files that were written whole.
     """
+    try:
+        segments = readSegments(path)
+    except (DamagedFile, OSError) as error:
+        raise ConversionError(
+            _("{path} could not be read as a segmentation ({reason}).").format(path=path, reason=error)
+        ) from None
     node = emptySegmentation(name)
+    if not segments:  # not every release of Slicer reads back what has none
+        return node
     storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
     storage.SetFileName(str(path))
     read = storage.ReadData(node)
@@ -125,19 +136,37 @@ def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:
     return node
 
 
-def saveSegmentation(node: slicer.vtkMRMLSegmentationNode, path: Path) -> None:
-    """Writes a segmentation as .seg.nrrd, whole or not at all. Raises OSError."""
+def saveSegmentation(
+    node: slicer.vtkMRMLSegmentationNode, path: Path, imageNode: slicer.vtkMRMLScalarVolumeNode
+) -> None:
+    """Writes a segmentation as .seg.nrrd, whole or not at all. Raises OSError.
+
+    imageNode: what it was drawn on. One without segments becomes an empty label map on that grid: "there is nothing
+    here" is an answer, too, and Slicer's own writer has no place for it, or refuses it.
+    """
     temporary = path.with_name(f".{secrets.token_hex(6)}{SEGMENTATION_FILE}")
-    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
     try:
-        storage.SetFileName(str(temporary))
-        if not storage.WriteData(node) or not temporary.is_file():
+        if node.GetSegmentation().GetNumberOfSegments():
+            written = _writeSegments(node, temporary)
+        else:
+            empty = np.zeros(imageNode.GetImageData().GetDimensions()[::-1], np.uint8)
+            writeNrrd(temporary, empty, volumeMatrix(imageNode), _EMPTY, packed=True)
+            written = True
+        if not written or not temporary.is_file():
             raise OSError(_("{path} could not be written").format(path=path))
         os.replace(temporary, path)
     finally:
-        slicer.mrmlScene.RemoveNode(storage)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _writeSegments(node: slicer.vtkMRMLSegmentationNode, path: Path) -> bool:
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationStorageNode")
+    try:
+        storage.SetFileName(str(path))
+        return bool(storage.WriteData(node))
+    finally:
+        slicer.mrmlScene.RemoveNode(storage)
 
 
 def _firstFile(path: Path) -> Path:

@@ -1,7 +1,9 @@
-"""Writes voxels with their place as an uncompressed NRRD file, which the backend reads."""
+"""Writes voxels with their place as an NRRD file, which the backend reads."""
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,28 @@ def nrrdType(dtype: np.dtype) -> str | None:
     return _TYPES.get(dtype.str[1:])
 
 
-def writeNrrd(path: str | Path, array: np.ndarray, matrix: np.ndarray) -> None:
-    """Writes voxels (K, J, I). matrix: 4x4, (i, j, k, 1) -> RAS mm. Raises OSError where the disk does not take it."""
+def writeNrrd(
+    path: str | Path,
+    array: np.ndarray,
+    matrix: np.ndarray,
+    fields: Mapping[str, str] | None = None,
+    packed: bool = False,
+) -> None:
+    """Writes voxels (K, J, I). matrix: 4x4, (i, j, k, 1) -> RAS mm. Raises OSError where the disk does not take it.
+
+    fields: what else the header says, ASCII without line breaks. packed: with gzip, which takes its time.
+    """
     with open(path, "wb") as stream:
-        stream.write(_header(array, matrix))
-        stream.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        stream.write(_header(array, matrix, fields or {}, "gzip" if packed else "raw"))
+        if packed:
+            with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1) as packing:
+                for plane in array:
+                    packing.write(memoryview(np.ascontiguousarray(plane)).cast("B"))
+        else:
+            stream.write(memoryview(np.ascontiguousarray(array)).cast("B"))
 
 
-def _header(array: np.ndarray, matrix: np.ndarray) -> bytes:
+def _header(array: np.ndarray, matrix: np.ndarray, fields: Mapping[str, str], encoding: str) -> bytes:
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix + 0.0  # + 0.0: no "-0"
 
     def vector(numbers: np.ndarray) -> str:
@@ -39,7 +55,8 @@ def _header(array: np.ndarray, matrix: np.ndarray) -> bytes:
         f"space directions: {' '.join(vector(lps[:3, axis]) for axis in range(3))}",
         "kinds: domain domain domain",
         f"endian: {'big' if array.dtype.str[0] == '>' else 'little'}",
-        "encoding: raw",
+        f"encoding: {encoding}",
         f"space origin: {vector(lps[:3, 3])}",
+        *(f"{key}:={value}" for key, value in fields.items()),
     ]
     return ("\n".join(lines) + "\n\n").encode("ascii")

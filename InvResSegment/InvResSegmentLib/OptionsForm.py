@@ -22,7 +22,7 @@ class OptionsForm:
     def __init__(self, ui, backend: Any, onChanged: Callable[[], None]) -> None:
         self._ui, self._backend, self._onChanged = ui, backend, onChanged
         self._notice = Notice(ui, "memoryNotice")
-        self._plans: dict[tuple, tuple[str, str, bool]] = {}  # what was asked -> level, sentence, is it reversible
+        self._plans: dict[tuple, tuple[str, str, bool, str]] = {}  # asked -> level, sentence, is it reversible, speed
         self._asked: tuple | None = None
         ui.baseCasesEdit.filters = ctk.ctkPathLineEdit.Dirs | ctk.ctkPathLineEdit.Files
         for box in (ui.minutesBox, ui.epochsBox, ui.syntheticBox, ui.memorySlider):
@@ -77,7 +77,7 @@ class OptionsForm:
         options = self.options
         key = (model.sha256, options.memory, options.vae, options.device)
         if key in self._plans:
-            self._tell(key, model, options)
+            self._tell(key, options)
         elif self._asked != key:
             self._asked = key
             self._notice.show(INFORMATION, _("Planning the memory..."))
@@ -92,28 +92,29 @@ class OptionsForm:
     def _onPlan(self, key: tuple, model: Any, outcome: Any) -> None:
         if self._asked == key:
             self._asked = None
+        speed = self._speed(model.sha256, key[1], key[3])
         if outcome.state == "done":
             level = GOOD if outcome.result.get("fits") else WARNING
             reversible = outcome.result.get("engine") == "reversible"
-            self._plans[key] = level, str(outcome.result.get("sentence") or ""), reversible
+            self._plans[key] = level, str(outcome.result.get("sentence") or ""), reversible, speed
         elif outcome.state == "failed":
-            self._plans[key] = WARNING, f"{outcome.message} {outcome.hint}".strip(), True
+            self._plans[key] = WARNING, f"{outcome.message} {outcome.hint}".strip(), True, speed
         else:
             return
         options = self.options
         if key == (model.sha256, options.memory, options.vae, options.device):
-            self._tell(key, model, options)
+            self._tell(key, options)
 
-    def _tell(self, key: tuple, model: Any, options: RunOptions) -> None:
-        level, sentence, reversible = self._plans[key]
+    def _tell(self, key: tuple, options: RunOptions) -> None:
+        level, sentence, reversible, speed = self._plans[key]
         words = _memoryWords()[options.memory]
         if not reversible:
             words = _("The slider changes nothing for the network of this model.") if options.memory != "low" else ""
-        self._notice.show(level, sentence, words, self._speed(model, options))
+        self._notice.show(level, sentence, words, speed)
 
     @staticmethod
-    def _speed(model: Any, options: RunOptions) -> str:
-        wanted = {"modelSha256": model.sha256, "memory": options.memory, "device": options.device}
+    def _speed(sha256: str, memory: str, device: str) -> str:
+        wanted = {"modelSha256": sha256, "memory": memory, "device": device}
         seconds = secondsPerStep(Path(Settings.runsFolder()), wanted)
         if seconds is None:
             return ""

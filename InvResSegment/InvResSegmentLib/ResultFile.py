@@ -1,4 +1,4 @@
-"""Reads a segmentation that the backend wrote (.seg.nrrd): labels on their grid, with names, colours and terminology.
+"""Reads a segmentation (.seg.nrrd) of the backend or of Slicer: labels on a grid, with names, colours, terminology.
 
 Slicer's own reader ends the whole application on a file that was cut off; this one raises an error.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readResultFile"]
+__all__ = ["DamagedFile", "Masks", "ResultFile", "SegmentLabel", "readMasks", "readResultFile", "readSegments"]
 
 _TYPES = {"unsigned char": "u1", "signed char": "i1", "short": "i2", "unsigned short": "u2"}
 _TYPES |= {"int": "i4", "unsigned int": "u4", "uint8": "u1", "int8": "i1", "int16": "i2", "uint16": "u2"}
@@ -26,12 +26,16 @@ class DamagedFile(Exception):
 
 @dataclass(frozen=True)
 class SegmentLabel:
-    """A label of a model or a result. colour: (r, g, b) from 0 to 255, or None; terminology: Slicer's entry or ""."""
+    """A label of a model or a result. colour: (r, g, b) from 0 to 255, or None; terminology: Slicer's entry or "".
+
+    layer: of a file in which segments overlap, the label map that it is in.
+    """
 
     name: str
     value: int
     colour: tuple[float, float, float] | None = None
     terminology: str = ""
+    layer: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +47,32 @@ class ResultFile:
     segments: tuple[SegmentLabel, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """The segments of a file whose voxels may overlap. layers: whole numbers (K, J, I, layers); matrix: as above."""
+
+    layers: np.ndarray
+    matrix: np.ndarray
+    segments: tuple[SegmentLabel, ...]
+
+    def mask(self, number: int) -> np.ndarray:
+        """The voxels (K, J, I) of a segment, counted from 0."""
+        segment = self.segments[number]
+        return self.layers[..., segment.layer] == segment.value
+
+
 def readResultFile(path: str | Path) -> ResultFile:
     """The labels of a .seg.nrrd of one layer. Raises DamagedFile for anything else, OSError if it cannot be read."""
+    found = readMasks(path)
+    if found.layers.shape[3] != 1:
+        raise DamagedFile("it is no label map of three dimensions")
+    if not found.segments:
+        raise DamagedFile("it names no segment")
+    return ResultFile(found.layers[..., 0], found.matrix, found.segments)
+
+
+def readMasks(path: str | Path) -> Masks:
+    """The segments of any .seg.nrrd; there may be none. Raises DamagedFile, OSError if it cannot be read."""
     with open(path, "rb") as stream:
         fields, values = _header(stream)
         size, dtype = _layout(fields)
@@ -65,9 +93,22 @@ def readResultFile(path: str | Path) -> ResultFile:
         raise DamagedFile(f"it has {len(data)} bytes of voxels instead of {length}")
     array = np.frombuffer(data, dtype).reshape(size[::-1])
     segments = _segments(values)
-    if not segments:
+    if any(not 0 <= segment.layer < size[0] for segment in segments):
+        raise DamagedFile("it names a layer that it does not hold")
+    return Masks(array.astype(dtype.newbyteorder("="), copy=False), _matrix(fields), segments)
+
+
+def readSegments(path: str | Path) -> tuple[SegmentLabel, ...]:
+    """The segments that the header of a .seg.nrrd names; () for a segmentation in which there is nothing.
+
+    Raises DamagedFile and OSError as `readResultFile` does.
+    """
+    with open(path, "rb") as stream:
+        _fields, values = _header(stream)
+    segments = _segments(values)
+    if not segments and not any(key.startswith("Segmentation_") for key in values):
         raise DamagedFile("it names no segment")
-    return ResultFile(array.astype(dtype.newbyteorder("="), copy=False), _matrix(fields), segments)
+    return segments
 
 
 def _header(stream) -> tuple[dict[str, str], dict[str, str]]:
@@ -91,15 +132,18 @@ def _header(stream) -> tuple[dict[str, str], dict[str, str]]:
     raise DamagedFile("its header has no end")
 
 
-def _layout(fields: dict[str, str]) -> tuple[tuple[int, int, int], np.dtype]:
+def _layout(fields: dict[str, str]) -> tuple[tuple[int, int, int, int], np.dtype]:
+    """Layers and voxels (layers, I, J, K), and the type of number."""
     try:
-        first, second, third = (int(text) for text in fields["sizes"].split())
+        sizes = [int(text) for text in fields["sizes"].split()]
+        # Several layers lie in front, as a list of values for each voxel.
+        layers, first, second, third = sizes if fields.get("kinds", "").startswith("list") else [1, *sizes]
         dtype = np.dtype(_TYPES[fields["type"]])
     except (KeyError, ValueError):
         raise DamagedFile("it is no label map of three dimensions") from None
-    if min(first, second, third) < 1:
+    if min(layers, first, second, third) < 1:
         raise DamagedFile("it has no voxels")
-    return (first, second, third), dtype.newbyteorder(">" if fields.get("endian") == "big" else "<")
+    return (layers, first, second, third), dtype.newbyteorder(">" if fields.get("endian") == "big" else "<")
 
 
 def _matrix(fields: dict[str, str]) -> np.ndarray:
@@ -125,6 +169,7 @@ def _segments(values: dict[str, str]) -> tuple[SegmentLabel, ...]:
     for number in numbers:
         try:
             value = int(values[f"Segment{number}_LabelValue"])
+            layer = int(values.get(f"Segment{number}_Layer", 0))
             colour = [255 * float(text) for text in values.get(f"Segment{number}_Color", "").split()]
         except (KeyError, ValueError):
             raise DamagedFile(f"segment {number} has no label value or colour") from None
@@ -135,6 +180,7 @@ def _segments(values: dict[str, str]) -> tuple[SegmentLabel, ...]:
                 value,
                 (colour[0], colour[1], colour[2]) if len(colour) == 3 else None,
                 entry[1] if entry else "",
+                layer,
             )
         )
     return tuple(segments)

@@ -10,6 +10,7 @@ from slicer.i18n import tr as _
 from . import NodeConversion, NodeFiles, SegmentationResult
 from .BatchCase import ACCEPTED, DONE, EDITED, BatchCase, correctedPath
 from .BatchQueue import BatchQueue
+from .CaseFiles import CaseFiles
 from .NodeConversion import ConversionError
 
 __all__ = ["ReviewQueue"]
@@ -18,9 +19,9 @@ __all__ = ["ReviewQueue"]
 class ReviewQueue:
     """Steps through the cases of a batch that are done. trainingCases: gets what is accepted (`TrainingCases`).
 
-    A case of files is loaded when it is opened; when it is left, its nodes go, unless it was accepted since they were
-    loaded. What a person changed is written beside the result when the case is left or accepted, so nothing is lost by
-    going on.
+    A case of files is loaded when it is opened; when it is left, its nodes go, as it is a training case of files. What
+    a person changed is written beside the result when the case is left, and what was accepted at once, so nothing is
+    lost by going on.
     """
 
     def __init__(self, queue: BatchQueue, trainingCases: Any) -> None:
@@ -30,7 +31,6 @@ class ReviewQueue:
         self.channels: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self.segmentation: slicer.vtkMRMLSegmentationNode | None = None
         self._segmentCount = 0
-        self._kept: dict[BatchCase, tuple[dict, Any]] = {}  # accepted cases: what of them stays in the scene
 
     @property
     def cases(self) -> list[BatchCase]:
@@ -68,10 +68,7 @@ class ReviewQueue:
             return
         self.leave()
         self._tried = case  # the way on starts here, also when it cannot be opened
-        channels, segmentation = self._kept.get(case, ({}, None))
-        if segmentation is not None and segmentation.GetScene() is not None:
-            self.channels, self.segmentation = channels, segmentation
-        elif case.inScene:
+        if case.inScene:
             if case.segmentation is None or case.segmentation.GetScene() is None:
                 raise ConversionError(_("The result of {name} was deleted.").format(name=case.name))
             self.channels = {name: node for name, node in case.nodes.items() if node.GetScene() is not None}
@@ -90,29 +87,43 @@ class ReviewQueue:
         if case is None or not self._alive or not self._edited:
             return False
         if not case.inScene:
-            NodeFiles.saveSegmentation(self.segmentation, correctedPath(self._queue.folder, case))
+            self._write(case, learn=False)
         if not case.review:
             case.review = EDITED
             self._queue.tell()
         return True
 
-    def accept(self) -> None:
-        """The open case is right as it is now: it becomes a training case, and its nodes stay. Raises OSError."""
+    def _write(self, case: BatchCase, learn: bool) -> None:
+        """Puts the segmentation beside the result, and into the training case. learn: it becomes one."""
+        label = correctedPath(self._queue.folder, case)
+        NodeFiles.saveSegmentation(self.segmentation, label, self.background)
+        stored = CaseFiles.of(case.files, self.channels, label)
+        if learn or self._trainingCases.ofFiles(stored) is not None:
+            self._trainingCases.addFiles(case.name, stored)
+
+    def accept(self) -> bool:
+        """The open case is right as it is now: it becomes a training case. Raises OSError.
+
+        Returns whether there is anything to learn from; one without segments is accepted and no training case.
+        """
         case = self.current
         if case is None or not self._alive:
-            return
-        self.save()
-        self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
-        self._kept[case] = dict(self.channels), self.segmentation
+            return False
+        learned = bool(self.segmentation.GetSegmentation().GetNumberOfSegments())
+        if not case.inScene:
+            self._write(case, learned)  # a result that is right as it is, too: the next model's must not take its place
+        elif learned:
+            self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
         case.review = ACCEPTED
         self._queue.tell()
+        return learned
 
     def leave(self) -> None:
         """Closes the case, with what was changed saved. Raises OSError where that fails; the case stays open then."""
         self.save()
         case, nodes = self.current, [*self.channels.values(), self.segmentation]
         self._close()
-        if case is None or case.inScene or case in self._kept:
+        if case is None or case.inScene:
             return
         for node in nodes:
             _remove(node)
@@ -120,7 +131,6 @@ class ReviewQueue:
     def forget(self) -> None:
         """The scene is being closed: nothing is saved or removed."""
         self._close()
-        self._kept.clear()
 
     def _close(self) -> None:
         self.current, self.channels, self.segmentation = None, {}, None
@@ -152,19 +162,20 @@ class ReviewQueue:
 
     def _segmentation(self, case: BatchCase, model: Any, loaded: list) -> slicer.vtkMRMLSegmentationNode:
         name = _("{name} segmentation").format(name=case.name)
-        corrected = correctedPath(self._queue.folder, case)
+        corrected, image = correctedPath(self._queue.folder, case), loaded[0]
         if case.review and corrected.is_file():
             node = NodeFiles.loadSegmentation(corrected, name)
             loaded.append(node)
+            if not node.GetSegmentation().GetNumberOfSegments():  # to be drawn in, after all
+                node.SetReferenceImageGeometryParameterFromVolumeNode(image)
         else:
-            image = loaded[0]
             result = NodeConversion.readResult(self._queue.folder / case.fileName, image)
             node = NodeFiles.emptySegmentation(name)
             loaded.append(node)
             labels = model.labels if model is not None and model.sha256 == case.model else ()
             stated = [NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology) for one in labels]
             NodeConversion.importSegmentation(result, image, node, case.model, stated)
-        SegmentationResult.placeBeside(node, loaded[0])
+        SegmentationResult.placeBeside(node, image)
         SegmentationResult.showInSlices(node)
         return node
 

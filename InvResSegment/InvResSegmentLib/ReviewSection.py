@@ -84,11 +84,16 @@ class ReviewSection:
 
     def _onAccept(self) -> None:
         try:
-            self._queue.accept()
+            learned = self._queue.accept()
         except OSError as error:
             self._showUnsaved(error)
             return
-        self._notice.show(GOOD, _("Accepted; it is among the training cases of the tab Fine-tune."))
+        if learned:
+            self._notice.show(GOOD, _("Accepted; it is among the training cases of the tab Fine-tune."))
+        else:
+            self._notice.show(
+                INFORMATION, _("Accepted; it has no segments, so there is nothing to learn from it in Fine-tune.")
+            )
         self._onChanged()
 
     def _showUnsaved(self, error: OSError) -> None:

@@ -1,19 +1,17 @@
 """What becomes of a tuned model: promoted, discarded or rolled back, each with a word of what that means."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from slicer.i18n import tr as _
 
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
-from .RunRecord import DISCARDED, PROMOTED, ROLLED_BACK, RunRecord, decide
+from .RunRecord import DISCARDED, PROMOTED, ROLLED_BACK, RunRecord, decide, tidy
 
 __all__ = ["RunDecision"]
 
 PACKAGES = ("model", "candidate")
-HEAVY = (*PACKAGES, "prepared")
-"""Folders of a run that are of no use once its model is discarded; what was proved stays."""
+"""Folders of a run, of which one has the tuned model; it may be promoted again until it is discarded."""
 
 
 class RunDecision:
@@ -119,10 +117,6 @@ class RunDecision:
             self._ask("discard", question, _("Press the button again to delete them."))
             return
         self._asked = ""
-        for name in HEAVY:
-            shutil.rmtree(self._record.folder / name, ignore_errors=True)
-        for path in self._record.folder.glob("*/checkpoint.pt"):
-            path.unlink(missing_ok=True)
         self._decided(self._record, DISCARDED)
 
     @property
@@ -161,6 +155,7 @@ class RunDecision:
             problem = _("The decision could not be written down: {reason}.").format(reason=error.strerror or error)
         else:
             problem = ""
+            tidy(record.folder, *(PACKAGES if decision == DISCARDED else ()))
         self._update()
         if problem and self._record is not None:
             self._notice.show(ERROR, problem)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 
 from slicer.i18n import tr as _
 
+from .Disposal import dispose
 from .Protocol import parsedEvent
 from .WholeFile import readJson, writeJson
 
-__all__ = ["DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld"]
+__all__ = ["DATA", "DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld", "tidy"]
 
 EVENTS, LOCK, STOP = "events.jsonl", "lock", "stop"
+DATA, PREPARED_DATA, CHECKPOINTS = "data", "prepared", "*/checkpoint.pt"
 RESULT, COMPARISON, DECISION = "result.json", "comparison.json", "decision.json"
 PROMOTED, DISCARDED, ROLLED_BACK = "promoted", "discarded", "rolled back"
 START_LIMIT_S = 120
@@ -43,7 +46,8 @@ class Epoch:
 class RunRecord:
     """A run of `invres finetune`, as its folder tells it; `poll` brings it up to date.
 
-    launched: a process was started for it just now, which has not said anything yet.
+    launched: a process was started for it just now, which has not said anything yet. hasEnded: asked whether that
+    process is gone already, where somebody knows it.
     state: "starting", "running", "stopping" (a process is at work), "paused", "finished", "failed" (none is).
     stage: the backend's name of what is done at the moment; part of parts: which training, 0 before the first.
     fraction: of the whole, never smaller than before; etaS: seconds left of the whole, None where not known.
@@ -52,6 +56,7 @@ class RunRecord:
 
     folder: Path
     launched: bool = False
+    hasEnded: Callable[[], bool] = lambda: False
     state: str = "starting"
     stage: str = ""
     part: int = 0
@@ -61,7 +66,6 @@ class RunRecord:
     predictedBytes: int = 0
     measuredBytes: int = 0
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     epochs: dict[int, list[Epoch]] = field(default_factory=dict)
     error: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -78,9 +82,10 @@ class RunRecord:
     def poll(self) -> bool:
         """Reads what is new; returns whether anything changed."""
         before, news = self.state, False
+        gone = self.hasEnded()  # asked first: whatever it has said is read below
         while self._read():
             news = True
-        self.state = self._state()
+        self.state = self._state(gone)
         return news or self.state != before
 
     @property
@@ -113,7 +118,7 @@ class RunRecord:
 
     # ---------------------------------------------------------------- state
 
-    def _state(self) -> str:
+    def _state(self, gone: bool) -> str:
         if self.result:
             return "finished"
         if self._begun and not self._ended and isHeld(self.folder):
@@ -124,6 +129,10 @@ class RunRecord:
             # The disk was too full for the last event.
             self._take({**told, "event": "result"})
             return "finished"
+        # A launcher may be gone, and the Python behind it at work.
+        gone = gone and not isHeld(self.folder)
+        if gone and (self.launched or not (self._begun or self._ended)):
+            return self._notStarted(_("The training ended before it began."))
         if self._ended or self._begun:
             if self.launched and time.monotonic() - self._made < START_LIMIT_S:
                 return "starting"
@@ -138,9 +147,12 @@ class RunRecord:
             return "failed"
         if isHeld(self.folder) or time.monotonic() - self._made < START_LIMIT_S:
             return "starting"
+        return self._notStarted(_("The training did not begin within {count} s.").format(count=START_LIMIT_S))
+
+    def _notStarted(self, message: str) -> str:
         self.error = {
             "code": "not_started",
-            "message": _("The training did not begin within {count} s.").format(count=START_LIMIT_S),
+            "message": message,
             "hint": _("Look at the log of the run, in its folder."),
         }
         return "failed"
@@ -152,7 +164,7 @@ class RunRecord:
         path = self.folder / EVENTS
         try:
             if path.stat().st_size < self._offset:  # another run took the folder
-                self.__init__(self.folder, self.launched)
+                self.__init__(self.folder, self.launched, self.hasEnded)
             with open(path, "rb") as stream:
                 stream.seek(self._offset)
                 data = stream.read(LONGEST_PIECE)
@@ -183,11 +195,10 @@ class RunRecord:
             self.predictedBytes = int(event.get("predicted_bytes") or self.predictedBytes)
             measured = event.get("cuda_max_allocated_bytes") or event.get("measured_bytes")
             self.measuredBytes = int(measured or self.measuredBytes)
-        elif kind in ("warning", "note"):
-            said = self.warnings if kind == "warning" else self.notes
+        elif kind == "warning":
             text = str(event.get("message") or "")
-            if text and text not in said:
-                said.append(text)
+            if text and text not in self.warnings:
+                self.warnings.append(text)
         elif kind == "error":
             self._ended = True
             self.error = {key: str(event.get(key) or "") for key in ("code", "message", "hint")}
@@ -237,6 +248,22 @@ class RunRecord:
 def decide(folder: Path, decision: str, **fields: Any) -> None:
     """Writes down what became of the tuned model. Raises OSError where the disk refuses."""
     writeJson(folder / DECISION, {"decision": decision, "time": _now(), **fields})
+
+
+def tidy(folder: Path, *more: str) -> None:
+    """Deletes what only training needed, in the background; what the proof shows, and the model, stay.
+
+    more: names of further folders of the run to be deleted. What cannot be moved stays as well.
+    """
+    shown = set()
+    for case in readJson(folder / COMPARISON).get("cases") or []:
+        files = case.get("files") or {}
+        named = [*(files.get("images") or [])[:1], files.get("reference")]  # the first image is what is looked at
+        shown |= {os.path.realpath(path) for path in named if path}
+    data = [path for path in (folder / DATA).rglob("*") if path.is_file() and os.path.realpath(path) not in shown]
+    folders = [folder / name for name in (PREPARED_DATA, *more)]
+    with contextlib.suppress(OSError):
+        dispose([*folders, *folder.glob(CHECKPOINTS), *data], folder.parent)
 
 
 def _now(shift_s: float = 0.0) -> str:

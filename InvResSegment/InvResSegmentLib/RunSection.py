@@ -52,6 +52,11 @@ class RunSection:
         """Whether a training is under way, shown or not."""
         return self.state in AT_WORK or any(run.active for run in self._runs)
 
+    @property
+    def _decided(self) -> bool:
+        """Whether the model of the run that is shown was promoted, discarded or rolled back."""
+        return self.state == "finished" and self.view.record is not None and bool(self.view.record.decision)
+
     def find(self) -> None:
         """Look for runs that are under way, or wait for a decision, of this Slicer or an earlier one."""
         found = undecidedRuns(Path(Settings.runsFolder()))
@@ -74,7 +79,7 @@ class RunSection:
             self._runs.insert(0, run)
         self._shown, self._askedToDelete = run, False
         self._message.clear()
-        self.view.show(run.folder, launched)
+        self.view.show(run.folder, launched, lambda: run.hasEnded)
         self._update()
         self._onChanged()
 
@@ -97,21 +102,33 @@ class RunSection:
         self._filling = False
         ui.runRow.visible = len(self._runs) > 1
         ended = state in ("paused", "failed")
-        ui.runButtons.visible = state != "finished"
+        finished = state == "finished"
+        decided = self._decided
+        ui.runButtons.visible = not finished or decided
+        ui.pauseButton.visible = ui.keepButton.visible = not finished
         ui.pauseButton.text = _("Resume") if ended else _("Pause")
         ui.pauseButton.toolTip = (
             _("Goes on from what was saved last.")
             if ended
             else _("Saves and stops; Resume goes on later, also after a restart.")
         )
+        ui.keepButton.toolTip = _("Ends the training now, with what it has learned, and compares.")
+        if state == "starting":
+            # A process that is just beginning takes what asks it to stop for left over from the stop before.
+            ui.pauseButton.toolTip = ui.keepButton.toolTip = _("Possible once the first training has begun.")
         problem = self._services.problem() if ended else ""
         if ended and any(other is not run and other.active for other in self._runs):
             problem = _("Another training is under way; wait for it, or pause it.")
-        ui.pauseButton.enabled = state in ("starting", "running") or (ended and not problem)
+        ui.pauseButton.enabled = state == "running" or (ended and not problem)
         if problem:
             ui.pauseButton.toolTip = problem
         ui.keepButton.enabled = state == "running"
         ui.deleteRunButton.enabled = state != ""
+        ui.deleteRunButton.toolTip = (
+            _("Deletes the run with its proof; your models stay.")
+            if decided
+            else _("Ends the run and deletes it with all that it has learned.")
+        )
         ui.deleteRunButton.text = _("Delete it") if self._askedToDelete else _("Delete")
 
     def _onState(self, state: str) -> None:
@@ -166,11 +183,10 @@ class RunSection:
             return
         if not self._askedToDelete:
             self._askedToDelete = True
-            self._message.show(
-                WARNING,
-                _("The run and all that it has learned will be deleted; your cases stay."),
-                _("Press the button again to delete it."),
-            )
+            text = _("The run and all that it has learned will be deleted; your cases stay.")
+            if self._decided:
+                text = _("The run and its proof will be deleted; your models and your cases stay.")
+            self._message.show(WARNING, text, _("Press the button again to delete it."))
             self._update()
             return
         self.view.clear()

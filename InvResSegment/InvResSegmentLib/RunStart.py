@@ -1,7 +1,7 @@
 """From the training cases of the panel to a running process: examined, handed over, launched; nothing blocks."""
 
+import contextlib
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from . import Settings
 from .CaseExamination import CaseExamination
 from .CaseExport import CaseExport, directDataSet
 from .Dependencies import backendCommand, backendEnvironment
-from .FineTuneRun import DATA, FineTuneRun, newRunFolder
+from .Disposal import dispose
+from .FineTuneRun import FineTuneRun, newRunFolder
 from .Notice import ERROR, GOOD, INFORMATION, WARNING
 from .RunOptions import RunOptions
+from .RunRecord import DATA
 from .TrainingCases import TrainingCases
 
 __all__ = ["RunStart"]
@@ -67,7 +69,7 @@ class RunStart:
             if outcome.state == "done":
                 self._launch(folder, model, options, outcome.dataset)
                 return
-            shutil.rmtree(folder, ignore_errors=True)
+            _giveUp(folder)
             if outcome.state == "cancelled":
                 self._end(None, INFORMATION, _("Cancelled."))
             else:
@@ -85,14 +87,14 @@ class RunStart:
             "modelSha256": model.sha256,
             "memory": options.memory,
             "device": options.device,
-            "cases": sum(row.used for row in self._cases.rows),
+            "cases": len(self._cases.used),
         }
         try:
             run = FineTuneRun.begin(folder, record)
             run.launch(backendCommand("-m", "invres"), backendEnvironment())
         except OSError as error:
             logging.exception("InvResSegment: a fine-tuning could not be started")
-            shutil.rmtree(folder, ignore_errors=True)
+            _giveUp(folder)
             self._end(None, ERROR, *_cannotWrite(error))
             return
         self._end(run, GOOD, _("The training has begun. It goes on while you work, and when Slicer is closed."))
@@ -101,6 +103,11 @@ class RunStart:
         callback, self._onDone = self._onDone, None
         if callback is not None:
             callback(run, level, sentences)
+
+
+def _giveUp(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        dispose([folder], folder.parent)
 
 
 def _cannotWrite(error: OSError) -> tuple[str, str]:

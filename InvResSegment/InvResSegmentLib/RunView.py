@@ -52,10 +52,13 @@ class RunView:
         """The state of the run that is shown; "" where none is."""
         return self._state
 
-    def show(self, runFolder: Path, launched: bool = False) -> None:
-        """Show a run. launched: a process has just been started for it, which may not have said anything yet."""
+    def show(self, runFolder: Path, launched: bool = False, hasEnded: Callable[[], bool] = lambda: False) -> None:
+        """Show a run. launched: a process has just been started for it, which may not have said anything yet.
+
+        hasEnded: whether that process is gone, where somebody knows it.
+        """
         same = self.record is not None and self.record.folder == Path(runFolder)
-        self.record = RunRecord(Path(runFolder), launched)
+        self.record = RunRecord(Path(runFolder), launched, hasEnded)
         self._state = ""
         if not same:
             self._chart.clear()

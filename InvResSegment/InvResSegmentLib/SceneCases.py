@@ -8,10 +8,9 @@ from typing import Any
 import slicer
 
 from . import ChannelMatching, GeometryDoctor, NodeConversion, SegmentationResult
+from .VolumeDescription import IMAGE_CLASS, choosableImages
 
 __all__ = ["caseOf", "casesOfScene", "patientOf"]
-
-IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 
 
 def casesOfScene(scene: slicer.vtkMRMLScene, channels: Sequence[Any]) -> list[tuple[str, dict, Any]]:
@@ -81,7 +80,7 @@ def _ofProvenance(segmentationNode, channels: Sequence[Any]) -> dict:
 def _ofName(segmentationNode):
     """The image with the longest name that the segmentation's name begins with."""
     name = segmentationNode.GetName() or ""
-    volumes = [volume for volume in _images(segmentationNode.GetScene()) if name.startswith(volume.GetName())]
+    volumes = [volume for volume in choosableImages(segmentationNode.GetScene()) if name.startswith(volume.GetName())]
     return max(volumes, key=lambda volume: len(volume.GetName()), default=None)
 
 
@@ -96,15 +95,9 @@ def _companions(reference) -> list:
         return []
     place, geometry = parent(reference), GeometryDoctor.describeGeometry(reference)
     found = [reference]
-    for volume in _images(reference.GetScene()):
+    for volume in choosableImages(reference.GetScene()):
         if volume is reference or parent(volume) != place or NodeConversion.exportProblem(volume):
             continue
         if GeometryDoctor.sameGrid(geometry, GeometryDoctor.describeGeometry(volume)):
             found.append(volume)
     return found
-
-
-def _images(scene) -> list:
-    count = scene.GetNumberOfNodesByClass(IMAGE_CLASS)
-    nodes = [scene.GetNthNodeByClass(index, IMAGE_CLASS) for index in range(count)]
-    return [node for node in nodes if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors()]

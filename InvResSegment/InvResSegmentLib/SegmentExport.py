@@ -12,7 +12,7 @@ from slicer.i18n import tr as _
 from . import NodeConversion
 from .NrrdFile import writeNrrd
 
-__all__ = ["labelArray", "segmentNames", "segmentationProblem", "writeLabels"]
+__all__ = ["labelArray", "paint", "segmentNames", "segmentationProblem", "writeLabels"]
 
 ALIGNED = 1e-3  # voxels by which a grid may be off before its labels are looked up anew
 
@@ -60,7 +60,7 @@ def labelArray(
     for segmentId, value in values.items():
         mask, toFrame = NodeConversion.segmentMask(segmentationNode, segmentId)
         if mask.size and mask.any():
-            _paint(labels, mask, toVoxels @ toFrame, value)
+            paint(labels, mask, toVoxels @ toFrame, value)
     return labels
 
 
@@ -69,8 +69,11 @@ def writeLabels(path: str | Path, labels: np.ndarray, volumeNode: slicer.vtkMRML
     writeNrrd(path, labels, NodeConversion.volumeMatrix(volumeNode))
 
 
-def _paint(labels: np.ndarray, mask: np.ndarray, toLabels: np.ndarray, value: int) -> None:
-    """Puts a mask in place. toLabels: 4x4, (i, j, k, 1) of the mask -> of the labels."""
+def paint(labels: np.ndarray, mask: np.ndarray, toLabels: np.ndarray, value: int) -> None:
+    """Puts a mask (K, J, I) into a label map, taken by its nearest voxel and cut at the border.
+
+    toLabels: 4x4, (i, j, k, 1) of the mask -> of the labels.
+    """
     shift = np.rint(toLabels[:3, 3])
     corner = np.array(mask.shape[::-1])
     plain = np.eye(4)

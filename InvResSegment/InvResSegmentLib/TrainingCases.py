@@ -12,6 +12,7 @@ from typing import Any
 
 import slicer
 
+from .CaseFiles import CaseFiles
 from .LabelMapping import plainName
 
 __all__ = ["LEFT_OUT", "TRAINING", "VALIDATION", "CaseRow", "DataSetOnDisk", "Finding", "TrainingCases", "dataSetOf"]
@@ -44,13 +45,19 @@ class DataSetOnDisk:
     channelsInOneFile: bool = False
     folds: int = 0
 
+    @property
+    def severalInOneFile(self) -> bool:
+        """Whether a case is one file of several channels, which cannot be put into another order."""
+        return self.channelsInOneFile and len(self.channels) > 1
+
 
 @dataclass(eq=False)
 class CaseRow:
     """One case. code: what its files are called, so that no name of a person gets there. key: never changes.
 
-    In the scene: channels (name -> volume) and segmentation. On disk: dataSet (its path) and files (images, label,
-    patient). findings: of the data doctor; examined: the state of the case that they are about, None before.
+    In the scene: channels (name -> volume) and segmentation. Of a data set: dataSet (its path) and files (images,
+    label, patient). Of files that no data set describes: stored. findings: of the data doctor; examined: the state of
+    the case that they are about, None before.
     """
 
     key: str
@@ -61,13 +68,19 @@ class CaseRow:
     segmentation: slicer.vtkMRMLSegmentationNode | None = None
     dataSet: str = ""
     files: dict[str, Any] = field(default_factory=dict)
+    stored: CaseFiles | None = None
     findings: list[Finding] = field(default_factory=list)
     examined: Any = None
 
     @property
-    def onDisk(self) -> bool:
-        """Whether the case lies on disk and not in the scene."""
+    def ofDataSet(self) -> bool:
+        """Whether the case is one of a data set on disk."""
         return bool(self.dataSet)
+
+    @property
+    def inScene(self) -> bool:
+        """Whether the case is made of nodes of the scene, and not of files."""
+        return self.stored is None and not self.dataSet
 
     @property
     def used(self) -> bool:
@@ -78,6 +91,7 @@ class CaseRow:
 class TrainingCases:
     """The list of one scene; it is kept in the scene's parameter node, and saved with it.
 
+    What lies on disk outlives the scene: it stays on the list until a scene with a list of its own is there.
     changed: functions to be called after every change. choices: segment name -> label, as decided by a person.
     """
 
@@ -87,8 +101,14 @@ class TrainingCases:
         self.choices: dict[str, str] = {}
         self.changed: list[Callable[[], None]] = []
         self._node = None
+        self._left: tuple = ([], {}, {})  # of the scene before: rows, data sets, choices
 
     # ---------------------------------------------------------------- the list
+
+    @property
+    def used(self) -> list[CaseRow]:
+        """The cases that take part, in their order."""
+        return [row for row in self.rows if row.used]
 
     def add(self, name: str, channels: dict, segmentationNode) -> CaseRow:
         """A case of the scene; one with this segmentation that is there already gets these images instead."""
@@ -100,6 +120,20 @@ class TrainingCases:
         row.findings, row.examined = [], None
         self._onChanged()
         return row
+
+    def addFiles(self, name: str, stored: CaseFiles) -> CaseRow:
+        """A case of files; one with these images that is there already gets this label instead."""
+        row = self.ofFiles(stored)
+        if row is None:
+            row = CaseRow(uuid.uuid4().hex, name, self._freeCode())
+            self.rows.append(row)
+        row.stored, row.findings, row.examined = stored, [], None
+        self._onChanged()
+        return row
+
+    def ofFiles(self, stored: CaseFiles) -> CaseRow | None:
+        """The case with these images, if it is on the list."""
+        return next((row for row in self.rows if row.stored and row.stored.paths == stored.paths), None)
 
     def addDataSet(self, dataSet: DataSetOnDisk, cases: list[dict[str, Any]]) -> list[CaseRow]:
         """The labelled cases of a data set (name, images, label, patient; role where its split says it), in its order.
@@ -166,10 +200,16 @@ class TrainingCases:
 
     def setNode(self, parameterNode) -> None:
         """Take the list of a scene from its parameter node (a vtkMRMLScriptedModuleNode); None: there is no scene."""
-        self._node, before = parameterNode, {row.key: row for row in self.rows}
+        before = {row.key: row for row in self.rows}
+        if self._node is not None:
+            self._left = [row for row in self.rows if not row.inScene], self.dataSets, self.choices
+        self._node = parameterNode
         self.rows, self.dataSets, self.choices = [], {}, {}
-        if parameterNode is not None:
+        if parameterNode is not None and parameterNode.GetParameter(PARAMETER):
             self._load()
+        elif parameterNode is not None and self._left[0]:
+            self.rows, self.dataSets, self.choices = self._left
+            self._save()
         # The module is entered again and again; what the doctor said of a case stays.
         self.rows = [_same(before.get(row.key), row) for row in self.rows]
         self.tell()
@@ -195,8 +235,10 @@ class TrainingCases:
         entries = []
         for row in self.rows:
             entry = {"key": row.key, "name": row.name, "code": row.code, "role": row.role}
-            if row.onDisk:
+            if row.ofDataSet:
                 entry |= {"dataSet": row.dataSet, "files": row.files}
+            elif row.stored is not None:
+                entry["stored"] = asdict(row.stored)
             else:
                 entry["channels"] = list(row.channels)
                 references = [row.segmentation, *row.channels.values()]
@@ -228,6 +270,9 @@ class TrainingCases:
         row = CaseRow(entry["key"], entry["name"], entry["code"], entry["role"])
         if "dataSet" in entry:
             row.dataSet, row.files = entry["dataSet"], entry["files"]
+            return row
+        if "stored" in entry:
+            row.stored = CaseFiles.fromJson(entry["stored"])
             return row
         row.segmentation = self._node.GetNodeReference(_role(row.key, 0))
         found = {name: self._node.GetNodeReference(_role(row.key, i + 1)) for i, name in enumerate(entry["channels"])}
@@ -271,6 +316,8 @@ def dataSetOf(path: str, result: dict[str, Any]) -> tuple[DataSetOnDisk, list[di
 def _same(old: CaseRow | None, new: CaseRow) -> CaseRow:
     """The case as it was known already, where it is the same."""
     if old is None or old.segmentation is not new.segmentation or old.channels != new.channels:
+        return new
+    if old.stored != new.stored:
         return new
     old.name, old.role, old.dataSet, old.files = new.name, new.role, new.dataSet, new.files
     return old

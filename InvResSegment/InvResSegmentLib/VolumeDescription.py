@@ -11,8 +11,17 @@ import slicer
 from . import NodeConversion
 from .GeometryDoctor import ALIGNED_FROM, SOURCE_ROLE
 
-__all__ = ["DICOM_TAGS", "IntensityStatistics", "VolumeDescription", "describeVolume", "frameOfReference"]
+__all__ = [
+    "DICOM_TAGS",
+    "IMAGE_CLASS",
+    "IntensityStatistics",
+    "VolumeDescription",
+    "choosableImages",
+    "describeVolume",
+    "frameOfReference",
+]
 
+IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 DICOM_TAGS = {
     "seriesDescription": "0008,103e",
     "modality": "0008,0060",
@@ -93,6 +102,13 @@ class VolumeDescription:
             else:
                 values[attribute] = text
         return VolumeDescription(name=name, key=key, **values, **fields)
+
+
+def choosableImages(scene: slicer.vtkMRMLScene) -> list[slicer.vtkMRMLScalarVolumeNode]:
+    """The volumes of a scene that a person can choose as an image, as the selectors offer them."""
+    nodes = [scene.GetNthNodeByClass(n, IMAGE_CLASS) for n in range(scene.GetNumberOfNodesByClass(IMAGE_CLASS))]
+    # Of just this class: label maps, vectors and tensors are no images of one channel.
+    return [node for node in nodes if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors()]
 
 
 def describeVolume(volumeNode: slicer.vtkMRMLVolumeNode) -> VolumeDescription:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,19 +19,26 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 import standins
+import vtk
 from InvResSegmentLib import BatchSources
 from InvResSegmentLib.BatchCase import ACCEPTED, DONE, EDITED, FAILED, WAITING, BatchCase, correctedPath, freeFileName
 from InvResSegmentLib.BatchQueue import BatchQueue
 from InvResSegmentLib.BatchTab import BatchTab
+from InvResSegmentLib.CaseExport import CaseExport, stampOf
+from InvResSegmentLib.CaseFindings import findingsOf, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
-from InvResSegmentLib.ResultFile import readResultFile
+from InvResSegmentLib.ResultFile import readMasks, readResultFile
 from InvResSegmentLib.ReviewQueue import ReviewQueue
-from InvResSegmentLib.TrainingCases import TrainingCases
+from InvResSegmentLib.TrainingCases import Finding, TrainingCases
 from small_models import add_volume, example
 from standins import pythonqt, qtclasses, waitUntil
 from tiny_run import SHAPE, write_balls
-from vtk.util.numpy_support import vtk_to_numpy
+from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+
+from invres.cases import read_dataset
+from invres.doctor import check_dataset
+from invres.volume import read_volume
 
 T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
 TWO = (
@@ -209,6 +217,19 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     assert review.step(True, small_model)
     assert review.background.GetImageData().GetDimensions() == SHAPE[::-1]
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
+    review.accept()
+    review.leave()
+    dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
+
+
+def exported(cases, model, folder):
+    """How it ends when the training cases are written for the backend."""
+    model.manifest = {"scheme": {"regions": False}}
+    export, ended = CaseExport(lambda: str(folder / "staged")), []
+    export.start(cases, model, lambda *step: None, ended.append)
+    waitUntil(lambda: ended, 30)
+    return ended[0]
 
 
 def segment_id(review):
@@ -271,7 +292,26 @@ def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_erro
     other.mkdir()
     (other / "batch.json").write_text('{"cases": [', encoding="utf-8")
     queue.setFolder(other)
-    assert [one.name for one in queue.cases] == ["a"]
+    assert queue.cases == [] and [path.name for path in other.iterdir()] == ["batch.json"]
+
+
+def test_cases_that_only_a_folder_remembered_stay_with_it(queue, images, tmp_path):
+    mistyped, meant = tmp_path / "mistyped", tmp_path / "meant"
+    for folder in (mistyped, meant):
+        folder.mkdir()
+    entries = [{"name": path.name, "files": {"T1": str(path)}, "state": WAITING, "result": ""} for path in images]
+    (mistyped / "batch.json").write_text(json.dumps({"cases": entries}), encoding="utf-8")
+    added = BatchCase("added", files={"T1": tmp_path / "added.nii"})
+    queue.add([added])
+    queue.setFolder(mistyped)
+    assert len(queue.cases) == 4
+    assert queue.add(cases_of(images[:1])) == 0, "it is there, and by now a person has asked for it"
+    queue.cases[1].state = FAILED  # tried here
+    queue.setFolder(meant)
+    assert [case.name for case in queue.cases] == [images[0].name, images[1].name, "added"]
+    assert queue.cases[2] is added and {case.state for case in queue.cases} == {WAITING}
+    queue.setFolder(mistyped)
+    assert {case.name for case in queue.cases} == {*(path.name for path in images), "added"}
 
 
 def test_a_folder_that_was_only_chosen_is_left_alone(queue, images, tmp_path):
@@ -320,6 +360,13 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
     for case, volume in zip(queue.cases, volumes, strict=True):
         assert case.nodes == {"T1": volume} and case.segmentation.GetSegmentation().GetNumberOfSegments() == 1
         assert volume.GetName() in case.segmentation.GetName()
+    review = ReviewQueue(queue, TrainingCases())
+    review.open(queue.cases[1], small_model)
+    assert review.accept()
+    (row,) = review._trainingCases.rows
+    assert row.inScene and row.segmentation is queue.cases[1].segmentation and row.channels == {"T1": volumes[1]}
+    review.leave()
+    assert volumes[1].GetScene() is not None and row.segmentation.GetScene() is not None, "they are not the review's"
     scene.RemoveNode(volumes[0])
     queue.cases[0].state = WAITING
     assert ran(queue, small_model)[0] == FAILED and "T1" in queue.cases[0].message
@@ -378,23 +425,88 @@ def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend
     review.leave()
 
 
-def test_what_is_accepted_becomes_a_training_case_and_stays(reviewed, small_model, tmp_path):
+def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(reviewed, small_model, images, tmp_path):
     reviewed.step(True, small_model)
     paint(reviewed.segmentation)
-    node = reviewed.segmentation
     reviewed.accept()
     (row,) = reviewed._trainingCases.rows
-    assert row.segmentation is node and list(row.channels) == ["T1"] and row.name == "case 0"
-    assert correctedPath(tmp_path / "results", reviewed.current).is_file()
+    label = correctedPath(tmp_path / "results", reviewed.current)
+    assert row.name == "case 0" and not row.inScene and row.stored.paths == {"T1": str(images[0])}
+    assert row.stored.label == str(label) and label.is_file() and row.stored.segments == ("ball",)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
     reviewed.step(True, small_model)
-    assert in_scene() == ["case 0", "case 0 segmentation", "case 1", "case 1 segmentation"]
+    assert in_scene() == ["case 1", "case 1 segmentation"]
+    reviewed.accept()
+    untouched = correctedPath(tmp_path / "results", reviewed.current)
+    assert untouched.is_file(), "what was right as it is, too: the next model's result takes the place of this one's"
     reviewed.step(False, small_model)
-    assert reviewed.segmentation is node, "the same nodes, not others of the same name"
+    row.findings = [Finding("note", "It is small.")]
+    reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     reviewed.leave()
-    assert in_scene() == ["case 0", "case 0 segmentation"]
+    assert in_scene() == [] and len(reviewed._trainingCases.rows) == 2
+    assert not row.findings and row.stored.segments == (), "what is corrected after all is what is learned"
     reviewed.step(True, small_model)
-    assert reviewed.current.name == "case 1", "the first that is not accepted"
+    reviewed.step(True, small_model)
+    assert reviewed.current.name == "case 2", "the first that is not accepted"
+
+
+def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
+    reviewed, small_model, scene, images, tmp_path
+):
+    cases = reviewed._trainingCases
+    cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
+    reviewed.step(True, small_model)
+    ball = segmentMask(reviewed.segmentation, segment_id(reviewed))[0]
+    # Drawn with overlap, in a box of its own that looks out of the image: Slicer keeps layers then.
+    box, matrix = np.ones((10, 12, 16), np.uint8), vtk.vtkMatrix4x4()
+    reviewed.background.GetIJKToRASMatrix(matrix)
+    corner = matrix.MultiplyPoint((-2, 3, 2, 1))
+    for axis in range(3):
+        matrix.SetElement(axis, 3, corner[axis])
+    drawn = slicer.vtkOrientedImageData()
+    drawn.SetDimensions(*box.shape[::-1])
+    drawn.GetPointData().SetScalars(numpy_to_vtk(box.ravel(), deep=True))
+    drawn.SetGeometryFromImageToWorldMatrix(matrix)
+    segment = slicer.vtkSegment()
+    segment.SetName("Läsion")
+    segment.AddRepresentation("Binary labelmap", drawn)
+    reviewed.segmentation.GetSegmentation().AddSegment(segment, "drawn")
+    reviewed.accept()
+    assert readMasks(cases.rows[0].stored.label).layers.shape[3] == 2
+    for _again in range(2):
+        reviewed.step(True, small_model)
+        reviewed.accept()
+    reviewed.leave()
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    assert scene.Commit()
+    reviewed.forget()
+    cases.setNode(None)
+    scene.Clear(False)
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    assert scene.Import() and in_scene() == [] and cases.rows == []
+    wanted = [(f"case {number}", f"case0{number + 1}") for number in range(3)]
+    cases.setNode(scene.GetFirstNodeByClass("vtkMRMLScriptedModuleNode"))
+    assert [(row.name, row.code) for row in cases.rows] == wanted, "saved with the scene"
+    cases.setNode(None)
+    scene.Clear(False)
+    cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
+    assert [(row.name, row.code) for row in cases.rows] == wanted, "and there when it is closed unsaved"
+    cases.choose({"läsion": "lesion"})
+    small_model.manifest = {"scheme": {"regions": False}}
+    assert not problems(cases, small_model, {row.key: findingsOf(cases, row, small_model) for row in cases.rows})
+    dataset = read_dataset(exported(cases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"]
+    (image,), label = dataset.load(dataset.case("case01"))
+    assert np.array_equal(image.array, read_volume(images[0]).array)
+    value = {one.name: one.values[0] for one in dataset.scheme.labels}
+    wanted = value["ball"] * ball.astype(int)
+    wanted[2:12, 3:15, 0:14] = value["lesion"]
+    assert np.array_equal(label.array, wanted)
+    before = stampOf(cases, cases.rows[0], small_model)
+    shutil.copyfile(tmp_path / "results" / "case_1.corrected.seg.nrrd", cases.rows[0].stored.label)
+    assert stampOf(cases, cases.rows[0], small_model) != before
+    outcome = exported(cases, small_model, tmp_path)
+    assert outcome.state == "failed" and "Accept the case again" in outcome.hint, "its segments are others"
 
 
 def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
@@ -404,6 +516,26 @@ def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
     assert new.GetNumberOfSegments() == 0
     reviewed.leave()
     assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
+
+
+def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, small_model, tmp_path):
+    reviewed.step(True, small_model)
+    segmentation = reviewed.segmentation.GetSegmentation()
+    segmentation.RemoveSegment(segment_id(reviewed))
+    segmentation.SetSourceRepresentationName("Closed surface")  # Slicer's own writer refuses it then, whole
+    assert not reviewed.accept() and reviewed._trainingCases.rows == [], "there is nothing to learn from"
+    reviewed.step(True, small_model)
+    assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
+    corrected = tmp_path / "results" / "case_0.corrected.seg.nrrd"
+    empty, result = read_volume(corrected, kind="labels"), read_volume(tmp_path / "results" / "case_0.seg.nrrd")
+    assert not empty.array.any() and empty.geometry.same_as(result.geometry), "on the grid of the image"
+    reviewed.step(False, small_model)
+    again = reviewed.segmentation
+    assert again.GetSegmentation().GetNumberOfSegments() == 0 and not reviewed.save(), "nothing has changed since"
+    role = again.GetReferenceImageGeometryReferenceRole()
+    assert again.GetNodeReference(role) is reviewed.background, "so that segments can be drawn in it after all"
+    again.GetSegmentation().AddEmptySegment("drawn", "drawn")
+    assert reviewed.save()
 
 
 def test_a_case_that_cannot_be_loaded_is_told_and_skipped(reviewed, small_model, images):
@@ -425,7 +557,7 @@ def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, 
     reviewed.step(True, small_model)
     paint(reviewed.segmentation)
 
-    def full(node, path):
+    def full(*_arguments):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(NodeFiles, "saveSegmentation", full)
@@ -487,7 +619,7 @@ def test_from_a_folder_to_accepted_cases_with_the_mouse_alone(tab, data, tmp_pat
     tab.ui.nextButton.click()
     tab.ui.casesTable.selectRow(1)
     tab.ui.removeButton.click()
-    assert in_scene() == ["case0", "case0 segmentation"] and tab.ui.casesTable.rowCount == 2
+    assert in_scene() == [] and tab.ui.casesTable.rowCount == 2
 
 
 def test_a_plain_folder_and_a_wrong_one(tab, images, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from InvResSegmentLib.FineTuneRun import FineTuneRun, newRunFolder, secondsPerStep, undecidedRuns
 from InvResSegmentLib.RunOptions import RunOptions, proofSentence
-from InvResSegmentLib.RunRecord import DISCARDED, decide
+from InvResSegmentLib.RunRecord import DISCARDED, decide, tidy
 
 from invres import cli
 
@@ -115,6 +115,23 @@ def test_deleting_a_run_ends_it_and_leaves_nothing(tmp_path):
     run.discard()
     assert not run.active and not (tmp_path / "runs" / "a").exists()
     wait(lambda: not list((tmp_path / "runs").iterdir()))
+
+
+def test_nobody_waits_for_gigabytes_to_be_deleted(tmp_path, monkeypatch):
+    removed = shutil.rmtree
+
+    def slow(path, **options):
+        time.sleep(0.5)
+        removed(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    for name in (".gone-0", ".gone-1", "a"):
+        (tmp_path / "runs" / name / "prepared").mkdir(parents=True)
+    begun_at = time.monotonic()
+    newRunFolder(tmp_path / "runs", "m")
+    tidy(tmp_path / "runs" / "a")
+    assert time.monotonic() - begun_at < 0.4 and not (tmp_path / "runs" / "a" / "prepared").exists()
+    wait(lambda: [path.name for path in (tmp_path / "runs").iterdir()] == ["a"])
 
 
 def test_runs_are_found_until_they_are_decided_on_the_newest_first(tmp_path):

@@ -13,12 +13,15 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 
 import qt
 import slicer
+from InvResSegmentLib import OptionsForm
+from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.RunRecord import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
 from standins import qtclasses
 
 pytestmark = pytest.mark.slow
+SOLID = np.ones((20, 22, 24))
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,8 @@ def cells(tab, row):
     return [table.item(row, column).text() for column in range(table.columnCount)]
 
 
-def test_start_says_what_is_missing_until_it_can_work(panel):
-    tab = panel.fineTuneTab
+def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
+    tab, looked = panel.fineTuneTab, []
     assert "Add at least one case" in tab.ui.startButton.toolTip and not tab.ui.startButton.enabled
     addCase("T1 a", 1)
     volume, _segmentation = addCase("T1 b", 2, {"Segment_1": np.ones((20, 22, 24))})
@@ -125,13 +128,19 @@ def test_start_says_what_is_missing_until_it_can_work(panel):
     assert tab.ui.casesTable.rowCount == 1 and tab.ui.startButton.enabled
     inFront(panel)
     waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 200)
+    monkeypatch.setattr(OptionsForm, "secondsPerStep", lambda *_arguments: looked.append(1))
+    tab.ui.nameEdit.text = "another name"
+    settled(tab)
     tab.ui.memorySlider.value = 2
     waitUntil(lambda: "changes nothing" in said(tab, "memoryNotice"), 200)  # it is no reversible network
+    tab.ui.nameEdit.text = ""
+    settled(tab)
+    assert len(looked) == 1, "the records of all runs are read once for a plan, not at each change"
 
 
 def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_others(panel):
     tab = panel.fineTuneTab
-    addCase("T1", 1, {"core": np.ones((20, 22, 24))})
+    addCase("T1", 1, {"core": SOLID})
     tab.ui.addSceneButton.click()
     tab.ui.baseBox.currentIndex = 1 - tab.ui.baseBox.currentIndex
     addVolume("scan 7", shape=(20, 22, 24), seed=5)
@@ -146,7 +155,21 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     settled(tab)
     assert tab.cases.rows[0].channels["FLAIR"] is flair and cells(tab, 0)[1] == "2"
     flair.SetOrigin(5, 0, 0)
+    volume = tab.cases.rows[0].channels["T1"]
+    added = tab.cases.add("of a batch", {"t1w": volume, "flair": flair}, addSegmentation(volume, {"core": SOLID}))
     tab.enter()  # a person comes back to it
+    settled(tab)
+    assert added.channels == {"T1": volume, "FLAIR": flair}
+    unit = tuple(tuple(row) for row in np.eye(4).tolist())
+    image = ImageFile("/nowhere/a.nii", (2, 2, 2), unit)
+    label = "/nowhere/a.seg.nrrd"
+    stored = tab.cases.addFiles("accepted", CaseFiles({"t1w": image, "FLAIR": image}, label, ("core", "what")))
+    settled(tab)
+    assert cells(tab, 2)[:3] == ["accepted\ncase03", "2", "core, ?"] and "what" in tab.ui.startButton.toolTip
+    tab._table.select(stored)
+    settled(tab)
+    assert tab.ui.casePickers.isHidden() and label in tab.ui.casesTable.item(2, 0).toolTip()
+    tab.cases.remove([added, stored])
     settled(tab)
     assert "Align it in the tab Segment" in tab.ui.startButton.toolTip
 

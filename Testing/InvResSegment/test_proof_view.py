@@ -243,6 +243,32 @@ def test_a_model_that_did_not_get_better_is_promoted_only_when_asked_twice(view,
     assert names_of(catalogue)["1.1.0"].active
 
 
+def test_a_decided_run_keeps_its_proof_and_its_model_and_nothing_that_only_training_needed(view, run, scene):
+    content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    for case in content["cases"]:
+        place = run / "data" / case["case"]
+        place.mkdir(parents=True)
+        for name, source in (("0000", case["files"]["images"][0]), ("label", case["files"]["reference"])):
+            shutil.copyfile(source, place / f"{name}.nii.gz")
+        (place / "0001.nii.gz").write_bytes(b"another channel")
+        files = {"images": [str(place / f"{name}.nii.gz") for name in ("0000", "0001")]}
+        case["files"] |= files | {"reference": str(place / "label.nii.gz")}
+    (run / "data" / "learned from").mkdir()
+    (run / "data" / "learned from" / "0000.nrrd").write_bytes(b"an image")
+    changed(run, cases=content["cases"])
+    view.show(run)
+    view.ui.promoteButton.click()
+    view.ui.promoteButton.click()
+    waitUntil(lambda: view.decided, 60)
+    assert not (run / "prepared").exists() and not list(run.glob("*/checkpoint.pt"))
+    left = {path.name for path in (run / "data").rglob("*") if path.is_file()}
+    assert left == {"0000.nii.gz", "label.nii.gz"} and not list((run / "data" / "learned from").iterdir())
+    waitUntil(lambda: not list(run.parent.glob(".gone-*")), 10)
+    assert (run / "candidate").is_dir(), "after a roll back it can be promoted again"
+    view.ui.casesTable.selectRow(0)
+    assert view.ui.overlayNotice.isHidden() and len(slicer.util.getNodesByClass("vtkMRMLSegmentationNode")) == 3
+
+
 def test_a_promotion_goes_through_while_something_else_is_shown(view, run, catalogue, caplog):
     told = []
     catalogue.changed.append(told.append)

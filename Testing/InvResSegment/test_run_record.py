@@ -64,7 +64,7 @@ def test_reading_piece_by_piece_is_reading_at_once(finished_run, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_PIECE", 2000)
     pieces = RunRecord(finished_run)
     assert pieces.poll()
-    assert (pieces.epochs, pieces.result, pieces.notes) == (whole.epochs, whole.result, whole.notes)
+    assert (pieces.epochs, pieces.result, pieces.fraction) == (whole.epochs, whole.result, whole.fraction)
 
 
 def test_a_line_that_is_half_written_waits_for_its_end(tmp_path):

@@ -21,6 +21,7 @@ from invres.doctor import check_dataset
 from invres.volume import read_volume
 
 from InvResSegmentLib import NodeConversion  # isort: skip
+from InvResSegmentLib.CaseChannels import namedAs, usedChannels  # isort: skip
 from InvResSegmentLib.CaseExport import CaseExport, directDataSet, stampOf  # isort: skip
 from InvResSegmentLib.CaseFindings import findingsOf, labelsOf, patients, problems, summary  # isort: skip
 from InvResSegmentLib.LabelMapping import LabelConflict, labelOf, labelTable, undecided  # isort: skip
@@ -238,6 +239,8 @@ def test_the_list_is_saved_with_the_scene(cases, scene, tmp_path):
     assert loaded.rows[0].findings and len(loaded.rows) == 3
     loaded.setNode(None)
     assert not loaded.rows
+    loaded.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "of the next scene"))
+    assert [row.code for row in loaded.rows] == ["p1"] and loaded.dataSets, "what lies on disk outlives the scene"
     node.SetParameter("trainingCases", '{"rows": [1]}')  # of a version to come
     loaded.setNode(node)
     assert loaded.rows == []
@@ -358,6 +361,60 @@ def test_the_channels_are_those_of_the_model_in_its_order(cases, tmp_path):
         assert dataset.channel_names == channels and outcome.written == 1
         for name, image in zip(channels, dataset.load(dataset.cases[0])[0], strict=True):
             assert np.array_equal(image.array, NodeConversion.volumeArray(volumes[name])), name
+
+
+@pytest.mark.parametrize(
+    "names, wanted, called",
+    [
+        (("t1",), ("T1",), ("T1",)),
+        (("mri",), ("T1",), ("T1",)),
+        (("image",), ("CT",), ("CT",)),
+        (("CT",), ("T1",), ("CT",)),
+        (("mr",), ("T1", "T2"), ("mr",)),
+        (("flair", "T1w"), ("T1", "FLAIR"), ("FLAIR", "T1")),
+        (("T1ce", "t1"), ("T1", "T1Gd"), ("T1Gd", "T1")),
+        (("T1", "T1w"), ("T1", "T2"), ("T1", "T1w")),
+        (("t1w", "t1weighted"), ("T1", "T2"), ("t1w", "t1weighted")),
+    ],
+)
+def test_a_channel_is_the_same_whatever_it_is_called(names, wanted, called):
+    base = model("tumour", channels=wanted)
+    base.channels[0].modality = "CT" if wanted == ("CT",) else "MR"
+    assert namedAs(names, base) == called
+
+
+def test_cases_on_disk_whose_channels_are_called_otherwise_go_with_those_of_the_scene(cases, tmp_path):
+    base = model("tumour", channels=("T1", "FLAIR"))
+    volumes = {name: addVolume(name, shape=SHAPE, seed=seed) for seed, name in enumerate(("t1", "FLAIR"))}
+    row = cases.add("scene", volumes, addSegmentation(volumes["t1"], {"tumour": box((1, 2, 3))}))
+    for number, names in enumerate((("FLAIR", "T1w"), ("t1", "flair"))):
+        found = described(tmp_path)
+        found["contents"]["channels"] = [{"name": name, "modality": "MR"} for name in names]
+        found["contents"]["cases"] = [
+            {"name": f"on disk {number}", "images": [f"/{name}" for name in names], "label": "/label", "patient": ""}
+        ]
+        cases.addDataSet(*dataSetOf(str(tmp_path / str(number)), found))
+    assert not problems(cases, base, {row.key: findingsOf(cases, row, base) for row in cases.rows})
+    assert usedChannels(cases, base) == ("FLAIR", "T1") and "begins anew" not in " ".join(summary(cases, base, {})[1])
+    outcome, _told = exported(CaseExport(lambda: str(tmp_path / "staged")), cases, base)
+    content = json.loads(outcome.dataset.read_text(encoding="utf-8"))
+    assert content["channel_names"] == {"0": "FLAIR", "1": "T1"}
+    assert content["dataset"]["on disk 0"]["images"] == ["/FLAIR", "/T1w"]
+    assert content["dataset"]["on disk 1"]["images"] == ["/flair", "/t1"]
+    for name, file in zip(("FLAIR", "t1"), content["dataset"][row.code]["images"], strict=True):
+        image = read_volume(outcome.dataset.parent / file)
+        assert np.array_equal(image.array, NodeConversion.volumeArray(volumes[name])), name
+
+
+def test_a_data_set_is_used_as_it_lies_there_where_the_backend_knows_its_channels(cases, tmp_path):
+    found = described(tmp_path)
+    found["contents"]["channels"] = [{"name": "T1w", "modality": "MR"}]
+    found["contents"]["channels_in_one_file"] = True
+    cases.addDataSet(*dataSetOf(str(tmp_path), found))
+    assert directDataSet(cases, model("tumour"))
+    assert not directDataSet(cases, model("tumour", channels=("T1", "T2"))), "T1w would be a new channel to it"
+    addCase(cases)
+    assert not problems(cases, model("tumour"), {}), "one channel in one file is a file for each channel"
 
 
 def test_a_run_keeps_its_files_when_the_cases_change(cases, tmp_path):
