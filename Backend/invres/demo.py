@@ -34,8 +34,8 @@ TISSUES = LabelScheme(
         Label("white matter", (3,), 3, (240, 214, 140)),
     )
 )
-# What of a brain model's labels is not grey matter, by words in their names, as the template's maps have it: most of the
-# brain stem is grey there, and most of pallidum and ventral diencephalon white.
+# What of a brain model's labels is not grey matter, by words in their names, as the template's maps have it: most of
+# the brain stem is grey there, and most of pallidum and ventral diencephalon white.
 _FLUID = ("csf", "ventricle")
 _WHITE = ("white matter", "ventral diencephalon", "pallidum")
 

@@ -46,6 +46,7 @@ class BatchQueue:
         self._current: BatchCase | None = None
         self._cancelling = False
         self._model: Any = None
+        self._locator: Any = None
         self._device = "auto"
         self.folder: Path | None = None
         self.cases: list[BatchCase] = []
@@ -165,11 +166,14 @@ class BatchQueue:
             sentences.append(_("All cases are done with this model."))
         return sentences
 
-    def start(self, model: Any, device: str) -> None:
-        """Segments what is still to be done; failed cases are tried again."""
+    def start(self, model: Any, device: str, locator: Any = None) -> None:
+        """Segments what is still to be done; failed cases are tried again.
+
+        locator: the `ModelInfo` that finds the place in whole images for a model of crops; None for other models.
+        """
         if self.running or self.missing(model):
             return
-        self._model, self._device, self._cancelling = model, device, False
+        self._model, self._device, self._locator, self._cancelling = model, device, locator, False
         for case in self.cases:
             if case.pending(model.sha256):
                 case.state, case.message = WAITING, ""
@@ -215,6 +219,8 @@ class BatchQueue:
             if name in case.files:
                 arguments += ["--input", f"{name}={case.files[name]}"]
         arguments += ["--output", str(self.folder / case.fileName), "--device", self._device]
+        if self._locator is not None:
+            arguments += ["--locate", str(self._locator.path)]
         warnings: list[str] = []
 
         def onEvent(event: dict) -> None:
@@ -235,7 +241,7 @@ class BatchQueue:
             self._ended(case, FAILED, problem)
             return
         output = case.segmentation if case.segmentation is not None and case.segmentation.GetScene() else None
-        request = SegmentationRequest(self._model, case.nodes, self._device, output)
+        request = SegmentationRequest(self._model, case.nodes, self._device, output, locator=self._locator)
 
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":

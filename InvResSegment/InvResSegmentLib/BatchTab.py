@@ -12,6 +12,7 @@ from . import Settings
 from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
 from .BatchIntake import BatchIntake
 from .BatchQueue import BatchQueue
+from .Models import locatorFor
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .ReviewQueue import ReviewQueue
 from .ReviewSection import ReviewSection
@@ -157,7 +158,7 @@ class BatchTab:
             self.queue.cancel()
         else:
             self._notice.clear()
-            self.queue.start(self.model, Settings.device())
+            self.queue.start(self.model, Settings.device(), locatorFor(self.model, self._models))
 
     def _onProgress(self, text: str, fraction: float) -> None:
         self.ui.batchText.text = escape(text)

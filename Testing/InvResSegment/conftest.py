@@ -44,6 +44,14 @@ def small_model(one_channel_package):
 
 
 @pytest.fixture(scope="session")
+def crop_model(one_channel_package, tmp_path_factory):
+    """The small model as if it had been trained on crops around the ball."""
+    from small_models import model_info, of_crops
+
+    return model_info(of_crops(one_channel_package, tmp_path_factory.mktemp("crops") / "crops"))
+
+
+@pytest.fixture(scope="session")
 def finished_run(one_channel_package, tmp_path_factory):
     """The folder of a fine-tuning on three cases, beside it `data`; made once, so copy it to change it."""
     from tiny_run import tuned

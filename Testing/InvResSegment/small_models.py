@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import vtk
 from scipy.spatial.transform import Rotation
 from vtk.util.numpy_support import numpy_to_vtk
 
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
 from invres.modelpackage import save_package
 from invres.networks import build
 
@@ -47,6 +48,20 @@ def trained_package(path, channels, scheme, iterations=45):
         scheme=scheme,
         patch=(16, 16, 16),
         licence="CC0-1.0",
+    )
+
+
+def of_crops(package, path):
+    """The same network as if it had been trained on crops around the ball."""
+    known = package.manifest
+    return save_package(
+        path,
+        name="crops",
+        network=known.network,
+        state_dict=package.load_weights(),
+        plan=replace(known.plan, crop=CropPlan(("ball",), (3.0, 3.0, 3.0), (14.0, 14.0, 14.0))),
+        scheme=known.scheme,
+        patch=known.patch,
     )
 
 

@@ -31,7 +31,7 @@ from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
 from InvResSegmentLib.ResultFile import readMasks, readResultFile
 from InvResSegmentLib.ReviewQueue import ReviewQueue
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
-from small_models import add_volume, example
+from small_models import add_volume, dice, example
 from standins import pythonqt, qtclasses, waitUntil
 from tiny_run import SHAPE, write_balls
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
@@ -71,8 +71,8 @@ def cases_of(images):
     return [BatchCase(f"case {index}", files={"T1": path}) for index, path in enumerate(images)]
 
 
-def ran(queue, model):
-    queue.start(model, "cpu")
+def ran(queue, model, locator=None):
+    queue.start(model, "cpu", locator)
     waitUntil(lambda: not queue.running, 120)
     return [case.state for case in queue.cases]
 
@@ -253,6 +253,19 @@ def test_a_case_that_fails_does_not_keep_the_others(queue, small_model, images, 
     assert result.labels.shape == SHAPE and (result.labels == 3).sum() > 100
     assert remembered(queue.folder)["case 1"] == (FAILED, "")
     assert queue.missing(small_model) == [], "what failed can be tried again"
+
+
+def test_another_model_finds_the_place_for_a_model_of_crops(queue, scene, small_model, crop_model, images, tmp_path):
+    queue.setFolder(tmp_path / "results")
+    voxels, classes = example(np.random.default_rng(5), (22, 24, 26), 1)
+    node = add_volume(scene, voxels[0].astype(np.float32))
+    queue.add([*cases_of(images[:1]), BatchCase("loaded", nodes={"T1": node})])
+    assert ran(queue, crop_model) == [FAILED, FAILED]
+    assert all("crops around the ball" in case.message for case in queue.cases)
+    assert ran(queue, crop_model, small_model) == [DONE, DONE]
+    found = queue.cases[1].segmentation
+    mask, _ = segmentMask(found, found.GetSegmentation().GetNthSegmentID(0))
+    assert dice(mask, classes == 1) > 0.8
 
 
 def test_a_thousand_lost_files_are_told_one_by_one(queue, small_model, tmp_path):

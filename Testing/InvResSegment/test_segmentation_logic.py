@@ -17,7 +17,6 @@ from InvResSegmentLib import NodeConversion, SegmentationResult
 from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRequest
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
 
-from invres.config import CropPlan
 from invres.modelpackage import save_package
 
 SHAPE = (22, 24, 26)
@@ -214,22 +213,6 @@ def test_a_region_restricts_what_is_found(scene, panel, small_model, moved):
     box = (abs(i - middle[0]) <= 2) & (abs(j - middle[1]) <= 2)
     assert mask.any() and not (mask & ~box).any()
     assert dice(mask, (classes == 1) & box) > 0.8
-
-
-@pytest.fixture(scope="module")
-def crop_model(one_channel_package, tmp_path_factory):
-    """The small model as if it had been trained on crops around the ball."""
-    known = one_channel_package.manifest
-    package = save_package(
-        tmp_path_factory.mktemp("crops") / "crops",
-        name="crops",
-        network=known.network,
-        state_dict=one_channel_package.load_weights(),
-        plan=dataclasses.replace(known.plan, crop=CropPlan(("ball",), (3.0, 3.0, 3.0), (14.0, 14.0, 14.0))),
-        scheme=known.scheme,
-        patch=known.patch,
-    )
-    return model_info(package)
 
 
 def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model, crop_model):
