@@ -25,7 +25,7 @@ from .prediction import choose_device
 from .proof import Proof, manifest_metrics, read_reference
 from .runfolder import RecordingReporter, held
 from .stopfile import StopFile
-from .trainer import StopRequest
+from .trainer import METRICS, StopRequest
 from .training import training_summary
 from .tunedmodel import RESULT, contender_of, finished_result, save_tuned, write_result
 from .tuningplan import RUN, TuningOptions, TuningPlan, merged_scheme, plan_tuning, read_plan, write_plan
@@ -201,7 +201,8 @@ class _Run:
         metrics = manifest_metrics(scored) if held_out and scored else {}
         # With one patient in its training cases, as in a training from the start.
         seen = self.trainer.seen(part, [one.confidence for one in scored])
-        package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted)
+        log = self.trainer.folder(last) / METRICS
+        package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted, log)
         result = write_result(self.output, manifest, plan, package, proof, comparison, self.output / TRANSFER)
         for index in range(len(plan.parts) - 1):
             (self.trainer.folder(index) / CHECKPOINT).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from .packagefiles import (
     AGAIN,
     ENDING,
     EXPORT,
+    LOG,
     MANIFEST,
     PICKLES,
     WEIGHTS,
@@ -108,10 +109,12 @@ def save_package(
     licence: str = "",
     intended_use: str = Manifest.intended_use,
     parent: str = "",
+    log: Path | None = None,
 ) -> ModelPackage:
     """Writes a package: one zip if `path` ends in `.invres`, else a folder. An older package there is replaced whole.
 
     state_dict: tensors on any device; they are stored in their own type. training: the fields of `TrainingSummary`.
+    log: the epochs of the training, a JSON object a line (`metrics.jsonl` of its run), copied where it is there.
     Raises InvresError for weights that are not finite, contradicting fields, a folder there that is no package, and
     when the disk refuses; what stood there before then still stands.
     """
@@ -160,6 +163,8 @@ def save_package(
             weights_bytes=(folder / WEIGHTS).stat().st_size,
         )
         (folder / MANIFEST).write_bytes(manifest_to_json(manifest))
+        if log is not None and log.is_file():
+            (folder / LOG).write_bytes(log.read_bytes())
         publish(folder, target)
     return open_package(target)
 

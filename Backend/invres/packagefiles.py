@@ -23,6 +23,7 @@ __all__ = [
     "AGAIN",
     "ENDING",
     "EXPORT",
+    "LOG",
     "MANIFEST",
     "PICKLES",
     "WEIGHTS",
@@ -39,11 +40,12 @@ __all__ = [
 
 ENDING = ".invres"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+LOG = "training.jsonl"
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 AGAIN = "Copy or download the package again."
 EXPORT = "Ask its sender for a package written by `invres models export`."
 
-_NAMES = (MANIFEST, WEIGHTS, "LICENSE.txt", "README.md", "preview.png")
+_NAMES = (MANIFEST, WEIGHTS, LOG, "LICENSE.txt", "README.md", "preview.png")
 _MAX_BYTES = 2 * 1024**3
 _MAX_HEADER_BYTES = 16 * 1024**2
 # Weights hardly compress; a larger expansion is an attack on the disk.

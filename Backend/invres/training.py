@@ -39,7 +39,7 @@ from .preprocessing import (
     without_channel,
 )
 from .sampling import CaseBatches
-from .trainer import StopRequest, Trainer, TrainingResult, Validation
+from .trainer import METRICS, StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = [
     "TrainOptions",
@@ -177,6 +177,7 @@ def train(
         metrics=metrics,
         expected=of_volumes(scheme.names, volumes, confidences),
         licence=options.licence,
+        log=output / METRICS,
     )
 
 

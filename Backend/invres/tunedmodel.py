@@ -56,8 +56,12 @@ def save_tuned(
     metrics: Mapping[str, Any],
     seen: Expectation,
     promoted: bool,
+    log: Path,
 ) -> ModelPackage:
-    """The package of the next version, in `output`/model where it is promoted, else in `output`/candidate."""
+    """The package of the next version, in `output`/model where it is promoted, else in `output`/candidate.
+
+    log: of the training that it came from.
+    """
     return save_package(
         output / (MODEL if promoted else CANDIDATE),
         name=options.name or base.name,
@@ -74,6 +78,7 @@ def save_tuned(
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,
+        log=log,
     )
 
 

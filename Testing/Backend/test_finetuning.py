@@ -95,6 +95,9 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert manifest.metrics["upper"]["Dice"]["n"] == 3
     assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
     assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
+    log = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [event for event in report.events if event["event"] == "epoch" and event["part"] == 4]
+    assert [entry["loss"] for entry in log] == [event["loss"] for event in last]
     assert leftovers(run) == []
     (predicted,) = [event["predicted_bytes"] for event in report.events if "predicted_bytes" in event]
     measured = [event["measured_bytes"] for event in report.events if "measured_bytes" in event]

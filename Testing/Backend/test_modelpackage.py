@@ -56,6 +56,7 @@ TRAINING = {
     "epochs": 2,
     "iterations": 40,
     "seconds": 61.5,
+    "data": "Phantoms.",
     "training_cases": 8,
     "validation_cases": 2,
     "engine": "reversible",
@@ -361,7 +362,7 @@ def test_an_archive_with_a_harmful_or_foreign_entry_is_refused(tmp_path, entry, 
 
 def test_the_optional_files_are_welcome_and_travel_along(tmp_path):
     good = _members(_save(tmp_path / "good.invres").path)
-    extras = {"LICENSE.txt": b"CC", "README.md": b"# Read", "preview.png": b"png"}
+    extras = {"LICENSE.txt": b"CC", "README.md": b"# Read", "preview.png": b"png", "training.jsonl": b"{}"}
     path = _rezip(tmp_path / "full.invres", [*good.items(), *extras.items()])
     imported = import_package(path, tmp_path / "models")
     export_package(imported, tmp_path / "again.invres")

@@ -158,6 +158,7 @@ def _bundle(recipe: Recipe, data: Dataset, run: Path, folds: list[dict[str, Any]
         metrics=metrics,
         expected=Expectation(ranges, min(value for fold in folds for value in fold["confidences"])),
         licence="CC-BY-SA-4.0",
+        log=run / "metrics.jsonl",
     )
 
 

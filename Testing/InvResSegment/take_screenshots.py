@@ -20,7 +20,10 @@ from panel_driver import addSegmentation, addVolume, loadedPanel, picture, tuned
 from pictures_of_results import takeBatch, takeProof  # noqa: E402
 from small_models import ONE, TWO, example, trained_package  # noqa: E402
 
-KEPT = {"ready": "panel_segment.png", "done": "panel_result.png", "models": "panel_models.png"}
+from invres.demo import template  # noqa: E402
+
+KEPT = {"brain_ready": "panel_segment.png", "brain_done": "panel_result.png", "models_bundled": "panel_models.png"}
+KEPT |= {"hippocampus_ready": "panel_hippocampus.png"}
 KEPT |= {"finetune_running": "panel_finetune.png", "promoted": "panel_proof.png", "batch": "panel_batch.png"}
 SCREENSHOTS = HERE.parents[1] / "Resources" / "Screenshots"
 
@@ -138,6 +141,35 @@ def takeSegmenting(folder: Path) -> None:
         shoot("setup_missing")
 
 
+def takeBundled(folder: Path) -> None:
+    """The bundled models on the real ICBM152 T1: chosen, segmented, then two in sequence, and in the Models tab."""
+
+    def shoot(name: str) -> None:
+        print(picture(panel.widget, folder / f"{name}.png"))
+
+    with loadedPanel(Path(tempfile.mkdtemp()), bundled=True) as module:
+        panel = module.enter().panel
+        tab = panel.segmentTab
+        addVolume("ICBM152 T1", voxels=template()[0].canonical().array)
+        waitUntil(lambda: not panel.setup.checking and tab.models and tab.idle, 120)
+        tab.enter()
+        waitUntil(lambda: tab.idle and tab.ui.applyButton.enabled and "predicted" not in tab.ui.modelCard.text, 120)
+        shoot("brain_ready")
+        tab.ui.applyButton.click()
+        waitUntil(lambda: not tab.running and tab.idle, 600)
+        shoot("brain_done")
+        names = [tab.ui.modelList.item(row).text() for row in range(tab.ui.modelList.count)]
+        tab.ui.modelList.setCurrentRow(names.index("hippocampus-t1"))
+        waitUntil(lambda: tab.idle and tab.ui.applyButton.enabled, 120)
+        shoot("hippocampus_ready")
+        tab.ui.applyButton.click()
+        waitUntil(lambda: not tab.running and tab.idle, 600)
+        shoot("hippocampus_done")
+        panel.ui.tabs.setCurrentWidget(panel.modelsTab.widget)
+        panel.modelsTab.ui.modelsTable.selectRow(0)
+        shoot("models_bundled")
+
+
 def bareEnvironment(folder: Path) -> str:
     """A Python without any package."""
     import venv
@@ -158,7 +190,13 @@ def keep(folder: Path) -> None:
         print(SCREENSHOTS / kept, (SCREENSHOTS / kept).stat().st_size)
 
 
-PARTS = {"segment": takeSegmenting, "finetune": takeFineTuning, "proof": takeProof, "batch": takeBatch}
+PARTS = {
+    "bundled": takeBundled,
+    "segment": takeSegmenting,
+    "finetune": takeFineTuning,
+    "proof": takeProof,
+    "batch": takeBatch,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
