@@ -28,6 +28,9 @@ ENGINE_TABLE = {
     "unet3d": ("stored", "checkpoint"),
     "partially_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
     "fully_invres": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
+    "mbconv_unet": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
+    "no_new_net": ("stored", "checkpoint"),
+    "autoencoder_unet": ("stored", "checkpoint"),
 }
 # Further rows of the invertible networks under our engine: (memory setting, precision).
 FURTHER_SETTINGS = (("lower", "fp32"), ("low", "bf16"), ("lower", "bf16"), ("lowest", "bf16"))

@@ -33,7 +33,7 @@ __all__ = [
     "to_dict",
 ]
 
-NETWORKS = ("unet3d", "partially_invres", "fully_invres")
+NETWORKS = ("unet3d", "partially_invres", "fully_invres", "mbconv_unet", "no_new_net", "autoencoder_unet")
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
@@ -65,6 +65,8 @@ class NetworkConfig:
     blocks, decoder_blocks: couplings (unet3d: convolution pairs) per level; decoder_blocks has one entry less.
     strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
     convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
+    norm: "auto" is the one that the architecture was published with.
+    expansion: mbconv_unet: how much wider its functions are inside than outside.
     """
 
     name: str = "fully_invres"
@@ -77,16 +79,17 @@ class NetworkConfig:
     strides: tuple[Triple, ...] = ()
     convolutions: int = 1
     kernel: int = 3
-    norm: Literal["instance", "group", "batch", "none"] = "instance"
+    norm: Literal["auto", "instance", "group", "batch", "none"] = "auto"
     negative_slope: float = 0.01
     dropout: float = 0.0
     learnable_resampling: bool = False
+    expansion: int = 6
     vae: VAEConfig | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
             raise InvresError(f"There is no network {self.name!r}; the networks are {', '.join(NETWORKS)}.")
-        for key in ("in_channels", "out_channels", "convolutions"):
+        for key in ("in_channels", "out_channels", "convolutions", "expansion"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
         if self.levels < 0 or self.levels == 1:

@@ -15,7 +15,7 @@ from invres.config import NETWORKS, NetworkConfig, VAEConfig
 from invres.memory import predict_training
 from invres.networks import build, with_patch
 
-INVERTIBLE = ("partially_invres", "fully_invres")
+INVERTIBLE = ("partially_invres", "fully_invres", "mbconv_unet")
 ODD = (13, 9, 16)
 
 
@@ -40,9 +40,16 @@ CASES = {
     "fully, flat, deep": config_of(
         "fully_invres", channels=(4, 8, 16), strides=((1, 2, 2), (2, 1, 2)), blocks=(2, 1, 2), decoder_blocks=(0, 2)
     ),
+    "mbconv": config_of("mbconv_unet", expansion=3),
+    "mbconv, flat, instance norm": config_of(
+        "mbconv_unet", strides=((1, 2, 2), (2, 1, 2)), blocks=(2, 1, 1), norm="instance", in_channels=1, expansion=2
+    ),
+    "no new net": config_of("no_new_net"),
+    "autoencoder": config_of("autoencoder_unet", blocks=(1, 2, 1)),
+    "autoencoder, flat, no norm": config_of("autoencoder_unet", strides=((1, 2, 2), (2, 2, 1)), norm="none"),
 }
 PAIRS = [(case, engine) for case in CASES for engine in ("checkpoint", "memcnn", "reversible")]
-PAIRS = [(case, engine) for case, engine in PAIRS if engine == "checkpoint" or not case.startswith("unet3d")]
+PAIRS = [(case, engine) for case, engine in PAIRS if engine in build(CASES[case]).engines]
 
 
 def make(config, engine="stored", dtype=torch.float64):
@@ -148,8 +155,8 @@ def test_samples_of_a_batch_do_not_touch_each_other(case):
 @pytest.mark.parametrize("name", INVERTIBLE)
 @pytest.mark.parametrize("learnable", [False, True])
 def test_the_networks_own_program_may_overwrite_and_still_gives_the_same(name, learnable):
-    if learnable and name == "partially_invres":
-        pytest.skip("partially_invres has no learnable resampling")
+    if learnable and name != "fully_invres":
+        pytest.skip(f"{name} has no learnable resampling")
     network = make(config_of(name, learnable_resampling=learnable), "reversible")
     image = image_for(network.config)
     assert network.program.private
@@ -171,8 +178,8 @@ def test_the_whole_fully_invres_program_is_inverted():
 @pytest.mark.parametrize("engine", ["checkpoint", "reversible"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_batch_norm_is_updated_once_a_step_in_every_network(name, engine):
-    if name == "unet3d" and engine == "reversible":
-        pytest.skip("unet3d has no inverse")
+    if engine not in build(config_of(name)).engines:
+        pytest.skip(f"{name} has no inverse")
     config = config_of(name, norm="batch")
     image = image_for(config)
     buffers = []
@@ -253,6 +260,29 @@ def test_by_default_the_networks_have_about_the_baselines_parameter_count(name):
     assert 0.75 * baseline <= count <= 1.25 * baseline, f"{count:,} against {baseline:,}"
 
 
+def test_the_autoencoder_unet_is_about_as_large_as_monais():
+    nets = pytest.importorskip("monai.networks.nets")
+    ours = build(NetworkConfig(name="autoencoder_unet", in_channels=4, out_channels=3))
+    theirs = nets.SegResNet(spatial_dims=3, init_filters=32, in_channels=4, out_channels=3)
+    count, wanted = (sum(p.numel() for p in network.parameters()) for network in (ours, theirs))
+    assert count == pytest.approx(wanted, rel=0.001)
+
+
+def test_no_new_net_has_the_published_widths_and_goes_up_with_fewer_maps():
+    network = build(NetworkConfig(name="no_new_net", in_channels=4, out_channels=3))
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d)]
+    assert [c.out_channels for c in convolutions[:10]] == [30, 30, 60, 60, 120, 120, 240, 240, 480, 240]
+    up = [m for m in network.decoder[3].modules() if isinstance(m, nn.Conv3d)]
+    assert [(c.in_channels, c.out_channels) for c in up] == [(480, 240), (240, 120)]
+
+
+def test_inverted_bottlenecks_are_wide_depthwise_and_linear_at_their_end():
+    network = build(NetworkConfig(name="mbconv_unet", channels=(8, 16), expansion=5))
+    narrow, deep, last = (m for m in network.program.steps[0].n1 if isinstance(m, nn.Conv3d))
+    assert (narrow.out_channels, deep.groups, deep.kernel_size, last.out_channels) == (20, 20, (3, 3, 3), 4)
+    assert isinstance(network.program.steps[0].n1[-1], nn.GroupNorm)
+
+
 def test_the_complete_configuration_is_kept_with_the_network():
     config = build(NetworkConfig(levels=3)).config
     assert config.channels == (12, 64, 128)
@@ -331,7 +361,7 @@ def test_an_input_of_the_wrong_shape_is_refused(shape):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_input_that_shrinks_to_one_voxel_is_refused_in_plain_words(name):
-    network = build(config_of(name))
+    network = build(config_of(name, norm="instance"))
     for batch in (1, 2):
         with pytest.raises(InvresError, match="Windows of 4x3x4 voxels shrink to a single voxel"):
             network(torch.zeros(batch, 2, 4, 3, 4))

@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 
 from ..config import NetworkConfig
+from .autoencoder_unet import AutoencoderUNet
 from .base import NetworkOutput, SegmentationNetwork
 from .fully_invres import FullyInvRes
+from .mbconv_unet import MBConvUNet
+from .no_new_net import NoNewNet
 from .partially_invres import PartiallyInvRes
 from .unet3d import UNet3D
 
 __all__ = ["NetworkOutput", "SegmentationNetwork", "build", "with_patch"]
 
-_CLASSES = {"unet3d": UNet3D, "partially_invres": PartiallyInvRes, "fully_invres": FullyInvRes}
+_CLASSES: dict[str, type[SegmentationNetwork]] = {
+    "unet3d": UNet3D,
+    "partially_invres": PartiallyInvRes,
+    "fully_invres": FullyInvRes,
+    "mbconv_unet": MBConvUNet,
+    "no_new_net": NoNewNet,
+    "autoencoder_unet": AutoencoderUNet,
+}
 
 
 def build(config: NetworkConfig, engine: str = "auto", memory: str = "low") -> SegmentationNetwork:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .. import InvresError
 from ..config import NetworkConfig
 from ..reversible import SETTINGS, Program, Readout, Step, role
+from ..reversible.recompute import frozen_statistics
 from .vae import VAEBranch
 
 __all__ = ["NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
@@ -36,9 +39,13 @@ class NetworkOutput(NamedTuple):
 
 
 def complete_config(
-    config: NetworkConfig, channels: tuple[int, ...], blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]
+    config: NetworkConfig,
+    channels: tuple[int, ...],
+    blocks: tuple[int, ...],
+    decoder_blocks: tuple[int, ...],
+    norm: Literal["instance", "group"] = "instance",
 ) -> NetworkConfig:
-    """The configuration with every empty tuple filled in: from the architecture's defaults given here, or ones.
+    """The configuration with all that is left open filled in: from the architecture's defaults given here, or ones.
 
     What is saved with weights is the filled one, so that a changed default never orphans a model.
     Raises InvresError naming the entry whose length does not fit.
@@ -59,6 +66,7 @@ def complete_config(
     full = dataclasses.replace(
         config,
         levels=levels,
+        norm=norm if config.norm == "auto" else config.norm,
         channels=channels,
         blocks=config.blocks or blocks,
         decoder_blocks=config.decoder_blocks or decoder_blocks,
@@ -101,7 +109,7 @@ class SegmentationNetwork(nn.Module):
             raise InvresError(f"There is no memory setting {memory!r}; the settings are {', '.join(SETTINGS)}.")
         self.vae: VAEBranch | None = None
         if config.vae is not None:
-            self.vae = VAEBranch(config.vae, config.channels[-1], config.in_channels, strides)
+            self.vae = VAEBranch(config.vae, self.bottom_width(config), config.in_channels, strides)
         self.engine = engine
 
     @property
@@ -160,6 +168,17 @@ class SegmentationNetwork(nn.Module):
     def head_modules(self) -> Sequence[nn.Module]:
         """The layers that `apply_head` uses."""
         raise NotImplementedError
+
+    def bottom_width(self, config: NetworkConfig) -> int:
+        """Channels of the bottom features that `compute` returns."""
+        return config.channels[-1]
+
+    def recomputed(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """part(x), whose inside is recomputed in backward under engine="checkpoint"."""
+        if self.engine == "checkpoint" and torch.is_grad_enabled():
+            contexts = (nullcontext(), frozen_statistics(part))
+            return checkpoint(part, x, use_reentrant=False, context_fn=lambda: contexts)
+        return part(x)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         """Repeats the border at the far ends until every axis is a multiple of the divisor."""

@@ -8,7 +8,7 @@ from torch import nn
 from ..config import NetworkConfig
 from ..reversible import Unit
 
-__all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "make_norm"]
+__all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "MobileFunction", "make_norm"]
 
 GROUP_CHANNELS = 8  # channels per group of group norm; chosen
 
@@ -77,17 +77,46 @@ class CouplingFunction(nn.Sequential):
         return None if None in found else found  # type: ignore[return-value]
 
 
-class DoubleConv(nn.Module):
-    """Twice convolution -> norm -> leaky ReLU, as in the 3D U-Net (arXiv 1606.06650) with the paper's instance norm."""
+class MobileFunction(nn.Sequential):
+    """An inverted bottleneck as N1 or N2: 1x1x1 to `expansion` times the width, depthwise, 1x1x1 back; always normed.
 
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig):
+    Published for two dimensions (MobileNetV2, arXiv 1801.04381: linear at the narrow end, batch norm). Chosen: leaky
+    ReLU.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig):
+        wide = channels * config.expansion
+        slope, kernel = config.negative_slope, config.kernel
+        convolutions = (
+            nn.Conv3d(channels, wide, 1),
+            nn.Conv3d(wide, wide, kernel, padding=kernel // 2, groups=wide),
+            nn.Conv3d(wide, channels, 1),
+        )
+        layers: list[nn.Module] = []
+        for conv in convolutions:
+            nn.init.kaiming_normal_(conv.weight, a=slope)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            layers += [conv, make_norm(config.norm, conv.out_channels), nn.LeakyReLU(slope, inplace=True)]
+        if config.dropout > 0:
+            layers.insert(-3, nn.Dropout3d(config.dropout))
+        super().__init__(*layers[:-1])  # the narrow end is linear
+
+
+class DoubleConv(nn.Module):
+    """Twice convolution -> norm -> leaky ReLU, as in the 3D U-Net (arXiv 1606.06650) with the paper's instance norm.
+
+    middle: width between the two; None for `out_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig, middle: int | None = None):
         super().__init__()
         layers: list[nn.Module] = []
-        for before in (in_channels, out_channels):
-            conv = nn.Conv3d(before, out_channels, config.kernel, padding=config.kernel // 2)
+        middle = middle or out_channels
+        for before, after in ((in_channels, middle), (middle, out_channels)):
+            conv = nn.Conv3d(before, after, config.kernel, padding=config.kernel // 2)
             nn.init.kaiming_normal_(conv.weight, a=config.negative_slope)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            layers += [conv, make_norm(config.norm, out_channels), nn.LeakyReLU(config.negative_slope, inplace=True)]
+            layers += [conv, make_norm(config.norm, after), nn.LeakyReLU(config.negative_slope, inplace=True)]
         self.layers = nn.Sequential(*layers)
         self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else None
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
+from torch import nn
+
 from .. import InvresError
 from ..config import NetworkConfig
 from ..reversible import AddFromBelow, Branch, Couple, Step
@@ -24,14 +28,21 @@ class PartiallyInvRes(ProgramNetwork):
     Chosen (nearest exact reference: Bruegger et al., arXiv 1906.06148): 1x1x1 convolutions change the width, the skip
     connection is a sum, so that the engine gets the encoder's maps back from the decoder's by subtraction. Couplings
     grow in number with depth, where they cost almost no memory.
+
+    widths, counts, decoder_counts, norm: the defaults.
     """
 
+    widths: ClassVar[tuple[int, ...]] = CHANNELS
+    counts: ClassVar[tuple[int, ...]] = BLOCKS
+    decoder_counts: ClassVar[tuple[int, ...]] = DECODER_BLOCKS
+    norm: ClassVar[Literal["instance", "group"]] = "instance"
+
     def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
-        config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS)
+        config = complete_config(config, self.widths, self.counts, self.decoder_counts, self.norm)
         channels, strides = config.channels, config.strides
         if config.learnable_resampling:
             raise InvresError(
-                "network.learnable_resampling belongs to fully_invres; partially_invres pools and interpolates.",
+                f"network.learnable_resampling belongs to fully_invres; {config.name} pools and interpolates.",
                 hint="Remove it, or choose fully_invres.",
             )
         if any(width % 2 for width in channels):
@@ -40,7 +51,7 @@ class PartiallyInvRes(ProgramNetwork):
 
         def couple(level: int, count: int) -> None:
             half = channels[level] // 2
-            steps.extend(Couple(CouplingFunction(half, config), CouplingFunction(half, config)) for _ in range(count))
+            steps.extend(Couple(self.function(half, config), self.function(half, config)) for _ in range(count))
 
         for level, stride in enumerate(strides):
             couple(level, config.blocks[level])
@@ -51,3 +62,7 @@ class PartiallyInvRes(ProgramNetwork):
             steps.append(AddFromBelow(Interpolate(channels[level + 1], channels[level], stride)))
             couple(level, config.decoder_blocks[level])
         super().__init__(config, steps, tap, engine, memory)
+
+    def function(self, width: int, config: NetworkConfig) -> nn.Module:
+        """N1 or N2 of a coupling; its input and output have this width."""
+        return CouplingFunction(width, config)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ..config import NetworkConfig
 from ..reversible import Readout
-from ..reversible.recompute import frozen_statistics
 from .base import SegmentationNetwork, complete_config
 from .blocks import DoubleConv
 
@@ -30,14 +27,22 @@ class UNet3D(SegmentationNetwork):
     engine="checkpoint" recomputes the inside of each level.
     """
 
+    widths: ClassVar[tuple[int, ...]] = CHANNELS
+    narrows: ClassVar[bool] = False
+    """Whether a level takes on the width of the next finer one before its maps are interpolated up to that."""
+
     def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
-        ones = (1,) * len(CHANNELS)
-        config = complete_config(config, CHANNELS, ones, ones[1:])
+        ones = (1,) * len(self.widths)
+        config = complete_config(config, self.widths, ones, ones[1:])
         super().__init__(config, engine, memory)
         channels = config.channels
         inputs = (config.in_channels, *channels[:-1])
-        self.encoder = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, channels, strict=True))
-        self.decoder = nn.ModuleList(DoubleConv(fine + coarse, fine, config) for fine, coarse in pairwise(channels))
+        up = (channels[0], *channels[:-1]) if self.narrows else channels  # width with which a level goes up
+        self.encoder = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs[:-1], channels[:-1], strict=True))
+        self.encoder.append(DoubleConv(inputs[-1], up[-1], config, middle=channels[-1]))
+        self.decoder = nn.ModuleList(
+            DoubleConv(fine + up[level + 1], up[level], config, middle=fine) for level, fine in enumerate(channels[:-1])
+        )
         self.head = nn.Conv3d(channels[0], config.out_channels, 1)
 
     def compute(
@@ -47,13 +52,13 @@ class UNet3D(SegmentationNetwork):
         for level, block in enumerate(self.encoder):
             if level:
                 x = functional.max_pool3d(x, self.config.strides[level - 1])
-            x = self._level(block, x)
+            x = self.recomputed(block, x)
             skips.append(x)
         features = skips.pop()
         for level in reversed(range(len(self.decoder))):
             scale = tuple(float(s) for s in self.config.strides[level])
             x = functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
-            x = self._level(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
+            x = self.recomputed(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
         found = (self.head(x),) if readout is None else readout.of([x])
         return found, features if wants_features else None
 
@@ -62,9 +67,3 @@ class UNet3D(SegmentationNetwork):
 
     def head_modules(self) -> Sequence[nn.Module]:
         return [self.head]
-
-    def _level(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.engine == "checkpoint" and torch.is_grad_enabled():
-            contexts = (nullcontext(), frozen_statistics(block))
-            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
-        return block(x)
