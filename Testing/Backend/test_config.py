@@ -86,7 +86,7 @@ def test_whole_numbers_serve_where_numbers_are_wanted():
         (TrainingConfig, {"learning_rate": None}, "learning_rate must be a number, got None", ""),
         (NetworkConfig, {"learnable_resampling": 1}, "learnable_resampling must be true or false, got 1", ""),
         (NetworkConfig, {"name": 3}, "name must be a text, got 3", ""),
-        (NetworkConfig, {"norm": "layer"}, "norm must be one of instance, group, batch, none, got 'layer'", ""),
+        (NetworkConfig, {"norm": "layer"}, "norm must be one of auto, instance, group, batch, none, got 'layer'", ""),
         (TrainingConfig, {"schedule": ["cosine"]}, "schedule must be one of constant, cosine, poly", ""),
         (TrainingConfig, {"patch": [1, 2]}, "patch must have 3 entries, got 2", ""),
         (TrainingConfig, {"patch": 64}, "patch must be a list, got 64", ""),
