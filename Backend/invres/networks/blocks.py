@@ -14,8 +14,11 @@ GROUP_CHANNELS = 8  # channels per group of group norm; chosen
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """Affine normalisation over (D, H, W): "instance" (the paper's), "group", "batch" or "none"."""
-    if kind == "instance":
+    """Affine normalisation over (D, H, W): "instance" (the paper's), "group", "batch" or "none".
+
+    "auto", which networks settle before they build their parts, is "instance" here.
+    """
+    if kind in ("instance", "auto"):
         # Group norm with one channel a group is instance norm. torch's InstanceNorm3d returns a view, and an in-place
         # activation on a view makes autograd copy whole maps in backward (two half-width maps more at the peak).
         return nn.GroupNorm(channels, channels)
