@@ -150,7 +150,8 @@ def _bundle(recipe: Recipe, data: Dataset, run: Path, folds: list[dict[str, Any]
         name=manifest.name,
         network=manifest.network,
         state_dict=ModelPackage(run / "model", manifest).load_weights(),
-        plan=manifest.plan,
+        # A folder of images says nothing of their contrast; the Decathlon's description does.
+        plan=dataclasses.replace(manifest.plan, channels=(dataclasses.replace(manifest.plan.channels[0], name="T1"),)),
         scheme=scheme,
         patch=manifest.patch,
         description=f"{manifest.description} Metrics: cross-validation, {len(folds)} of {FOLDS} folds.",
