@@ -17,7 +17,7 @@ import torch
 
 from . import Cancelled, InvresError
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
-from .config import TrainingConfig, to_dict
+from .config import NetworkConfig, TrainingConfig, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
 from .guard import DriftGuard
@@ -142,7 +142,8 @@ class Trainer:
     def resume(self) -> None:
         """Goes on where the checkpoint in `folder` was written. Raises InvresError if it is of another network."""
         state = load_checkpoint(self.folder)
-        if state.get("network") != to_dict(self.network.config):
+        # What a newer version has added stands in no older checkpoint, and counts with its default.
+        if {**to_dict(NetworkConfig()), **(state.get("network") or {})} != to_dict(self.network.config):
             raise InvresError(
                 f"The checkpoint in {self.folder} belongs to another network.",
                 hint="Resume with the recipe it was started with, or train in a new folder.",
