@@ -226,7 +226,8 @@ def segment(
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
     boxes = _boxes(package, volumes, options, locate, report)
-    clock.lap("locate")
+    if boxes:
+        clock.lap("locate")
     parts = _segment_parts(package, network, volumes, boxes, options, report)
     for part in parts:
         clock.add(part.seconds)

@@ -114,9 +114,9 @@ def test_real_mr_of_the_hippocampus_trains_and_is_segmented(data_dir, tmp_path):
     data = tmp_path / "dataset.json"
     data.write_text(json.dumps(description), encoding="utf-8")
     recipe = to_dict(Recipe.read(RECIPES / "hippocampus-t1.json"))
-    recipe["network"] |= {"levels": 3}
+    recipe["network"] = {"name": "fully_invres", "levels": 3}
     recipe["training"] |= {"epochs": 1, "iterations_per_epoch": 25, "learning_rate": 0.01, "warmup_iterations": 2}
-    recipe["training"]["patch"] = [24, 40, 24]
+    recipe["training"] |= {"patch": [24, 40, 24], "batch_size": 2}
     recipe["augmentation"] = {"spatial_probability": 0.0, "elastic_probability": 0.0}
     (tmp_path / "few.json").write_text(json.dumps(recipe), encoding="utf-8")
 
