@@ -7,6 +7,7 @@ from .Text import escape, formatBytes
 __all__ = ["cardText", "matchesSearch"]
 
 LABELS_SHOWN = 12
+METRICS_SHOWN = 4
 
 
 def cardText(model, memory: str = "") -> str:
@@ -18,7 +19,7 @@ def cardText(model, memory: str = "") -> str:
         (_("Spacing"), _("{spacing} mm").format(spacing=" \u00d7 ".join(f"{value:g}" for value in model.spacingMm))),
         (_("Licence"), escape(model.licence) if model.licence else _("not stated")),
         (_("Training data"), escape(model.trainingData) if model.trainingData else _("not stated")),
-        (_("Metrics"), "<br>".join(escape(row) for row in model.metrics) or _("none measured")),
+        (_("Metrics"), _metrics(model)),
     ]
     if not memory and model.predictedBytes is not None:
         memory = _("about {amount}").format(amount=formatBytes(model.predictedBytes))
@@ -63,3 +64,11 @@ def _labels(model) -> str:
     if len(model.labels) > LABELS_SHOWN:
         shown.append(_("and {count} more").format(count=len(model.labels) - LABELS_SHOWN))
     return ", ".join(shown)
+
+
+def _metrics(model) -> str:
+    shown = [escape(row) for row in model.metrics]
+    if len(shown) > METRICS_SHOWN:
+        left = len(shown) - METRICS_SHOWN + 1
+        shown[METRICS_SHOWN - 1 :] = [_("and {count} more, in the manifest (tab Models)").format(count=left)]
+    return "<br>".join(shown) or _("none measured")

@@ -133,6 +133,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
     settled(tab)
     tab.ui.memorySlider.value = 2
     waitUntil(lambda: "changes nothing" in said(tab, "memoryNotice"), 200)  # it is no reversible network
+    waitUntil(lambda: looked, 200)
     tab.ui.nameEdit.text = ""
     settled(tab)
     assert len(looked) == 1, "the records of all runs are read once for a plan, not at each change"
