@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 
 import qt
 import slicer
-from InvResSegmentLib import OptionsForm
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.RunRecord import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
@@ -128,7 +128,9 @@ def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
     assert tab.ui.casesTable.rowCount == 1 and tab.ui.startButton.enabled
     inFront(panel)
     waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 200)
-    monkeypatch.setattr(OptionsForm, "secondsPerStep", lambda *_arguments: looked.append(1))
+    # The module that the panel runs on, which is another one since a test that reloads it.
+    form = sys.modules[type(tab._form).__module__]
+    monkeypatch.setattr(form, "secondsPerStep", lambda *_arguments: looked.append(1))
     tab.ui.nameEdit.text = "another name"
     settled(tab)
     tab.ui.memorySlider.value = 2
