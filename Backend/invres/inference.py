@@ -237,8 +237,11 @@ def segment(
     write_segmentation(output, labels, manifest.scheme)
     written = _write_probabilities(probabilities_path, parts, labels.geometry, manifest.scheme, roi_mm)
     of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
-    volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in manifest.scheme.names}
-    if not manifest.scheme.regions:  # boxes may overlap, and a voxel counts once
+    if parts[0].where == WHOLE:
+        volumes_ml = of_parts[0]
+    elif manifest.scheme.regions:
+        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in manifest.scheme.names}
+    else:  # boxes may overlap, and a voxel counts once
         volumes_ml = _label_volumes_ml(labels, manifest.scheme)
     confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
     if not roi_mm:

@@ -51,8 +51,7 @@ def locate(
     Raises InvresError for a model that cannot find it, and where it finds nothing.
     """
     manifest, what = package.manifest, crop.around[0]
-    values = _values(manifest.scheme, crop)
-    if not values:
+    if not can_locate(manifest.scheme, crop):
         raise InvresError(
             f"{package.name} has no label {what}, so it cannot find where to look.",
             hint="Name a model that segments it, or give the region of interest yourself.",
@@ -64,7 +63,7 @@ def locate(
         )
     first = next(volume for volume in volumes if volume is not None)
     labels, _, _ = segment_volumes(package, network, [first], SegmentOptions(), _AsLocating(report))
-    boxes = boxes_around(np.isin(labels.array, values), labels, crop.margin_mm)
+    boxes = boxes_around(np.isin(labels.array, _values(manifest.scheme, crop)), labels, crop.margin_mm)
     if not boxes:
         raise InvresError(
             f"{package.name} found no {what} in this image.",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..config import NetworkConfig
-from ..reversible import Readout
-from .base import SegmentationNetwork, complete_config
+from .base import complete_config
 from .blocks import make_norm
+from .levels import LevelNetwork
 
 __all__ = ["AutoencoderUNet"]
 
@@ -21,13 +19,12 @@ BLOCKS = (1, 2, 2, 4)
 DECODER_BLOCKS = (1, 1, 1)
 
 
-class AutoencoderUNet(SegmentationNetwork):
+class AutoencoderUNet(LevelNetwork):
     """Myronenko, arXiv 1810.11654 (table 1): an asymmetric encoder-decoder; its VAE branch is `network.vae`.
 
     Published: widths, numbers of blocks, group norm, strided convolutions down, 1x1x1 convolution and trilinear
     interpolation up, skip connections by addition, a dropout of 0.2 behind the first convolution (`network.dropout`).
     Chosen: the VAE branch is the thriftier one that all networks here share.
-    engine="checkpoint" recomputes the inside of each level.
     """
 
     def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
@@ -49,29 +46,17 @@ class AutoencoderUNet(SegmentationNetwork):
         )
         self.head = nn.Conv3d(channels[0], config.out_channels, 1)
 
-    def compute(
-        self, x: torch.Tensor, wants_features: bool, readout: Readout | None
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        x = self.dropout(self.stem(x))
-        skips = []
-        for level, blocks in enumerate(self.encoder):
-            if level:
-                x = self.down[level - 1](x)
-            x = self.recomputed(blocks, x)
-            skips.append(x)
-        features = skips.pop()
-        for level in reversed(range(len(self.decoder))):
-            scale = tuple(float(s) for s in self.config.strides[level])
-            x = functional.interpolate(self.narrow[level](x), scale_factor=scale, mode="trilinear", align_corners=False)
-            x = self.recomputed(self.decoder[level], x + skips.pop())
-        found = (self.head(x),) if readout is None else readout.of([x])
-        return found, features if wants_features else None
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.stem(x))
 
-    def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
-        return self.head(*maps)
+    def shrink(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        return self.down[level - 1](x)
 
-    def head_modules(self) -> Sequence[nn.Module]:
-        return [self.head]
+    def narrowed(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow[level](x)
+
+    def join(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x + skip
 
 
 class _ResidualBlock(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,21 +9,20 @@ from torch import nn
 from torch.nn import functional
 
 from ..config import NetworkConfig
-from ..reversible import Readout
-from .base import SegmentationNetwork, complete_config
+from .base import complete_config
 from .blocks import DoubleConv
+from .levels import LevelNetwork
 
 __all__ = ["UNet3D"]
 
 CHANNELS = (16, 32, 64, 128, 256)
 
 
-class UNet3D(SegmentationNetwork):
+class UNet3D(LevelNetwork):
     """Two convolutions a level, max pooling, trilinear interpolation, concatenated skip connections.
 
     Published: that structure. Chosen: widths of 16 to 256, so that the three networks have similar parameter counts;
     interpolation instead of a transposed convolution.
-    engine="checkpoint" recomputes the inside of each level.
     """
 
     widths: ClassVar[tuple[int, ...]] = CHANNELS
@@ -45,25 +43,8 @@ class UNet3D(SegmentationNetwork):
         )
         self.head = nn.Conv3d(channels[0], config.out_channels, 1)
 
-    def compute(
-        self, x: torch.Tensor, wants_features: bool, readout: Readout | None
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        skips = []
-        for level, block in enumerate(self.encoder):
-            if level:
-                x = functional.max_pool3d(x, self.config.strides[level - 1])
-            x = self.recomputed(block, x)
-            skips.append(x)
-        features = skips.pop()
-        for level in reversed(range(len(self.decoder))):
-            scale = tuple(float(s) for s in self.config.strides[level])
-            x = functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
-            x = self.recomputed(self.decoder[level], torch.cat([skips.pop(), x], dim=1))
-        found = (self.head(x),) if readout is None else readout.of([x])
-        return found, features if wants_features else None
+    def shrink(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        return functional.max_pool3d(x, self.config.strides[level - 1])
 
-    def apply_head(self, *maps: torch.Tensor) -> torch.Tensor:
-        return self.head(*maps)
-
-    def head_modules(self) -> Sequence[nn.Module]:
-        return [self.head]
+    def join(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([skip, x], dim=1)
