@@ -2,7 +2,7 @@
 
 from slicer.i18n import tr as _
 
-from .Text import escape, formatBytes
+from .Text import escape, firstOf, formatBytes
 
 __all__ = ["cardText", "matchesSearch"]
 
@@ -55,15 +55,13 @@ def _withModality(channel) -> str:
 
 def _labels(model) -> str:
     shown = []
-    for label in model.labels[:LABELS_SHOWN]:
+    for label in model.labels:
         square = ""
         if label.colour:
             red, green, blue = label.colour
             square = f'<font color="#{red:02x}{green:02x}{blue:02x}">\u25a0</font>&nbsp;'
         shown.append(square + escape(label.name).replace(" ", "&nbsp;"))
-    if len(model.labels) > LABELS_SHOWN:
-        shown.append(_("and {count} more").format(count=len(model.labels) - LABELS_SHOWN))
-    return ", ".join(shown)
+    return ", ".join(firstOf(shown, LABELS_SHOWN))
 
 
 def _metrics(model) -> str:

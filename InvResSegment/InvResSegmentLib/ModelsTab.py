@@ -11,8 +11,11 @@ from slicer.i18n import tr as _
 from . import Settings
 from .Notice import ERROR, GOOD, INFORMATION, Notice
 from .Table import setUpTable
+from .Text import firstOf
 
 __all__ = ["ModelsTab"]
+
+LABELS_SHOWN = 4  # in a row; the manifest has them all
 
 
 class ModelsTab:
@@ -112,7 +115,7 @@ class ModelsTab:
         return [
             model.name,
             version,
-            ", ".join(label.name for label in model.labels),
+            ", ".join(firstOf([label.name for label in model.labels], LABELS_SHOWN)),
             model.licence or _("not stated"),
             _("bundled") if model.bundled else _("own"),
         ]

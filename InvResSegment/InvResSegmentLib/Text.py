@@ -5,7 +5,7 @@ import math
 
 from slicer.i18n import tr as _
 
-__all__ = ["bullets", "escape", "formatBytes", "formatSeconds", "paragraphs"]
+__all__ = ["bullets", "escape", "firstOf", "formatBytes", "formatSeconds", "paragraphs"]
 
 
 def formatBytes(count: float | None) -> str:
@@ -45,3 +45,10 @@ def paragraphs(sentences: list[str]) -> str:
 def bullets(title: str, sentences: list[str]) -> str:
     """A title with points under it, as plain text for a tool tip."""
     return "\n".join([title, *(f"\u2022 {sentence}" for sentence in sentences)])
+
+
+def firstOf(texts: list[str], most: int) -> list[str]:
+    """The first ones, and how many more there are."""
+    if len(texts) <= most:
+        return texts
+    return [*texts[:most], _("and {count} more").format(count=len(texts) - most)]

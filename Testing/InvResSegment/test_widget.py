@@ -457,6 +457,8 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         (picker,) = pickers(tab).values()
         assert picker.currentNode() is volume
         assert tab.ui.applyButton.enabled and not tab.ui.locateBox.visible
+        table = module.enter().panel.modelsTab.ui.modelsTable
+        assert table.item(0, 2).text() == "CSF, third ventricle, fourth ventricle, brain stem, and 13 more"
 
 
 def test_without_models_the_panel_says_what_to_do(scene, tmp_path):
