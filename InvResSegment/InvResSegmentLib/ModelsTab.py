@@ -15,7 +15,8 @@ from .Text import firstOf
 
 __all__ = ["ModelsTab"]
 
-LABELS_SHOWN = 4  # in a row; the manifest has them all
+LABELS = 2  # the column
+LABELS_SHOWN = 4  # in a row; its tool tip has them all
 
 
 class ModelsTab:
@@ -61,7 +62,7 @@ class ModelsTab:
         for row, model in enumerate(self._models):
             for column, text in enumerate(self._cells(model)):
                 item = qt.QTableWidgetItem(text)
-                item.setToolTip(text)
+                item.setToolTip(text if column != LABELS else ", ".join(label.name for label in model.labels))
                 table.setItem(row, column, item)
         table.resizeRowsToContents()
         paths = [model.path for model in self._models]
@@ -81,7 +82,8 @@ class ModelsTab:
         self._updateButtons()
 
     def enter(self) -> None:
-        """The panel is shown."""
+        """The tab is shown: only now have the columns their widths, and what wraps its height."""
+        qt.QTimer.singleShot(0, self.ui.modelsTable.resizeRowsToContents)
 
     def cancel(self) -> None:
         """Nothing here runs long."""
@@ -99,7 +101,7 @@ class ModelsTab:
 
     def _setUpTable(self) -> None:
         table = self.ui.modelsTable
-        setUpTable(table, [_("Name"), _("Version"), _("Labels"), _("Licence"), _("From")], stretched=(0, 2))
+        setUpTable(table, [_("Name"), _("Version"), _("Labels"), _("Licence"), _("From")], stretched=(0, LABELS))
         table.horizontalHeader().connect("sectionResized(int,int,int)", self._onColumnResized)
         table.connect("itemSelectionChanged()", self._onSelected)
 
