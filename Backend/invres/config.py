@@ -30,6 +30,7 @@ __all__ = [
     "TrainingConfig",
     "VAEConfig",
     "from_dict",
+    "network_as_written",
     "to_dict",
 ]
 
@@ -66,6 +67,9 @@ class NetworkConfig:
     strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
     convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
     norm: "auto" is the one that the architecture was published with.
+    resampling: fully_invres: "shuffle" squeezes by pixel shuffle (the paper's); "haar" also turns the voxels that it
+        makes of one into their mean and differences; "auto" is "haar".
+    learnable_resampling: fully_invres: an orthogonal matrix behind each squeeze is learned.
     expansion: mbconv_unet: how much wider its functions are inside than outside.
     """
 
@@ -82,6 +86,7 @@ class NetworkConfig:
     norm: Literal["auto", "instance", "group", "batch", "none"] = "auto"
     negative_slope: float = 0.01
     dropout: float = 0.0
+    resampling: Literal["auto", "shuffle", "haar"] = "auto"
     learnable_resampling: bool = False
     expansion: int = 6
     vae: VAEConfig | None = None
@@ -98,6 +103,16 @@ class NetworkConfig:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
         if not 0 <= self.dropout < 1:
             raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
+
+
+def network_as_written(values: dict[str, Any]) -> dict[str, Any]:
+    """A network's JSON with what has been added since it was written, at the value that was in force then.
+
+    "auto" would mean what is the default today, and the same weights would give another result without a word.
+    """
+    if values.get("name") == "fully_invres":
+        return {"resampling": "shuffle"} | values
+    return values
 
 
 @dataclass(frozen=True)

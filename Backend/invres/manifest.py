@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from . import InvresError
-from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, to_dict
+from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, network_as_written, to_dict
 from .expectation import Expectation
 
 __all__ = ["FORMAT_VERSION", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
@@ -127,6 +127,8 @@ def manifest_from_json(data: bytes) -> Manifest:
     missing = [name for name in required if name not in values]
     if missing:
         raise InvresError(f"lacks {', '.join(missing)}.")
+    if isinstance(values["network"], dict):
+        values["network"] = network_as_written(values["network"])
     try:
         return from_dict(Manifest, values, "manifest")
     except InvresError as error:

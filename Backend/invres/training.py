@@ -17,7 +17,7 @@ from . import InvresError, __version__
 from .cardplan import fit_recipe
 from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
-from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, to_dict
+from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, network_as_written, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes
 from .expectation import of_volumes
@@ -347,7 +347,8 @@ def _started(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Spl
         raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
     try:
         content = json.loads((output / RUN).read_text(encoding="utf-8"))
-        recipe = from_dict(Recipe, content["recipe"], "run.json: recipe")
+        network = network_as_written(content["recipe"]["network"])
+        recipe = from_dict(Recipe, content["recipe"] | {"network": network}, "run.json: recipe")
         plan = from_dict(PreparationPlan, content["plan"], "run.json: plan")
         scheme, names = content["scheme"], (tuple(content["split"]["train"]), tuple(content["split"]["validation"]))
     except (ValueError, KeyError, TypeError):

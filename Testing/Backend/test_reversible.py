@@ -122,6 +122,24 @@ def test_squeeze_steps_are_inverses_of_each_other(stride):
     assert all(torch.equal(a, b) for a, b in zip(up.inverse(up(squeezed)), squeezed, strict=True))
 
 
+@pytest.mark.parametrize("stride", STRIDES)
+def test_wavelet_steps_are_inverses_of_each_other_and_keep_means(stride):
+    stack = tuple(torch.randn(2, 3, *EVEN, dtype=torch.float64) for _ in range(2))
+    down, up = SqueezeDown(2, stride, wavelet=True), SqueezeUp(2, stride, wavelet=True)
+    squeezed, plain = down(stack), SqueezeDown(2, stride)(stack)
+    phases = stride[0] * stride[1] * stride[2]
+    for ours, phase in zip(squeezed[2:], plain[2:], strict=True):
+        means = phase.unflatten(1, (-1, phases)).mean(dim=2)
+        torch.testing.assert_close(ours[:, ::phases], means, msg="the first phase is the mean of the voxels")
+        flat = torch.ones_like(stack[0]), torch.ones_like(stack[1])
+        assert phases == 1 or not down(flat)[-1].unflatten(1, (-1, phases))[:, :, 1:].any(), "no differences, no signal"
+    for restored in (up(squeezed), down.inverse(squeezed)):
+        for r, s in zip(restored, stack, strict=True):
+            torch.testing.assert_close(r, s)
+    for a, b in zip(up.inverse(up(squeezed)), squeezed, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("phases", [2, 4, 8])
 @pytest.mark.parametrize("spread", [0.1, 10.0])
 def test_learnable_resampling_is_orthogonal_whatever_its_parameters(phases, spread):
@@ -161,11 +179,13 @@ class _Fresh(torch.autograd.Function):
         return None, *torch.autograd.grad(out, [*leaves, *ctx.tensors[2:]], gradient)
 
 
-@pytest.mark.parametrize("name", ["invertible", "pooling"])
+@pytest.mark.parametrize("name", ["invertible", "wavelet", "pooling"])
 def test_gradients_agree_with_finite_differences(name):
     smooth = NetworkConfig(negative_slope=0.6, kernel=1)  # few parameters, and no sharp kink to step over
-    if name == "invertible":
-        inner = SqueezeDown(1, (1, 2, 2)), mix(4, 4), couple(4, smooth), SqueezeUp(1, (1, 2, 2))
+    if name != "pooling":
+        wavelet = name == "wavelet"
+        mixing = [] if wavelet else [mix(4, 4)]
+        inner = SqueezeDown(1, (1, 2, 2), wavelet), *mixing, couple(4, smooth), SqueezeUp(1, (1, 2, 2), wavelet)
         program, width = Program([couple(2, smooth), *inner]), 2
     else:
         inner = Branch(Pool(2, 4, (1, 2, 2))), couple(2, smooth), AddFromBelow(Interpolate(4, 2, (1, 2, 2)))

@@ -60,9 +60,9 @@ class WithDropout(nn.Module):
         return [self.dropout(x) for x in self.module(x1, x2)]
 
 
-def around(stride, *inside):
+def around(stride, *inside, wavelet=False):
     """Steps at a coarser level, between a squeeze of 2 of 3 channels and its way back."""
-    return [SqueezeDown(2, stride), *inside, SqueezeUp(2, stride)]
+    return [SqueezeDown(2, stride, wavelet), *inside, SqueezeUp(2, stride, wavelet)]
 
 
 def pool_and_return(stride):
@@ -107,6 +107,13 @@ PROGRAMS = {
         ],
         [(3, 4, 4, 8)] * 2,
     ),
+    "wavelets twice": (
+        lambda: [
+            couple(3),
+            *around((2, 2, 2), couple(16), *around((1, 2, 2), couple(8), wavelet=True), wavelet=True),
+        ],
+        [(3, 4, 4, 8)] * 2,
+    ),
     "mix": (lambda: [mix(8, 4)], [(8, *ODD)] * 2),
     "mix upwards": (lambda: [mix(4, 2, True)], [(4, *ODD)] * 2),
     "squeeze and mix": (
@@ -116,6 +123,13 @@ PROGRAMS = {
     **{
         f"squeeze {stride}": (
             lambda stride=stride: around(stride, couple(2 * stride[0] * stride[1] * stride[2])),
+            [(3, *EVEN)] * 2,
+        )
+        for stride in STRIDES
+    },
+    **{
+        f"wavelet {stride}": (
+            lambda stride=stride: around(stride, couple(2 * stride[0] * stride[1] * stride[2]), wavelet=True),
             [(3, *EVEN)] * 2,
         )
         for stride in STRIDES

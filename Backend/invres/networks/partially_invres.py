@@ -40,9 +40,10 @@ class PartiallyInvRes(ProgramNetwork):
     def __init__(self, config: NetworkConfig, engine: str = "auto", memory: str = "low"):
         config = complete_config(config, self.widths, self.counts, self.decoder_counts, self.norm)
         channels, strides = config.channels, config.strides
-        if config.learnable_resampling:
+        if config.learnable_resampling or config.resampling != "auto":
+            key = "learnable_resampling" if config.learnable_resampling else "resampling"
             raise InvresError(
-                f"network.learnable_resampling belongs to fully_invres; {config.name} pools and interpolates.",
+                f"network.{key} belongs to fully_invres; {config.name} pools and interpolates.",
                 hint="Remove it, or choose fully_invres.",
             )
         if any(width % 2 for width in channels):

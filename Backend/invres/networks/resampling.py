@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from ..reversible import State, Step, same_memory
+from ..reversible.slabs import depth_slabs
 from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
+from .haar import Lifting, haar, lift, lift_in_place
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
 
@@ -41,73 +43,109 @@ class SqueezeDown(Step):
 
     This is the encoder's split of figure 3: one part goes down, the other is the skip connection. What goes down stays
     in the memory that it has, its voxels sorted anew there: the state of a program has one size from end to end.
+    wavelet: the phases are Haar-transformed, so that what comes down are means and differences of neighbours.
     """
 
-    def __init__(self, moved: int, stride: Triple):
+    def __init__(self, moved: int, stride: Triple, wavelet: bool = False):
         super().__init__()
         self.moved = moved
         self.stride = stride
+        self.wavelet = wavelet
 
     def forward(self, stack: Stack) -> Stack:
-        *beneath, x1, x2 = stack
-        kept = x1.shape[1] - self.moved
-        down = (squeeze(x[:, kept:], self.stride) for x in (x1, x2))
-        return (*beneath, x1[:, :kept], x2[:, :kept], *down)
+        return _split(stack, self.moved, self.stride, self.wavelet, self.on_grid)
 
     def inverse(self, stack: Stack) -> Stack:
-        return _join(stack, self.stride)
+        return _join(stack, self.stride, self.wavelet, self.on_grid)
 
     def advance(self, state: State) -> None:
-        _push_squeezed(state, self.moved, self.stride)
+        _push_squeezed(state, self.moved, self.stride, haar(self.stride) if self.wavelet else (), count=True)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
-        # The step is a permutation: its transpose is its inverse, for values and gradients alike.
-        for stack in (state, gradients):
-            _pop_unsqueezed(stack, self.moved, self.stride)
+        # A squeeze is a permutation: its transpose is its inverse, for values and gradients alike.
+        back = haar(self.stride, inverse=True) if self.wavelet else ()
+        _pop_unsqueezed(state, self.moved, self.stride, back)
+        transposed = haar(self.stride, transposed=True) if self.wavelet else ()
+        _pop_unsqueezed(gradients, self.moved, self.stride, transposed)
 
 
 class SqueezeUp(Step):
     """The inverse of `SqueezeDown`: the top pair is unsqueezed and joined with the skip channels beneath it."""
 
-    def __init__(self, moved: int, stride: Triple):
+    def __init__(self, moved: int, stride: Triple, wavelet: bool = False):
         super().__init__()
         self.moved = moved
         self.stride = stride
+        self.wavelet = wavelet
 
     def forward(self, stack: Stack) -> Stack:
-        return _join(stack, self.stride)
+        return _join(stack, self.stride, self.wavelet, self.on_grid)
 
     def inverse(self, stack: Stack) -> Stack:
-        return SqueezeDown(self.moved, self.stride)(stack)
+        return _split(stack, self.moved, self.stride, self.wavelet, self.on_grid)
 
     def advance(self, state: State) -> None:
-        _pop_unsqueezed(state, self.moved, self.stride)
+        back = haar(self.stride, inverse=True) if self.wavelet else ()
+        _pop_unsqueezed(state, self.moved, self.stride, back, count=True)
 
     def retreat(self, state: State, gradients: State, sink: GradientSink) -> None:
-        for stack in (state, gradients):
-            _push_squeezed(stack, self.moved, self.stride)
+        _push_squeezed(state, self.moved, self.stride, haar(self.stride) if self.wavelet else ())
+        transposed = haar(self.stride, inverse=True, transposed=True) if self.wavelet else ()
+        _push_squeezed(gradients, self.moved, self.stride, transposed)
 
 
-def _join(stack: Stack, stride: Triple) -> Stack:
+def _split(stack: Stack, moved: int, stride: Triple, wavelet: bool, on_grid: bool) -> Stack:
+    *beneath, x1, x2 = stack
+    kept = x1.shape[1] - moved
+    down = [squeeze(x[:, kept:], stride) for x in (x1, x2)]
+    if wavelet:
+        down = [lift(x, stride, haar(stride), on_grid) for x in down]
+    return (*beneath, x1[:, :kept], x2[:, :kept], *down)
+
+
+def _join(stack: Stack, stride: Triple, wavelet: bool, on_grid: bool) -> Stack:
     *beneath, k1, k2, d1, d2 = stack
+    if wavelet:
+        d1, d2 = (lift(d, stride, haar(stride, inverse=True), on_grid) for d in (d1, d2))
     return (*beneath, *(torch.cat([k, unsqueeze(d, stride)], dim=1) for k, d in ((k1, d1), (k2, d2))))
 
 
-def _push_squeezed(state: State, moved: int, stride: Triple) -> None:
+def _push_squeezed(state: State, moved: int, stride: Triple, steps: Sequence[Lifting], count: bool = False) -> None:
+    """count: note how many values of a fixed-point state leave its range."""
     for index in (len(state) - 2, len(state) - 1):
         x = state.writable(index)
-        state.push_part(_squeeze_in_place(x[:, x.shape[1] - moved :], stride, state.journal.slab_elements))
+        part, phases = x[:, x.shape[1] - moved :], math.prod(stride)
+        view = _squeezed_view(part, stride)
+        for run in _channel_runs(part, state.journal.slab_elements):
+            view[:, run.start * phases : run.stop * phases] = _apart(squeeze(part[:, run], stride), x)
+        _lift_by_slabs(state, view, stride, steps, count)
+        state.push_part(view)
 
 
-def _pop_unsqueezed(state: State, moved: int, stride: Triple) -> None:
+def _pop_unsqueezed(state: State, moved: int, stride: Triple, steps: Sequence[Lifting], count: bool = False) -> None:
     d2, d1 = state.pop(), state.pop()
     for index, d in ((-2, d1), (-1, d2)):
         x = state.writable(index)
-        part = x[:, x.shape[1] - moved :]
-        if same_memory(d, x):
-            _unsqueeze_in_place(part, d, stride, state.journal.slab_elements)
-        else:
-            part.copy_(unsqueeze(d, stride))
+        part, phases = x[:, x.shape[1] - moved :], math.prod(stride)
+        if steps and not same_memory(d, x):
+            d = d.clone()  # it may be the caller's
+        _lift_by_slabs(state, d, stride, steps, count)
+        for run in _channel_runs(part, state.journal.slab_elements):
+            part[:, run] = _apart(unsqueeze(d[:, run.start * phases : run.stop * phases], stride), x)
+
+
+def _lift_by_slabs(state: State, x: torch.Tensor, stride: Triple, steps: Sequence[Lifting], count: bool) -> None:
+    """The steps applied in x's own memory; gradients in 16 bits are rounded once, at the end."""
+    if not steps:
+        return
+    for start, stop in depth_slabs(x.shape, state.journal.slab_elements):
+        slab = x[:, :, start:stop]
+        wide = slab.float() if slab.dtype in (torch.bfloat16, torch.float16) else slab
+        overflows = lift_in_place(wide, stride, steps)
+        if wide is not slab:
+            slab.copy_(wide)
+        if count and state.fixed:
+            state.journal.count_overflows(overflows)
 
 
 def _squeezed_view(x: torch.Tensor, stride: Triple) -> torch.Tensor:
@@ -117,25 +155,10 @@ def _squeezed_view(x: torch.Tensor, stride: Triple) -> torch.Tensor:
     return x.view(n, c * sd * sh * sw, d // sd, h // sh, w // sw)
 
 
-def _channel_runs(x: torch.Tensor, elements: int) -> range:
-    each = max(1, x[:, :1].numel())
-    return range(0, x.shape[1], max(1, elements // each))
-
-
-def _squeeze_in_place(x: torch.Tensor, stride: Triple, elements: int) -> torch.Tensor:
-    """`squeeze` within x's own memory, some channels at a time; x itself is no longer of use until it is undone."""
-    view, phases, runs = _squeezed_view(x, stride), math.prod(stride), _channel_runs(x, elements)
-    for start in runs:
-        stop = min(start + runs.step, x.shape[1])
-        view[:, start * phases : stop * phases] = _apart(squeeze(x[:, start:stop], stride), x)
-    return view
-
-
-def _unsqueeze_in_place(x: torch.Tensor, view: torch.Tensor, stride: Triple, elements: int) -> None:
-    phases, runs = math.prod(stride), _channel_runs(x, elements)
-    for start in runs:
-        stop = min(start + runs.step, x.shape[1])
-        x[:, start:stop] = _apart(unsqueeze(view[:, start * phases : stop * phases], stride), x)
+def _channel_runs(x: torch.Tensor, elements: int) -> list[slice]:
+    """Channels of x in runs of about so many elements: what is sorted anew at a time."""
+    size = max(1, elements // max(1, x[:, :1].numel()))
+    return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
 
 
 def _apart(piece: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +170,7 @@ class Mix(Step):
     """Learnable invertible resampling: an orthogonal matrix mixes the `phases` that a squeeze made of each channel.
 
     Q = (I - A)(I + A)^-1 with A skew-symmetric (Cayley transform, as in iUNets, arXiv 2005.05220), one Q per squeezed
-    channel and half, the identity at the start (chosen: training starts from the plain squeeze of the paper).
+    channel and half, the identity at the start (chosen: training starts from the fixed resampling in front of it).
     transpose=True applies Q^T, the upward direction.
     """
 

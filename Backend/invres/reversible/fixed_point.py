@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FRACTION_BITS", "decode", "encode", "round_to_grid", "shift_by"]
+__all__ = ["FRACTION_BITS", "decode", "encode", "halve_on_grid", "round_to_grid", "shift_by", "shift_sixteen_bits"]
 
 FRACTION_BITS = 9  # chosen: instance norm keeps increments near 1, and a step of 0.002 is finer than bfloat16's there
 _SCALE = float(2**FRACTION_BITS)
@@ -41,6 +41,17 @@ def shift_by(state: torch.Tensor, increment: torch.Tensor, sign: int) -> torch.T
     return torch.count_nonzero(total.sub_(state))
 
 
+def shift_sixteen_bits(state: torch.Tensor, other: torch.Tensor, factor: float) -> torch.Tensor:
+    """state += factor * other for two maps on the grid, in place; factor: 1, -1, or half of that, rounded down first.
+
+    Returns how many sums left the range (they wrap around).
+    """
+    total = (other if abs(factor) == 1 else other >> 1).to(torch.int32)
+    total.mul_(1 if factor > 0 else -1).add_(state)
+    state.copy_(total)
+    return torch.count_nonzero(total.sub_(state))
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
@@ -55,3 +66,18 @@ class _Round(torch.autograd.Function):
 def round_to_grid(values: torch.Tensor) -> torch.Tensor:
     """Values rounded to the grid, as float32 or float64; the gradient passes as if nothing had been rounded."""
     return _Round.apply(values)
+
+
+class _Halve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.mul(_SCALE / 2).floor_().mul_(1 / _SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / 2
+
+
+def halve_on_grid(values: torch.Tensor) -> torch.Tensor:
+    """Half of values on the grid, rounded down to it; the gradient passes as if nothing had been rounded."""
+    return _Halve.apply(values)
