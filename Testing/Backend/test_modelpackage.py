@@ -549,6 +549,18 @@ def test_a_wrong_manifest_is_refused_with_a_sentence(tmp_path, changes, said):
     assert caught.value.hint
 
 
+def test_a_model_of_the_time_before_wavelets_goes_on_as_it_was(tmp_path):
+    """With the same weights another resampling would give another segmentation."""
+    config = NetworkConfig(in_channels=2, out_channels=NETWORK.out_channels, channels=(4, 16), resampling="shuffle")
+    network = build(config)
+    package = _save(tmp_path / "model", network=config, state_dict=network.state_dict())
+    written = json.loads((package.path / "manifest.json").read_text(encoding="utf-8"))["network"]
+    assert written.pop("resampling") == "shuffle"
+    again = open_package(_edit(package.path, network=written))
+    assert build(again.manifest.network).config == network.config
+    assert build(NetworkConfig(channels=(4, 16))).config.resampling == "haar"
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"{", b'{"format_version": NaN}', b"[" * 200_000, b"\xff\xfe", b'{"format_version": 1}']
 )

@@ -33,7 +33,7 @@ from invres.modelpackage import open_package, verify_package
 from invres.networks import NetworkOutput
 from invres.preprocessing import PreparedCase
 from invres.trainer import StopRequest
-from invres.training import TrainOptions, train, validator
+from invres.training import TrainOptions, started_recipe, train, validator
 from invres.volume import Geometry, read_volume
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 1}
@@ -233,6 +233,15 @@ def test_a_training_that_was_stopped_before_its_first_checkpoint_starts_from_the
     (tmp_path / "run" / CHECKPOINT).unlink()
     train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu", resume=True))
     assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_training_begun_before_there_were_wavelets_goes_on_without_them(phantoms, tmp_path):
+    recipe = tiny_recipe({"resampling": "shuffle"}, **QUICK)
+    train(read_dataset(phantoms), recipe, tmp_path)
+    content = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert content["recipe"]["network"].pop("resampling") == "shuffle"
+    (tmp_path / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    assert started_recipe(tmp_path).network.resampling == "shuffle"
 
 
 def test_a_stop_while_the_cases_are_prepared_comes_at_the_next_case_and_the_same_command_goes_on(phantoms, tmp_path):
