@@ -39,12 +39,14 @@ import torch
 
 from invres.benchmark import ENGINE_TABLE
 from invres.cases import Dataset, read_dataset
+from invres.comparison import interval
 from invres.config import Label, LabelScheme, NetworkConfig, Recipe
 from invres.console import spread
-from invres.events import TerminalReporter
+from invres.events import TerminalReporter, format_bytes
 from invres.expectation import Expectation
 from invres.files import written_whole
 from invres.inference import load_network, segment_volumes
+from invres.memory import predict_training
 from invres.metrics import score_case
 from invres.modelpackage import ModelPackage, open_package, save_package
 from invres.networks import build
@@ -251,33 +253,42 @@ def _markdown(
         f"--precision {options.precision}`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
-        "| network | parameters | step, s | steps | folds | n | label "
+        "| network | parameters | memory of a step | step, s | steps | folds | n | label "
         + "".join(f"| {heading} " for _, heading, _ in METRICS)
-        + "|",
-        "|---|---|---|---|---|---|---|" + "---|" * len(METRICS),
+        + "| Dice, difference to unet3d [95 % interval] |",
+        "|" + "---|" * (9 + len(METRICS)),
     ]
-    for name in networks:
-        found = [_read(path) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))]
-        if not found:
+    training = Recipe.read(RECIPE).training
+    folds = {
+        name: [_read(path) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))] for name in networks
+    }
+    scores = {
+        name: {key: case for fold in found for key, case in fold["scores"].items()} for name, found in folds.items()
+    }
+    for name, of_cases in scores.items():
+        if not of_cases:
             continue
-        scores = [case for fold in found for case in fold["scores"].values()]
-        parameters = sum(p.numel() for p in build(_sized(networks[name], data)).parameters())
-        labels = list(scores[0])
+        network = _sized(networks[name], data)
+        parameters = sum(p.numel() for p in build(network).parameters())
+        memory = predict_training(network, training.patch, training.batch_size, precision=options.precision).peak_bytes
+        head = [name, f"{parameters:,}", format_bytes(memory), f"{min(steps[name].values()):.2f}"]
+        head += [str(folds[name][0]["steps"]), str(len(folds[name])), str(len(of_cases))]
+        labels = list(next(iter(of_cases.values())))
         for label in [*labels, "mean"]:
+            chosen = labels if label == "mean" else [label]
+
+            def value(case: dict[str, Any], metric: str, chosen: list[str] = chosen) -> float:
+                return float(np.mean([case[one][metric] for one in chosen]))
+
             cells = []
             for metric, _, decimals in METRICS:
-                chosen = labels if label == "mean" else [label]
-                values = np.array([np.mean([case[one][metric] for one in chosen]) for case in scores])
+                values = np.array([value(case, metric) for case in of_cases.values()])
                 cells.append(f"{values.mean():.{decimals}f} ± {values.std(ddof=1):.{decimals}f}")
+            both = [key for key in of_cases if key in scores["unet3d"] and name != "unet3d"]
+            pairs = [value(of_cases[key], "dice") - value(scores["unet3d"][key], "dice") for key in both]
+            between = interval(pairs)[0] if pairs else None
+            cells.append(f"{np.mean(pairs):+.3f} [{between[0]:+.3f}, {between[1]:+.3f}]" if between else "")
             first = label == labels[0]
-            head = [
-                name,
-                f"{parameters:,}",
-                f"{min(steps[name].values()):.2f}",
-                str(found[0]["steps"]),
-                str(len(found)),
-            ]
-            head += [str(len(scores))]
             lines.append(f"| {' | '.join(head if first else [''] * len(head))} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
