@@ -57,6 +57,7 @@ from invres.training import TrainOptions, train
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"
 FOLDS = 5
+ABLATION = "fully_invres with shuffle"  # only where --networks names it
 EPOCHS = 10  # of a training; what an epoch is makes no difference, but for the curves
 SOURCE = "Medical Segmentation Decathlon, Task04 (hippocampus in T1-weighted MR), CC BY-SA 4.0."
 _HIPPOCAMPUS = (
@@ -79,9 +80,12 @@ def main() -> None:
     recipe = Recipe.read(RECIPE)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=options.precision))
     networks = _networks(recipe)
-    if not (options.output / "steps.json").is_file():
-        _write(options.output / "steps.json", _step_seconds(networks, recipe, data))
-    steps = _read(options.output / "steps.json")
+    known = options.output / "steps.json"
+    steps = _read(known) if known.is_file() else {}
+    wanted = {*options.networks, *([recipe.network.name] if options.bundle else [])}
+    if missing := {name: network for name, network in networks.items() if name in wanted and name not in steps}:
+        steps |= _step_seconds(missing, recipe, data)
+        _write(known, steps)
     for fold in range(FOLDS):
         for name in options.networks:
             engine, seconds = min(steps[name].items(), key=lambda found: found[1])
@@ -112,7 +116,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--bundle", type=Path, help="where the package is written")
     parser.add_argument("--bundle-seconds", type=float, default=2400, help="of training steps, for the package")
-    parser.add_argument("--networks", nargs="*", choices=names, default=names)
+    usual = [name for name in names if name != ABLATION]
+    parser.add_argument("--networks", nargs="*", choices=names, default=usual)
     return parser.parse_args()
 
 
@@ -127,11 +132,12 @@ def _keep_freed_memory() -> None:
 
 
 def _networks(recipe: Recipe) -> dict[str, NetworkConfig]:
-    """The recipe's Fully-InvRes and, of about its size, Partially-InvRes and the baseline."""
+    """The recipe's Fully-InvRes and, of about its size, Partially-InvRes and the baseline; last the ablation."""
     return {
         "fully_invres": recipe.network,
         "unet3d": NetworkConfig(name="unet3d", levels=4),
         "partially_invres": NetworkConfig(name="partially_invres", levels=4),
+        ABLATION: dataclasses.replace(recipe.network, resampling="shuffle"),
     }
 
 
@@ -250,7 +256,7 @@ def _markdown(
 ) -> str:
     lines = [
         f"`python Testing/Benchmarks/crossvalidation.py --seconds {options.seconds:g} "
-        f"--precision {options.precision}`, {os.cpu_count()}-core CPU "
+        f"--precision {options.precision} --output FOLDER`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
         "| network | parameters | memory of a step | step, s | steps | folds | n | label "
