@@ -126,18 +126,18 @@ class _Normalise(torch.autograd.Function):
             mean, variance = (torch.empty(size, dtype=dtype, device=x.device) for _ in range(2))
         else:
             mean, variance = (one.to(dtype).view(size) for one in known)
-        for samples, groups in _parts(map_, norm):
-            part = map_[samples, groups]
-            work = part.to(dtype)  # in single and double precision the map itself
+        for part in _parts(map_, norm):
+            whole, groups = map_[part], part[1]
             if known is None:
-                variance[samples, groups], mean[samples, groups] = torch.var_mean(
-                    work, _together(norm), correction=0, keepdim=True
-                )
-            rstd = (variance[samples, groups] + norm.eps).rsqrt_()
-            work.sub_(mean[samples, groups]).mul_(rstd * scale[:, groups]).add_(shift[:, groups])
-            functional.leaky_relu_(work, norm.slope)
-            if work.dtype != part.dtype:
-                part.copy_(work)
+                variance[part], mean[part] = _variance_and_mean(whole, _slabs(whole, map_), norm, dtype)
+            factor = scale[:, groups] * (variance[part] + norm.eps).rsqrt_()
+            for slab in _slabs(whole, map_):
+                piece = whole[slab]
+                work = piece.to(dtype)  # in single and double precision the map itself
+                work.sub_(mean[part]).mul_(factor).add_(shift[:, groups])
+                functional.leaky_relu_(work, norm.slope)
+                if work.dtype != piece.dtype:
+                    piece.copy_(work)
         ctx.norm, ctx.own_statistics = norm, known is None
         ctx.mark_dirty(x)
         ctx.mark_non_differentiable(mean, variance)
@@ -159,21 +159,28 @@ class _Normalise(torch.autograd.Function):
         map_, of_map = _grouped(z, norm), _grouped(of_z, norm)
         count = map_[:, 0].numel() if norm.over_batch else map_[0, 0].numel()
         each = (0, 3, 4, 5) if norm.over_batch else (3, 4, 5)
-        for samples, groups in _parts(map_, norm):
-            part, factor = map_[samples, groups].to(dtype), scale[:, groups]
-            # The gradient of gamma x_hat + beta, and x_hat.
-            of_y = torch.ops.aten.leaky_relu_backward(of_map[samples, groups].to(dtype), part, norm.slope, True)
-            x_hat = functional.leaky_relu(part, 1 / norm.slope).sub_(shift[:, groups]).div_(factor)
-            sums, products = (t.sum(each, keepdim=True) for t in (of_y, of_y * x_hat))
+        for part in _parts(map_, norm):
+            whole, of_whole, groups = map_[part], of_map[part], part[1]
+            factor, offset = scale[:, groups], shift[:, groups]
+            slabs = _slabs(whole, map_)
+            sums = products = torch.zeros((), dtype=dtype, device=z.device)
+            for slab in slabs:
+                of_y, x_hat = _before_activation(of_whole[slab], whole[slab], factor, offset, norm, dtype)
+                sums = sums + of_y.sum(each, keepdim=True)
+                products = products + (of_y * x_hat).sum(each, keepdim=True)
             of_shift[:, groups] += sums.sum(0, keepdim=True)
             of_scale[:, groups] += products.sum(0, keepdim=True)
             if of_x is None:
                 continue
-            of_y.mul_(factor)
-            if ctx.own_statistics:
-                mean, product = ((t * factor).sum(2, keepdim=True).div_(count) for t in (sums, products))
-                of_y.sub_(mean).addcmul_(x_hat, product, value=-1)
-            _grouped(of_x, norm)[samples, groups] = of_y.mul_(rstd[samples, groups])
+            mean, product = ((t * factor).sum(2, keepdim=True).div_(count) for t in (sums, products))
+            target = _grouped(of_x, norm)[part]
+            for slab in slabs:
+                if len(slabs) > 1:
+                    of_y, x_hat = _before_activation(of_whole[slab], whole[slab], factor, offset, norm, dtype)
+                of_y.mul_(factor)
+                if ctx.own_statistics:
+                    of_y.sub_(mean).addcmul_(x_hat, product, value=-1)
+                target[slab] = of_y.mul_(rstd[part])
         return of_x, of_scale.view(-1).to(gamma.dtype), of_shift.view(-1).to(beta.dtype), None, None
 
 
@@ -196,17 +203,43 @@ def _grouped_weights(
     return torch.where(scale.abs() < SMALLEST_SCALE, bound, scale), shift
 
 
-def _together(norm: _Norm) -> tuple[int, ...]:
-    """The axes of a grouped map that one mean is taken over."""
-    return (0, 2, 3, 4, 5) if norm.over_batch else (2, 3, 4, 5)
-
-
 def _parts(map_: torch.Tensor, norm: _Norm) -> Iterator[tuple[slice, slice]]:
     """Indices (samples, groups) of a grouped map, of parts that each hold whole groups."""
     together = map_.shape[0] if norm.over_batch else 1
-    size = together * map_[0, 0].numel()
-    wanted = max(PART_ELEMENTS, map_.numel() // PARTS)
-    step = max(1, wanted // max(1, size))
+    step = max(1, _wanted(map_) // max(1, together * map_[0, 0].numel()))
     for sample in range(0, map_.shape[0], together):
         for group in range(0, norm.groups, step):
             yield slice(sample, sample + together), slice(group, group + step)
+
+
+def _slabs(part: torch.Tensor, map_: torch.Tensor) -> list[tuple[slice, ...]]:
+    """Indices into a part of `map_`: slabs of depth, where a single group is large."""
+    depth = part.shape[3]
+    step = max(1, _wanted(map_) * depth // max(1, part.numel()))
+    return [(slice(None),) * 3 + (slice(first, first + step),) for first in range(0, depth, step)]
+
+
+def _wanted(map_: torch.Tensor) -> int:
+    """Elements that are worked on at a time."""
+    return max(PART_ELEMENTS, map_.numel() // PARTS)
+
+
+def _variance_and_mean(
+    part: torch.Tensor, slabs: list[tuple[slice, ...]], norm: _Norm, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a part that is normalised together; those of its slabs are joined without rounding away a large mean."""
+    axes = (0, 2, 3, 4, 5) if norm.over_batch else (2, 3, 4, 5)
+    found = [torch.var_mean(part[slab].to(dtype), axes, correction=0, keepdim=True) for slab in slabs]
+    shares = [part[slab].shape[3] / part.shape[3] for slab in slabs]
+    mean = torch.stack([share * m for share, (_, m) in zip(shares, found, strict=True)]).sum(0)
+    spread = [share * (v + (m - mean).square()) for share, (v, m) in zip(shares, found, strict=True)]
+    return torch.stack(spread).sum(0), mean
+
+
+def _before_activation(
+    of_z: torch.Tensor, z: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor, norm: _Norm, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of factor x_hat + offset, and x_hat, both fresh, from z and its gradient."""
+    z = z.to(dtype)
+    of_y = torch.ops.aten.leaky_relu_backward(of_z.to(dtype), z, norm.slope, True)
+    return of_y, functional.leaky_relu(z, 1 / norm.slope).sub_(offset).div_(factor)
