@@ -1,4 +1,4 @@
-"""Table 1 of the memory-efficient FCN (Wang, Oda, Mori 2020): published figures, and what our networks take, row by row."""
+"""Table 1 of the memory-efficient FCN (Wang, Oda, Mori 2020): published figures, and what our networks take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In-place activated norms: torch's own norm and leaky ReLU, to the gradient, in one map; loud where that would hurt."""
+"""In-place activated norms: torch's norm and leaky ReLU to the gradient, in one map; loud where that would hurt."""
 
 from __future__ import annotations
 

@@ -104,7 +104,10 @@ def _unit(convolutions: Sequence[nn.Conv3d | nn.ConvTranspose3d], config: Networ
     """Convolutions in sequence, norm, leaky ReLU."""
     for conv in convolutions:
         nn.init.kaiming_normal_(conv.weight, a=config.negative_slope)
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        if config.norm == "none":
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        else:
+            conv.register_parameter("bias", None)  # the norm would take it away again
     return [*convolutions, *normed(convolutions[-1].out_channels, config)]
 
 
