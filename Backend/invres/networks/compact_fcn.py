@@ -16,6 +16,7 @@ from .levels import LevelNetwork
 __all__ = ["CompactFCN"]
 
 CHANNELS = (40, 80, 160, 256)
+NARROWEST = 4  # of a bottleneck; one map would be no path for three classes
 Layers = Callable[[int, int, NetworkConfig], list[nn.Module]]
 """Layers, from the widths before and after them."""
 
@@ -31,9 +32,9 @@ class CompactFCN(LevelNetwork):
     Chosen, so that all four counts come out within 2 % (the paper gives neither widths nor levels nor K): four levels
     of 40 to 256 maps; 3x3x3 convolutions with stride 2 down (to the same width) and transposed ones up (to the finer
     width), which stay plain in every variant and are most of what is left of a compact one; one bottleneck for the two
-    convolutions of a level, of 1/3 (`network.bottleneck_ratio`) of its wider end. Two narrower ones (K = 4) have as
-    many parameters, but need a third more memory, which the paper's table 1 rules out. Also chosen: a norm and a leaky
-    ReLU behind every convolution but the depthwise ones; no residual connections.
+    convolutions of a level, of 1/3 (`network.bottleneck_ratio`) of its wider end. Two narrower ones in
+    sequence fit the counts as well, but need far more memory than plain convolutions, against the paper's table 1. Also
+    chosen: a norm and a leaky ReLU behind every convolution but the depthwise ones; no residual connections.
     """
 
     takes_inplace_norm = True
@@ -85,7 +86,7 @@ def _separable(before: int, after: int, config: NetworkConfig) -> list[nn.Module
 
 def _bottleneck(middle: Layers) -> Layers:
     def layers(before: int, after: int, config: NetworkConfig) -> list[nn.Module]:
-        narrow = max(1, max(before, after) // config.bottleneck_ratio)
+        narrow = max(NARROWEST, max(before, after) // config.bottleneck_ratio)
         first, last = (_unit([_conv(*ends, 1)], config) for ends in ((before, narrow), (narrow, after)))
         return [*first, *middle(narrow, narrow, config), *last]
 
