@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from invres import InvresError
@@ -153,16 +152,10 @@ def test_under_autocast_it_works_on_16_bits_and_is_as_near_to_float32_as_torchs_
 
 
 def test_statistics_of_16_bits_are_not_rounded_to_16_bits():
-    """A mean of 100 with a deviation of 1 in bfloat16: its neighbours are 0.5 apart, but their mean is known."""
-    ours, _ = make("instance", dtype=torch.float32)
+    """A mean of 100 with a deviation of 1 in bfloat16, whose neighbours are 0.5 apart there."""
+    ours, plain = make("instance", dtype=torch.float32)
     x = (torch.randn(1, CHANNELS, 12, 12, 12) + 100).bfloat16()
-    wanted = functional.instance_norm(x.float())
-    found = (ours(x.clone()).float() / ours.weight.detach().view(1, -1, 1, 1, 1)).mean((2, 3, 4))
-    assert found.isfinite().all() and x.float().mean() > 99
-    y = functional.leaky_relu(
-        wanted * ours.weight.view(1, -1, 1, 1, 1) + ours.bias.view(1, -1, 1, 1, 1), SLOPE
-    ).detach()
-    torch.testing.assert_close(ours(x.clone()).float(), y, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(ours(x.clone()).float(), plain(x.float()), rtol=0.01, atol=0.01)
 
 
 # --- gamma near zero ------------------------------------------------------------------------------------------------
@@ -292,13 +285,10 @@ def test_a_copy_does_the_same(kind, copied):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tensor_that_an_operator_has_saved_is_an_error_in_backward(kind):
     ours, _ = make(kind)
-    for make_x in (torch.sigmoid, torch.exp, lambda x: (y := x * 1.5, y.square(), y)[2] + 0):
-        leaf = volume().requires_grad_()
-        x = make_x(leaf)
-        out = ours(x)
-        if make_x in (torch.sigmoid, torch.exp):
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                out.sum().backward()
+    for saves_its_output in (torch.sigmoid, torch.exp):
+        out = ours(saves_its_output(volume().requires_grad_()))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
     leaf = volume().requires_grad_()
     x = leaf * 1.5
     beside = x.square()  # needs x as it was
