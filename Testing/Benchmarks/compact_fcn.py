@@ -1,14 +1,16 @@
 """The memory-efficient FCN: table 1 of its paper beside ours, and a first training on one real CT.
 
     PYTHONPATH=Backend python Testing/Benchmarks/compact_fcn.py table
+    PYTHONPATH=Backend python Testing/Benchmarks/compact_fcn.py same --output FOLDER [--data CT_ABDOMEN]
     PYTHONPATH=Backend python Testing/Benchmarks/compact_fcn.py train --output FOLDER [--data CT_ABDOMEN]
 
-Prints Markdown. `table` predicts and allocates nothing. `train` has a single CT of the abdomen at 3 mm, whose labels
-another network made: it is cut in two between left and right, one kidney in each half, and networks are trained on one
-half and score both. That is one person, so it says nothing of other people or scanners. What it can show is that the
-blocks learn, and that a network with in-place norms comes out as the same one without. Narrow networks at 4 mm, because
-it is one CPU core; the CT is without contrast agent, where the recipe's clip (79 to 304 HU) would leave nothing of a
-kidney, so that the data set's own figures clip it.
+Prints Markdown. `table` predicts and allocates nothing. `same` trains a network with and without in-place norms from
+one seed on the same patches and says how far the two come apart, in double precision and in single; there also how far
+a network comes apart from itself whose weights differ in the last digit. `train` has a single CT of the abdomen at 3
+mm, whose labels another network made: it is cut in two between left and right, one kidney in each half, and networks
+are trained on one half and score both. That is one person, so it says nothing of other people or scanners; it shows
+whether the blocks learn. Narrow networks at 4 mm, because it is one CPU core; the CT is without contrast agent, where
+the recipe's clip (79 to 304 HU) would leave nothing of a kidney, so that the data set's own figures clip it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import torch
 
 from invres import InvresError
 from invres.cases import Dataset, read_dataset
-from invres.config import AugmentationConfig, NetworkConfig, Recipe, TrainingConfig
+from invres.config import AugmentationConfig, LossWeights, NetworkConfig, Recipe, TrainingConfig
 from invres.events import TerminalReporter, format_bytes
 from invres.fcn_table import compare_table
 from invres.files import written_whole
@@ -48,6 +50,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGE, LABELS = "example_ct.nii.gz", "example_ct_seg_v1_104classes.nii.gz"
 KIDNEYS = (2, 3)
 EPOCHS = 5
+SAME_STEPS = 60
+LEARNING_RATE = 2e-3  # five times the paper's, because steps are few
 PATCH = (24, 24, 24)
 NARROW = NetworkConfig(name="compact_fcn", channels=(8, 16, 32))
 NETWORKS = {
@@ -60,18 +64,23 @@ NETWORKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
-    parser.add_argument("part", choices=("table", "train"))
+    parser.add_argument("part", choices=("table", "same", "train"))
     parser.add_argument("--data", type=Path, default=shared / "ct_abdomen")
-    parser.add_argument("--output", type=Path, help="where the runs are kept; with `train`")
+    parser.add_argument("--output", type=Path, help="where data and runs are kept; with `same` and `train`")
     parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--norm", choices=("batch", "instance", "group"), default="batch")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part == "table":
         print(_table())
         return
     if options.output is None:
-        parser.error("train needs --output")
-    print(_trainings(options.data, options.output, options.steps))
+        parser.error(f"{options.part} needs --output")
+    if options.part == "same":
+        print(_sameness(_halves(options.data, options.output / "data"), options.norm))
+        return
+    print(_trainings(options))
 
 
 # --- table 1 ----------------------------------------------------------------------------------------------------------
@@ -110,18 +119,20 @@ def _gigabytes(row: dict[str, Any]) -> str:
 # --- one real CT ------------------------------------------------------------------------------------------------------
 
 
-def _trainings(source: Path, output: Path, steps: int) -> str:
-    dataset = _halves(source, output / "data")
-    seconds = _step_seconds(dataset)
+def _trainings(options: argparse.Namespace) -> str:
+    dataset = _halves(options.data, options.output / "data")
+    networks = {name: dataclasses.replace(NETWORKS[name], norm=options.norm) for name in options.networks}
+    seconds = _step_seconds(networks, dataset)
     lines = [
-        f"`python Testing/Benchmarks/compact_fcn.py train --output FOLDER --steps {steps}`, {_machine()}, one thread.",
+        f"`python Testing/Benchmarks/compact_fcn.py train --output FOLDER --steps {options.steps} "
+        f"--norm {options.norm}`, {_machine()}, one thread.",
         "",
         "| network | parameters | CPU s a step | loss, first fifth | last fifth | Dice, trained half | other half |",
         "|---|---|---|---|---|---|---|",
     ]
-    for number, (name, network) in enumerate(NETWORKS.items()):
+    for number, (name, network) in enumerate(networks.items()):
         parameters = sum(p.numel() for p in build(_sized(network, dataset)).parameters())
-        figures = _run(network, dataset, output / str(number), steps)
+        figures = _run(network, dataset, options.output / str(number), options.steps)
         cells = [name, f"{parameters:,}", f"{seconds[name]:.2f}", *(f"{figure:.4f}" for figure in figures)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -159,7 +170,7 @@ def _run(network: NetworkConfig, dataset: Dataset, run: Path, steps: int) -> lis
         batch_size=1,
         iterations_per_epoch=max(1, steps // EPOCHS),
         epochs=EPOCHS,
-        learning_rate=2e-3,  # five times the paper's, because steps are few
+        learning_rate=LEARNING_RATE,
         schedule="poly",
         validate_every=EPOCHS,  # so that nothing is chosen by the other half
     )
@@ -185,10 +196,10 @@ def _sized(network: NetworkConfig, data: Dataset) -> NetworkConfig:
     return dataclasses.replace(network, in_channels=1, out_channels=data.scheme.out_channels)
 
 
-def _step_seconds(data: Dataset) -> dict[str, float]:
+def _step_seconds(networks: dict[str, NetworkConfig], data: Dataset) -> dict[str, float]:
     """Median CPU seconds of a step; the networks take turns, so that all meet the same machine."""
     image, target = torch.randn(1, 1, *PATCH), torch.randint(0, 2, (1, *PATCH), dtype=torch.int16)
-    built = {name: build(_sized(network, data)).train() for name, network in NETWORKS.items()}
+    built = {name: build(_sized(network, data)).train() for name, network in networks.items()}
     optimizers = {name: make_optimizer(network) for name, network in built.items()}
     seconds: dict[str, list[float]] = {name: [] for name in built}
     for _ in range(12):
@@ -197,6 +208,50 @@ def _step_seconds(data: Dataset) -> dict[str, float]:
             training_step(network, optimizers[name], image, target, False, TrainingConfig().loss)
             seconds[name].append(time.process_time() - began)
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def _sameness(data: Dataset, norm: str) -> str:
+    """How far the losses of two trainings come apart that ought to be the same."""
+    (image,), label = data.load(data.cases[0])
+    assert label is not None  # both halves are labelled
+    grid = image.array.shape
+    voxels = torch.from_numpy(np.clip(image.array, -200, 300) / 200).double()
+    plain, inplace = (
+        dataclasses.replace(_sized(NETWORKS[name], data), norm=norm) for name in ("ccblock", "ccblock, in place")
+    )
+
+    def losses(network: NetworkConfig, dtype: torch.dtype, nudge: float = 0.0) -> np.ndarray:
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        built = build(network).to(dtype).train()
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.mul_(1 + nudge)
+        optimizer = make_optimizer(built, learning_rate=LEARNING_RATE)
+        found = []
+        for _ in range(SAME_STEPS):
+            corner = [int(rng.integers(size - side)) for size, side in zip(grid, PATCH, strict=True)]
+            box = tuple(slice(first, first + side) for first, side in zip(corner, PATCH, strict=True))
+            target = torch.from_numpy(label.array[box].astype(np.int16))[None]
+            step = training_step(built, optimizer, voxels[box][None, None].to(dtype), target, False, LossWeights())
+            found.append(float(step.total))
+        return np.array(found)
+
+    lines = [
+        f"`python Testing/Benchmarks/compact_fcn.py same --output FOLDER --norm {norm}`, {_machine()}, one thread.",
+        "",
+        f"| largest relative difference of the loss | first 10 steps | {SAME_STEPS} steps |",
+        "|---|---|---|",
+    ]
+    single = losses(plain, torch.float32)
+    for title, one, other in (
+        ("in place or not, float64", losses(plain, torch.float64), losses(inplace, torch.float64)),
+        ("in place or not, float32", single, losses(inplace, torch.float32)),
+        ("not in place, weights nudged by 1e-7, float32", single, losses(plain, torch.float32, 1e-7)),
+    ):
+        apart = np.abs(one - other) / np.abs(one)
+        lines.append(f"| {title} | {apart[:10].max():.1e} | {apart.max():.1e} |")
+    return "\n".join(lines)
 
 
 def _machine() -> str:
