@@ -31,6 +31,7 @@ ENGINE_TABLE = {
     "mbconv_unet": ("stored", "checkpoint", "recursive", "memcnn", "reversible"),
     "no_new_net": ("stored", "checkpoint"),
     "autoencoder_unet": ("stored", "checkpoint"),
+    "compact_fcn": ("stored", "checkpoint"),
 }
 # Further rows of the invertible networks under our engine: (memory setting, precision).
 FURTHER_SETTINGS = (("lower", "fp32"), ("low", "bf16"), ("lower", "bf16"), ("lowest", "bf16"))

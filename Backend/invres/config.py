@@ -34,7 +34,15 @@ __all__ = [
     "to_dict",
 ]
 
-NETWORKS = ("unet3d", "partially_invres", "fully_invres", "mbconv_unet", "no_new_net", "autoencoder_unet")
+NETWORKS = (
+    "unet3d",
+    "partially_invres",
+    "fully_invres",
+    "mbconv_unet",
+    "no_new_net",
+    "autoencoder_unet",
+    "compact_fcn",
+)
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
@@ -71,6 +79,10 @@ class NetworkConfig:
         makes of one into their mean and differences; "auto" is "haar".
     learnable_resampling: fully_invres: an orthogonal matrix behind each squeeze is learned.
     expansion: mbconv_unet: how much wider its functions are inside than outside.
+    block, bottleneck_ratio: compact_fcn: what stands for the two convolutions of a level; how much narrower (K)
+        it is inside.
+    inplace_norm: compact_fcn, unet3d, no_new_net: norm and leaky ReLU overwrite their input, so that one map is kept
+        for backward and not two.
     """
 
     name: str = "fully_invres"
@@ -89,18 +101,27 @@ class NetworkConfig:
     resampling: Literal["auto", "shuffle", "haar"] = "auto"
     learnable_resampling: bool = False
     expansion: int = 6
+    block: Literal["plain", "bottleneck", "separable", "ccblock"] = "ccblock"
+    bottleneck_ratio: int = 3
+    inplace_norm: bool = False
     vae: VAEConfig | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
             raise InvresError(f"There is no network {self.name!r}; the networks are {', '.join(NETWORKS)}.")
-        for key in ("in_channels", "out_channels", "convolutions", "expansion"):
+        for key in ("in_channels", "out_channels", "convolutions", "expansion", "bottleneck_ratio"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
         if self.levels < 0 or self.levels == 1:
             raise InvresError(f"network.levels must be 2 or more (or 0 for the default), got {self.levels}.")
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
+        if self.inplace_norm and (self.norm == "none" or not self.negative_slope > 0):
+            raise InvresError(
+                "network.inplace_norm needs a norm and a negative_slope above 0, "
+                f"got {self.norm} and {self.negative_slope}.",
+                hint="Backward recovers what was overwritten by the inverse of the leaky ReLU.",
+            )
         if not 0 <= self.dropout < 1:
             raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
 
@@ -321,6 +342,7 @@ class Recipe:
     """A named training configuration: what `Resources/Recipes/*.json` holds.
 
     spacing_mm: target spacing (D, H, W canonical); None takes the training cases' median.
+    clip_hu: Hounsfield units that CT channels are clipped to; None takes the training cases' (see `make_plan`).
     window: voxels (D, H, W) of the sliding window that the model will segment with; (0, 0, 0) = the training patch.
     crop: what the data set's images were cut out around, if they do not show all.
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
@@ -333,12 +355,15 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     spacing_mm: tuple[float, float, float] | None = None
+    clip_hu: tuple[float, float] | None = None
     window: Triple = (0, 0, 0)
     crop: CropPlan | None = None
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.clip_hu is not None and not self.clip_hu[0] < self.clip_hu[1]:
+            raise InvresError(f"The recipe's clip_hu must be a lower and a higher number, got {list(self.clip_hu)}.")
         if bool(self.labels) != (self.label_maps is not None):
             raise InvresError(
                 f"The recipe {self.name} must give labels and label_maps together, or neither of them.",

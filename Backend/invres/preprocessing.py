@@ -75,12 +75,13 @@ def make_plan(
     cases: Iterable[Case | str],
     spacing_mm: tuple[float, float, float] | None = None,
     report: Reporter = SILENT,
+    clip_hu: tuple[float, float] | None = None,
 ) -> PreparationPlan:
     """The preparation for `cases` (the training cases, or their names) of `dataset`.
 
-    spacing_mm: target spacing (superior, anterior, right); None takes the median of the cases. CT channels get the
-    0.5 and 99.5 percentile of the labelled voxels as clip, and mean and standard deviation of the clipped voxels
-    (nnU-Net's scheme, arXiv 1904.08128, with the figures taken after clipping).
+    spacing_mm: target spacing (superior, anterior, right); None takes the median of the cases. CT channels get clip_hu
+    as clip, or else the 0.5 and 99.5 percentile of the labelled voxels, and mean and standard deviation of the clipped
+    voxels (nnU-Net's scheme, arXiv 1904.08128, with the figures taken after clipping).
     Raises InvresError for unreadable files and for no cases.
     """
     chosen = [dataset.case(case) if isinstance(case, str) else case for case in cases]
@@ -106,7 +107,7 @@ def make_plan(
         depth, height, width = np.median(np.asarray(spacings), axis=0).tolist()
         spacing_mm = (depth, height, width)
     channels = tuple(
-        _channel_plan(name, modality, voxels)
+        _channel_plan(name, modality, voxels, clip_hu)
         for name, modality, voxels in zip(dataset.channel_names, dataset.modalities, samples, strict=True)
     )
     return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct)
@@ -140,7 +141,9 @@ def _foreground(volumes: list[Volume], label: Volume | None, scheme: LabelScheme
         yield volume.array.reshape(-1)[where].astype(np.float32)
 
 
-def _channel_plan(name: str, modality: str, samples: list[np.ndarray]) -> ChannelPlan:
+def _channel_plan(
+    name: str, modality: str, samples: list[np.ndarray], clip_hu: tuple[float, float] | None
+) -> ChannelPlan:
     if modality != "CT":
         return ChannelPlan(name, modality)
     if not samples:
@@ -149,7 +152,7 @@ def _channel_plan(name: str, modality: str, samples: list[np.ndarray]) -> Channe
             hint="Give more cases that have it, or leave it out of the data set's channels.",
         )
     voxels = np.concatenate(samples).astype(np.float64)
-    low, high = (float(value) for value in np.percentile(voxels, (0.5, 99.5)))
+    low, high = clip_hu or (float(value) for value in np.percentile(voxels, (0.5, 99.5)))
     clipped = np.clip(voxels, low, high)
     return ChannelPlan(name, modality, (low, high), float(clipped.mean()), max(float(clipped.std()), 1e-3))
 

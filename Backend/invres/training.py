@@ -109,7 +109,7 @@ def train(
             plan = label_map_plan(recipe)
         else:
             report_missing_channels(dataset, names[0], report)
-            plan = make_plan(dataset, names[0], recipe.spacing_mm, report)
+            plan = make_plan(dataset, names[0], recipe.spacing_mm, report, recipe.clip_hu)
             plan = with_dropout(plan, recipe.augmentation.channel_dropout)
         plan = dataclasses.replace(plan, crop=recipe.crop)
         recipe = _fitted(recipe, dataset, plan)

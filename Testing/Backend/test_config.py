@@ -45,7 +45,7 @@ CONFIGS = [
     PreparationPlan((ChannelPlan("T1"), ChannelPlan("Größe 海馬")), (2.5, 0.9, 1.1), False),
     Label("tumour", (1, 3, 4), 7, (255, 0, 7), "category~type"),
     LabelScheme((Label("a", (1,), 1),), regions=True, ignore_value=9),
-    Recipe(spacing_mm=(1, 1, 3), description="Ünï"),
+    Recipe(spacing_mm=(1, 1, 3), clip_hu=(79.0, 304.0), description="Ünï"),
     Recipe(),
 ]
 
@@ -111,6 +111,11 @@ def test_a_mistake_is_told_with_its_place_what_was_wanted_and_what_was_got(cls, 
         *((NetworkConfig, {key: 0}, f"network.{key} must be 1 or more") for key in ("in_channels", "convolutions")),
         (NetworkConfig, {"levels": 1}, "network.levels must be 2 or more"),
         (NetworkConfig, {"kernel": 4}, "network.kernel must be odd, got 4"),
+        (NetworkConfig, {"bottleneck_ratio": 0}, "network.bottleneck_ratio must be 1 or more, got 0"),
+        *(
+            (NetworkConfig, {"inplace_norm": True, **mistake}, "inplace_norm needs a norm and a negative_slope above 0")
+            for mistake in ({"norm": "none"}, {"negative_slope": 0.0})
+        ),
         *((NetworkConfig, {"dropout": p}, "network.dropout must be 0 or more and below 1") for p in (1.0, -0.1)),
         (TrainingConfig, {"engine": "magic"}, "no engine 'magic'; the engines are auto, stored"),
         *(
@@ -164,6 +169,15 @@ def test_a_bundled_recipe_is_named_as_its_file_and_describes_a_network_that_trai
 
 def test_there_is_a_default_recipe():
     assert "default" in [path.stem for path in RECIPES]
+
+
+def test_the_recipe_for_kits19_has_the_papers_figures_in_our_order_of_axes():
+    recipe = Recipe.read(next(path for path in RECIPES if path.stem == "kits19"))
+    assert recipe.spacing_mm == (3.22, 1.62, 1.62), "(D, H, W): the thick slices come first"
+    assert recipe.clip_hu == (79.0, 304.0)
+    assert (recipe.training.patch, recipe.training.learning_rate) == ((96, 96, 96), 4e-4)
+    with pytest.raises(InvresError, match="clip_hu must be a lower and a higher number"):
+        dataclasses.replace(recipe, clip_hu=(304.0, 79.0))
 
 
 def test_a_recipe_file_may_start_with_a_byte_order_mark(tmp_path):

@@ -90,6 +90,7 @@ ALLOWED = {
     "depth": "config events hollow livebytes networks operations reversible",
     "cube": "config events memory",
     "benchmark": "config events hollow losses memory networks operations peers step",
+    "fcn_table": "config events memory networks",
     "stopfile": "trainer",
     "runfolder": "events",
     "reduction": "checkpoint config networks",

@@ -49,6 +49,16 @@ CASES = {
     "no new net": config_of("no_new_net"),
     "autoencoder": config_of("autoencoder_unet", blocks=(1, 2, 1)),
     "autoencoder, flat, no norm": config_of("autoencoder_unet", strides=((1, 2, 2), (2, 2, 1)), norm="none"),
+    "unet3d, in place": config_of("unet3d", inplace_norm=True),
+    "compact, batch norm": config_of("compact_fcn"),
+    "compact, batch norm, in place": config_of("compact_fcn", inplace_norm=True, in_channels=1),
+    "compact, plain, group norm": config_of("compact_fcn", block="plain", norm="group"),
+    "compact, bottleneck, instance norm, in place": config_of(
+        "compact_fcn", block="bottleneck", norm="instance", inplace_norm=True, bottleneck_ratio=2
+    ),
+    "compact, separable, flat, group norm, in place": config_of(
+        "compact_fcn", block="separable", strides=((1, 2, 2), (2, 2, 1)), norm="group", inplace_norm=True
+    ),
 }
 PAIRS = [(case, engine) for case in CASES for engine in ("checkpoint", "memcnn", "reversible")]
 PAIRS = [(case, engine) for case, engine in PAIRS if engine in build(CASES[case]).engines]
@@ -287,6 +297,27 @@ def test_inverted_bottlenecks_are_wide_depthwise_and_linear_at_their_end():
     assert isinstance(network.program.steps[0].n1[-1], nn.GroupNorm)
 
 
+@pytest.mark.parametrize(
+    ("block", "kinds"),
+    [
+        ("plain", ["3x3x3", "3x3x3"]),
+        ("bottleneck", ["1x1x1", "3x3x3", "1x1x1"]),
+        ("separable", ["depthwise", "1x1x1", "depthwise", "1x1x1"]),
+        ("ccblock", ["1x1x1", "depthwise", "1x1x1", "1x1x1"]),
+    ],
+)
+def test_compact_blocks_are_made_of_the_published_convolutions(block, kinds):
+    network = build(NetworkConfig(name="compact_fcn", block=block))
+    convolutions = [m for m in network.decoder[1].modules() if isinstance(m, nn.Conv3d)]
+    found = ["1x1x1" if c.kernel_size == (1, 1, 1) else "3x3x3" if c.groups == 1 else "depthwise" for c in convolutions]
+    assert found == kinds
+    assert all(c.groups in (1, c.in_channels) for c in convolutions)
+    assert (convolutions[0].in_channels, convolutions[-1].out_channels) == (160, 80)
+    if block in ("bottleneck", "ccblock"):
+        assert {c.out_channels for c in convolutions[:-1]} == {160 // 3}
+    assert isinstance(network.up[0][0], nn.ConvTranspose3d) and isinstance(network.up[0][1], nn.BatchNorm3d)
+
+
 def test_the_complete_configuration_is_kept_with_the_network():
     config = build(NetworkConfig(levels=3)).config
     assert config.channels == (12, 64, 128)
@@ -361,6 +392,14 @@ def test_memcnn_says_why_it_does_not_train_dropout_or_batch_norm(name):
 def test_an_input_of_the_wrong_shape_is_refused(shape):
     with pytest.raises(InvresError, match=r"The network takes \(N, 2, D, H, W\), got"):
         build(config_of("fully_invres"))(torch.zeros(shape))
+
+
+def test_a_single_voxel_is_no_batch_to_normalise_while_training():
+    network = build(config_of("compact_fcn")).train()
+    with pytest.raises(InvresError, match="where batch norm needs two or more"):
+        network(torch.zeros(1, 2, 4, 4, 4))
+    assert network(torch.zeros(2, 2, 4, 4, 4)).logits.shape == (2, 3, 4, 4, 4)
+    assert network.eval()(torch.zeros(1, 2, 4, 4, 4)).logits.shape == (1, 3, 4, 4, 4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

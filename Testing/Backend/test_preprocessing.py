@@ -199,6 +199,17 @@ def test_the_plan_takes_the_median_spacing_and_the_ct_figures_of_the_labelled_vo
     assert make_plan(dataset, ["0", "2"], spacing_mm=(1.0, 1.0, 1.0)).spacing_mm == (1.0, 1.0, 1.0)
 
 
+def test_a_recipe_may_fix_what_ct_is_clipped_to_and_its_figures_are_those_after_clipping(tmp_path):
+    dataset = dataset_on_disk(tmp_path, [(2.0, 0.9, 0.9)], "CT")
+    plan = make_plan(dataset, dataset.cases, clip_hu=(45.0, 304.0))
+    channel = plan.channels[0]
+    assert channel.clip == (45.0, 304.0)
+    assert 45 < make_plan(dataset, dataset.cases).channels[0].mean < channel.mean < 60
+    volume, _ = dataset.load(dataset.cases[0])
+    prepared = prepare(volume, None, plan, dataset.scheme)
+    assert prepared.image.min() == pytest.approx((45 - channel.mean) / channel.std, rel=1e-5)
+
+
 def test_the_plan_of_mr_reads_headers_alone_and_needs_a_case(tmp_path):
     dataset = dataset_on_disk(tmp_path, [(5.0, 0.7, 0.7)], "MR")
     plan = make_plan(dataset, dataset.cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -51,6 +52,13 @@ def metrics_of(run):
 def same_weights(one, other):
     first, second = (load_checkpoint(run)["weights"] for run in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_recipes_clip_for_ct_is_what_the_model_clips_to(tmp_path):
+    write_dataset(tmp_path / "data", cases=2, channels=("CT",))
+    recipe = dataclasses.replace(tiny_recipe(**QUICK), clip_hu=(60.0, 200.0))
+    package = train(read_dataset(tmp_path / "data"), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    assert [channel.clip for channel in package.manifest.plan.channels] == [(60.0, 200.0)]
 
 
 # --- what a training leaves ----------------------------------------------------------------------------------------

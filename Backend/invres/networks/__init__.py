@@ -7,6 +7,7 @@ import dataclasses
 from ..config import NetworkConfig
 from .autoencoder_unet import AutoencoderUNet
 from .base import NetworkOutput, SegmentationNetwork
+from .compact_fcn import CompactFCN
 from .fully_invres import FullyInvRes
 from .mbconv_unet import MBConvUNet
 from .no_new_net import NoNewNet
@@ -22,6 +23,7 @@ _CLASSES: dict[str, type[SegmentationNetwork]] = {
     "mbconv_unet": MBConvUNet,
     "no_new_net": NoNewNet,
     "autoencoder_unet": AutoencoderUNet,
+    "compact_fcn": CompactFCN,
 }
 
 

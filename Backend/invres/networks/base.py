@@ -43,7 +43,7 @@ def complete_config(
     channels: tuple[int, ...],
     blocks: tuple[int, ...],
     decoder_blocks: tuple[int, ...],
-    norm: Literal["instance", "group"] = "instance",
+    norm: Literal["instance", "group", "batch"] = "instance",
 ) -> NetworkConfig:
     """The configuration with all that is left open filled in: from the architecture's defaults given here, or ones.
 
@@ -98,9 +98,16 @@ class SegmentationNetwork(nn.Module):
 
     engines: tuple[str, ...] = ("stored", "checkpoint")
     automatic_engine = "stored"
+    takes_inplace_norm = False
+    """Whether every norm follows a convolution whose output nobody else needs."""
 
     def __init__(self, config: NetworkConfig, engine: str, memory: str = "low"):
         super().__init__()
+        if config.inplace_norm and not self.takes_inplace_norm:
+            raise InvresError(
+                f"{config.name} cannot normalise in place: its norms stand in front of convolutions, or in couplings.",
+                hint="Leave network.inplace_norm out, or choose compact_fcn, unet3d or no_new_net.",
+            )
         self.config = config
         self.memory = memory
         strides = config.strides
@@ -132,10 +139,11 @@ class SegmentationNetwork(nn.Module):
                 hint="Give one volume for each of its channels.",
             )
         size = x.shape[2:]
-        if self.config.norm == "instance" and all(n <= d for n, d in zip(size, self.divisor, strict=True)):
+        alone = self.config.norm == "batch" and self.training and x.shape[0] == 1
+        if (alone or self.config.norm == "instance") and all(n <= d for n, d in zip(size, self.divisor, strict=True)):
             raise InvresError(
                 f"Windows of {'x'.join(map(str, size))} voxels shrink to a single voxel in the deepest of the "
-                f"{self.config.levels} levels of {self.config.name}, where instance norm needs two or more.",
+                f"{self.config.levels} levels of {self.config.name}, where {self.config.norm} norm needs two or more.",
                 hint=f"Take a patch above {max(self.divisor)} voxels along one axis, or fewer network.levels.",
             )
         readout = None

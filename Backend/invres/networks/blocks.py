@@ -7,8 +7,9 @@ from torch import nn
 
 from ..config import NetworkConfig
 from ..reversible import Unit
+from .inplace_norm import InPlaceBatchNorm, InPlaceGroupNorm
 
-__all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "MobileFunction", "make_norm"]
+__all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "MobileFunction", "make_norm", "normed"]
 
 GROUP_CHANNELS = 8  # channels per group of group norm; chosen
 
@@ -23,13 +24,30 @@ def make_norm(kind: str, channels: int) -> nn.Module:
         # activation on a view makes autograd copy whole maps in backward (two half-width maps more at the peak).
         return nn.GroupNorm(channels, channels)
     if kind == "group":
-        groups = max(1, channels // GROUP_CHANNELS)
-        while channels % groups:
-            groups -= 1
-        return nn.GroupNorm(groups, channels)
+        return nn.GroupNorm(_groups(channels), channels)
     if kind == "batch":
         return nn.BatchNorm3d(channels)
     return nn.Identity()
+
+
+def _groups(channels: int) -> int:
+    groups = max(1, channels // GROUP_CHANNELS)
+    while channels % groups:
+        groups -= 1
+    return groups
+
+
+def normed(channels: int, config: NetworkConfig) -> list[nn.Module]:
+    """Norm and leaky ReLU of a convolution's output, both in place of it if `config.inplace_norm` says so.
+
+    Two modules either way, so that weights fit both.
+    """
+    kind, slope = config.norm, config.negative_slope
+    if not config.inplace_norm:
+        return [make_norm(kind, channels), nn.LeakyReLU(slope, inplace=True)]
+    if kind == "batch":
+        return [InPlaceBatchNorm(channels, slope), nn.Identity()]
+    return [InPlaceGroupNorm(_groups(channels) if kind == "group" else channels, channels, slope), nn.Identity()]
 
 
 class ConvUnit(nn.Module):
@@ -119,7 +137,7 @@ class DoubleConv(nn.Module):
             conv = nn.Conv3d(before, after, config.kernel, padding=config.kernel // 2)
             nn.init.kaiming_normal_(conv.weight, a=config.negative_slope)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            layers += [conv, make_norm(config.norm, after), nn.LeakyReLU(config.negative_slope, inplace=True)]
+            layers += [conv, *normed(after, config)]
         self.layers = nn.Sequential(*layers)
         self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else None
 

@@ -36,6 +36,12 @@ class LevelNetwork(SegmentationNetwork):
         """The maps below `level` as they are interpolated up to it."""
         return x
 
+    def raised(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        """From below `level` up to its size."""
+        scale = tuple(float(s) for s in self.config.strides[level])
+        x = self.narrowed(level, x)
+        return functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
+
     def join(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The skip connection and what came up from below."""
         raise NotImplementedError
@@ -52,11 +58,7 @@ class LevelNetwork(SegmentationNetwork):
             skips.append(x)
         features = skips.pop()
         for level in reversed(range(len(self.decoder))):
-            scale = tuple(float(s) for s in self.config.strides[level])
-            x = functional.interpolate(
-                self.narrowed(level, x), scale_factor=scale, mode="trilinear", align_corners=False
-            )
-            x = self.recomputed(self.decoder[level], self.join(skips.pop(), x))
+            x = self.recomputed(self.decoder[level], self.join(skips.pop(), self.raised(level, x)))
         found = (self.head(x),) if readout is None else readout.of([x])
         return found, features if wants_features else None
 

@@ -25,6 +25,7 @@ class UNet3D(LevelNetwork):
     interpolation instead of a transposed convolution.
     """
 
+    takes_inplace_norm = True
     widths: ClassVar[tuple[int, ...]] = CHANNELS
     narrows: ClassVar[bool] = False
     """Whether a level takes on the width of the next finer one before its maps are interpolated up to that."""
