@@ -15,6 +15,7 @@ from . import InvresError
 from .bench_command import bench
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
 from .console import check_sizes, package_named, recipes_dir, say, spread
+from .evaluate_command import evaluate
 from .events import Reporter, format_bytes, format_seconds
 from .model_commands import describe, models
 from .modelpackage import ModelPackage
@@ -199,19 +200,6 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**found)
 
 
-def evaluate(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import read_dataset
-    from .evaluation import evaluate as run
-    from .evaluation import summary_table, write_metrics
-
-    scheme = read_dataset(options.data, checked=False).scheme if options.data else None
-    metrics = run(options.predictions, options.references, scheme, report, options.tolerance)
-    write_metrics(options.output, metrics)
-    say(report, summary_table(metrics))
-    say(report, f"\nWritten: {options.output}")
-    report.result(output=str(options.output), summary=metrics["summary"])
-
-
 def check(options: argparse.Namespace, report: Reporter) -> None:
     from .cases import channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
@@ -390,6 +378,8 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
                 hint="Choose the recipe's own network, or leave channels and blocks out of the recipe.",
             )
         network = dataclasses.replace(network, name=options.network)
+    if options.vae is not None and options.vae != (network.vae is not None):
+        network = dataclasses.replace(network, vae=VAEConfig() if options.vae else None)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
         for key in ("epochs", "seed", "engine", "precision", "memory")

@@ -84,6 +84,7 @@ ALLOWED = {
         "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
         "losses memory metrics modelpackage networks prediction prepared preprocessing sampling step trainer"
     ),
+    "heldout": "cases events files inference modelpackage prediction training",
     "worker": "events",
     "peers": "",
     "operations": "",
@@ -94,7 +95,8 @@ ALLOWED = {
     "runfolder": "events",
     "reduction": "checkpoint config networks",
     "casecomparison": (
-        "cases config events inference manifest metrics modelpackage networks prediction preprocessing transfer volume"
+        "cases config events files inference manifest metrics modelpackage networks prediction preprocessing transfer "
+        "volume"
     ),
     "comparison": "casecomparison config evaluation events files",
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
@@ -116,8 +118,9 @@ ALLOWED = {
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
+    "evaluate_command": "cases console evaluation events heldout",
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference "
+        "bench_command cardplan cases config console demo devices doctor evaluate_command events finetuning inference "
         "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
         "trainer training tuningmemory tuningplan volume worker"
     ),
