@@ -259,6 +259,19 @@ def _parser() -> argparse.ArgumentParser:
     _size(one, 64)
     _device(one, default="cpu")
 
+    one = add("reproduce", "Prints a table of a paper beside our own figures.", "reproduce")
+    one.add_argument("table", nargs="?", metavar="TABLE", help="name of the table (none: the list)")
+    one.add_argument("--list", action="store_true", help="say which tables there are")
+    one.add_argument(
+        "--metrics",
+        action="append",
+        default=[],
+        metavar="NETWORK=FILE",
+        help="what `invres evaluate` wrote for a network, for the columns of accuracy; once for each",
+    )
+    one.add_argument("--vram", metavar="8GB", help="mbconv-claims: what a card of so much memory holds")
+    _device(one, default=None)
+
     one = add(
         "demo", "Segments the real ICBM152 T1 volume with the bundled brain model, and scores the result.", "demo"
     )
@@ -317,8 +330,9 @@ def _fold(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all") from None
 
 
-def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 (default {default})")
+def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    without = f"default {default}" if default else "default: nothing is measured, memory is predicted"
+    parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 ({without})")
 
 
 def _size(parser: argparse.ArgumentParser, side: int) -> None:

@@ -115,13 +115,19 @@ ALLOWED = {
     ),
     "overlay": "config files volume",
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
+    "published": "",
+    "reproduction": "events",
+    "invrestables": "config memory networks published reproduction",
+    "fixedbudget": "config events memory networks published reproduction",
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
     "evaluate_command": "cases console evaluation events heldout",
+    "reproduce_command": "benchmark console events fixedbudget invrestables prediction reproduction",
     "commands": (
         "bench_command cardplan cases config console demo devices doctor evaluate_command events finetuning inference "
-        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
+        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing "
+        "reproduce_command stopfile "
         "trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",
