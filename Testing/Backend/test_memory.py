@@ -202,7 +202,7 @@ def test_the_prediction_holds_for_every_kind_of_step(options, vae):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("memory", MEMORY_SETTINGS)
-@pytest.mark.parametrize("name", ["partially_invres", "fully_invres"])
+@pytest.mark.parametrize("name", ["partially_invres", "fully_invres", "mbconv_unet"])
 def test_the_prediction_holds_for_every_memory_setting(name, memory, precision, fine):
     """Of many slabs only three are predicted, and that must be enough."""
     options = {"memory": memory, "precision": precision}
@@ -249,6 +249,14 @@ def test_the_default_network_keeps_to_its_share_of_the_baselines_memory():
         found = predict_training(config, (128,) * 3, memory=memory, precision=precision)
         assert found.peak_bytes <= total * base.peak_bytes, (name, memory, precision)
         assert found.activation_bytes <= activations * base.activation_bytes, (name, memory, precision)
+
+
+def test_bottlenecks_keep_to_their_share_of_the_memory_of_the_same_network_that_stores_its_maps():
+    """The figures behind `invres reproduce mbconv-claims`, at half the side."""
+    config = NetworkConfig(name="mbconv_unet", in_channels=4, out_channels=4)
+    stored, reversible = (predict_training(config, (64,) * 3, engine=engine) for engine in ("stored", "reversible"))
+    assert reversible.peak_bytes <= 0.1 * stored.peak_bytes
+    assert reversible.activation_bytes <= 0.06 * stored.activation_bytes
 
 
 def test_the_parts_of_the_prediction_are_those_of_the_network():

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..reversible import State, Step, same_memory
-from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
+from ..reversible.differentiation import evaluate_and_differentiate
+from ..reversible.steps import GradientSink, Stack
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
 
