@@ -62,9 +62,7 @@ def largest(fits: Callable[[int], bool], start: int, end: int) -> int:
     return low
 
 
-def holdings(
-    config: NetworkConfig, budget_bytes: int, memory: str = "low", report: Reporter = SILENT
-) -> tuple[Holding, Holding]:
+def holdings(config: NetworkConfig, budget_bytes: int, report: Reporter = SILENT) -> tuple[Holding, Holding]:
     """What `budget_bytes` of live tensors hold of the network under `stored` and under `reversible`.
 
     Depth and width are compared at the largest cube that `stored` can be trained on. Raises InvresError where it
@@ -80,7 +78,7 @@ def holdings(
 
     @functools.cache
     def needed(network: NetworkConfig, side: int, engine: str) -> int:
-        return predict_training(network, (side,) * 3, engine=engine, memory=memory).peak_bytes
+        return predict_training(network, (side,) * 3, engine=engine).peak_bytes
 
     def longest(engine: str, start: int, end: int, case: Callable[[int], tuple[NetworkConfig, int]]) -> int:
         return largest(lambda number: needed(*case(number), engine) <= budget_bytes, start, end)
@@ -122,6 +120,10 @@ def holdings(
 def _mbconv_claims(request: Request) -> Comparison:
     from .memory import CONTEXT_BYTES, ROUNDING, predict_training
 
+    if request.device:
+        raise InvresError(
+            "mbconv-claims is a search among predictions and measures nothing.", hint="Leave --device out."
+        )
     config = NetworkConfig(name="mbconv_unet", in_channels=4, out_channels=4)
     if request.vram_bytes:
         budget = int((request.vram_bytes - CONTEXT_BYTES) / ROUNDING)

@@ -143,12 +143,11 @@ def _memory(
 ) -> TrainingMemory:
     """A training step: predicted, or measured on the device that was asked for."""
     from .memory import measure_training, predict_training
-    from .networks import with_patch
 
     vae = VAEConfig() if network in WITH_VAE else None
     config = NetworkConfig(name=network, in_channels=channels, out_channels=classes, vae=vae)
     if request.device:
-        return measure_training(with_patch(config, patch), patch, regions=regions, device=request.device)
+        return measure_training(config, patch, regions=regions, device=request.device)
     return predict_training(config, patch, regions=regions)
 
 

@@ -117,7 +117,7 @@ ALLOWED = {
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
     "published": "",
     "reproduction": "events",
-    "invrestables": "config memory networks published reproduction",
+    "invrestables": "config memory published reproduction",
     "fixedbudget": "config events memory networks published reproduction",
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",

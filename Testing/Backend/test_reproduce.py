@@ -135,6 +135,7 @@ def test_literature_stands_beside_our_parameters(monkeypatch):
         (["invres-2", "--metrics", "unet3d=nowhere.json"], "no file nowhere.json"),
         (["invres-3", "--metrics", "unet3d={file}"], "no Dice of 'whole_tumour'; their labels are CSF, GM, WM"),
         (["mbconv-claims", "--vram", "much"], "8GB"),
+        (["mbconv-claims", "--device", "cpu"], "measures nothing"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, arguments, wanted):
@@ -206,7 +207,7 @@ def test_too_small_a_budget_is_told():
 
 
 def test_the_claims_are_ratios_of_what_both_hold(monkeypatch):
-    def given(config, budget_bytes, memory="low", report=None):
+    def given(config, budget_bytes, report=None):
         return (
             Holding("stored", 64, 14, 32, 64, (True, True, True)),
             Holding("reversible", 128, 28, 96, 64, (True, False, True)),
