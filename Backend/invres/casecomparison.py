@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import InvresError
 from .cases import Case, Dataset
 from .config import ChannelPlan, LabelScheme
 from .events import SILENT, Reporter
+from .files import safe_name
 from .inference import segment_volumes
 from .manifest import Manifest
 from .metrics import score_masks
@@ -99,7 +99,7 @@ def compare_case(
         predicted, reference = _on_one_grid(found, label, case.name)
         scores[key], wrong = _scores(predicted, reference, scheme, dataset.scheme, scores["base"])
         if folder is not None:
-            path = folder / f"{_safe(case.name)}_{key}.seg.nrrd"
+            path = folder / f"{safe_name(case.name)}_{key}.seg.nrrd"
             write_segmentation(path, found, scheme)
             files[key] = str(path)
     # The tuned model is the last, and always there.
@@ -202,9 +202,3 @@ def _worst_point(wrong: np.ndarray, grid: Volume) -> tuple[float, float, float] 
     index = np.array(np.unravel_index(int(depth.argmax()), depth.shape)) - 1
     x, y, z = (float(value) for value in (grid.geometry.affine @ [*index, 1])[:3])
     return x, y, z
-
-
-def _safe(name: str) -> str:
-    """The name as part of a file name; one that had to be changed is told from others by a checksum."""
-    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80]
-    return plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}"

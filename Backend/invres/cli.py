@@ -167,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
+    one.add_argument(
+        "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (default: as the recipe has it)"
+    )
     one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument(
         "--fold",
@@ -181,12 +184,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _finetune(add("finetune", "Fine-tunes a model on your own cases and proves what it brought.", "finetune"))
 
-    one = add("evaluate", "Scores segmentations against references.", "evaluate")
-    one.add_argument("-p", "--predictions", required=True, type=Path, help="folder or file")
-    one.add_argument("-r", "--references", required=True, type=Path, help="folder or file")
+    one = add("evaluate", "Scores segmentations against references, or a training on what it held out.", "evaluate")
+    one.add_argument("-p", "--predictions", type=Path, help="folder or file")
+    one.add_argument("-r", "--references", type=Path, help="folder or file")
+    one.add_argument(
+        "--run", dest="trained", type=Path, metavar="RUN", help="instead: segment and score what this training held out"
+    )
     one.add_argument("-o", "--output", required=True, type=Path, help="metrics.json to write")
-    one.add_argument("-d", "--data", type=Path, help="data set whose label names and regions to use")
+    one.add_argument(
+        "-d", "--data", type=Path, help="data set whose label names and regions to use; with --run its own"
+    )
     one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
+    _device(one)
 
     one = add("check", "Examines a data set and says what will be done about each finding.", "check")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
@@ -250,6 +259,19 @@ def _parser() -> argparse.ArgumentParser:
     _size(one, 64)
     _device(one, default="cpu")
 
+    one = add("reproduce", "Prints a table of a paper beside our own figures.", "reproduce")
+    one.add_argument("table", nargs="?", metavar="TABLE", help="name of the table (none: the list)")
+    one.add_argument("--list", action="store_true", help="say which tables there are")
+    one.add_argument(
+        "--metrics",
+        action="append",
+        default=[],
+        metavar="NETWORK=FILE",
+        help="what `invres evaluate` wrote for a network, for the columns of accuracy; once for each",
+    )
+    one.add_argument("--vram", metavar="8GB", help="mbconv-claims: what a card of so much memory holds")
+    _device(one, default=None)
+
     one = add(
         "demo", "Segments the real ICBM152 T1 volume with the bundled brain model, and scores the result.", "demo"
     )
@@ -308,8 +330,9 @@ def _fold(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all") from None
 
 
-def _device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 (default {default})")
+def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    without = f"default {default}" if default else "default: nothing is measured, memory is predicted"
+    parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 ({without})")
 
 
 def _size(parser: argparse.ArgumentParser, side: int) -> None:

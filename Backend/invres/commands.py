@@ -14,10 +14,12 @@ from typing import Any
 from . import InvresError
 from .bench_command import bench
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
-from .console import check_sizes, package_named, recipes_dir, say, spread
+from .console import check_sizes, package_named, parse_bytes, recipes_dir, say, spread
+from .evaluate_command import evaluate
 from .events import Reporter, format_bytes, format_seconds
 from .model_commands import describe, models
 from .modelpackage import ModelPackage
+from .reproduce_command import reproduce
 
 __all__ = [
     "bench",
@@ -29,6 +31,7 @@ __all__ = [
     "finetune",
     "models",
     "plan",
+    "reproduce",
     "segment",
     "train",
     "worker",
@@ -128,7 +131,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         # A run that is resumed goes on as it was started, whatever is asked for now.
         partial = recipe.augmentation.channel_dropout > 0 or options.resume
         dataset = read_dataset(options.data, partial=partial)
-    vram_bytes = _bytes(options.vram) if options.vram else 0
+    vram_bytes = parse_bytes(options.vram) if options.vram else 0
     choices = TrainOptions(
         device=options.device,
         resume=options.resume,
@@ -199,19 +202,6 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**found)
 
 
-def evaluate(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import read_dataset
-    from .evaluation import evaluate as run
-    from .evaluation import summary_table, write_metrics
-
-    scheme = read_dataset(options.data, checked=False).scheme if options.data else None
-    metrics = run(options.predictions, options.references, scheme, report, options.tolerance)
-    write_metrics(options.output, metrics)
-    say(report, summary_table(metrics))
-    say(report, f"\nWritten: {options.output}")
-    report.result(output=str(options.output), summary=metrics["summary"])
-
-
 def check(options: argparse.Namespace, report: Reporter) -> None:
     from .cases import channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
@@ -246,7 +236,7 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
     spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
     if min(spacing) <= 0:
         raise InvresError(f"--spacing must be three lengths above 0 mm, got {options.spacing}.")
-    vram_bytes = _bytes(options.vram) if options.vram else 0
+    vram_bytes = parse_bytes(options.vram) if options.vram else 0
     config = NetworkConfig(
         name=options.network,
         in_channels=options.channels,
@@ -390,6 +380,8 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
                 hint="Choose the recipe's own network, or leave channels and blocks out of the recipe.",
             )
         network = dataclasses.replace(network, name=options.network)
+    if options.vae is not None and options.vae != (network.vae is not None):
+        network = dataclasses.replace(network, vae=VAEConfig() if options.vae else None)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
         for key in ("epochs", "seed", "engine", "precision", "memory")
@@ -402,14 +394,6 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         augmentation = dataclasses.replace(augmentation, channel_dropout=options.channel_dropout)
     training = dataclasses.replace(training, **wishes)
     return dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
-
-
-def _bytes(text: str) -> int:
-    """8GB, 8GiB, 500MB or plain bytes; as on the boxes of graphics cards, a GB has 2^30 bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])i?b?)?", text.strip().lower())
-    if match is None or float(match[1]) <= 0:
-        raise InvresError(f"An amount of memory is given as 8GB or 500MB, got {text!r}.")
-    return round(float(match[1]) * 2 ** {None: 0, "k": 10, "m": 20, "g": 30}[match[2]])
 
 
 def _seconds(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from . import InvresError
 from .events import JsonReporter, Reporter
 from .modelpackage import ModelPackage, bundled_models_dir, find_package
 
-__all__ = ["check_sizes", "package_named", "recipes_dir", "say", "spread", "user_models_dir"]
+__all__ = ["check_sizes", "package_named", "parse_bytes", "recipes_dir", "say", "spread", "user_models_dir"]
 
 
 def recipes_dir() -> Path:
@@ -45,3 +46,11 @@ def check_sizes(options: argparse.Namespace) -> None:
         raise InvresError(f"--patch must be three sizes of 1 voxel or more, got {options.patch}.")
     if vars(options).get("batch", 1) < 1:
         raise InvresError(f"--batch must be 1 or more, got {options.batch}.")
+
+
+def parse_bytes(text: str) -> int:
+    """8GB, 8GiB, 500MB or plain bytes; as on the boxes of graphics cards, a GB has 2^30 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])i?b?)?", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise InvresError(f"An amount of memory is given as 8GB or 500MB, got {text!r}.")
+    return round(float(match[1]) * 2 ** {None: 0, "k": 10, "m": 20, "g": 30}[match[2]])

@@ -17,7 +17,7 @@ from .files import written_whole
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .volume import Volume, read_volume
 
-__all__ = ["case_name", "evaluate", "summary_table", "write_metrics"]
+__all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _RESAMPLES = 2000
@@ -36,6 +36,24 @@ def evaluate(
     """Scores every prediction that has a reference of the same name (without ending), or one file against one.
 
     predictions, references: a folder or a file each; label volumes on the same grid.
+    Returns what `score_pairs` does, with the further keys `missing_predictions` and `missing_references`.
+    A name that only one side has is left out, listed and warned of.
+    Raises: InvresError for a missing path, no common name, two files of one name, and as `score_pairs` does.
+    """
+    pairs, missing_predictions, missing_references = _pairs(Path(predictions), Path(references))
+    _warn_of_missing(missing_predictions, missing_references, len(pairs), report)
+    found = score_pairs(pairs, scheme, report, tolerance_mm)
+    return {**found, "missing_predictions": missing_predictions, "missing_references": missing_references}
+
+
+def score_pairs(
+    pairs: Sequence[tuple[str, Path, Path]],
+    scheme: LabelScheme | None = None,
+    report: Reporter = SILENT,
+    tolerance_mm: float = 1.0,
+) -> dict[str, Any]:
+    """Scores label files against their references: (name of the case, prediction, reference), on the same grid each.
+
     scheme: the labels to score; None takes every value but 0 found in the references.
     tolerance_mm: of the normalised surface Dice (NSD).
 
@@ -43,12 +61,9 @@ def evaluate(
     `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
     reference counts, with Dice 1. Further keys: `summary` (by label name and metric: mean, sd, median, n and the
     95 % bootstrap interval of the mean, None for n = 1; and under "empty" how often which mask was empty),
-    `label_names`, `tolerance_mm`, `empty_distance_mm`, `missing_predictions`, `missing_references`.
-    A name that only one side has is left out, listed and warned of.
-    Raises: InvresError for a missing path, no common name, two files of one name, different grids, no labels.
+    `label_names`, `tolerance_mm`, `empty_distance_mm`.
+    Raises: InvresError for a file that cannot be read, different grids, no labels.
     """
-    pairs, missing_predictions, missing_references = _pairs(Path(predictions), Path(references))
-    _warn_of_missing(missing_predictions, missing_references, len(pairs), report)
     if scheme is None:
         scheme = _scheme_of([reference for _, _, reference in pairs])
     if not scheme.labels:
@@ -87,8 +102,6 @@ def evaluate(
         "label_names": {key: name for name, key in keys.items()},
         "tolerance_mm": float(tolerance_mm),
         "empty_distance_mm": EMPTY_DISTANCE_MM,
-        "missing_predictions": missing_predictions,
-        "missing_references": missing_references,
     }
 
 
@@ -129,7 +142,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
         f"Dice 0, distance {metrics['empty_distance_mm']} mm; both: Dice 1, distance 0.",
     ]
     for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
-        if metrics[key]:
+        if metrics.get(key):
             lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
     lines += ["", "Lowest Dice (mean over labels):", *aligned(_worst_cases(metrics))]
     return "\n".join(lines)

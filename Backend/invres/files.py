@@ -1,14 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and names that any disk takes."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["written_whole"]
+__all__ = ["safe_name", "written_whole"]
 
 
 @contextmanager
@@ -30,3 +31,9 @@ def written_whole(path: Path, ending: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def safe_name(name: str) -> str:
+    """The name as part of a file name; one that had to be changed is told from others by a checksum."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80]
+    return plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}"

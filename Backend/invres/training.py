@@ -44,6 +44,7 @@ from .trainer import METRICS, StopRequest, Trainer, TrainingResult, Validation
 __all__ = [
     "TrainOptions",
     "announce_memory",
+    "held_out_names",
     "software_versions",
     "started_recipe",
     "train",
@@ -339,6 +340,13 @@ def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split
 def started_recipe(output: Path) -> Recipe:
     """What the training in `output` was started with. Raises InvresError where there is none, and for a damaged one."""
     return _started(output)[0]
+
+
+def held_out_names(output: Path) -> tuple[str, ...]:
+    """The cases that the training in `output` was validated on. Raises InvresError as `started_recipe` does."""
+    if not (output / RUN).is_file():
+        raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
+    return _started(output)[3][1]
 
 
 def _started(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:

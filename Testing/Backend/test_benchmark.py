@@ -14,6 +14,7 @@ from invres.config import NETWORKS
 from invres.events import Recorder
 from invres.memory import CONTEXT_BYTES
 from invres.networks import build
+from invres.operations import Operations
 from invres.peers import PEERS, build_peer
 from invres.reversible.steps import Couple
 
@@ -192,3 +193,15 @@ def test_the_largest_cube_is_found_by_halving(monkeypatch):
     assert limits[0] == pytest.approx(8 * 2**30 - CONTEXT_BYTES), "what the plan for such a card leaves to the tensors"
     rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() - 1)
     assert not any(row["complete"] for row in rows)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_in_groups_counts_a_groups_share_forward_and_twice_that_backward(groups):
+    image = torch.randn(2, 8, 5, 6, 7, requires_grad=True)
+    convolution = torch.nn.Conv3d(8, 8, 3, padding=1, groups=groups)
+    with Operations() as forward:
+        output = convolution(image)
+    with Operations() as backward:
+        output.sum().backward()
+    assert forward.total == 2 * (8 * 8 // groups) * 3**3 * (2 * 5 * 6 * 7)
+    assert backward.total == 2 * forward.total

@@ -84,6 +84,7 @@ ALLOWED = {
         "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
         "losses memory metrics modelpackage networks prediction prepared preprocessing sampling step trainer"
     ),
+    "heldout": "cases events files inference modelpackage prediction training",
     "worker": "events",
     "peers": "",
     "operations": "",
@@ -95,7 +96,8 @@ ALLOWED = {
     "runfolder": "events",
     "reduction": "checkpoint config networks",
     "casecomparison": (
-        "cases config events inference manifest metrics modelpackage networks prediction preprocessing transfer volume"
+        "cases config events files inference manifest metrics modelpackage networks prediction preprocessing transfer "
+        "volume"
     ),
     "comparison": "casecomparison config evaluation events files",
     "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
@@ -114,12 +116,19 @@ ALLOWED = {
     ),
     "overlay": "config files volume",
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
+    "published": "",
+    "reproduction": "events",
+    "invrestables": "config memory published reproduction",
+    "fixedbudget": "config events memory networks published reproduction",
     "console": "events modelpackage",
     "model_commands": "config console events lineage modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
+    "evaluate_command": "cases console evaluation events heldout",
+    "reproduce_command": "benchmark console events fixedbudget invrestables prediction reproduction",
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor evaluation events finetuning inference "
-        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
+        "bench_command cardplan cases config console demo devices doctor evaluate_command events finetuning inference "
+        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing "
+        "reproduce_command stopfile "
         "trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from invres.config import NetworkConfig
-from invres.networks.blocks import CouplingFunction
+from invres.networks.blocks import CouplingFunction, MobileFunction
 from invres.networks.resampling import Interpolate, Mix, Pool, SqueezeDown, SqueezeUp
 from invres.reversible import AddFromBelow, Branch, Couple, Program
 
@@ -21,6 +21,11 @@ def function(channels, config=PLAIN):
 
 def couple(channels, config=PLAIN):
     return Couple(function(channels, config), function(channels, config))
+
+
+def bottlenecks(channels, norm="group"):
+    config = NetworkConfig(norm=norm, expansion=8)
+    return Couple(MobileFunction(channels, config), MobileFunction(channels, config))
 
 
 def uneven_couple():
@@ -83,6 +88,8 @@ PROGRAMS = {
         lambda: [couple(4, NetworkConfig(norm="group", convolutions=2))],
         [(4, *ODD)] * 2,
     ),
+    "couple of bottlenecks": (lambda: [bottlenecks(3), couple(3)], [(3, *ODD)] * 2),
+    "couple of bottlenecks without norm": (lambda: [bottlenecks(2, "none")], [(2, *ODD)] * 2),
     "uneven couple": (lambda: [uneven_couple()], [(3, *ODD), (2, *ODD)]),
     "one block twice": (shared_couple, [(3, *ODD)] * 2),
     "one function twice": (tied_couple, [(3, *ODD)] * 2),

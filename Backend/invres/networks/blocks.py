@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from ..config import NetworkConfig
-from ..reversible import Unit
+from ..reversible import Bottleneck, Unit
 from .inplace_norm import InPlaceBatchNorm, InPlaceGroupNorm
 
 __all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "MobileFunction", "make_norm", "normed"]
 
 GROUP_CHANNELS = 8  # channels per group of group norm; chosen
+_PLAIN_NORMS: tuple[set[type], ...] = ({nn.GroupNorm}, {nn.Identity})  # one kind in all places
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -121,6 +122,22 @@ class MobileFunction(nn.Sequential):
         if config.dropout > 0:
             layers.insert(-3, nn.Dropout3d(config.dropout))
         super().__init__(*layers[:-1])  # the narrow end is linear
+
+    def bottleneck(self) -> Bottleneck | None:
+        """The same for the engine, which works on parts of its expanded channels; None where it cannot.
+
+        It leaves out batch norm, active dropout and changed layers.
+        """
+        layers = [layer for layer in self if not isinstance(layer, nn.Dropout3d)]
+        if len(layers) < len(self) and self.training:
+            return None
+        convolutions = [layer for layer in layers[0::3] if type(layer) is nn.Conv3d]
+        acts = [layer for layer in layers[2::3] if type(layer) is nn.LeakyReLU]
+        norms = layers[1::3]
+        if len(convolutions) < 3 or len(acts) < 2 or {type(norm) for norm in norms} not in _PLAIN_NORMS:
+            return None
+        expand, depthwise, project = convolutions
+        return Bottleneck(expand, depthwise, project, (norms[0], norms[1], norms[2]), acts[0].negative_slope)
 
 
 class DoubleConv(nn.Module):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from ..reversible import State, Step, same_memory
+from ..reversible.differentiation import evaluate_and_differentiate
 from ..reversible.slabs import depth_slabs
-from ..reversible.steps import GradientSink, Stack, evaluate_and_differentiate
+from ..reversible.steps import GradientSink, Stack
 from .haar import Lifting, haar, lift, lift_in_place
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]

@@ -5,6 +5,7 @@ A network is written once, as a `Program`: a list of steps over a stack of state
 same output and gradients; they differ in what they keep in memory between forward and backward.
 """
 
+from .bottleneck import Bottleneck
 from .program import Program
 from .readout import Readout
 from .roles import role
@@ -17,6 +18,7 @@ from .unit import Unit
 __all__ = [
     "SETTINGS",
     "AddFromBelow",
+    "Bottleneck",
     "Branch",
     "Couple",
     "Program",

@@ -4,23 +4,26 @@ A step knows three ways to run:
 `forward`  differentiable and out of place, for the strategies built on plain autograd;
 `advance`  without gradients and in place on a `State`;
 `retreat`  restores the state before the step and turns gradients after it into gradients before it, evaluating
-           every inner function once only (memcnn evaluates it twice).
+           every inner function once only (memcnn evaluates it twice; a `bottleneck` in parts needs it, too).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from .bottleneck import Bottleneck
+from .differentiation import evaluate_and_differentiate
 from .fixed_point import round_to_grid
+from .journal import Journal
 from .recompute import AutocastState
 from .sink import GradientSink
 from .state import State
 from .unit import Unit, apply_units, differentiate_units
 
-__all__ = ["AddFromBelow", "Branch", "Couple", "GradientSink", "Stack", "Step", "evaluate_and_differentiate"]
+__all__ = ["AddFromBelow", "Branch", "Couple", "GradientSink", "Stack", "Step"]
 
 Stack = tuple[torch.Tensor, ...]
 
@@ -54,36 +57,6 @@ class Step(nn.Module):
         return (round_to_grid(value) if self.on_grid else value).to(like.dtype)
 
 
-def evaluate_and_differentiate(
-    module: nn.Module,
-    sources: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    sink: GradientSink,
-    use_output: Callable[[Sequence[torch.Tensor]], None] | None = None,
-    part: Callable[..., torch.Tensor | Sequence[torch.Tensor]] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Evaluates module(*sources) once, hands its output to `use_output`, and returns the gradients for `sources`.
-
-    gradients: one for each output. Parameter gradients go to `sink`. part: evaluated instead of the module as a whole.
-    """
-    leaves = [source.detach().requires_grad_(True) for source in sources]
-    with torch.enable_grad():
-        outputs = (part or module)(*leaves)
-    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-    matched = [g.to(o.dtype) for g, o in zip(gradients, outputs, strict=True)]
-    if use_output is not None:
-        use_output([output.detach() for output in outputs])
-    # The output itself is not needed to differentiate: keep only its edge in the graph, free its memory.
-    edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
-    del outputs
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    found = torch.autograd.grad(edges, [*leaves, *parameters], matched, allow_unused=True)
-    for parameter, gradient in zip(parameters, found[len(leaves) :], strict=True):
-        sink.add(parameter, gradient)
-    pairs = zip(found[: len(leaves)], leaves, strict=True)
-    return tuple(torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in pairs)
-
-
 def _lean_units(module: nn.Module) -> list[Unit] | None:
     """The units of a function that says it is made of them (`units()`), unless somebody listens inside it."""
     describe = getattr(module, "units", None)
@@ -91,6 +64,18 @@ def _lean_units(module: nn.Module) -> list[Unit] | None:
         return None
     units: list[Unit] | None = None if _is_listened_to(module) else describe()
     return units
+
+
+def _lean_bottleneck(module: nn.Module, source: torch.Tensor, journal: Journal) -> Bottleneck | None:
+    """A function that says it is one (`bottleneck()`), where its wide maps are so large that parts of them are less.
+
+    Forward and backward decide alike, as a fixed-point state needs the very same sums again.
+    """
+    describe = getattr(module, "bottleneck", None)
+    if describe is None or _is_listened_to(module):
+        return None
+    found: Bottleneck | None = describe()
+    return found if found is not None and len(found.parts(source.shape, journal)) > 1 else None
 
 
 def _is_listened_to(module: nn.Module) -> bool:
@@ -144,6 +129,10 @@ class Couple(Step):
 
     @staticmethod
     def _advance_half(state: State, function: nn.Module, target: int, source: int) -> None:
+        if (bottleneck := _lean_bottleneck(function, state.tensors[source], state.journal)) is not None:
+            state.note_random_numbers(function)
+            state.add(target, bottleneck.apply(state[source], state.journal))
+            return
         units = _lean_units(function)
         if units is None:
             state.add(target, state.evaluate(function, state[source]))
@@ -163,12 +152,17 @@ class Couple(Step):
         state: State, gradients: State, sink: GradientSink, function: nn.Module, target: int, source: int
     ) -> None:
         """Undoes target += function(source); its own frame lets go of every map before the other half starts."""
+
+        def subtract(outputs: Sequence[torch.Tensor]) -> None:
+            state.add(target, outputs[0], sign=-1)
+
+        if (bottleneck := _lean_bottleneck(function, state.tensors[source], state.journal)) is not None:
+            before, after_it = gradients.writable(source), gradients.tensors[target]
+            with state.same_numbers():
+                bottleneck.differentiate(state[source], after_it, before, sink, state.journal, subtract)
+            return
         units = _lean_units(function)
         if units is None:
-
-            def subtract(outputs: Sequence[torch.Tensor]) -> None:
-                state.add(target, outputs[0], sign=-1)
-
             sources, after = [state[source]], [gradients[target]]
             with state.same_numbers():
                 (gradient,) = evaluate_and_differentiate(function, sources, after, sink, subtract)

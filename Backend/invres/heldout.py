@@ -1,0 +1,57 @@
+"""The cases that a training held out: segmented by its model, and paired with their references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import InvresError
+from .cases import Case, Dataset
+from .events import SILENT, FilteredReporter, Reporter
+from .files import safe_name
+from .inference import NetworkKeeper, segment
+from .modelpackage import open_package
+from .prediction import SegmentOptions
+from .training import MODEL, held_out_names
+
+__all__ = ["segment_held_out"]
+
+FOLDER = "held_out"
+
+
+def segment_held_out(
+    run: Path, dataset: Dataset, device: str = "auto", report: Reporter = SILENT
+) -> list[tuple[str, Path, Path]]:
+    """Segments each case that the training in the folder `run` was validated on, into `run`/held_out.
+
+    Returns (name of the case, prediction, reference) for `evaluation.score_pairs`.
+    Raises InvresError for a folder without a finished training, for one that held nothing out, and for a data set
+    other than that of the training.
+    """
+    names = held_out_names(run)
+    if not names:
+        raise InvresError(
+            f"The training in {run} took every case and held none out.", hint="Train with --fold 0 to be able to score."
+        )
+    if not (run / MODEL).is_dir():
+        raise InvresError(f"The training in {run} is not finished.", hint="Go on with `invres train --resume`.")
+    package = open_package(run / MODEL)
+    keeper = NetworkKeeper()
+    # Progress is counted in cases, not in the windows of each.
+    quiet = FilteredReporter(report, lambda kind: kind == "warning")
+    pairs = []
+    for done, case in enumerate([dataset.case(name) for name in names]):
+        report.progress("evaluate.segment", done, len(names))
+        if case.label is None:
+            raise InvresError(f"The case {case.name} has no label to be scored against.", hint="Restore its file.")
+        output = run / FOLDER / f"{safe_name(case.name)}.nii.gz"
+        segment(package, _inputs(dataset, case), output, SegmentOptions(device), report=quiet, keeper=keeper)
+        pairs.append((case.name, output, case.label))
+    report.progress("evaluate.segment", len(names), len(names))
+    return pairs
+
+
+def _inputs(dataset: Dataset, case: Case) -> dict[str, Path]:
+    """The files of a case by channel; one file of all channels has no name."""
+    names = [""] if dataset.channels_in_one_file else dataset.channel_names
+    there = zip(names, case.images, dataset.present(case), strict=True)
+    return {name: image for name, image, present in there if present and image is not None}

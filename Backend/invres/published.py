@@ -1,0 +1,121 @@
+"""Figures of the papers, as printed: each table with its source, each value under the column it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = [
+    "INVRES_2",
+    "INVRES_3",
+    "INVRES_4",
+    "MBCONV_CLAIMS",
+    "PARAMETERS",
+    "Column",
+    "PublishedTable",
+]
+
+
+@dataclass(frozen=True)
+class Column:
+    """title: as printed, with the unit where the paper gives one.
+
+    quantity: "memory", "Dice" or "HD" (Hausdorff), or another word. of: the label it is about, as our layouts name it.
+    """
+
+    title: str
+    quantity: str
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """rows: the values by our name of the network; None where the table has none. names: as the table calls them."""
+
+    title: str
+    source: str
+    columns: tuple[Column, ...]
+    rows: Mapping[str, tuple[float | None, ...]]
+    names: Mapping[str, str]
+
+
+_INVRES = {
+    "unet3d": "3D U-Net (baseline)",
+    "partially_invres": "Partially-InvRes",
+    "fully_invres": "Fully-InvRes",
+}
+_INVRES_PAPER = "Yamazaki, Rathour and Le, arXiv 2103.09042"
+_TISSUES = ("CSF", "GM", "WM")
+_TUMOUR = {"WT": "whole_tumour", "ET": "enhancing_tumour", "TC": "tumour_core"}
+
+INVRES_2 = PublishedTable(
+    title="iSeg-2019, patches of 64x64x64",
+    source=f"{_INVRES_PAPER}, table 2",
+    columns=(
+        Column("memory, GB", "memory"),
+        *(Column(f"Dice {tissue}, %", "Dice", tissue) for tissue in _TISSUES),
+        *(Column(f"Hausdorff {tissue}", "HD", tissue) for tissue in _TISSUES),
+    ),
+    rows={
+        "unet3d": (4.18, 92.50, 90.84, 89.26, 9.45, 6.96, 7.47),
+        "partially_invres": (3.60, 95.07, 91.66, 90.92, 9.62, 6.54, 6.87),
+        "fully_invres": (2.12, 95.09, 91.32, 90.31, 9.48, 6.87, 6.91),
+    },
+    names=_INVRES,
+)
+
+INVRES_3 = PublishedTable(
+    title="BraTS 2020, patches of 128x128x128",
+    source=f"{_INVRES_PAPER}, table 3",
+    columns=(
+        Column("memory, GB", "memory"),
+        *(Column(f"Dice {short}, %", "Dice", label) for short, label in _TUMOUR.items()),
+        *(Column(f"Hausdorff {short}", "HD", label) for short, label in _TUMOUR.items()),
+    ),
+    rows={
+        "unet3d": (6.8, 84.68, 70.16, 74.13, 11.45, 9.13, 11.37),
+        "partially_invres": (5.7, 85.97, 69.70, 74.69, 10.56, 8.71, 11.28),
+        "fully_invres": (3.1, 88.20, 72.01, 77.74, 10.46, 6.68, 8.33),
+    },
+    names=_INVRES,
+)
+
+# A cross or a tick each in the paper: 0 or 1.
+INVRES_4 = PublishedTable(
+    title="Networks for volumetric segmentation, patches of 128x128x128",
+    source=f"{_INVRES_PAPER}, table 4",
+    columns=(
+        Column("memory efficient", "memory efficient"),
+        Column("avoid overfitting", "avoid overfitting"),
+        Column("high accuracy", "high accuracy"),
+    ),
+    rows={
+        "unet3d": (0, 0, 1),
+        "no_new_net": (0, 0, 1),
+        "autoencoder_unet": (0, 1, 1),
+        "partially_invres": (1, 1, 1),
+        "fully_invres": (1, 1, 1),
+    },
+    names={
+        **_INVRES,
+        "unet3d": "3D U-Net",
+        "no_new_net": "No New-Net",
+        "autoencoder_unet": "Autoencoder U-Net",
+    },
+)
+
+PARAMETERS = {"unet3d": (19_069_955, "arXiv 1606.06650, section 2")}
+"""Numbers of parameters that the papers of the networks in table 4 state, with their source. None is known to us from
+those of No New-Net (arXiv 1809.10483) and the Autoencoder U-Net (arXiv 1810.11654)."""
+
+MBCONV_CLAIMS = PublishedTable(
+    title="What reversible mobile inverted bottlenecks make of a fixed amount of memory",
+    source="Pendse et al., BrainLes 2020 (LNCS 12659), abstract: 'up to 3x larger', '25% more depth', 'up to 2x'",
+    columns=(
+        Column("volume, times", "volume"),
+        Column("depth, times", "depth"),
+        Column("channels, times", "width"),
+    ),
+    rows={"mbconv_unet": (3.0, 1.25, 2.0)},
+    names={"mbconv_unet": "reversible / not reversible"},
+)

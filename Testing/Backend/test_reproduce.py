@@ -1,0 +1,225 @@
+"""Tables of the papers: as printed, beside figures of our own that are computed or come from the user's evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_datasets import BACKEND, invres
+
+from invres import InvresError, cli, fixedbudget, invrestables, published, reproduction
+from invres.config import NetworkConfig, VAEConfig
+from invres.fixedbudget import Holding, holdings, largest
+from invres.memory import predict_training
+from invres.reproduction import Comparison, Row, cells, find_table, table, tables
+
+TABLES = {"invres-2", "invres-3", "invres-4", "mbconv-claims"}
+TISSUES = {"CSF": 0.81, "GM": 0.72, "WM": 0.63}
+
+
+def evaluated(path, scores, count=3):
+    """A file as `invres evaluate` writes it, as far as it is read."""
+    spread = {
+        name: {"Dice": {"mean": dice, "n": count}, "HD": {"mean": 10 * dice, "n": count}} for name, dice in scores
+    }
+    path.write_text(json.dumps({"summary": spread}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def iseg(tmp_path_factory):
+    """Table 2 with scores of one network."""
+    file = evaluated(tmp_path_factory.mktemp("scores") / "metrics.json", TISSUES.items())
+    outcome = invres("reproduce", "invres-2", "--metrics", f"fully_invres={file}", "--json")
+    assert outcome.code == 0, outcome
+    return outcome.events[-1]
+
+
+def test_every_table_is_listed_with_its_source():
+    found = invres("reproduce", "--list", "--json").events[-1]["tables"]
+    assert {one["name"] for one in found} >= TABLES
+    assert all(one["title"] and one["source"] for one in found)
+    for arguments in (["--list"], []):
+        text = invres("reproduce", *arguments).out
+        assert all(name in text for name in TABLES)
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys; from invres.cli import main; main(['reproduce', '--list']); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("name", [name for name in published.__all__ if name.isupper() and name != "PARAMETERS"])
+def test_a_published_table_has_a_value_for_every_column_and_a_name_for_every_row(name):
+    printed = getattr(published, name)
+    assert printed.title and printed.source and printed.rows.keys() == printed.names.keys()
+    assert all(len(values) == len(printed.columns) for values in printed.rows.values())
+
+
+def test_memory_is_what_the_network_is_predicted_to_need(iseg):
+    memory = {row["of"]: row for row in iseg["rows"] if row["figure"] == "memory, GB"}
+    assert {name: row["published"] for name, row in memory.items()} == {
+        "3D U-Net (baseline)": 4.18,
+        "Partially-InvRes": 3.60,
+        "Fully-InvRes": 2.12,
+    }
+    config = NetworkConfig(name="fully_invres", in_channels=2, out_channels=4, vae=VAEConfig())
+    expected = predict_training(config, (64, 64, 64)).peak_bytes / 2**30
+    assert memory["Fully-InvRes"]["ours"] == pytest.approx(expected)
+    for row in memory.values():
+        assert row["ratio"] == pytest.approx(row["ours"] / row["published"])
+    (share,) = [row for row in iseg["rows"] if "baseline's" in row["figure"] and row["of"] == "Fully-InvRes"]
+    assert share["published"] == pytest.approx(2.12 / 4.18)
+    assert share["ours"] == pytest.approx(expected / memory["3D U-Net (baseline)"]["ours"])
+
+
+def test_accuracy_comes_from_the_users_evaluation_alone(iseg):
+    scores = [row for row in iseg["rows"] if row["figure"].startswith(("Dice", "Hausdorff"))]
+    assert len(scores) == 3 * 6 and all(row["published"] for row in scores)
+    given = {row["figure"]: row for row in scores if row["of"] == "Fully-InvRes"}
+    for tissue, dice in TISSUES.items():
+        assert given[f"Dice {tissue}, %"]["ours"] == pytest.approx(100 * dice)
+        assert given[f"Hausdorff {tissue}"]["ours"] == pytest.approx(10 * dice)
+        assert given[f"Dice {tissue}, %"]["remark"] == "3 cases"
+    others = [row for row in scores if row["of"] != "Fully-InvRes"]
+    assert all(row["ours"] is None and row["ratio"] is None for row in others)
+
+
+def test_what_an_empty_cell_needs_is_said_in_commands_that_exist(iseg):
+    (note,) = [note for note in iseg["notes"] if "are empty" in note]
+    assert "unet3d, partially_invres are empty" in note and "iSeg-2019" in note
+    commands = [line.strip() for line in note.splitlines() if line.startswith("  invres ")]
+    assert [command.split()[1] for command in commands] == ["train", "evaluate", "reproduce"]
+    for command in commands:
+        words = command.partition("   (")[0].replace("NETWORK", "unet3d").split()
+        cli._parser().parse_args(words[1:])
+
+
+def test_another_module_adds_a_table_by_one_function(monkeypatch):
+    monkeypatch.setattr(reproduction, "_TABLES", dict(reproduction._TABLES))
+
+    @table("extra-1", "An extra table", "A paper, table 1")
+    def _make(request):
+        return Comparison([Row("net", "memory, GB", 4.0, 1.0, "smaller")], ["A note."])
+
+    outcome = invres("reproduce", "extra-1")
+    assert outcome.code == 0 and outcome.out.startswith("extra-1: An extra table\nA paper, table 1\n")
+    assert "| net | memory, GB | 4.00      | 1.00 | 0.250 | smaller |" in outcome.out
+    assert outcome.out.rstrip().endswith("A note.")
+    assert "extra-1" in invres("reproduce", "--list").out
+
+
+def test_literature_stands_beside_our_parameters(monkeypatch):
+    memory = invrestables._memory
+    monkeypatch.setattr(invrestables, "_memory", lambda network, patch, *rest: memory(network, (32, 32, 32), *rest))
+    rows = invres("reproduce", "invres-4", "--json").events[-1]["rows"]
+    parameters = {row["of"]: row for row in rows if row["figure"] == "parameters"}
+    assert len(parameters) == 5 and all(row["ours"] > 1e6 for row in parameters.values())
+    assert parameters["3D U-Net"]["published"] == 19_069_955 and "1606.06650" in parameters["3D U-Net"]["remark"]
+    assert parameters["No New-Net"]["published"] is None and parameters["No New-Net"]["ratio"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["invres-9"], "no table 'invres-9'"),
+        (["invres-2", "--vram", "8GB"], "does not depend"),
+        (["invres-2", "--metrics", "mbconv_unet={file}"], "its networks are unet3d"),
+        (["invres-2", "--metrics", "{file}"], "its networks are unet3d"),
+        (["mbconv-claims", "--metrics", "unet3d={file}"], "it takes none"),
+        (["invres-2", "--metrics", "unet3d={file}", "--metrics", "unet3d={file}"], "given twice"),
+        (["invres-2", "--metrics", "unet3d=nowhere.json"], "no file nowhere.json"),
+        (["invres-3", "--metrics", "unet3d={file}"], "no Dice of 'whole_tumour'; their labels are CSF, GM, WM"),
+        (["mbconv-claims", "--vram", "much"], "8GB"),
+        (["mbconv-claims", "--device", "cpu"], "measures nothing"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, arguments, wanted):
+    file = evaluated(tmp_path / "metrics.json", TISSUES.items())
+    outcome = invres("reproduce", *(text.format(file=file) for text in arguments), "--json")
+    assert outcome.code == 2
+    assert wanted in outcome.events[-1]["message"]
+
+
+def test_a_file_that_is_no_evaluation_is_told(tmp_path):
+    (tmp_path / "metrics.json").write_text("[1]", encoding="utf-8")
+    outcome = invres("reproduce", "invres-2", "--metrics", f"unet3d={tmp_path / 'metrics.json'}", "--json")
+    assert outcome.code == 2 and "none" in outcome.events[-1]["message"]
+
+
+def test_cells_leave_out_what_is_repeated_and_what_is_not_known():
+    first, second = cells([Row("net", "memory", 4.0, 1.0), Row("net", "Dice", 92.5)])
+    assert (first["of"], first["published"], first["ours"], first["ratio"]) == ("net", "4.00", "1.00", "0.250")
+    assert (second["of"], second["ours"], second["ratio"]) == ("", "", "")
+    assert cells([Row("net", "parameters", 19069955, None)])[0]["published"] == "19,069,955"
+
+
+def test_a_table_is_found_by_its_name_only():
+    assert [find_table(one.name) for one in tables()] == tables()
+    with pytest.raises(InvresError) as caught:
+        find_table("invres2")
+    assert caught.value.hint == "Did you mean invres-2?"
+
+
+# --- what a fixed amount of memory holds -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [1, 2, 7, 20])
+def test_the_largest_that_fits_is_found_with_few_tries(end):
+    for start in (0, 1, 3):
+        for limit in range(start - 1, end + 3):
+            tried = []
+
+            def fits(number, limit=limit, tried=tried):
+                tried.append(number)
+                return number <= limit
+
+            if start <= end:
+                assert largest(fits, start, end) == (min(limit, end) if limit >= start else start - 1)
+                assert len(tried) <= 12 and all(start <= number <= end for number in tried)
+
+
+def test_a_budget_is_filled_and_not_exceeded():
+    config = NetworkConfig(name="mbconv_unet", channels=(16, 32), in_channels=1, out_channels=2)
+    budget = predict_training(config, (48,) * 3, engine="stored").peak_bytes
+    stored, reversible = holdings(config, budget)
+    assert (stored.side, stored.blocks, stored.width, stored.at_side) == (48, 3, 16, 48)
+    assert reversible.side > stored.side and reversible.blocks > stored.blocks and reversible.width > stored.width
+
+    def needed(side):
+        return predict_training(config, (side,) * 3, engine="reversible").peak_bytes
+
+    assert needed(reversible.side) <= budget < needed(reversible.side + 16)
+    wide = NetworkConfig(
+        name="mbconv_unet", channels=(reversible.width, 2 * reversible.width), in_channels=1, out_channels=2
+    )
+    assert predict_training(wide, (48,) * 3, engine="reversible").peak_bytes <= budget
+
+
+def test_too_small_a_budget_is_told():
+    config = NetworkConfig(name="mbconv_unet", channels=(16, 32), in_channels=1, out_channels=2)
+    with pytest.raises(InvresError, match="too little to train mbconv_unet"):
+        holdings(config, 2**16)
+
+
+def test_the_claims_are_ratios_of_what_both_hold(monkeypatch):
+    def given(config, budget_bytes, report=None):
+        return (
+            Holding("stored", 64, 14, 32, 64, (True, True, True)),
+            Holding("reversible", 128, 28, 96, 64, (True, False, True)),
+        )
+
+    monkeypatch.setattr(fixedbudget, "holdings", given)
+    found = find_table("mbconv-claims").make(fixedbudget.Request(vram_bytes=8 * 2**30))
+    assert isinstance(found, Comparison)
+    claims = {row.figure: row for row in found.rows if row.published is not None}
+    assert {name: (row.published, row.ours) for name, row in claims.items()} == {
+        "volume, times": (3.0, 8.0),
+        "depth, times": (1.25, 2.0),
+        "channels, times": (2.0, 3.0),
+    }
+    assert claims["depth, times"].remark == "at least" and not claims["volume, times"].remark
