@@ -306,7 +306,7 @@ def test_inverted_bottlenecks_are_wide_depthwise_and_linear_at_their_end():
         ("ccblock", ["1x1x1", "depthwise", "1x1x1", "1x1x1"]),
     ],
 )
-def test_compact_blocks_are_made_of_the_published_convolutions(block, kinds):
+def test_compact_blocks_are_made_of_the_convolutions_that_their_names_say(block, kinds):
     network = build(NetworkConfig(name="compact_fcn", block=block))
     convolutions = [m for m in network.decoder[1].modules() if isinstance(m, nn.Conv3d)]
     found = ["1x1x1" if c.kernel_size == (1, 1, 1) else "3x3x3" if c.groups == 1 else "depthwise" for c in convolutions]

@@ -25,16 +25,17 @@ class CompactFCN(LevelNetwork):
     """Wang, Oda, Mori, Organ Segmentation From Full-size CT Images Using Memory-Efficient FCN (2020).
 
     Published: a U-Net with two convolutions a level, for which `network.block` puts a "bottleneck" (1x1x1 to 1/K of the
-    width, 3x3x3, 1x1x1 back), two "separable" ones (3x3x3 depthwise, 1x1x1) or a "ccblock" (a bottleneck whose 3x3x3 is
-    separable); batch norm; in-place activated norms (`network.inplace_norm`); mixed precision; and, with one channel
-    and three classes, 9.5, 3.2, 2.7 and 2.6 million parameters for plain, bottleneck, separable and ccblock.
+    width, 3x3x3, 1x1x1 back), two "separable" ones (3x3x3 depthwise, 1x1x1) or a "ccblock" (made of both); batch norm;
+    in-place activated norms (`network.inplace_norm`); mixed precision; and, with one channel and three classes, 9.5,
+    3.2, 2.7 and 2.6 million parameters for plain, bottleneck, separable and ccblock.
 
-    Chosen, so that all four counts come out within 2 % (the paper gives neither widths nor levels nor K): four levels
-    of 40 to 256 maps; 3x3x3 convolutions with stride 2 down (to the same width) and transposed ones up (to the finer
+    Chosen, so that all four counts come out within 2 % (the text gives neither widths nor levels nor K): four levels of
+    40 to 256 maps; 3x3x3 convolutions with stride 2 down (to the same width) and transposed ones up (to the finer
     width), which stay plain in every variant and are most of what is left of a compact one; one bottleneck for the two
-    convolutions of a level, of 1/3 (`network.bottleneck_ratio`) of its wider end. Two narrower ones in
-    sequence fit the counts as well, but need far more memory than plain convolutions, against the paper's table 1. Also
-    chosen: a norm and a leaky ReLU behind every convolution but the depthwise ones; no residual connections.
+    convolutions of a level, of 1/3 (`network.bottleneck_ratio`) of its wider end. Two narrower ones in sequence fit the
+    counts as well, but need far more memory than plain convolutions, against the paper's table 1. Also chosen: a
+    ccblock is a bottleneck whose 3x3x3 is separable; a norm and a leaky ReLU behind every convolution but the depthwise
+    ones; no residual connections.
     """
 
     takes_inplace_norm = True
