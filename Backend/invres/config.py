@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from . import InvresError
+from .enhancementconfig import EnhancementConfig
 from .synthesisconfig import LabelMapConfig
 
 __all__ = [
     "DARKEST",
     "ENGINES",
+    "ENHANCEMENT_NETWORKS",
     "MEMORY_SETTINGS",
     "NETWORKS",
     "AugmentationConfig",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 NETWORKS = ("unet3d", "partially_invres", "fully_invres", "mbconv_unet", "no_new_net", "autoencoder_unet")
+ENHANCEMENT_NETWORKS = ("espcn", "espcn_rn")
+"""They give images, not labels, and are trained and used by verbs of their own."""
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
@@ -67,6 +71,7 @@ class NetworkConfig:
     convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
     norm: "auto" is the one that the architecture was published with.
     expansion: mbconv_unet: how much wider its functions are inside than outside.
+    For the enhancement networks see `networks.espcn`: blocks are those of each stack, strides the upsampling.
     """
 
     name: str = "fully_invres"
@@ -87,8 +92,9 @@ class NetworkConfig:
     vae: VAEConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in NETWORKS:
-            raise InvresError(f"There is no network {self.name!r}; the networks are {', '.join(NETWORKS)}.")
+        if self.name not in NETWORKS and not self.enhances:
+            known = ", ".join(NETWORKS + ENHANCEMENT_NETWORKS)
+            raise InvresError(f"There is no network {self.name!r}; the networks are {known}.")
         for key in ("in_channels", "out_channels", "convolutions", "expansion"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
@@ -98,6 +104,11 @@ class NetworkConfig:
             raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
         if not 0 <= self.dropout < 1:
             raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
+
+    @property
+    def enhances(self) -> bool:
+        """Whether it makes an image of higher resolution, and no segmentation."""
+        return self.name in ENHANCEMENT_NETWORKS
 
 
 @dataclass(frozen=True)
@@ -310,6 +321,7 @@ class Recipe:
     crop: what the data set's images were cut out around, if they do not show all.
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
     labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
+    enhancement: image quality transfer instead of segmentation; the data are then scans without labels.
     """
 
     name: str = "default"
@@ -322,8 +334,16 @@ class Recipe:
     crop: CropPlan | None = None
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
+    enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:
+        if (self.enhancement is not None) != self.network.enhances:
+            does = ("segments", "enhances")
+            raise InvresError(
+                f"The recipe {self.name} {does[self.enhancement is not None]} images, but its network "
+                f"{self.network.name} {does[self.network.enhances]} them.",
+                hint=f"Enhancing needs one of {', '.join(ENHANCEMENT_NETWORKS)}, and the key enhancement.",
+            )
         if bool(self.labels) != (self.label_maps is not None):
             raise InvresError(
                 f"The recipe {self.name} must give labels and label_maps together, or neither of them.",

@@ -28,6 +28,7 @@ from .memory import predict_for
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
+from .objectives import Segmentation
 from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
@@ -144,7 +145,8 @@ def train(
     if not options.resume:
         # Not before every case was read: after a mistake in the data the same command is given again.
         _write_run(output, recipe, plan, names, dataset)
-    trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
+    objective = Segmentation(scheme.regions, config.loss)
+    trainer = Trainer(network, batches, config, output, objective, validate, _WithCurves(report, output), stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
     result = trainer.run()
