@@ -58,8 +58,8 @@ class DriftGuard:
         )
         for index in program.keep_drifting(DRIFT_LIMIT):
             self._report.warning(
-                f"Block {first + index} of the network is recomputed with a relative error of {errors[index]:.1e}; from "
-                "now on its input is stored, which takes a little more memory."
+                f"Block {first + index} of the network is recomputed with a relative error of {errors[index]:.1e}; "
+                "from now on its input is stored, which takes a little more memory."
             )
         if overflows:
             self._report.warning(

@@ -16,8 +16,11 @@ __all__ = ["Enhancement", "Objective", "Segmentation"]
 
 
 class Objective(Protocol):
-    """terms: names of the losses of a step in metrics.jsonl; the first is what is lowered. score: name of what validation
-    gives; larger_is_better: of its "mean"."""
+    """One kind of training.
+
+    terms: names of the losses of a step in metrics.jsonl; the first is what is lowered. score: name of what validation
+    gives. larger_is_better: of its "mean".
+    """
 
     @property
     def terms(self) -> tuple[str, ...]: ...

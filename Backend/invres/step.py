@@ -71,7 +71,7 @@ def enhancement_step(
     gradient_clip: float = 0.0,
     check_finite: bool = True,
 ) -> EnhancementLosses:
-    """The same for image quality transfer: image (N, C, D, H, W), target of the output's shape (`networks.unshuffle`)."""
+    """The same for image quality transfer. image: (N, C, D, H, W); target: as the network gives it (`unshuffle`)."""
 
     def losses() -> EnhancementLosses:
         with autocast(image.device, precision):

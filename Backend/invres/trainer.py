@@ -282,7 +282,8 @@ class Trainer:
         columns = list(zip(*self.epoch_losses, strict=True))
         means = [sum(column) / len(column) for column in columns]
         entry: dict[str, Any] = {"epoch": epoch, "iteration": self.iteration}
-        entry |= {name: round(mean, 6) for name, mean in zip(self.objective.terms, means, strict=True) if math.isfinite(mean)}
+        terms = zip(self.objective.terms, means, strict=True)
+        entry |= {name: round(mean, 6) for name, mean in terms if math.isfinite(mean)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(means[0]):
             self.report.warning(f"The loss of epoch {epoch} was not finite in some steps, which were left out.")

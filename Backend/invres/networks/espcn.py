@@ -37,7 +37,7 @@ class ESPCN(Network):
     s is the number of high-resolution voxels in one of low resolution. He initialisation.
 
     config.channels: the two widths; (50, 100) is published. config.strides: one entry, the upsampling along D, H, W;
-    (2, 2, 2) is published. config.out_channels: C', of the image of high resolution. config.blocks: see `ElongatedESPCN`.
+    (2, 2, 2) is published. config.out_channels: C', of the image of high resolution. config.blocks: `ElongatedESPCN`.
     Raises InvresError for what the architecture does not have.
     """
 
@@ -101,8 +101,8 @@ class ESPCN(Network):
 class ElongatedESPCN(ESPCN):
     """ESPCN-RN-N (figure 3): N reversible blocks in front of each layer of ESPCN, at its input's width.
 
-    A block is equation 1 with N1 and N2 = three times (batch norm, ReLU, convolution) of half the width, with the kernels
-    1, 3 (padded) and 1. Each stack is a `Program` of its own. Under the engine "stored" this is the paper's
+    A block is a `Couple` whose two functions are three times (batch norm, ReLU, convolution) of half the width, with
+    kernels 1, 3 (padded) and 1. Each stack is a `Program` of its own. Under the engine "stored" this is the paper's
     ESPCN-RN-N-Naive; under "reversible" its low-memory execution: forward keeps only the three activations behind the
     stacks, and backward inverts each stack block by block and evaluates the layers between them again. Predictions and
     gradients are the same.
@@ -144,7 +144,9 @@ def _completed(config: NetworkConfig, default_blocks: int) -> NetworkConfig:
             f"{[list(stride) for stride in strides]}."
         )
     if config.kernel != 3 or config.vae is not None or config.dropout or config.learnable_resampling:
-        raise InvresError(f"{config.name} has kernels of 3 voxels and neither VAE branch, dropout nor learnt resampling.")
+        raise InvresError(
+            f"{config.name} has kernels of 3 voxels and neither VAE branch, dropout nor learnt resampling."
+        )
     return dataclasses.replace(
         config,
         channels=widths,
