@@ -65,7 +65,7 @@ def ball(shape):
     )
 
 
-def write_scan(folder, name="scan", shape=(26, 24, 25), direction=OBLIQUE, kind="image", spacing=(2.0, 1.0, 1.5)):
+def write_scan(folder, name="scan", shape=(20, 18, 19), direction=OBLIQUE, kind="image", spacing=(2.0, 1.0, 1.5)):
     """A plain volume, or a diffusion scan with its tables, on a grid of any orientation."""
     grid = Geometry(shape, spacing, (3.0, -20.0, 7.0), direction)
     image = ball(shape)
@@ -420,7 +420,7 @@ def test_a_training_makes_a_package_that_says_what_it_does(models, kind):
 def test_a_training_that_was_stopped_and_resumed_ends_bit_equal(images, tmp_path, models):
     wanted = models["image"]
     scans, recipe = find_scans(images, "image"), recipe_of()
-    for stop_at in (1, 2):
+    for stop_at in (1, 3):
         stop = StopRequest()
 
         class Stops(Recorder):
@@ -462,12 +462,12 @@ def test_on_something_that_can_be_learnt_the_network_beats_cubic_interpolation(t
     """A pattern of stripes finer than the low resolution shows: only what was seen before can say where they lie."""
     folder = tmp_path / "data"
     folder.mkdir()
-    grid = Geometry((28, 28, 28), (1, 1, 1), (0, 0, 0), RAS)
+    grid = Geometry((20, 20, 20), (1, 1, 1), (0, 0, 0), RAS)
     d, h, w = np.indices(grid.shape)
     strength = 1 + np.sin(0.4 * d) * np.sin(0.3 * h + 0.2 * w)
     write_volume(folder / "a.nii.gz", Volume((100 + 40 * strength * (w % 2 * 2.0 - 0.5)).astype(np.float32), grid))
     write_volume(folder / "a_mask.nii.gz", Volume(np.ones(grid.shape, np.uint8), grid))
-    recipe = recipe_of(epochs=2, iterations_per_epoch=60, learning_rate=0.02, batch_size=4)
+    recipe = recipe_of(name="espcn", epochs=1, iterations_per_epoch=80, learning_rate=0.02, batch_size=3)
     package = train_enhancer(find_scans(folder, "image"), recipe, tmp_path / "run", TrainOptions("cpu"))
     (scores,) = package.manifest.metrics.values()
     assert scores["RMSE"]["mean"] < 0.5 * scores["RMSE of cubic interpolation"]["mean"]
@@ -518,7 +518,7 @@ def test_brightness_and_contrast_of_a_plain_image_come_back(models, images):
     scan = read_scan(scan_of(images / "scan.nii.gz", "image"), "image", 1500)
     brighter = dataclasses.replace(scan, signal=scan.signal * 3 + 100)
     one, other = (enhanced(network, plan, (7, 7, 7), s) for s in (scan, brighter))
-    np.testing.assert_allclose(other, one * 3 + 100, rtol=1e-3)
+    np.testing.assert_allclose(other, one * 3 + 100, rtol=1e-3, atol=0.1)
 
 
 def test_a_reference_is_compared_with_beside_cubic_interpolation(models, images, tmp_path):
@@ -547,7 +547,7 @@ def test_a_reference_is_compared_with_beside_cubic_interpolation(models, images,
 
 def test_a_model_is_evaluated_on_scans_reduced_by_itself(models, tmp_path):
     for name in ("one", "two", "three"):
-        write_scan(tmp_path, name, (20, 22, 24))
+        write_scan(tmp_path, name, (16, 18, 14))
     outcome = invres("evaluate", "-m", models["image"].path, "-d", tmp_path, "-o", tmp_path / "m.json")
     assert outcome.code == 0, outcome
     assert "3 scans" in outcome.out and "Wilcoxon signed-rank test" in outcome.out and "n = 3" in outcome.out
