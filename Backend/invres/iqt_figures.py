@@ -48,8 +48,8 @@ _NETWORKS = {
 
 
 class FigureRow(NamedTuple):
-    """published_*: see `Published`. bytes: peak of live tensors in a training step; seconds: of one step (not an epoch),
-    None where it was not measured."""
+    """published_*: see `Published`. bytes: peak of live tensors in a training step. seconds: of one step, not of an
+    epoch; None where it was not measured."""
 
     model: str
     published_memory_mb: float

@@ -133,9 +133,9 @@ class ModelCatalogue:
         return str(folder or defaultModelsFolder())
 
     def refresh(self, onDone: Callable[[list[ModelInfo], str], None]) -> int:
-        """Reads the models that segment again, bundled ones first. onDone gets them and "", or [] and why there are none.
+        """Reads the models again, bundled ones first. onDone gets them and "", or [] and why there are none.
 
-        Models that enhance images are for the command line: they have no labels, and nothing here could use them.
+        Models that enhance images are passed over: they have no labels, and nothing here could use them.
         """
         warnings: list[str] = []
 

@@ -97,8 +97,8 @@ ALLOWED = {
         "losses memory metrics modelpackage networks objectives prediction prepared preprocessing sampling step trainer"
     ),
     "enhancementtraining": (
-        "checkpoint config diffusion events imagepairs manifest memory modelpackage networks objectives prediction scans "
-        "trainer training volume"
+        "checkpoint config diffusion events imagepairs manifest memory modelpackage networks objectives prediction "
+        "scans trainer training volume"
     ),
     "worker": "events",
     "peers": "",
@@ -137,8 +137,8 @@ ALLOWED = {
         "scans trainer training"
     ),
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor enhance_command evaluation events finetuning inference "
-        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
+        "bench_command cardplan cases config console demo devices doctor enhance_command evaluation events finetuning "
+        "inference labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
         "trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",

@@ -448,7 +448,7 @@ def test_another_training_is_neither_overwritten_nor_resumed_by_mistake(images, 
     renamed = [dataclasses.replace(scans[0], name="other")]
     with pytest.raises(InvresError, match="The scans differ from those"):
         train_enhancer(renamed, recipe_of(), run, TrainOptions("cpu", resume=True))
-    with pytest.raises(InvresError, match="training.patch must be 5 voxels or more"):
+    with pytest.raises(InvresError, match=r"training\.patch must be 5 voxels or more"):
         train_enhancer(scans, recipe_of(patch=[4, 7, 7]), tmp_path / "new", TrainOptions("cpu"))
 
 

@@ -4,9 +4,9 @@
         [--only memory|diffusion|t1]
 
 Trains with one thread on parts of real scans and scores on other parts of them: the diffusion scan `dwi_philips` (one
-person) and the T1 `t1_mni152` (the average of 152 brains), each cut across in two, behind and in front of a coronal plane:
-behind it is trained on, in front of it scored. (Left and right would be near copies of each other, and are in the
-symmetric template.) One subject proves nothing about others: the figures say that the method works, not how well.
+person) and the T1 `t1_mni152` (the average of 152 brains), each cut in two at a coronal plane: what lies behind it is
+trained on, what lies in front of it scored. (Left and right would be near copies of each other, and are mirror images in
+the symmetric template.) One subject proves nothing about others: the figures say that the method works, not how well.
 Trainings resume: the same command goes on after a kill. Steps, not seconds, end a training. Prints Markdown, and draws
 `iqt.png`: low resolution, cubic interpolation, the network, the truth.
 """
@@ -20,8 +20,6 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import argparse
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
