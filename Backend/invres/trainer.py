@@ -303,8 +303,8 @@ class Trainer:
         self.report.emit({"event": "epoch", **entry})
 
     def _is_better(self, score: float) -> bool:
-        if self.best_score is None:
-            return True
+        if self.best_score is None or not math.isfinite(score):
+            return math.isfinite(score)
         return score > self.best_score if self.objective.larger_is_better else score < self.best_score
 
     def _impatient(self) -> bool:

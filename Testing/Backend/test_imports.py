@@ -138,8 +138,8 @@ ALLOWED = {
     ),
     "commands": (
         "bench_command cardplan cases config console demo devices doctor enhance_command evaluation events finetuning "
-        "inference labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
-        "trainer training tuningmemory tuningplan volume worker"
+        "inference labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing "
+        "stopfile trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

@@ -5,8 +5,8 @@
 
 Trains with one thread on parts of real scans and scores on other parts of them: the diffusion scan `dwi_philips` (one
 person) and the T1 `t1_mni152` (the average of 152 brains), each cut in two at a coronal plane: what lies behind it is
-trained on, what lies in front of it scored. (Left and right would be near copies of each other, and are mirror images in
-the symmetric template.) One subject proves nothing about others: the figures say that the method works, not how well.
+trained on, what lies in front of it scored. (Left and right would be near copies of each other: mirror images, in the
+symmetric template.) One subject proves nothing about others: the figures say that the method works, not how well.
 Trainings resume: the same command goes on after a kill. Steps, not seconds, end a training. Prints Markdown, and draws
 `iqt.png`: low resolution, cubic interpolation, the network, the truth.
 """
