@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from grids import RAS, rotation
@@ -17,6 +19,7 @@ from invres.diffusion import (
     read_gradients,
     turned,
 )
+from invres.scans import find_scans, read_scan
 from invres.volume import Geometry
 
 DIRECTIONS = np.array(
@@ -146,3 +149,18 @@ def test_the_head_is_the_largest_bright_part_without_holes():
     assert mask[9, 9, 9] and not mask[1, 1, 18] and (mask == inside).mean() > 0.97
     with pytest.raises(InvresError, match="same value everywhere"):
         head_mask(np.zeros((4, 4, 4)))
+
+
+def test_a_real_scan_has_the_diffusivity_of_a_brain(data_dir):
+    """A grown brain's grey and white matter have about 0.7 to 0.9e-3 mm2/s, and no tensor a negative eigenvalue."""
+    if not (data_dir / "dwi_philips").is_dir():
+        pytest.skip("the scan dwi_philips is not among the real volumes")
+    scan = read_scan(find_scans(data_dir / "dwi_philips", "tensor")[0], "tensor", 1500)
+    middle = slice(14, 18)
+    mask = scan.mask[middle]
+    tensor = dataclasses.replace(scan, signal=scan.signal[:, middle], mask=mask).channels()
+    assert 0.65e-3 < np.median(mean_diffusivity(tensor)[mask]) < 0.95e-3
+    rows = tensor[:, mask]
+    matrices = np.stack([rows[[0, 1, 2]], rows[[1, 3, 4]], rows[[2, 4, 5]]]).transpose(2, 0, 1)
+    assert (np.linalg.eigvalsh(matrices)[:, 0] > 0).mean() > 0.97
+    assert 0.2 < mask.mean() < 0.6
