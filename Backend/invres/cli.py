@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, MEMORY_SETTINGS, NETWORKS
+from .config import ENGINES, ENHANCEMENT_NETWORKS, MEMORY_SETTINGS, NETWORKS
 from .events import JsonReporter, Reporter, TerminalReporter
 
 __all__ = ["main"]
@@ -154,12 +154,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     _device(one)
 
+    one = add("enhance", "Gives a scan at finer voxels, with a model of image quality transfer.", "enhance")
+    one.add_argument("-m", "--model", required=True, help="name of a model, or path of a package")
+    one.add_argument(
+        "-i", "--input", required=True, type=Path, help="one volume; or a diffusion scan, or six tensor components"
+    )
+    one.add_argument("-o", "--output", required=True, type=Path, help=".nii.gz, .nii, .nrrd or .mha")
+    one.add_argument("--bval", type=Path, help="b-values of a diffusion scan (default: the file beside it)")
+    one.add_argument("--bvec", type=Path, help="its directions, as FSL writes them (default: the file beside it)")
+    one.add_argument("--mask", type=Path, help="where the brain is (default: the file ..._mask beside it, or found)")
+    one.add_argument(
+        "--reference", type=Path, metavar="FILE", help="true image on the output's grid: also print the errors"
+    )
+    one.add_argument("--overlap", type=int, default=0, metavar="VOXELS", help="of neighbouring patches (default 0)")
+    _device(one)
+
     one = add("train", "Trains a network on a data set.", "train")
-    one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
+    one.add_argument(
+        "-d", "--data", required=True, type=Path, help="dataset.json or folder; to enhance: folder or list of scans"
+    )
     one.add_argument("-r", "--recipe", help="name or JSON file (default: default; with --resume that of the run)")
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
     one.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    one.add_argument("-n", "--network", choices=NETWORKS, help="instead of the recipe's")
+    one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="instead of the recipe's")
     one.add_argument("-t", "--time", metavar="30m", help="time budget: 90s, 30m, 2h")
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)
@@ -184,15 +201,25 @@ def _parser() -> argparse.ArgumentParser:
 
     _finetune(add("finetune", "Fine-tunes a model on your own cases and proves what it brought.", "finetune"))
 
-    one = add("evaluate", "Scores segmentations against references, or a training on what it held out.", "evaluate")
+    one = add(
+        "evaluate",
+        "Scores segmentations against references, a training on what it held out, or a model that enhances on scans.",
+        "evaluate",
+    )
     one.add_argument("-p", "--predictions", type=Path, help="folder or file")
     one.add_argument("-r", "--references", type=Path, help="folder or file")
     one.add_argument(
         "--run", dest="trained", type=Path, metavar="RUN", help="instead: segment and score what this training held out"
     )
+    one.add_argument(
+        "-m", "--model", help="instead: a model that enhances: reduce the scans of --data, enhance, compare"
+    )
     one.add_argument("-o", "--output", required=True, type=Path, help="metrics.json to write")
     one.add_argument(
-        "-d", "--data", type=Path, help="data set whose label names and regions to use; with --run its own"
+        "-d",
+        "--data",
+        type=Path,
+        help="data set whose label names and regions to use; with --run its own; with --model: scans",
     )
     one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
     _device(one)

@@ -14,7 +14,8 @@ from typing import Any
 from . import InvresError
 from .bench_command import bench
 from .config import NetworkConfig, Recipe, VAEConfig, to_dict
-from .console import check_sizes, package_named, parse_bytes, recipes_dir, say, spread
+from .console import check_sizes, parse_bytes, recipes_dir, say, segmenter_named, spread
+from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
 from .events import Reporter, format_bytes, format_seconds
 from .model_commands import describe, models
@@ -27,6 +28,7 @@ __all__ = [
     "demo",
     "describe",
     "devices",
+    "enhance",
     "evaluate",
     "finetune",
     "models",
@@ -52,7 +54,7 @@ _ROLES = {
 
 
 def segment(options: argparse.Namespace, report: Reporter) -> None:
-    package = package_named(options.model)
+    package = segmenter_named(options.model)
     _load_torch(report)
     from .inference import NetworkKeeper
     from .inference import segment as run
@@ -101,7 +103,7 @@ def _locator(package: ModelPackage, model: str, device: str) -> Callable[..., An
         raise InvresError(
             f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
         )
-    other = package_named(model)
+    other = segmenter_named(model)
     from .inference import NetworkKeeper
     from .locating import locate
     from .prediction import choose_device
@@ -125,6 +127,9 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
 
     if recipe is None:
         recipe = _changed(started_recipe(options.output), options)
+    if recipe.enhancement is not None:
+        train_enhancement(recipe, options, report)
+        return
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
     else:
@@ -150,7 +155,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def finetune(options: argparse.Namespace, report: Reporter) -> None:
-    package = package_named(options.model)
+    package = segmenter_named(options.model)
     wishes = {
         field: value
         for field, value in (
@@ -283,7 +288,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
             "`invres plan --model` needs the volume: --shape D H W and --spacing D H W.",
             hint="Give its voxels and their size in mm, superior, anterior, right.",
         )
-    manifest = package_named(options.model).manifest
+    manifest = segmenter_named(options.model).manifest
     _load_torch(report)
     from .locating import crop_shape
     from .planning import plan_segmentation
@@ -297,7 +302,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
     found = plan_segmentation(manifest, shape, spacing, device, tuple(options.window), roi_shape, report=report)
     if options.locate:
         before = plan_segmentation(
-            package_named(options.locate).manifest, tuple(options.shape), spacing, device, report=report
+            segmenter_named(options.locate).manifest, tuple(options.shape), spacing, device, report=report
         )
         found = found.after(before)
     say(report, found.sentence)
@@ -305,7 +310,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def _plan_tuning(options: argparse.Namespace, report: Reporter) -> None:
-    manifest = package_named(options.model).manifest
+    manifest = segmenter_named(options.model).manifest
     _load_torch(report)
     from .prediction import choose_device
     from .tuningmemory import plan_tuning_memory
@@ -337,7 +342,7 @@ def worker(options: argparse.Namespace, report: Reporter) -> None:
 def demo(options: argparse.Namespace, report: Reporter) -> None:
     from .demo import run
 
-    found = run(package_named(options.model), options.output, options.device, report)
+    found = run(segmenter_named(options.model), options.output, options.device, report)
     say(report, found["text"])
     report.result(**found)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from . import InvresError
+from .enhancementconfig import EnhancementConfig
 from .synthesisconfig import LabelMapConfig
 
 __all__ = [
     "DARKEST",
     "ENGINES",
+    "ENHANCEMENT_NETWORKS",
     "MEMORY_SETTINGS",
     "NETWORKS",
     "AugmentationConfig",
@@ -43,6 +45,8 @@ NETWORKS = (
     "autoencoder_unet",
     "compact_fcn",
 )
+ENHANCEMENT_NETWORKS = ("espcn", "espcn_rn")
+"""They give images, not labels, and are trained and used by verbs of their own."""
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
@@ -83,6 +87,7 @@ class NetworkConfig:
         it is inside.
     inplace_norm: compact_fcn, unet3d, no_new_net: norm and leaky ReLU overwrite their input, so that one map is kept
         for backward and not two.
+    For the enhancement networks see `networks.espcn`: blocks are those of each stack, strides the upsampling.
     """
 
     name: str = "fully_invres"
@@ -107,8 +112,9 @@ class NetworkConfig:
     vae: VAEConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in NETWORKS:
-            raise InvresError(f"There is no network {self.name!r}; the networks are {', '.join(NETWORKS)}.")
+        if self.name not in NETWORKS and not self.enhances:
+            known = ", ".join(NETWORKS + ENHANCEMENT_NETWORKS)
+            raise InvresError(f"There is no network {self.name!r}; the networks are {known}.")
         for key in ("in_channels", "out_channels", "convolutions", "expansion", "bottleneck_ratio"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
@@ -124,6 +130,11 @@ class NetworkConfig:
             )
         if not 0 <= self.dropout < 1:
             raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
+
+    @property
+    def enhances(self) -> bool:
+        """Whether it makes an image of higher resolution, and no segmentation."""
+        return self.name in ENHANCEMENT_NETWORKS
 
 
 def network_as_written(values: dict[str, Any]) -> dict[str, Any]:
@@ -347,6 +358,7 @@ class Recipe:
     crop: what the data set's images were cut out around, if they do not show all.
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
     labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
+    enhancement: image quality transfer instead of segmentation; the data are then scans without labels.
     """
 
     name: str = "default"
@@ -360,10 +372,18 @@ class Recipe:
     crop: CropPlan | None = None
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
+    enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:
         if self.clip_hu is not None and not self.clip_hu[0] < self.clip_hu[1]:
             raise InvresError(f"The recipe's clip_hu must be a lower and a higher number, got {list(self.clip_hu)}.")
+        if (self.enhancement is not None) != self.network.enhances:
+            does = ("segments", "enhances")
+            raise InvresError(
+                f"The recipe {self.name} {does[self.enhancement is not None]} images, but its network "
+                f"{self.network.name} {does[self.network.enhances]} them.",
+                hint=f"Enhancing needs one of {', '.join(ENHANCEMENT_NETWORKS)}, and the key enhancement.",
+            )
         if bool(self.labels) != (self.label_maps is not None):
             raise InvresError(
                 f"The recipe {self.name} must give labels and label_maps together, or neither of them.",

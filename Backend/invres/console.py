@@ -11,7 +11,16 @@ from . import InvresError
 from .events import JsonReporter, Reporter
 from .modelpackage import ModelPackage, bundled_models_dir, find_package
 
-__all__ = ["check_sizes", "package_named", "parse_bytes", "recipes_dir", "say", "spread", "user_models_dir"]
+__all__ = [
+    "check_sizes",
+    "package_named",
+    "parse_bytes",
+    "recipes_dir",
+    "say",
+    "segmenter_named",
+    "spread",
+    "user_models_dir",
+]
 
 
 def recipes_dir() -> Path:
@@ -39,6 +48,16 @@ def spread(values: dict[str, Any]) -> str:
 def package_named(model: str, folder: Path | None = None) -> ModelPackage:
     """A model by path or by name."""
     return find_package(model, [bundled_models_dir(), folder or user_models_dir()])
+
+
+def segmenter_named(model: str) -> ModelPackage:
+    """The same for a model that segments; raises InvresError for one that enhances images."""
+    package = package_named(model)
+    if package.manifest.enhancement is not None:
+        raise InvresError(
+            f"{package.name} enhances images; it does not segment them.", hint="Use `invres enhance` with this model."
+        )
+    return package
 
 
 def check_sizes(options: argparse.Namespace) -> None:

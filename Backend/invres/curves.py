@@ -1,10 +1,11 @@
-"""The picture of a training: loss and Dice by epoch, redrawn while it runs."""
+"""The picture of a training: loss and score by epoch, redrawn while it runs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from .events import SCORES
 from .files import written_whole
 
 __all__ = ["draw_curves"]
@@ -26,13 +27,16 @@ def draw_curves(folder: Path) -> Path | None:
             left.plot(*zip(*points, strict=True), label=label)
     left.set(xlabel="epoch", ylabel="training loss", title="Loss")
     left.legend(frameon=False)
-    validated = [e for e in entries if "dice" in e]
-    for name in validated[-1]["dice"] if validated else ():
+    score = next((key for key in SCORES if any(key in entry for entry in entries)), "dice")
+    validated = [e for e in entries if score in e]
+    for name in validated[-1][score] if validated else ():
         style = {"color": "black", "linewidth": 2} if name == "mean" else {"linewidth": 1}
-        right.plot([e["epoch"] for e in validated], [e["dice"][name] for e in validated], label=name, **style)
-    right.set(xlabel="epoch", ylabel="Dice", ylim=(0, 1), title="Validation, full volumes")
+        right.plot([e["epoch"] for e in validated], [e[score][name] for e in validated], label=name, **style)
+    right.set(xlabel="epoch", ylabel=SCORES[score], title="Validation")
+    if score == "dice":
+        right.set(ylim=(0, 1), title="Validation, full volumes")
     if validated:
-        right.legend(frameon=False, loc="lower right")
+        right.legend(frameon=False, loc="lower right" if score == "dice" else "upper right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

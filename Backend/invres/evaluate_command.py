@@ -1,4 +1,4 @@
-"""`invres evaluate`: scores files against references, or a training on the cases that it held out."""
+"""`invres evaluate`: scores files against references, a training on what it held out, or a model that enhances."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import argparse
 
 from . import InvresError
 from .console import say
+from .enhance_command import evaluate_enhancement
 from .events import Reporter
 
 __all__ = ["evaluate"]
 
 
 def evaluate(options: argparse.Namespace, report: Reporter) -> None:
+    files = (options.predictions, options.references)
+    ways = (files != (None, None), options.trained is not None, options.model is not None)
+    if sum(ways) != 1 or (ways[0] and None in files):
+        raise InvresError(
+            "Scoring needs either --predictions and --references, or --run, or --model.",
+            hint="Give two folders of label maps, the folder of a training and its --data, or a model that enhances "
+            "and scans as --data.",
+            code="usage",
+        )
+    if options.model is not None:
+        evaluate_enhancement(options, report)
+        return
     from .cases import read_dataset
     from .evaluation import evaluate as score_files
     from .evaluation import score_pairs, summary_table, write_metrics
 
-    files = (options.predictions, options.references)
-    if (options.trained is None) != (None not in files) or (options.trained is not None and files != (None, None)):
-        raise InvresError(
-            "Scoring needs either --predictions and --references, or --run.",
-            hint="Give two folders of label maps, or the folder of a training and its --data.",
-            code="usage",
-        )
     if options.trained is None:
         scheme = read_dataset(options.data, checked=False).scheme if options.data else None
         metrics = score_files(*files, scheme, report, options.tolerance)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 __all__ = [
+    "SCORES",
     "SILENT",
     "FilteredReporter",
     "JsonReporter",
@@ -20,6 +21,9 @@ __all__ = [
     "format_bytes",
     "format_seconds",
 ]
+
+SCORES = {"dice": "Dice", "rmse": "RMSE"}
+"""Keys of an `epoch` event with the figures of its validation, in words."""
 
 
 def format_bytes(count: float) -> str:
@@ -188,7 +192,8 @@ def _epoch_line(event: dict[str, Any]) -> str:
     parts = [f"epoch {event['epoch']}"]
     if "loss" in event:
         parts.append(f"loss {event['loss']:.4f}")
-    if dice := event.get("dice"):
-        labels = ", ".join(f"{name} {value:.3f}" for name, value in dice.items() if name != "mean")
-        parts.append(f"Dice {dice['mean']:.3f} ({labels})")
+    for key, word in SCORES.items():
+        if found := event.get(key):
+            parts_of = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "mean")
+            parts.append(f"{word} {found['mean']:.3f}" + (f" ({parts_of})" if parts_of else ""))
     return "  ".join([*parts, format_seconds(event["seconds"])])

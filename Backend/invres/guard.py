@@ -24,21 +24,25 @@ class DriftGuard:
     """
 
     def __init__(self, network: torch.nn.Module, report: Reporter):
-        program = getattr(network, "program", None)
-        self._program = program if isinstance(program, Program) else None
+        self._programs = [module for module in network.modules() if isinstance(module, Program)]
         self._network = network
         self._report = report
 
     def before(self, iteration: int) -> None:
-        if self._program is not None and getattr(self._network, "engine", "") == "reversible":
-            self._program.watch.due = iteration % CHECK_EVERY == FIRST_CHECK
+        if getattr(self._network, "engine", "") == "reversible":
+            for program in self._programs:
+                program.watch.due = iteration % CHECK_EVERY == FIRST_CHECK
 
     def after(self) -> None:
-        if self._program is None or not self._program.watch.due:
-            return
-        watch = self._program.watch
-        watch.due = False
-        errors = self._program.reconstruction_errors()
+        first = 0  # number of a program's first block among all of the network
+        for program in self._programs:
+            if program.watch.due:
+                program.watch.due = False
+                self._examine(program, first)
+            first += len(program.steps)
+
+    def _examine(self, program: Program, first: int) -> None:
+        watch, errors = program.watch, program.reconstruction_errors()
         if not errors:
             return
         overflows = 0 if watch.overflows is None else int(watch.overflows)
@@ -47,15 +51,15 @@ class DriftGuard:
             {
                 "event": "drift",
                 "worst": _finite(errors[worst]),
-                "block": worst,
+                "block": first + worst,
                 "blocks": len(errors),
                 "overflows": overflows,
             }
         )
-        for index in self._program.keep_drifting(DRIFT_LIMIT):
+        for index in program.keep_drifting(DRIFT_LIMIT):
             self._report.warning(
-                f"Block {index} of the network is recomputed with a relative error of {errors[index]:.1e}; from now on "
-                "its input is stored, which takes a little more memory."
+                f"Block {first + index} of the network is recomputed with a relative error of {errors[index]:.1e}; "
+                "from now on its input is stored, which takes a little more memory."
             )
         if overflows:
             self._report.warning(

@@ -14,11 +14,13 @@ from . import InvresError
 from .config import LossWeights
 
 __all__ = [
+    "EnhancementLosses",
     "Losses",
     "NetworkOutput",
     "Regularisation",
     "check_target",
     "regularisation_loss",
+    "root_mean_square_error",
     "segmentation_loss",
     "sums_of_boxes",
     "total_loss",
@@ -40,6 +42,12 @@ class Losses(NamedTuple):
     dice: Tensor
     reconstruction: Tensor | None = None
     kullback_leibler: Tensor | None = None
+
+
+class EnhancementLosses(NamedTuple):
+    """The scalar of a step of image quality transfer."""
+
+    total: Tensor
 
 
 class Regularisation(NamedTuple):
@@ -138,6 +146,17 @@ def regularisation_loss(
     divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum()
     divergence = divergence / (image.shape[0] * image[0, 0].numel())
     return Regularisation(weights.reconstruction * l2 + weights.kullback_leibler * divergence, l2, divergence)
+
+
+def root_mean_square_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The loss of Blumberg et al. 2018, section 3, over all values of the batch (chosen: not patch by patch); float32.
+
+    prediction, target: of one shape. Raises InvresError where it differs.
+    """
+    if prediction.shape != target.shape:
+        raise InvresError(f"The target must have shape {list(prediction.shape)}, got {list(target.shape)}.")
+    # Not the root of exactly 0, whose gradient is infinite.
+    return ((_wide(prediction) - _wide(target)).square().mean() + torch.finfo(torch.float32).tiny).sqrt()
 
 
 def total_loss(output: NetworkOutput, image: Tensor, target: Tensor, regions: bool, weights: LossWeights) -> Losses:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, network_as_written, to_dict
+from .enhancementconfig import EnhancementPlan
 from .expectation import Expectation
 
-__all__ = ["FORMAT_VERSION", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
+__all__ = ["FORMAT_VERSION", "PATCHES", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
 
 FORMAT_VERSION = 1
+PATCHES = "validation patches"
+"""What the scores of a model that enhances images are of, where others name a label."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Manifest:
     created: UTC, ISO 8601. patch: training window in voxels (D, H, W). sha256, weights_bytes: of model.safetensors.
     expected: what training cases were like, for a warning where an image is unlike them.
     metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
+    enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
     """
@@ -64,6 +68,7 @@ class Manifest:
     training: TrainingSummary = field(default_factory=TrainingSummary)
     metrics: dict = field(default_factory=dict)
     expected: Expectation = field(default_factory=Expectation)
+    enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."
     parent: str = ""
@@ -87,18 +92,35 @@ class Manifest:
             )
         if len(self.plan.channels) == 1 and self.plan.channels[0].optional:
             raise InvresError("plan.channels has a single channel, which cannot be optional.")
-        if self.network.out_channels != self.scheme.out_channels:
+        if (self.enhancement is not None) != self.network.enhances:
+            raise InvresError(
+                f"network.name is {self.network.name}, which {'enhances' if self.network.enhances else 'segments'} "
+                f"images, but enhancement is {'not there' if self.enhancement is None else 'there'}."
+            )
+        if self.enhancement is not None:
+            self._check_enhancement(self.enhancement)
+        elif self.network.out_channels != self.scheme.out_channels:
             raise InvresError(
                 f"network.out_channels is {self.network.out_channels}, but the labels of scheme need "
                 f"{self.scheme.out_channels}."
             )
         # Scores of single cases would carry the names of patients; scores by label cannot.
-        strangers = [str(key) for key in self.metrics if key not in self.scheme.names]
+        known = (PATCHES,) if self.enhancement is not None else self.scheme.names
+        strangers = [str(key) for key in self.metrics if key not in known]
         if strangers:
             raise InvresError(f"metrics has the entry {strangers[0]!r}, which is no label of scheme.")
         for label, of_label in self.metrics.items():
             if not isinstance(of_label, dict) or not all(isinstance(spread, dict) for spread in of_label.values()):
                 raise InvresError(f"metrics[{label!r}] must map each metric to its mean, sd, median, n and ci95.")
+
+    def _check_enhancement(self, plan: EnhancementPlan) -> None:
+        if self.scheme.labels:
+            raise InvresError("A model that enhances images has no labels, but scheme.labels has some.")
+        if {self.network.in_channels, self.network.out_channels} != {plan.channels}:
+            raise InvresError(
+                f"enhancement has {plan.channels} channels, but the network {self.network.in_channels} in and "
+                f"{self.network.out_channels} out."
+            )
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:

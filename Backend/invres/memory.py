@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,9 +17,9 @@ from torch.utils._pytree import tree_iter
 from .config import LossWeights, NetworkConfig, TrainingConfig
 from .hollow import run_without_values
 from .livebytes import LiveBytes
-from .networks import build, with_patch
+from .networks import BORDER, build, build_enhancer, with_patch
 from .reversible import abridged, role
-from .step import make_optimizer, training_step
+from .step import enhancement_step, make_optimizer, training_step
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -27,8 +28,10 @@ __all__ = [
     "TrainingMemory",
     "card_bytes",
     "has_room",
+    "measure_enhancement",
     "measure_step",
     "measure_training",
+    "predict_enhancement",
     "predict_for",
     "predict_forward",
     "predict_training",
@@ -124,6 +127,47 @@ def measure_training(
     def step(optimizer: torch.optim.Optimizer) -> None:
         for _ in range(steps):
             training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+
+    return measure_step(network, image, target, step)
+
+
+def predict_enhancement(
+    config: NetworkConfig,
+    patch: Triple,
+    batch_size: int,
+    engine: str = "auto",
+    precision: str = "fp32",
+    memory: str = "low",
+) -> TrainingMemory:
+    """`predict_training` for a network of image quality transfer."""
+
+    def step() -> TrainingMemory:
+        with abridged():
+            return measure_enhancement(config, patch, batch_size, engine, precision, memory=memory)
+
+    return run_without_values(step)
+
+
+def measure_enhancement(
+    config: NetworkConfig,
+    patch: Triple,
+    batch_size: int,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    memory: str = "low",
+    steps: int = 1,
+) -> TrainingMemory:
+    """`measure_training` for a network of image quality transfer. patch: of the input, (D, H, W)."""
+    with torch.device(device):
+        network = build_enhancer(config, engine, memory).train()
+    image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
+    channels = config.out_channels * math.prod(network.config.strides[0])
+    target = torch.zeros(batch_size, channels, *(size - 2 * BORDER for size in patch), device=device)
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(steps):
+            enhancement_step(network, optimizer, image, target, precision, check_finite=False)
 
     return measure_step(network, image, target, step)
 

@@ -12,6 +12,7 @@ from .config import to_dict
 from .console import package_named, say, spread, user_models_dir
 from .events import Reporter
 from .lineage import active_members, read_active
+from .manifest import Manifest
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
@@ -36,7 +37,7 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
         f"  network    {manifest.network.name}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
         f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
         *([f"  optional   {', '.join(optional)}; one channel must be there"] if optional else []),
-        f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}",
+        *_purpose(manifest),
         f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
         f"  window     {' x '.join(map(str, manifest.patch))} voxels",
         f"  licence    {manifest.licence or 'not stated'}",
@@ -45,6 +46,8 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
     ]
     for name, values in manifest.metrics.items():
         for metric, found in values.items():
+            if metric.startswith("RMSE"):
+                lines.append(f"  {metric}: {found['mean']:.4g} ({found['n']} {name})")
             if metric.startswith("Dice"):
                 lines.append(f"  Dice       {name}{metric.removeprefix('Dice')}: {spread(found)}")
     say(report, "\n".join(lines))
@@ -58,7 +61,7 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
         for package in found:
             mark = "*" if package.id in current else " "
-            names = ", ".join(package.manifest.scheme.names)
+            names = ", ".join(package.manifest.scheme.names) or "enhances images"
             say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
         if not found:
             say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
@@ -114,6 +117,15 @@ def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> No
         parent = rollback(package, installed, folder)
         say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
         report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
+
+
+def _purpose(manifest: Manifest) -> list[str]:
+    """What a model gives: its labels, or an image of finer voxels."""
+    if manifest.enhancement is None:
+        return [f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}"]
+    what = "diffusion tensors" if manifest.enhancement.kind == "tensor" else "a plain image"
+    finer = " x ".join(map(str, manifest.network.strides[0]))
+    return [f"  enhances   {what}: {finer} times as many voxels (superior, anterior, right); no labels"]
 
 
 def _described(package: ModelPackage) -> dict[str, Any]:

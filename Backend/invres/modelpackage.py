@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict
+from .enhancementconfig import EnhancementPlan
 from .events import SILENT, Reporter
 from .expectation import Expectation
 from .lineage import active_members, family_of, read_active, set_active
@@ -106,6 +107,7 @@ def save_package(
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     expected: Expectation | None = None,
+    enhancement: EnhancementPlan | None = None,
     licence: str = "",
     intended_use: str = Manifest.intended_use,
     parent: str = "",
@@ -156,6 +158,7 @@ def save_package(
             training=from_dict(TrainingSummary, dict(training or {}), "training"),
             metrics=dict(metrics or {}),
             expected=expected or Expectation(),
+            enhancement=enhancement,
             licence=licence,
             intended_use=intended_use,
             parent=parent,
@@ -202,13 +205,13 @@ def verify_package(path: str | os.PathLike[str]) -> ModelPackage:
     """
     import torch
 
-    from .networks import build
+    from .networks import build_any
 
     package = open_package(path)
     weights = package.load_weights()
     # On "meta" a network has shapes but no memory and no time for random numbers.
     with torch.device("meta"):
-        expected = build(package.manifest.network).state_dict()
+        expected = build_any(package.manifest.network).state_dict()
     for key, tensor in expected.items():
         if key not in weights:
             raise InvresError(f"The weights in {package.path.name} lack {key}.", hint=EXPORT)

@@ -25,6 +25,7 @@ from .freezing import freeze
 from .memory import has_room, predict_for
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build, with_patch
+from .objectives import Segmentation
 from .prediction import is_out_of_memory
 from .preprocessing import PreparedCase, case_volumes_ml
 from .reduction import adapt_checkpoint, lighter
@@ -136,7 +137,7 @@ class PartTrainer:
             self._batches(training, config),
             config,
             folder,
-            plan.scheme.regions,
+            Segmentation(plan.scheme.regions, config.loss),
             validator(watched, plan.scheme, config, self._device),
             report,
             self._stop,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from .config import LossWeights
-from .losses import Losses, check_target, sums_of_boxes, total_loss
-from .networks import SegmentationNetwork
+from .losses import EnhancementLosses, Losses, check_target, root_mean_square_error, sums_of_boxes, total_loss
+from .networks import Network, SegmentationNetwork
 from .reversible import role
 
-__all__ = ["AUTOCAST_DTYPES", "autocast", "make_optimizer", "training_step"]
+__all__ = ["AUTOCAST_DTYPES", "autocast", "enhancement_step", "make_optimizer", "training_step"]
 
+L = TypeVar("L", Losses, EnhancementLosses)
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,15 +50,51 @@ def training_step(
     check_finite: leave the weights alone if the gradient holds Inf or NaN (costs one wait for the device).
     Returns the losses of this step, detached.
     """
+
+    def losses() -> Losses:
+        check_target(target, (image.shape[0], _classes(network), *image.shape[2:]), regions)
+        with autocast(image.device, precision):
+            output = network(image, sums_of_boxes(target, regions))
+        with role("loss"):
+            return total_loss(output, image, target, regions, weights)
+
+    return _optimize(network, optimizer, losses, scaler, gradient_clip, check_finite)
+
+
+def enhancement_step(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    image: torch.Tensor,
+    target: torch.Tensor,
+    precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+    gradient_clip: float = 0.0,
+    check_finite: bool = True,
+) -> EnhancementLosses:
+    """The same for image quality transfer. image: (N, C, D, H, W); target: as the network gives it (`unshuffle`)."""
+
+    def losses() -> EnhancementLosses:
+        with autocast(image.device, precision):
+            output = network(image)
+        with role("loss"):
+            return EnhancementLosses(root_mean_square_error(output, target))
+
+    return _optimize(network, optimizer, losses, scaler, gradient_clip, check_finite)
+
+
+def _optimize(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute: Callable[[], L],
+    scaler: torch.amp.GradScaler | None,
+    gradient_clip: float,
+    check_finite: bool,
+) -> L:
+    """Takes the step that lowers the first of the losses that `compute` gives, and returns them detached."""
     optimizer.zero_grad(set_to_none=True)
-    check_target(target, (image.shape[0], _classes(network), *image.shape[2:]), regions)
-    with autocast(image.device, precision):
-        output = network(image, sums_of_boxes(target, regions))
-    with role("loss"):
-        losses = total_loss(output, image, target, regions, weights)
-    detached = Losses(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
-    del output
-    loss = losses.total
+    losses = compute()
+    detached = type(losses)(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
+    loss = losses[0]
     del losses
     (loss if scaler is None else scaler.scale(loss)).backward()
     del loss

@@ -18,20 +18,21 @@ import torch
 from . import Cancelled, InvresError
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from .config import NetworkConfig, TrainingConfig, to_dict
-from .events import SILENT, Reporter
+from .events import SCORES, SILENT, Reporter
 from .files import written_whole
 from .guard import DriftGuard
 from .livebytes import LiveBytes
-from .networks import SegmentationNetwork
+from .networks import Network
+from .objectives import Objective
 from .sampling import BatchSource
-from .step import make_optimizer, training_step
+from .step import make_optimizer
 
 __all__ = ["StopRequest", "Trainer", "TrainingResult", "Validation", "learning_rate_factor"]
 
 METRICS = "metrics.jsonl"
 MEASURED_STEPS = 2  # the second already has the optimizer's state
 
-Validation = Callable[[SegmentationNetwork], dict[str, float]]
+Validation = Callable[[Any], dict[str, float]]
 
 
 class StopRequest:
@@ -76,10 +77,10 @@ def learning_rate_factor(config: TrainingConfig, iteration: int, progress: float
 
 @dataclass
 class TrainingResult:
-    """weights: of the epoch with the best validation Dice (of the last epoch where nothing was validated)."""
+    """weights: of the epoch with the best score in validation (of the last epoch where nothing was validated)."""
 
     weights: dict[str, torch.Tensor]
-    best_dice: float | None
+    best_score: float | None
     best_epoch: int
     epochs: int
     iterations: int
@@ -93,7 +94,8 @@ class Trainer:
     """Trains a network on batches and keeps everything needed to go on after any interruption in `folder`.
 
     batches: a pure function of the iteration (`sampling.BatchSource`), so that a checkpoint needs no sampler state.
-    validate: gives Dice by label name and their "mean" on full volumes, or None.
+    objective: what a step lowers, and which figure validation gives.
+    validate: gives that figure as "mean", and of what it is the mean by name (the Dice of each label); or None.
     keep_best: the result has the weights of the best epoch; False (for a validation that must choose nothing, as the
     same cases are scored afterwards): those of the last one.
     On the CPU an interrupted and resumed training ends with the very weights of an undisturbed one, provided that no
@@ -102,11 +104,11 @@ class Trainer:
 
     def __init__(
         self,
-        network: SegmentationNetwork,
+        network: Network,
         batches: BatchSource,
         config: TrainingConfig,
         folder: Path,
-        regions: bool,
+        objective: Objective,
         validate: Validation | None = None,
         report: Reporter = SILENT,
         stop: StopRequest | None = None,
@@ -116,7 +118,7 @@ class Trainer:
         self.batches = batches
         self.config = config
         self.folder = folder
-        self.regions = regions
+        self.objective = objective
         self.validate = validate
         self.report = report
         self.stop = stop or StopRequest()
@@ -131,7 +133,7 @@ class Trainer:
         self.peak_bytes = 0
         self.history: list[dict[str, Any]] = []
         self.epoch_losses: list[list[float]] = []
-        self.best_dice: float | None = None
+        self.best_score: float | None = None
         self.best_epoch = 0
         self.best_weights: dict[str, torch.Tensor] | None = None
         self._started = 0.0
@@ -157,7 +159,9 @@ class Trainer:
         self.elapsed_s = state["elapsed_s"]
         self.history = state["history"]
         self.epoch_losses = state["epoch_losses"]
-        self.best_dice, self.best_epoch = state["best_dice"], state["best_epoch"]
+        # Older checkpoints are all of segmentations and call it so.
+        self.best_score = state["best_score"] if "best_score" in state else state["best_dice"]
+        self.best_epoch = state["best_epoch"]
         self.best_weights = state["best_weights"]
         self.peak_bytes = state["peak_bytes"]
         self._write_metrics()
@@ -174,7 +178,7 @@ class Trainer:
             "elapsed_s": self._elapsed(),
             "history": self.history,
             "epoch_losses": self.epoch_losses,
-            "best_dice": self.best_dice,
+            "best_score": self.best_score,
             "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
             "peak_bytes": self.peak_bytes,
@@ -217,7 +221,7 @@ class Trainer:
         self.save()
         return TrainingResult(
             weights=self.best_weights or _cpu_copy(self.network),
-            best_dice=self.best_dice,
+            best_score=self.best_score,
             best_epoch=self.best_epoch,
             epochs=len(self.history),
             iterations=self.iteration,
@@ -239,17 +243,7 @@ class Trainer:
         self.guard.before(self.iteration)
 
         def step() -> list[float]:
-            losses = training_step(
-                self.network,
-                self.optimizer,
-                image,
-                target,
-                self.regions,
-                config.loss,
-                config.precision,
-                self.scaler,
-                config.gradient_clip,
-            )
+            losses = self.objective.step(self.network, self.optimizer, image, target, config, self.scaler)
             return [float("nan") if part is None else float(part) for part in losses]
 
         # `iteration` counts steps of the whole training: a resumed one does not measure again.
@@ -287,9 +281,9 @@ class Trainer:
         epoch = len(self.history) + 1
         columns = list(zip(*self.epoch_losses, strict=True))
         means = [sum(column) / len(column) for column in columns]
-        names = ("loss", "cross_entropy", "dice_loss", "reconstruction", "kullback_leibler")
         entry: dict[str, Any] = {"epoch": epoch, "iteration": self.iteration}
-        entry |= {name: round(mean, 6) for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
+        terms = zip(self.objective.terms, means, strict=True)
+        entry |= {name: round(mean, 6) for name, mean in terms if math.isfinite(mean)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(means[0]):
             self.report.warning(f"The loss of epoch {epoch} was not finite in some steps, which were left out.")
@@ -297,22 +291,28 @@ class Trainer:
         last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._must_end()
         if self.validate is not None and (epoch % self.config.validate_every == 0 or last):
             self.network.eval()
-            dice = self.validate(self.network)
+            scores = self.validate(self.network)
             self.network.train()
-            entry["dice"] = {name: round(value, 5) for name, value in dice.items()}
-            if self.keep_best and (self.best_dice is None or dice["mean"] > self.best_dice):
-                self.best_dice, self.best_epoch = dice["mean"], epoch
+            entry[self.objective.score] = {name: round(value, 5) for name, value in scores.items()}
+            if self.keep_best and self._is_better(scores["mean"]):
+                self.best_score, self.best_epoch = scores["mean"], epoch
                 self.best_weights = _cpu_copy(self.network)
         entry["seconds"] = round(self._elapsed(), 2)
         self.history.append(entry)
         self._write_metrics()
         self.report.emit({"event": "epoch", **entry})
 
+    def _is_better(self, score: float) -> bool:
+        if self.best_score is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score > self.best_score if self.objective.larger_is_better else score < self.best_score
+
     def _impatient(self) -> bool:
         patience = self.config.early_stop_epochs
-        if not patience or self.best_dice is None or len(self.history) - self.best_epoch < patience:
+        if not patience or self.best_score is None or len(self.history) - self.best_epoch < patience:
             return False
-        self.report.note(f"Stopped early: no better Dice in the last {patience} epochs.")
+        name = self.objective.score
+        self.report.note(f"Stopped early: no better {SCORES.get(name, name)} in the last {patience} epochs.")
         return True
 
     def _elapsed(self) -> float:

@@ -28,6 +28,7 @@ from .memory import predict_for
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
+from .objectives import Segmentation
 from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
@@ -42,14 +43,21 @@ from .sampling import CaseBatches
 from .trainer import METRICS, StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = [
+    "MODEL",
+    "RUN",
     "TrainOptions",
+    "WithCurves",
     "announce_memory",
+    "differences",
     "held_out_names",
+    "run_folder",
     "software_versions",
     "started_recipe",
+    "started_run",
     "train",
     "training_summary",
     "validator",
+    "write_run",
 ]
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
@@ -90,9 +98,7 @@ def train(
     Raises InvresError for a folder with another run, unlabelled data, or configuration that does not fit;
     Cancelled after a stop was requested (everything is saved).
     """
-    if output.exists() and not output.is_dir():
-        raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
-    output.mkdir(parents=True, exist_ok=True)
+    run_folder(output, options.resume)
     device = choose_device(options.device)
     labelled = [case.name for case in dataset.cases if case.label is not None]
     if not labelled:
@@ -100,11 +106,6 @@ def train(
     if options.resume:
         recipe, plan, names = _read_run(output, recipe, dataset, report)
     else:
-        # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
-        if (output / RUN).exists() and (output / CHECKPOINT).exists():
-            raise InvresError(
-                f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
-            )
         names = _split(dataset, labelled, recipe.training.seed, options)
         if recipe.label_maps is not None:
             plan = label_map_plan(recipe)
@@ -144,8 +145,9 @@ def train(
         validate = validator(validation_cases, scheme, config, device)
     if not options.resume:
         # Not before every case was read: after a mistake in the data the same command is given again.
-        _write_run(output, recipe, plan, names, dataset)
-    trainer = Trainer(network, batches, config, output, scheme.regions, validate, _WithCurves(report, output), stop)
+        write_run(output, recipe, plan, names, dataset.scheme)
+    objective = Segmentation(scheme.regions, config.loss)
+    trainer = Trainer(network, batches, config, output, objective, validate, WithCurves(report, output), stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
     result = trainer.run()
@@ -182,7 +184,7 @@ def train(
     )
 
 
-class _WithCurves(Reporter):
+class WithCurves(Reporter):
     """Passes events on and redraws the curves after each epoch."""
 
     def __init__(self, report: Reporter, folder: Path):
@@ -326,12 +328,28 @@ def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptio
     return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
 
 
-def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split, dataset: Dataset) -> None:
+def run_folder(output: Path, resume: bool) -> None:
+    """Makes the folder of a run. Raises InvresError for a file, and for another training unless it is resumed."""
+    if output.exists() and not output.is_dir():
+        raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
+    if not resume and (output / RUN).exists() and (output / CHECKPOINT).exists():
+        raise InvresError(
+            f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
+        )
+
+
+def write_run(
+    output: Path, recipe: Recipe, plan: PreparationPlan, names: Split, scheme: LabelScheme, **more: Any
+) -> None:
+    """run.json: what a training was started with. more: further entries, as configurations."""
     content = {
         "recipe": to_dict(recipe),
         "plan": to_dict(plan),
-        "scheme": to_dict(dataset.scheme),
+        "scheme": to_dict(scheme),
         "split": {"train": list(names[0]), "validation": list(names[1])},
+        **{key: to_dict(value) for key, value in more.items()},
     }
     with written_whole(output / RUN) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -339,18 +357,18 @@ def _write_run(output: Path, recipe: Recipe, plan: PreparationPlan, names: Split
 
 def started_recipe(output: Path) -> Recipe:
     """What the training in `output` was started with. Raises InvresError where there is none, and for a damaged one."""
-    return _started(output)[0]
+    return started_run(output)[0]
 
 
 def held_out_names(output: Path) -> tuple[str, ...]:
     """The cases that the training in `output` was validated on. Raises InvresError as `started_recipe` does."""
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
-    return _started(output)[3][1]
+    return started_run(output)[3][1]
 
 
-def _started(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:
-    """run.json: recipe, plan, scheme as JSON, and split."""
+def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:
+    """run.json: recipe, plan, scheme as JSON, and split. Raises InvresError as `started_recipe`."""
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
     try:
@@ -366,7 +384,7 @@ def _started(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Spl
 
 def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
     """The run as it was started. `asked` may only lengthen it (epochs, time); other wishes give a warning."""
-    recipe, plan, scheme, names = _started(output)
+    recipe, plan, scheme, names = started_run(output)
     if asked.network.name != recipe.network.name:
         raise InvresError(
             f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
@@ -379,19 +397,19 @@ def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -
         )
     training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
     recipe = dataclasses.replace(recipe, training=training)
-    if other := _differences(to_dict(recipe), to_dict(_fitted(asked, dataset, plan))):
+    if other := differences(to_dict(recipe), to_dict(_fitted(asked, dataset, plan))):
         report.warning(
             f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
         )
     return recipe, plan, names
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
+def differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
     """The keys, as "training.patch", whose values differ; names and descriptions do not count."""
     found = []
     for key, value in one.items():
         if isinstance(value, dict) and isinstance(other.get(key), dict):
-            found += _differences(value, other[key], f"{where}{key}.")
+            found += differences(value, other[key], f"{where}{key}.")
         elif value != other.get(key) and key not in ("name", "description"):
             found.append(f"{where}{key}")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ __all__ = [
     "read_geometry",
     "read_volume",
     "resample",
+    "write_channels",
     "write_segmentation",
     "write_volume",
 ]
@@ -151,6 +153,18 @@ class Volume:
         array = np.flip(self.array, flipped).transpose(order)
         return Volume(np.ascontiguousarray(array), self.geometry.canonical())
 
+    def oriented_as(self, direction: np.ndarray) -> Volume:
+        """The way back from `canonical`: the same voxels with the axes of a grid whose direction this is."""
+        order, flipped = _canonical_moves(direction)
+        back = np.argsort(order)
+        array = np.flip(self.array.transpose(back), flipped)
+        affine = self.geometry.affine
+        affine[:3, :3] = affine[:3, back]
+        for axis in flipped:
+            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+            affine[:3, axis] *= -1
+        return Volume(np.ascontiguousarray(array), Geometry.from_affine(affine, array.shape))
+
 
 def read_geometry(path: str | os.PathLike[str]) -> Geometry:
     """The grid of a file or DICOM folder from its header alone; that of one volume where a file holds several.
@@ -223,6 +237,12 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, compress: bool
     Raises InvresError for other endings and where the disk does not take the file.
     """
     write_image(path, volume.array, volume.geometry.affine, compress=compress)
+
+
+def write_channels(path: str | os.PathLike[str], channels: Sequence[Volume], *, compress: bool = True) -> None:
+    """Writes volumes of one grid as one 4D file, as `read_channels` reads it; otherwise as `write_volume`."""
+    array = np.stack([channel.array for channel in channels])
+    write_image(path, array, channels[0].geometry.affine, compress=compress)
 
 
 def resample(

@@ -129,7 +129,7 @@ def write_image(
     metadata: dict[str, str] | None = None,
     compress: bool = True,
 ) -> None:
-    """Writes (D, H, W) voxels; complete or not at all. A missing folder is made.
+    """Writes (D, H, W) or (T, D, H, W) voxels; complete or not at all. A missing folder is made.
 
     Raises InvresError for an ending that is not in WRITABLE_ENDINGS and where the disk does not take the file.
     """
@@ -163,17 +163,20 @@ def write_image(
 
 
 def to_sitk(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    """A SimpleITK image (LPS, x fastest) from (D, H, W) voxels and a (d, h, w, 1) -> RAS affine."""
+    """A SimpleITK image (LPS, x fastest) from (D, H, W) or (T, D, H, W) voxels and a (d, h, w, 1) -> RAS affine."""
     if array.dtype == bool:
         array = array.view(np.uint8)
     elif array.dtype == np.float16:
         array = array.astype(np.float32)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array), isVector=False)
     columns = LPS_TO_RAS @ affine[:3, 2::-1]
     spacing = np.linalg.norm(columns, axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((columns / spacing).ravel().tolist())
-    image.SetOrigin((LPS_TO_RAS @ affine[:3, 3]).tolist())
+    further = array.ndim - 3
+    direction = np.eye(array.ndim)
+    direction[:3, :3] = columns / spacing
+    image.SetSpacing([*spacing.tolist(), *[1.0] * further])
+    image.SetDirection(direction.ravel().tolist())
+    image.SetOrigin([*(LPS_TO_RAS @ affine[:3, 3]).tolist(), *[0.0] * further])
     return image
 
 

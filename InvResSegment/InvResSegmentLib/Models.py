@@ -133,7 +133,10 @@ class ModelCatalogue:
         return str(folder or defaultModelsFolder())
 
     def refresh(self, onDone: Callable[[list[ModelInfo], str], None]) -> int:
-        """Reads the models again, bundled ones first. onDone gets them and "", or [] and why there are none."""
+        """Reads the models again, bundled ones first. onDone gets them and "", or [] and why there are none.
+
+        Models that enhance images are passed over: they have no labels, and nothing here could use them.
+        """
         warnings: list[str] = []
 
         def onEvent(event: dict) -> None:
@@ -148,6 +151,8 @@ class ModelCatalogue:
             found = []
             for description in outcome.result.get("models") or []:
                 try:
+                    if not _segments(description):
+                        continue
                     found.append(modelFromDescription(description))
                 except (KeyError, TypeError, ValueError):
                     path = description.get("path") if isinstance(description, dict) else description
@@ -187,6 +192,10 @@ class ModelCatalogue:
 
     def _arguments(self, action: str, *model: str) -> list[str]:
         return ["models", action, *model, "--models-dir", self.modelsFolder]
+
+
+def _segments(description: dict[str, Any]) -> bool:
+    return not description["manifest"].get("enhancement")
 
 
 def _channel(described: dict) -> ChannelInfo:

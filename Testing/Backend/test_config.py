@@ -160,11 +160,12 @@ def test_a_scheme_counts_the_networks_output_channels():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_bundled_recipe_is_named_as_its_file_and_describes_a_network_that_trains_with_its_patch(path):
-    from invres.memory import predict_training
+    from invres.memory import predict_enhancement, predict_training
 
     recipe = Recipe.read(path)
+    predict = predict_enhancement if recipe.enhancement else predict_training
     assert recipe.name == path.stem and recipe.description
-    assert predict_training(recipe.network, recipe.training.patch, recipe.training.batch_size).peak_bytes > 0
+    assert predict(recipe.network, recipe.training.patch, recipe.training.batch_size).peak_bytes > 0
 
 
 def test_there_is_a_default_recipe():

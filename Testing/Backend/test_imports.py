@@ -21,14 +21,15 @@ MODULE = REPOSITORY / "InvResSegment"
 ALLOWED = {
     "events": "",
     "synthesisconfig": "",
-    "config": "synthesisconfig",
+    "enhancementconfig": "",
+    "config": "enhancementconfig synthesisconfig",
     "expectation": "config",
     "files": "",
     "probe": "",
     "devices": "",
     "randomness": "",
     "lineage": "files",
-    "curves": "files",
+    "curves": "events files",
     "metrics": "config",
     "losses": "config",
     "augmentation": "config randomness",
@@ -45,6 +46,8 @@ ALLOWED = {
     "volume": "events image_header segmentation_file volume_io",
     "dataset_json": "config events volume",
     "layouts": "config dataset_json events volume",
+    "diffusion": "volume",
+    "scans": "dataset_json diffusion enhancementconfig events volume",
     "cases": "config dataset_json events files layouts volume",
     "casesplits": "cases",
     "preprocessing": "config events volume",
@@ -53,18 +56,22 @@ ALLOWED = {
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
-    "manifest": "config expectation",
-    "modelpackage": "config events expectation lineage manifest networks packagefiles",
+    "manifest": "config enhancementconfig expectation",
+    "modelpackage": "config enhancementconfig events expectation lineage manifest networks packagefiles",
     "versions": "config events lineage modelpackage",
     "transfer": "config manifest networks",
     "freezing": "networks transfer",
     "step": "config losses networks reversible",
+    "objectives": "config losses networks step",
     "memory": "config hollow livebytes losses networks reversible step",
+    "iqt_figures": "config memory networks step",
     "cardplan": "config events memory networks",
     "guard": "events reversible",
     "checkpoint": "config events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
+    "enhancementscores": "events",
+    "imagepairs": "config enhancementconfig enhancementscores events files networks sampling scans",
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
@@ -75,14 +82,23 @@ ALLOWED = {
     ),
     "locating": "config events inference modelpackage networks prediction region volume",
     "planning": "devices events manifest memory networks prediction region volume",
-    "trainer": "checkpoint config distributed events files guard livebytes losses memory networks sampling step",
+    "enhancement": (
+        "diffusion enhancementconfig enhancementscores events imagepairs modelpackage networks prediction scans volume"
+    ),
+    "trainer": (
+        "checkpoint config distributed events files guard livebytes losses memory networks objectives sampling step"
+    ),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
     "training": (
         "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
-        "losses memory metrics modelpackage networks prediction prepared preprocessing sampling step trainer"
+        "losses memory metrics modelpackage networks objectives prediction prepared preprocessing sampling step trainer"
+    ),
+    "enhancementtraining": (
+        "checkpoint config diffusion events imagepairs manifest memory modelpackage networks objectives prediction "
+        "scans trainer training volume"
     ),
     "heldout": "cases events files inference modelpackage prediction training",
     "worker": "events",
@@ -105,7 +121,7 @@ ALLOWED = {
     "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
-        "networks prediction preprocessing reduction sampling syntheticbatches trainer training transfer "
+        "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training transfer "
         "tuningplan"
     ),
     "tunedmodel": "casecomparison config events expectation files manifest modelpackage networks tuningplan",
@@ -121,15 +137,18 @@ ALLOWED = {
     "invrestables": "config memory published reproduction",
     "fixedbudget": "config events memory networks published reproduction",
     "console": "events modelpackage",
-    "model_commands": "config console events lineage modelpackage versions",
+    "model_commands": "config console events lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
-    "evaluate_command": "cases console evaluation events heldout",
     "reproduce_command": "benchmark console events fixedbudget invrestables prediction reproduction",
+    "enhance_command": (
+        "config console enhancement enhancementconfig enhancementscores enhancementtraining events files modelpackage "
+        "scans trainer training"
+    ),
+    "evaluate_command": "cases console enhance_command evaluation events heldout",
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor evaluate_command events finetuning inference "
-        "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing "
-        "reproduce_command stopfile "
-        "trainer training tuningmemory tuningplan volume worker"
+        "bench_command cardplan cases config console demo devices doctor enhance_command evaluate_command events "
+        "finetuning inference labelmaps locating memory model_commands modelpackage networks planning prediction "
+        "preprocessing reproduce_command stopfile trainer training tuningmemory tuningplan volume worker"
     ),
     "cli": "commands config events",
     "__main__": "cli",

@@ -15,6 +15,7 @@ from invres.checkpoint import CHECKPOINT, load_checkpoint
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, TrainingConfig
 from invres.events import Recorder
 from invres.networks import build, with_patch
+from invres.objectives import Segmentation
 from invres.preprocessing import prepare
 from invres.reversible import Couple
 from invres.sampling import CaseBatches
@@ -56,7 +57,7 @@ def trainer_of(cases, folder, network=None, stop_at=None, seed=0, validate=None,
     batches = CaseBatches(cases, SCHEME, config, recipe.augmentation, torch.device("cpu"))
     if stop_at is not None:
         batches = StopsAt(batches, stop, stop_at)
-    return Trainer(net, batches, config, folder, False, validate, report or Recorder(), stop)
+    return Trainer(net, batches, config, folder, Segmentation(False, config.loss), validate, report or Recorder(), stop)
 
 
 def weight_sum(network):
@@ -98,7 +99,7 @@ def test_a_training_stopped_anywhere_and_resumed_ends_bit_equal(cases, tmp_path,
         assert equal(result.weights, wanted.weights), stop_at
         assert without_seconds(result.history) == without_seconds(wanted.history), stop_at
         assert without_seconds(metrics_of(folder)) == without_seconds(metrics_of(tmp_path / "whole"))
-        assert (result.best_dice, result.best_epoch) == (wanted.best_dice, wanted.best_epoch)
+        assert (result.best_score, result.best_epoch) == (wanted.best_score, wanted.best_epoch)
         assert leftovers(folder) == []
 
 
@@ -233,7 +234,7 @@ def test_a_time_budget_ends_the_training_in_time_and_the_schedule_with_it(cases,
     assert 0.8 <= result.seconds < 3
     assert 2 <= result.iterations < 1000
     assert result.epochs == 1 and result.history[0]["iteration"] == result.iterations, "the part of an epoch counts"
-    assert result.best_dice is not None, "what the time left over is validated"
+    assert result.best_score is not None, "what the time left over is validated"
     assert result.history[-1]["learning_rate"] < 0.3 * trainer.config.learning_rate
     assert load_checkpoint(tmp_path)["iteration"] == result.iterations
     progress = [event for event in report.events if event["event"] == "progress"]
@@ -266,7 +267,7 @@ def test_the_weights_of_the_best_epoch_are_kept_not_those_of_the_last(cases, tmp
     scores = Scores(0.2, 0.7, 0.7, 0.4)
     trainer = trainer_of(cases, tmp_path, epochs=4, validate=scores)
     result = trainer.run()
-    assert (result.best_dice, result.best_epoch) == (0.7, 2), "the first of equals"
+    assert (result.best_score, result.best_epoch) == (0.7, 2), "the first of equals"
     assert equal(result.weights, scores.shown[1])
     assert not equal(result.weights, scores.shown[3])
     assert trainer.network.training
@@ -277,7 +278,7 @@ def test_without_validation_the_last_weights_are_kept(cases, tmp_path):
     trainer = trainer_of(cases, tmp_path)
     result = trainer.run()
     assert equal(result.weights, trainer.network.state_dict())
-    assert result.best_dice is None and "dice" not in result.history[0]
+    assert result.best_score is None and "dice" not in result.history[0]
 
 
 def test_a_training_without_progress_stops_early(cases, tmp_path):

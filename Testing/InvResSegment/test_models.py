@@ -204,6 +204,20 @@ def test_what_is_no_description_is_left_out(answer):
     assert [model.name for model in found[0][0]] == ["M"] and len(catalogue.warnings) == 1
 
 
+def test_models_that_enhance_images_are_passed_over():
+    """As `models list` gives one of image quality transfer: without labels, which is no damage either."""
+    manifest = {**description()["manifest"], "name": "IQT", "scheme": {"labels": []}, "enhancement": {"kind": "image"}}
+
+    class Backend:
+        def request(self, arguments, onEvent, onFinished):
+            onFinished(Outcome("done", {"models": [description(manifest=manifest), description()]}))
+
+    found = []
+    catalogue = ModelCatalogue(Backend(), "")
+    catalogue.refresh(lambda models, error: found.append((models, error)))
+    assert [model.name for model in found[0][0]] == ["M"] and catalogue.warnings == []
+
+
 def test_a_backend_that_fails_is_told():
     class Backend:
         def request(self, arguments, onEvent, onFinished):

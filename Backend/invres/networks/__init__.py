@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..config import NetworkConfig
+from .. import InvresError
+from ..config import NETWORKS, NetworkConfig
 from .autoencoder_unet import AutoencoderUNet
-from .base import NetworkOutput, SegmentationNetwork
+from .base import Network, NetworkOutput, SegmentationNetwork
 from .compact_fcn import CompactFCN
+from .espcn import BORDER, ESPCN, ElongatedESPCN, shuffle, unshuffle
 from .fully_invres import FullyInvRes
 from .mbconv_unet import MBConvUNet
 from .no_new_net import NoNewNet
 from .partially_invres import PartiallyInvRes
 from .unet3d import UNet3D
 
-__all__ = ["NetworkOutput", "SegmentationNetwork", "build", "with_patch"]
+__all__ = [
+    "BORDER",
+    "ESPCN",
+    "Network",
+    "NetworkOutput",
+    "SegmentationNetwork",
+    "build",
+    "build_any",
+    "build_enhancer",
+    "shuffle",
+    "unshuffle",
+    "with_patch",
+]
 
 _CLASSES: dict[str, type[SegmentationNetwork]] = {
     "unet3d": UNet3D,
@@ -25,16 +39,37 @@ _CLASSES: dict[str, type[SegmentationNetwork]] = {
     "autoencoder_unet": AutoencoderUNet,
     "compact_fcn": CompactFCN,
 }
+_ENHANCERS: dict[str, type[ESPCN]] = {"espcn": ESPCN, "espcn_rn": ElongatedESPCN}
 
 
 def build(config: NetworkConfig, engine: str = "auto", memory: str = "low") -> SegmentationNetwork:
-    """The network that `config` describes, freshly initialised.
+    """The segmentation network that `config` describes, freshly initialised.
 
     engine: "auto" takes `reversible` where the network has an inverse, else `stored`.
     memory: how far that engine goes: "low", "lower" or "lowest".
-    Raises InvresError if widths, blocks or engine do not fit the architecture.
+    Raises InvresError if widths, blocks or engine do not fit the architecture, and for an enhancement network.
     """
+    if config.enhances:
+        raise InvresError(
+            f"{config.name} enhances images; it does not segment them.",
+            hint=f"The networks that segment are {', '.join(NETWORKS)}.",
+        )
     return _CLASSES[config.name](config, engine, memory)
+
+
+def build_enhancer(config: NetworkConfig, engine: str = "auto", memory: str = "low") -> ESPCN:
+    """The enhancement network that `config` describes, freshly initialised; parameters and errors as `build`."""
+    if not config.enhances:
+        raise InvresError(
+            f"{config.name} segments images; it does not enhance them.",
+            hint=f"The networks that enhance are {', '.join(_ENHANCERS)}.",
+        )
+    return _ENHANCERS[config.name](config, engine, memory)
+
+
+def build_any(config: NetworkConfig) -> Network:
+    """The network that `config` describes, whatever it gives."""
+    return build_enhancer(config) if config.enhances else build(config)
 
 
 def with_patch(config: NetworkConfig, patch: tuple[int, int, int]) -> NetworkConfig:

@@ -19,7 +19,7 @@ from ..reversible import SETTINGS, Program, Readout, Step, role
 from ..reversible.recompute import frozen_statistics
 from .vae import VAEBranch
 
-__all__ = ["NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
+__all__ = ["Network", "NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
 
 Triple = tuple[int, int, int]
 Reduce = Callable[[torch.Tensor, tuple[slice, ...]], tuple[torch.Tensor, ...]]
@@ -85,12 +85,10 @@ def complete_config(
     return full
 
 
-class SegmentationNetwork(nn.Module):
-    """Base class. `forward(x)` takes (N, C, D, H, W) of any size and returns a `NetworkOutput`.
+class Network(nn.Module):
+    """What the trainer knows of a network, whatever it gives.
 
-    forward(x, reduce): the logits are made box by box and never as a whole; reduce(logits, where) turns those of a box
-    (indices into N, K, D, H, W) into sums over its voxels, and the output has the sums over the volume instead.
-    config: complete, as `complete_config` gives it.
+    config: complete, so that it describes the same network when defaults have changed.
     engine: the memory strategy used when gradients are wanted; may be changed at any time.
     engines: the strategies that this network has.
     memory: how far the reversible engine goes (see `reversible.SETTINGS`); may be changed at any time.
@@ -109,14 +107,9 @@ class SegmentationNetwork(nn.Module):
                 hint="Leave network.inplace_norm out, or choose compact_fcn, unet3d or no_new_net.",
             )
         self.config = config
-        self.memory = memory
-        strides = config.strides
-        self.divisor: Triple = tuple(math.prod(s[axis] for s in strides) for axis in range(3))  # type: ignore[assignment]
         if memory not in SETTINGS:
             raise InvresError(f"There is no memory setting {memory!r}; the settings are {', '.join(SETTINGS)}.")
-        self.vae: VAEBranch | None = None
-        if config.vae is not None:
-            self.vae = VAEBranch(config.vae, self.bottom_width(config), config.in_channels, strides)
+        self.memory = memory
         self.engine = engine
 
     @property
@@ -132,12 +125,33 @@ class SegmentationNetwork(nn.Module):
             )
         self._engine = name
 
-    def forward(self, x: torch.Tensor, reduce: Reduce | None = None) -> NetworkOutput:
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raises InvresError unless x is (N, C, D, H, W) with the network's channels."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise InvresError(
                 f"The network takes (N, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}.",
                 hint="Give one volume for each of its channels.",
             )
+
+
+class SegmentationNetwork(Network):
+    """Base class. `forward(x)` takes (N, C, D, H, W) of any size and returns a `NetworkOutput`.
+
+    forward(x, reduce): the logits are made box by box and never as a whole; reduce(logits, where) turns those of a box
+    (indices into N, K, D, H, W) into sums over its voxels, and the output has the sums over the volume instead.
+    config: complete, as `complete_config` gives it.
+    """
+
+    def __init__(self, config: NetworkConfig, engine: str, memory: str = "low"):
+        super().__init__(config, engine, memory)
+        strides = config.strides
+        self.divisor: Triple = tuple(math.prod(s[axis] for s in strides) for axis in range(3))  # type: ignore[assignment]
+        self.vae: VAEBranch | None = None
+        if config.vae is not None:
+            self.vae = VAEBranch(config.vae, self.bottom_width(config), config.in_channels, strides)
+
+    def forward(self, x: torch.Tensor, reduce: Reduce | None = None) -> NetworkOutput:
+        self.check_input(x)
         size = x.shape[2:]
         alone = self.config.norm == "batch" and self.training and x.shape[0] == 1
         if (alone or self.config.norm == "instance") and all(n <= d for n, d in zip(size, self.divisor, strict=True)):

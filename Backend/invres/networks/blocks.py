@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -88,10 +91,17 @@ class ConvUnit(nn.Module):
 
 
 class CouplingFunction(nn.Sequential):
-    """N1 or N2 of equation 1: `config.convolutions` units of constant width. Need not be invertible itself."""
+    """N1 or N2 of equation 1: units of constant width. Need not be invertible itself.
 
-    def __init__(self, channels: int, config: NetworkConfig):
-        super().__init__(*(ConvUnit(channels, channels, config) for _ in range(config.convolutions)))
+    kernels: of the units; None is `config.kernel`, `config.convolutions` times.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig, kernels: Sequence[int] | None = None):
+        if kernels is None:
+            kernels = (config.kernel,) * config.convolutions
+        super().__init__(
+            *(ConvUnit(channels, channels, dataclasses.replace(config, kernel=kernel)) for kernel in kernels)
+        )
 
     def units(self) -> list[Unit] | None:
         """The units for the engine's own gradient, or None if it has none for one of them."""

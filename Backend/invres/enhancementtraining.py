@@ -1,0 +1,150 @@
+"""`invres train` for image quality transfer: from scans and a recipe to a model package in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import InvresError
+from .checkpoint import CHECKPOINT
+from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe, to_dict
+from .diffusion import COMPONENTS
+from .events import SILENT, Reporter
+from .imagepairs import PatchPairs, PatchScores, choose_centres, plan_of, prepare_pairs
+from .manifest import PATCHES
+from .memory import predict_enhancement
+from .modelpackage import ModelPackage, save_package
+from .networks import BORDER, build_enhancer
+from .objectives import Enhancement
+from .prediction import choose_device
+from .scans import ScanFiles
+from .trainer import METRICS, StopRequest, Trainer
+from .training import (
+    MODEL,
+    TrainOptions,
+    WithCurves,
+    announce_memory,
+    differences,
+    run_folder,
+    started_run,
+    training_summary,
+    write_run,
+)
+from .volume import read_geometry
+
+__all__ = ["train_enhancer"]
+
+
+def train_enhancer(
+    scans: Sequence[ScanFiles],
+    recipe: Recipe,
+    output: Path,
+    options: TrainOptions,
+    report: Reporter = SILENT,
+    stop: StopRequest | None = None,
+) -> ModelPackage:
+    """Trains `recipe`, which has `enhancement`, on the scans: in a run folder and by the loop of `training.train`.
+
+    The published way (Blumberg et al. 2018, section 3): patches around random voxels of the brain, a share of all
+    patches held out to choose the best epoch. Patches overlap, and those held out come from the same scans: their error
+    says which epoch was best, not how the model does on other subjects (`invres evaluate --model` does).
+    Raises InvresError as `training.train`; Cancelled after a stop was requested (everything is saved).
+    """
+    settings = recipe.enhancement
+    if settings is None:
+        raise InvresError(f"The recipe {recipe.name} segments images.", hint="Give one with the key enhancement.")
+    run_folder(output, options.resume)
+    device = choose_device(options.device)
+    names = tuple(scan.name for scan in scans)
+    channels = 6 if settings.kind == "tensor" else 1
+    network = dataclasses.replace(recipe.network, in_channels=channels, out_channels=channels)
+    recipe = dataclasses.replace(recipe, network=network)
+    if options.resume:
+        recipe = _resumed(output, recipe, names, report)
+        settings = recipe.enhancement
+        assert settings is not None  # `_resumed` has looked
+    config = recipe.training
+    if min(config.patch) <= 2 * BORDER:
+        raise InvresError(
+            f"training.patch must be {2 * BORDER + 1} voxels or more, got {list(config.patch)}.",
+            hint="The published patch is 11x11x11.",
+        )
+    torch.manual_seed(config.seed)
+    net = build_enhancer(recipe.network, config.engine, config.memory).to(device)
+    predicted = predict_enhancement(
+        recipe.network, config.patch, config.batch_size, net.engine, config.precision, config.memory
+    )
+    announce_memory(recipe.network.name, net.engine, predicted.peak_bytes, report)
+    factor = net.config.strides[0]
+    stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
+    pairs = prepare_pairs(scans, settings, factor, output / "prepared", report, stopped)
+    plan = plan_of(pairs, settings.kind, settings.largest_b)
+    chosen = choose_centres(pairs, config.patch, settings, config.seed)
+    batches, held_out = (PatchPairs(pairs, part, plan, factor, config, device) for part in chosen)
+    scores = PatchScores(held_out)
+    preparation = _preparation(scans, channels, factor)
+    if not options.resume:
+        write_run(output, recipe, preparation, (names, ()), LabelScheme(), enhancement=plan)
+    reporter = WithCurves(report, output)
+    trainer = Trainer(net, batches, config, output, Enhancement(), scores.validate, reporter, stop)
+    if options.resume and (output / CHECKPOINT).exists():
+        trainer.resume()
+    result = trainer.run()
+    net.load_state_dict(result.weights)
+    count = len(held_out.centres)
+    compared = scores.compared(net.eval())
+    return save_package(
+        output / MODEL,
+        name=recipe.name,
+        network=net.config,
+        state_dict=result.weights,
+        plan=preparation,
+        scheme=LabelScheme(),
+        patch=config.patch,
+        description=recipe.description,
+        training=training_summary(recipe, result, net.engine, len(scans), 0, options.source),
+        metrics={PATCHES: {name: {"mean": value, "sd": None, "n": count} for name, value in compared.items()}},
+        enhancement=plan,
+        licence=options.licence,
+        log=output / METRICS,
+    )
+
+
+def _preparation(scans: Sequence[ScanFiles], channels: int, factor: tuple[int, int, int]) -> PreparationPlan:
+    """Channels, and the median voxel size of the training input; a model takes any other as well."""
+    grids = [read_geometry(scan.image).canonical() for scan in scans]
+    spacing = np.median([grid.spacing_mm for grid in grids], axis=0) * factor
+    plans = tuple(ChannelPlan(name, "DTI") for name in COMPONENTS) if channels == 6 else (ChannelPlan(),)
+    return PreparationPlan(plans, tuple(float(size) for size in spacing), crop_to_nonzero=False)  # type: ignore[arg-type]
+
+
+def _resumed(output: Path, asked: Recipe, names: tuple[str, ...], report: Reporter) -> Recipe:
+    """The recipe as the run was started. `asked` may only lengthen it; other wishes give a warning."""
+    recipe, _, _, (known, _) = started_run(output)
+    if recipe.enhancement is None or recipe.network.name != asked.network.name:
+        raise InvresError(
+            f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
+            hint="Resume with the recipe it was started with, or train in a new folder.",
+        )
+    if known != names:
+        raise InvresError(
+            f"The scans differ from those that the training in {output} was started with.",
+            hint="Resume with the data it was started with.",
+        )
+    training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
+    recipe = dataclasses.replace(recipe, training=training)
+    if other := differences(_plain(recipe), _plain(asked)):
+        report.warning(
+            f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
+        )
+    return recipe
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = to_dict(recipe)
+    return found
