@@ -187,7 +187,8 @@ def _scored(name: str, kind: str, packages: dict[str, ModelPackage], files: Scan
         methods = {"cubic interpolation": ("cubic", "", "")} if number == 0 else {}
         methods[label] = ("network", count, f"{package.manifest.training.seconds:.0f}")
         for shown, (method, parameters, seconds) in methods.items():
-            cells = " | ".join(f"{errors[method][part] * scale:.4g}" for part in ("interior", "exterior", "total"))
+            found_errors = (errors[method][part] for part in ("interior", "exterior", "total"))
+            cells = " | ".join("no voxels" if value is None else f"{value * scale:.4g}" for value in found_errors)
             print(f"| {shown} | {cells} | {parameters} | {seconds} |")
     pictures["truth"] = truth.channels()
     maps = {key: mean_diffusivity(value) if kind == "tensor" else value[0] for key, value in pictures.items()}
@@ -203,7 +204,10 @@ def _draw(row: dict[str, Any], path: Path) -> None:
     high = float(np.percentile(truth[mask], 97))
     wide = truth.shape[2] / truth.shape[1]
     figure = Figure(figsize=(3.2 * wide * 3, 3.5 * 2), dpi=110, facecolor="black", layout="constrained")
-    for axis, (label, values) in zip(figure.subplots(2, 3).ravel(), row["maps"].items(), strict=True):
+    axes = figure.subplots(2, 3).ravel()
+    for axis in axes[len(row["maps"]) :]:
+        axis.set_axis_off()
+    for axis, (label, values) in zip(axes, row["maps"].items(), strict=False):
         axis.imshow(values[place, ::-1, ::-1], cmap="gray", vmin=0, vmax=high, interpolation="nearest")
         axis.set_title(label, color="white", fontsize=10)
         axis.set_axis_off()
