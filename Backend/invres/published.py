@@ -9,6 +9,7 @@ __all__ = [
     "INVRES_2",
     "INVRES_3",
     "INVRES_4",
+    "IQT_4",
     "MBCONV_CLAIMS",
     "PARAMETERS",
     "Column",
@@ -118,4 +119,38 @@ MBCONV_CLAIMS = PublishedTable(
     ),
     rows={"mbconv_unet": (3.0, 1.25, 2.0)},
     names={"mbconv_unet": "reversible / not reversible"},
+)
+
+IQT_4 = PublishedTable(
+    title="Root mean square error on 8 test subjects, by network and number of training subjects",
+    source="Blumberg et al. 2018, figure 4: means",
+    columns=(
+        Column("RMSE interior", "RMSE", "interior"),
+        Column("RMSE exterior", "RMSE", "exterior"),
+        Column("RMSE total", "RMSE", "total"),
+    ),
+    rows={
+        "espcn-8": (6.33, 14.01, 9.72),
+        "espcn-best-8": (6.29, 13.82, 9.76),
+        "espcn_rn2-8": (5.78, 13.17, 9.06),
+        "espcn_rn4-8": (5.71, 12.84, 8.86),
+        "espcn_rn6-8": (7.33, 13.03, 9.76),
+        "espcn_rn8-8": (9.54, 12.78, 11.08),
+        "espcn-16": (6.12, 13.42, 9.33),
+        "espcn_rn4-16": (5.51, 12.40, 8.56),
+        "espcn-32": (6.12, 13.42, 9.33),
+        "espcn_rn4-32": (5.58, 12.13, 8.46),
+    },
+    names={
+        "espcn-8": "ESPCN, 8 subjects",
+        "espcn-best-8": "ESPCN-best of Tanno et al. 2017, 8 subjects",
+        "espcn_rn2-8": "ESPCN-RN2, 8 subjects",
+        "espcn_rn4-8": "ESPCN-RN4, 8 subjects",
+        "espcn_rn6-8": "ESPCN-RN6, 8 subjects",
+        "espcn_rn8-8": "ESPCN-RN8, 8 subjects",
+        "espcn-16": "ESPCN, 16 subjects",
+        "espcn_rn4-16": "ESPCN-RN4, 16 subjects",
+        "espcn-32": "ESPCN, 32 subjects",
+        "espcn_rn4-32": "ESPCN-RN4, 32 subjects",
+    },
 )

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from . import InvresError, fixedbudget, invrestables
+from . import InvresError, fixedbudget, furthertables, invrestables
 from .console import parse_bytes, say
 from .events import Reporter, aligned
 from .reproduction import HEADINGS, Request, Table, cells, find_table, tables
@@ -18,7 +18,7 @@ from .reproduction import HEADINGS, Request, Table, cells, find_table, tables
 __all__ = ["reproduce"]
 
 # The modules whose tables there are; importing them is what registers these.
-MODULES = (invrestables, fixedbudget)
+MODULES = (invrestables, fixedbudget, furthertables)
 
 
 def reproduce(options: argparse.Namespace, report: Reporter) -> None:

@@ -136,10 +136,11 @@ ALLOWED = {
     "reproduction": "events",
     "invrestables": "config memory published reproduction",
     "fixedbudget": "config events memory networks published reproduction",
+    "furthertables": "fcn_table iqt_figures published reproduction",
     "console": "events modelpackage",
     "model_commands": "config console events lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
-    "reproduce_command": "benchmark console events fixedbudget invrestables prediction reproduction",
+    "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
     "enhance_command": (
         "config console enhancement enhancementconfig enhancementscores enhancementtraining events files modelpackage "
         "scans trainer training"

@@ -16,7 +16,7 @@ from invres.fixedbudget import Holding, holdings, largest
 from invres.memory import predict_training
 from invres.reproduction import Comparison, Row, cells, find_table, table, tables
 
-TABLES = {"invres-2", "invres-3", "invres-4", "mbconv-claims"}
+TABLES = {"fcn-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}
 TISSUES = {"CSF": 0.81, "GM": 0.72, "WM": 0.63}
 
 
@@ -223,3 +223,38 @@ def test_the_claims_are_ratios_of_what_both_hold(monkeypatch):
         "channels, times": (2.0, 3.0),
     }
     assert claims["depth, times"].remark == "at least" and not claims["volume, times"].remark
+
+
+def test_errors_of_an_enhancing_model_stand_beside_the_papers(tmp_path):
+    errors = {
+        "summary": {"network": {r: {"mean": m} for r, m in (("interior", None), ("exterior", 3e-4), ("total", 2e-4))}}
+    }
+    (tmp_path / "errors.json").write_text(json.dumps(errors), encoding="utf-8")
+    given = ("--metrics", f"espcn_rn4-8={tmp_path / 'errors.json'}")
+    found = invres("reproduce", "iqt-4", *given, "--json").events[-1]
+    ours = {row["figure"]: row["ours"] for row in found["rows"] if row["of"] == "ESPCN-RN4, 8 subjects"}
+    assert ours == {"RMSE interior": None, "RMSE exterior": pytest.approx(0.3), "RMSE total": pytest.approx(0.2)}
+    assert all(row["ours"] is None for row in found["rows"] if row["of"] != "ESPCN-RN4, 8 subjects")
+    evaluated(tmp_path / "other.json", TISSUES.items())
+    outcome = invres("reproduce", "iqt-4", "--metrics", f"espcn-8={tmp_path / 'other.json'}")
+    assert outcome.code == 2 and "model that enhances" in outcome.err
+
+
+def test_the_figure_of_image_quality_transfer_has_memory_and_time_beside_the_papers():
+    rows = invres("reproduce", "iqt-6", "--json").events[-1]["rows"]
+    of_naive = {row["of"]: row for row in rows if row["figure"] == "memory, of naive"}
+    assert of_naive["ESPCN-RN4 Naive"]["ours"] == 1 and of_naive["ESPCN-RN4"]["published"] == pytest.approx(541 / 1091)
+    assert of_naive["ESPCN-RN4"]["ours"] < 0.5, "the paper's saving at the least"
+    assert all(row["ours"] > 0 for row in rows)
+
+
+def test_the_table_of_compact_networks_keeps_what_did_not_fit_empty(monkeypatch):
+    from invres import fcn_table
+
+    whole = fcn_table.compare_table
+    monkeypatch.setattr(fcn_table, "compare_table", lambda report: whole(sizes=("96x96x96",), report=report))
+    rows = find_table("fcn-1").make(reproduction.Request()).rows
+    baseline = [row for row in rows if row.of == "Baseline U-Net"]
+    assert [row.figure for row in baseline] == ["parameters, M", "96x96x96, GB", "96x96x96, of the baseline's"]
+    assert baseline[0].ratio == pytest.approx(1, abs=0.05) and baseline[1].published == 3.7
+    assert [row.published for row in rows if row.of == "fully_invres"] == [None, None, None]
