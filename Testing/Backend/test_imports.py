@@ -24,6 +24,7 @@ ALLOWED = {
     "config": "synthesisconfig",
     "expectation": "config",
     "files": "",
+    "faults": "",
     "probe": "",
     "devices": "",
     "randomness": "",
@@ -90,8 +91,8 @@ ALLOWED = {
     "depth": "config events hollow livebytes networks operations reversible",
     "cube": "config events memory",
     "benchmark": "config events hollow losses memory networks operations peers step",
-    "stopfile": "trainer",
-    "runfolder": "events",
+    "stopfile": "files trainer",
+    "runfolder": "events faults",
     "reduction": "checkpoint config networks",
     "casecomparison": (
         "cases config events inference manifest metrics modelpackage networks prediction preprocessing transfer volume"
@@ -121,7 +122,7 @@ ALLOWED = {
         "labelmaps locating memory model_commands modelpackage networks planning prediction preprocessing stopfile "
         "trainer training tuningmemory tuningplan volume worker"
     ),
-    "cli": "commands config events",
+    "cli": "commands config events faults",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))
