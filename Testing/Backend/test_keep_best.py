@@ -22,7 +22,9 @@ COMPLETE = 4  # steps of a training here
 
 @pytest.fixture(scope="module")
 def base(phantoms, tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("base") / "Phantom", read_dataset(phantoms).scheme, "MR", channels=2)
+    scheme = read_dataset(phantoms).scheme
+    path = tmp_path_factory.mktemp("base") / "Phantom"
+    return saved(path, scheme, "MR", channels=2, spacing_mm=(3.0, 2.0, 2.0))
 
 
 @pytest.fixture(autouse=True)
