@@ -235,8 +235,8 @@ def _finetune(one: argparse.ArgumentParser) -> None:
         "--patience",
         type=int,
         metavar="EPOCHS",
-        help="end after so many without a better Dice (default 20, 0 = never), where some of more than 10 patients "
-        "choose the best epoch; with fewer a training always takes its whole length",
+        help="end after so many without a better Dice (default 20, 0 = never), where some cases choose the best epoch: "
+        "in a run of a single training, on more than 5 patients",
     )
     one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
     one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")

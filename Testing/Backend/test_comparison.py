@@ -252,7 +252,7 @@ def test_a_label_on_another_grid_is_told(one):
 
 def test_the_verb_explains_itself():
     told = " ".join(invres("finetune", "--help").out.split())
-    assert "--check-base" in told and "where some of more than 10 patients choose the best epoch" in told
+    assert "--check-base" in told and "in a run of a single training, on more than 5 patients" in told
 
 
 def test_a_label_that_was_given_up_counts_as_forgotten():
