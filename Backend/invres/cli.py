@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 from . import InvresError, __version__
 from .config import ENGINES, ENHANCEMENT_NETWORKS, MEMORY_SETTINGS, NETWORKS
 from .events import JsonReporter, Reporter, TerminalReporter
+from .faults import fault_of
 
 __all__ = ["main"]
 
@@ -55,50 +55,15 @@ def main(arguments: Sequence[str] | None = None, report: Reporter | None = None)
         options = _parser().parse_args(arguments)
         options.run(options, report)
         return 0
-    except InvresError as error:
-        report.error(error.code, error.message, error.hint)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        if (error.name or "invres").partition(".")[0] == "invres":
-            return _internal(report, error)
-        hint = "Install it (in Slicer: Install in the Setup section of the panel), then try again."
-        report.error("missing_package", f"The package {error.name} is not installed.", hint)
-        return 2
-    except KeyboardInterrupt:
-        report.error("cancelled", "Cancelled.")
-        return 130
-    except MemoryError:
-        report.error("out_of_memory", "Main memory ran out.", "Use a smaller patch or crop the volume.")
-        return 3
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            where = f", {error.filename} could not be written" if error.filename else ""
-            report.error("disk_full", f"The disk is full{where}.", "Free some space and try again.")
-            return 2
-        if error.errno is not None and error.filename is not None:
-            message = f"{error.filename} cannot be used: {(error.strerror or type(error).__name__).lower()}."
-            report.error("bad_input", message, "Check the path and that you may read and write there.")
-            return 2
-        return _internal(report, error)
-    except Exception as error:
-        # By name and text: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
-        if type(error).__name__ == "OutOfMemoryError":
-            report.error("out_of_memory", "The GPU's memory ran out.", "Use a smaller patch, batch size 1 or bf16.")
-            return 3
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-            report.error("out_of_memory", "Main memory ran out.", "Use a smaller patch or crop the volume.")
-            return 3
-        return _internal(report, error)
-
-
-def _internal(report: Reporter, error: BaseException) -> int:
-    traceback.print_exc()
-    hint = "This is a fault in InvResSegment; please report it with the lines above."
-    report.error("internal", f"{type(error).__name__}: {error}", hint)
-    return 1
+    except (Exception, KeyboardInterrupt) as error:
+        fault = fault_of(error)
+        if fault.code == "internal":
+            traceback.print_exc()
+        report.error(fault.code, fault.message, fault.hint)
+        return fault.exit_code
 
 
 def _verb(name: str) -> Callable[[argparse.Namespace, Reporter], None]:
@@ -316,7 +281,11 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
     one.add_argument("--epochs", type=int, help="of each training (default 40, of 25 steps)")
     one.add_argument(
-        "--patience", type=int, metavar="EPOCHS", help="end after so many without a better Dice (default 20, 0 = never)"
+        "--patience",
+        type=int,
+        metavar="EPOCHS",
+        help="end after so many without a better Dice (default 20, 0 = never), where some cases choose the best epoch: "
+        "in a run of a single training, on more than 5 patients",
     )
     one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
     one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")

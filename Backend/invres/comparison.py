@@ -42,16 +42,22 @@ def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
 
 
 def summarise(
-    cases: Sequence[CaseComparison], held_out: bool, scheme: LabelScheme, which: str = "held out from training"
+    cases: Sequence[CaseComparison],
+    held_out: bool,
+    scheme: LabelScheme,
+    which: str = "held out from training",
+    dropped: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that is said of a comparison, as plain JSON values.
 
     `labels`: by name and metric the spread of base and tuned, and of their paired difference with its interval.
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
-    the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen.
-    `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did. `cases`: worst first. `without`: Dice
-    of the tuned model by channel that was left out, mean over labels, beside that of the same cases with it.
+    the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen, neither as a
+    whole nor in a label. `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did.
+    `dropped_labels`: of the base model, which the tuned one no longer has, as given in dropped. `cases`: worst first.
+    `without`: Dice of the tuned model by channel that was left out, mean over labels, beside that of the same cases
+    with it.
     held_out: False where the model was trained on these very cases, which proves nothing. which: cases, in words.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
@@ -70,11 +76,12 @@ def summarise(
         "n_cases": len(cases),
         "n_patients": len({one.patient for one in cases}),
         "verdict": verdict,
-        "promotable": held_out and _promotable(verdict, overall, tuned_dice),
-        "sentence": _sentence(verdict, overall, cases, held_out, worse, which),
+        "promotable": held_out and not worse and not dropped and _promotable(verdict, overall, tuned_dice),
+        "sentence": _sentence(verdict, overall, cases, held_out, which) + _of_labels(worse, dropped),
         "difference": overall,
         "labels": labels,
         "worse_labels": worse,
+        "dropped_labels": list(dropped),
         "without": _without(cases),
         "cases": [
             {**to_dict(one), "difference": one.difference(), "worst_label": _worst_label(one)} for one in ordered
@@ -203,7 +210,6 @@ def _sentence(
     overall: Mapping[str, Any],
     cases: Sequence[CaseComparison],
     held_out: bool,
-    worse: Sequence[str],
     which: str,
 ) -> str:
     if not cases:
@@ -224,8 +230,12 @@ def _sentence(
     if not held_out:
         return f"{change}, which proves nothing about other cases: {NOT_ENOUGH}."
     words = {"as good": "as good as before", NOT_ENOUGH: NOT_ENOUGH}
-    told = f"{change}: {words.get(verdict, f'{verdict} than before')}."
-    return f"{told} Labels that got worse: {', '.join(worse)}." if worse else told
+    return f"{change}: {words.get(verdict, f'{verdict} than before')}."
+
+
+def _of_labels(worse: Sequence[str], dropped: Sequence[str]) -> str:
+    told = f" Labels that got worse: {', '.join(worse)}." if worse else ""
+    return told + (f" Labels of the base model that it no longer has: {', '.join(dropped)}." if dropped else "")
 
 
 def _worst_label(one: CaseComparison) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from . import InvresError
+from . import Cancelled, InvresError
 from .cases import SPLITS, Case, Dataset, read_splits
-from .config import CropPlan
+from .config import CropPlan, to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
 from .inference import is_crop
@@ -22,20 +24,44 @@ from .volume import Volume, write_volume
 __all__ = ["cropped"]
 
 
-def cropped(dataset: Dataset, crop: CropPlan, folder: Path, report: Reporter = SILENT) -> Dataset:
+KNOWN = "crops.json"
+
+
+def cropped(
+    dataset: Dataset,
+    crop: CropPlan,
+    folder: Path,
+    report: Reporter = SILENT,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Dataset:
     """The data set with every labelled case that shows more than a crop replaced by crops around its labels.
 
-    Their files are written into `folder`, once: a run that goes on finds them there. They keep the patient, and are
-    called NAME-1, NAME-2 from left to right, also in the split that lies with the data set. A case that cannot be
+    Their files are written into `folder`, once: a run that goes on finds them there, and reads no image
+    again of a case whose files are as they were. They keep the patient, and are called NAME-1, NAME-2 from left to
+    right, also in the split that lies with the data set. A case that cannot be
     read, or has no labelled voxel, stays as it is.
+    Raises InvresError where the disk refuses; Cancelled between two cases once `stopped` says so.
     """
     replaced: dict[str, list[Case]] = {}
-    for case in dataset.cases:
-        try:
-            if parts := _parts(dataset, case, crop, folder):
-                replaced[case.name] = parts
-        except (InvresError, OSError):
-            continue  # whoever prepares the case says what is wrong with it
+    known = _Known(folder / KNOWN)
+    report.progress("prepare.cases", 0, len(dataset.cases))
+    for count, case in enumerate(dataset.cases, start=1):
+        if stopped():
+            raise Cancelled("Stopped while the cases were cropped.", hint="Give the same command again to go on.")
+        stamp = _stamp(dataset, case, crop)
+        parts = known.parts(case, stamp)
+        if parts is None:
+            try:
+                parts = _parts(dataset, case, crop, folder)
+            except (InvresError, OSError, RuntimeError, ValueError, MemoryError) as error:
+                if isinstance(error, InvresError) and error.code == "write_failed":
+                    raise
+                parts = []  # whoever prepares the case says what is wrong with it
+            else:
+                known.add(case, stamp, parts)
+        if parts:
+            replaced[case.name] = parts
+        report.progress("prepare.cases", count, len(dataset.cases))
     if not replaced:
         return dataset
     named = f"{', '.join([*replaced][:5])}{' and more' if len(replaced) > 5 else ''}"
@@ -45,6 +71,60 @@ def cropped(dataset: Dataset, crop: CropPlan, folder: Path, report: Reporter = S
         root = _split_again(dataset, {name: [part.name for part in parts] for name, parts in replaced.items()}, folder)
     cases = [part for case in dataset.cases for part in replaced.get(case.name, [case])]
     return dataclasses.replace(dataset, cases=tuple(cases), channels_in_one_file=False, root=root)
+
+
+class _Known:
+    """Which crops were made of which files, on disk. It is only ever a saving of time: what is odd in it counts not."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = {}
+        self._entries: dict[str, Any] = content if isinstance(content, dict) else {}
+
+    def parts(self, case: Case, stamp: str) -> list[Case] | None:
+        """The crops of a case whose files are as they were, [] where it stays as it is; None where it is not known."""
+        folder, found = self._path.parent, []
+        try:
+            entry = self._entries[case.name]
+            if entry["stamp"] != stamp:
+                return None
+            for name, images, label in entry["parts"]:
+                files = [None if image is None else folder / image for image in images]
+                if not all(file.is_file() for file in (*files, folder / label) if file is not None):
+                    return None
+                found.append(Case(name, tuple(files), folder / label, case.patient))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return found
+
+    def add(self, case: Case, stamp: str, parts: Sequence[Case]) -> None:
+        """Keeps what was made of a case. Raises InvresError where the disk refuses."""
+        named = [
+            (part.name, [None if image is None else image.name for image in part.images], part.label.name)
+            for part in parts
+            if part.label is not None
+        ]
+        self._entries[case.name] = {"stamp": stamp, "parts": named}
+        try:
+            with written_whole(self._path) as temporary:
+                temporary.write_text(json.dumps(self._entries), encoding="utf-8")
+        except OSError as error:
+            raise InvresError(
+                f"{self._path} cannot be written: {error.strerror or error}.",
+                hint="Free some space and go on with --resume.",
+                code="write_failed",
+            ) from None
+
+
+def _stamp(dataset: Dataset, case: Case, crop: CropPlan) -> str:
+    """What changes with the files, the crop and the labels."""
+    files = [path for path in (*case.images, case.label) if path is not None and path.exists()]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = json.dumps([stamps, to_dict(crop), to_dict(dataset.scheme)])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _split_again(dataset: Dataset, names: dict[str, list[str]], folder: Path) -> Path:

@@ -57,11 +57,12 @@ def check_dataset(dataset: Dataset, report: Reporter = SILENT) -> list[Finding]:
     broken = {finding.case for finding in findings if finding.code not in ("duplicate_name", "missing_channel")}
     spacings: dict[str, tuple[float, float, float]] = {}
     digests: dict[str, str] = {}
+    labelled: dict[str, set[int]] = {}
     report.progress("check.cases", 0, len(dataset.cases))
     for index, case in enumerate(dataset.cases):
         if case.name not in broken:
             try:
-                findings += _check_case(dataset, case, spacings, digests)
+                findings += _check_case(dataset, case, spacings, digests, labelled)
             # One broken file must not hide the other cases: InvresError, and what readers throw for damaged data.
             except (InvresError, OSError, RuntimeError, ValueError, MemoryError) as error:
                 reason = error.message if isinstance(error, InvresError) else f"It cannot be read: {error}."
@@ -71,6 +72,7 @@ def check_dataset(dataset: Dataset, report: Reporter = SILENT) -> list[Finding]:
         report.progress("check.cases", index + 1, len(dataset.cases))
     findings += _spacing_outliers(spacings)
     findings += _duplicates(dataset, digests)
+    findings += _missing_labels(dataset.scheme, labelled)
     findings += _whole_dataset(dataset)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(findings, key=lambda finding: (order[finding.severity], finding.case))
@@ -109,9 +111,15 @@ def _file_finding(case: str, code: str, message: str) -> Finding:
 
 
 def _check_case(
-    dataset: Dataset, case: Case, spacings: dict[str, tuple[float, float, float]], digests: dict[str, str]
+    dataset: Dataset,
+    case: Case,
+    spacings: dict[str, tuple[float, float, float]],
+    digests: dict[str, str],
+    labelled: dict[str, set[int]],
 ) -> Iterator[Finding]:
-    """The findings of one case; notes its spacing and the digest of its voxels for comparison with the others."""
+    """The findings of one case; notes its spacing, the digest of its voxels and the values of its label map for
+    comparison with the others.
+    """
     recorder = Recorder()
     found, label = dataset.load(case, recorder)
     for event in recorder.events:
@@ -150,7 +158,8 @@ def _check_case(
     stored_label = label.geometry
     close = stored.same_as(stored_label, tolerance_mm=LABEL_TOLERANCE_MM)
     label = (Volume(label.array, stored) if close else label).canonical()
-    yield from _check_label_values(case.name, label.array, dataset.scheme)
+    labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
+    yield from _check_label_values(case.name, labelled[case.name], dataset.scheme)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         yield from _check_label_place(case.name, volumes, label.array, modalities)
     else:
@@ -177,8 +186,7 @@ def _check_volume(case: str, channel: str, modality: str, volume: Volume) -> Ite
         )
 
 
-def _check_label_values(case: str, label: np.ndarray, scheme: LabelScheme) -> Iterator[Finding]:
-    found = {int(value) for value in np.unique(label)} - {0}
+def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iterator[Finding]:
     known = {value for entry in scheme.labels for value in entry.values}
     if scheme.ignore_value is not None:
         known.add(scheme.ignore_value)
@@ -302,6 +310,22 @@ def _duplicates(dataset: Dataset, digests: dict[str, str]) -> Iterator[Finding]:
             if leaks
             else "All are used; remove all but one unless that is meant.",
         )
+
+
+def _missing_labels(scheme: LabelScheme, labelled: dict[str, set[int]]) -> Iterator[Finding]:
+    """Cases without a label that others have; those whose label map is empty are told of by `_check_label_values`."""
+    used = [label for label in scheme.labels if any(values & set(label.values) for values in labelled.values())]
+    for case, values in labelled.items():
+        missing = [label.name for label in used if not values & set(label.values)]
+        if values and missing:
+            yield Finding(
+                case,
+                "warning",
+                "missing_label_value",
+                f"{case} has no {', '.join(missing)}, which other cases have; its voxels are learned as background.",
+                "Nothing to do where there is none to be seen; else draw it, give its voxels the value of `ignore`, or "
+                "remove the case.",
+            )
 
 
 def _whole_dataset(dataset: Dataset) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .cropping import cropped
 from .events import SILENT, Reporter
 from .files import written_whole
 from .modelpackage import ModelPackage
-from .parttraining import TRANSFER, PartTrainer
+from .parttraining import NOTHING_TO_KEEP, TRANSFER, PartTrainer
 from .prediction import choose_device
 from .proof import Proof, manifest_metrics, read_reference
 from .runfolder import RecordingReporter, held
@@ -33,6 +34,9 @@ from .tuningplan import RUN, TuningOptions, TuningPlan, merged_scheme, plan_tuni
 __all__ = ["finetune"]
 
 DONE = "done.json"
+OF_MODEL = "model"
+OF_OTHERS = "trainings of the same kind on fewer cases"
+OF_BOTH = "model and trainings of the same kind on other cases"
 SHOWN_TRAINING_CASES = 3  # segmented by both models where no case could be held out
 
 
@@ -75,7 +79,7 @@ def _held(
     device = choose_device(options.device)
     dataset = dataclasses.replace(dataset, scheme=merged_scheme(dataset.scheme, base.manifest.scheme))
     if base.manifest.plan.crop is not None:
-        dataset = cropped(dataset, base.manifest.plan.crop, output / "crops", report)
+        dataset = cropped(dataset, base.manifest.plan.crop, output / "crops", report, lambda: stop.requested)
     started = (output / RUN).exists()
     if started and not options.resume:
         raise InvresError(
@@ -96,9 +100,10 @@ def _held(
     run = _Run(base, dataset, plan, reference, output, options, device, report, stop)
     try:
         result = run.whole()
-    except Cancelled:
-        if isinstance(stop, StopFile):
-            stop.clear(also_keep_best=False)
+    except InvresError as error:
+        if isinstance(stop, StopFile) and (isinstance(error, Cancelled) or error.code == NOTHING_TO_KEEP):
+            # Where there was nothing to keep, a run that goes on would end there again.
+            stop.clear(also_keep_best=error.code == NOTHING_TO_KEEP)
         raise
     if isinstance(stop, StopFile):
         stop.clear()
@@ -141,21 +146,29 @@ class _Run:
         """All trainings, the proof and the package."""
         self.trainer.fit_memory()
         parts = self.trainer.plan.parts
-        scored: list[CaseComparison] = []
-        record: dict[str, Any] = {}
-        last = 0
+        records: list[dict[str, Any]] = []
+        steps: list[int] = []
         for index, part in enumerate(parts):
-            if index and self.stop.finish:
+            self.report.progress("finetune.parts", index, len(parts))
+            ended = bool(index and self.stop.finish)
+            record = None if ended else self._part(index, part, max(steps, default=0))
+            if record is None:
                 self.report.note(f"Ended as asked: {index} of {len(parts)} trainings are done.")
                 break
-            self.report.progress("finetune.parts", index, len(parts))
-            record, last = self._part(index, part), index
-            scored += [from_dict(CaseComparison, entry, DONE) for entry in record["scores"]]
+            records.append(record)
+            steps.append(record["training"]["iterations"])
         self.report.progress("finetune.parts", len(parts), len(parts))
-        return self._prove_and_save(last, record["training"], scored)
+        # The last one has learned from all cases. Of those before it, the one that has learned longest.
+        kept = len(records) - 1
+        if len(records) < len(parts):
+            kept = max(range(len(records)), key=lambda index: (steps[index], index))
+        scored = [from_dict(CaseComparison, entry, DONE) for record in records for entry in record["scores"]]
+        return self._prove_and_save(kept, records[kept]["training"], scored)
 
-    def _part(self, index: int, part: Part) -> dict[str, Any]:
-        """Trains and scores; the record of it is what done.json holds."""
+    def _part(self, index: int, part: Part, rival: int) -> dict[str, Any] | None:
+        """Trains and scores; the record of it is what done.json holds. None where a training of `rival` steps, that is
+        complete, is to be kept rather than this one, which was cut short.
+        """
         folder = self.trainer.folder(index)
         done = folder / DONE
         if done.is_file():
@@ -165,7 +178,10 @@ class _Run:
         report = _Staged(self.report, index + 1, parts)
         without = f"{_count(part.held_out)} held out" if part.held_out else "nothing held out"
         report.note(f"Training {index + 1} of {parts}: {_count(part.train)}, {without}.")
-        result, engine = self.trainer.train(index, part, report)
+        trained = self.trainer.train(index, part, report, rival)
+        if trained is None:
+            return None
+        result, engine = trained
         plan = self.trainer.plan  # it may have changed for want of memory
         tuned = contender_of(self.base.manifest, plan, self.options, result.weights, self.device)
         scores = self.proof.compare(part.held_out, tuned, report)
@@ -182,31 +198,38 @@ class _Run:
             temporary.write_text(json.dumps(record), encoding="utf-8")
         return record
 
-    def _prove_and_save(self, last: int, training: dict[str, Any], scored: list[CaseComparison]) -> dict[str, Any]:
-        """The package of the training `last`, with what the comparisons say of it."""
+    def _prove_and_save(self, kept: int, training: dict[str, Any], scored: list[CaseComparison]) -> dict[str, Any]:
+        """The package of the training `kept`, with what the comparisons say of it."""
         plan, options, manifest = self.trainer.plan, self.options, self.base.manifest
-        part, weights = plan.parts[last], self.trainer.trained_weights(last)
+        part, weights = plan.parts[kept], self.trainer.trained_weights(kept)
         tuned = contender_of(manifest, plan, options, weights, self.device)
         held_out = any(one.held_out for one in plan.parts)
         if not held_out:
             scored = self.proof.compare(part.train[:SHOWN_TRAINING_CASES], tuned, self.report)
-        proof = summarise(scored, held_out, plan.scheme)
-        # The last training has no held-out cases of its own where each was held out from another one.
-        proof["of"] = "model" if part.held_out or not held_out else "trainings of the same kind on fewer cases"
+        proof = summarise(scored, held_out, plan.scheme, dropped=self.trainer.dropped_labels)
+        proof["of"] = _proved(part, [one.case for one in scored]) if held_out else OF_MODEL
         check = self.proof.forgotten(tuned, self.reference, self.report) if self.reference else None
-        promoted = options.promote or (proof["promotable"] and (check is None or check["verdict"] != "worse"))
+        forgotten = check is not None and (check["verdict"] == "worse" or bool(check["worse_labels"]))
+        promoted = options.promote or (proof["promotable"] and not forgotten)
         proof |= {"promoted": promoted, "base_check": check}
         comparison = write_comparison(self.output, proof)
         summary = {**training, "validation_cases": len(scored) if held_out else 0}
         metrics = manifest_metrics(scored) if held_out and scored else {}
         # With one patient in its training cases, as in a training from the start.
         seen = self.trainer.seen(part, [one.confidence for one in scored])
-        log = self.trainer.folder(last) / METRICS
+        log = self.trainer.folder(kept) / METRICS
         package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted, log)
         result = write_result(self.output, manifest, plan, package, proof, comparison, self.output / TRANSFER)
         for index in range(len(plan.parts) - 1):
             (self.trainer.folder(index) / CHECKPOINT).unlink(missing_ok=True)
         return result
+
+
+def _proved(part: Part, scored: Sequence[str]) -> str:
+    """Of what the scores of these held-out cases are, where the model is that of `part`."""
+    if not part.held_out:  # of the last training, where each case was held out from another one
+        return OF_OTHERS
+    return OF_MODEL if set(scored) <= set(part.held_out) else OF_BOTH
 
 
 def _count(names: tuple[str, ...]) -> str:

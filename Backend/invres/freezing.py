@@ -36,4 +36,4 @@ def _in_encoder(name: str, network: SegmentationNetwork) -> bool:
     if words[:2] == ["program", "steps"]:
         # The VAE branch reads the program's state behind the step `tap`: the end of the encoder.
         return bool(int(words[2]) <= network.program.tap)  # type: ignore[union-attr, operator]
-    return words[0] in ("stem", "encoder")
+    return words[0] in ("stem", "down", "encoder")

@@ -153,6 +153,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
         raise InvresError(
             f"The model package {target} cannot be written: {error.strerror or error}.",
             hint="Check free space and the right to write there.",
+            code="write_failed",
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -36,15 +36,17 @@ from .training import announce_memory, validator
 from .transfer import STEMS, Transfer, transfer_weights
 from .tuningplan import TuningPlan, prepare_readable, write_plan
 
-__all__ = ["TRANSFER", "PartTrainer"]
+__all__ = ["NOTHING_TO_KEEP", "TRANSFER", "PartTrainer"]
 
 TRANSFER = "transfer.json"
+NOTHING_TO_KEEP = "nothing_to_keep"
 
 
 class PartTrainer:
     """Trains the parts of one run, in the folder `output`.
 
     plan: as it is by now; what is given up for want of memory is recorded in it and in run.json.
+    dropped_labels: of the base model, which the tuned one no longer has; known after `fit_memory`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PartTrainer:
         stop: StopRequest,
     ):
         self.plan = plan
+        self.dropped_labels: tuple[str, ...] = ()
         self._base, self._dataset, self._output = base, dataset, output
         self._device, self._report, self._stop = device, report, stop
         self._base_weights = base.load_weights()
@@ -69,6 +72,7 @@ class PartTrainer:
     def fit_memory(self) -> None:
         """Says what is taken over and what a step will need; on a card, gives up what does not fit before it fails."""
         network, transfer = self._begun()
+        self.dropped_labels = tuple(transfer.to_json()["labels"]["dropped"])
         with written_whole(self._output / TRANSFER) as temporary:
             temporary.write_text(json.dumps(transfer.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
         self._report.note(transfer.sentence())
@@ -83,17 +87,22 @@ class PartTrainer:
             network, _ = self._begun()
         announce_memory(plan.network.name, network.engine, predicted, self._report)
 
-    def train(self, index: int, part: Part, report: Reporter) -> tuple[TrainingResult, str]:
+    def train(self, index: int, part: Part, report: Reporter, rival: int = 0) -> tuple[TrainingResult, str] | None:
         """Trains a part, or goes on with it. The result, and the engine that it was trained under.
 
-        Raises InvresError where it was ended before its first step or its end cannot be saved; OutOfMemory where there
-        is nothing left to give up.
+        rival: steps of a training that is complete. None where this one was ended as asked before it had as many: then
+        the other is the one to keep.
+        Raises InvresError where it was ended before its first step and there is no other, code `nothing_to_keep`, or
+        where its end cannot be saved; OutOfMemory where there is nothing left to give up.
         """
         result, engine = self._trained(index, part, report)
+        if result.cut_short and result.iterations < rival:
+            return None
         if not result.iterations:
             raise InvresError(
                 "The training was ended before its first step, so there is nothing to keep.",
                 hint="Go on with --resume.",
+                code=NOTHING_TO_KEEP,
             )
         if load_checkpoint(self.folder(index))["iteration"] != result.iterations:
             raise InvresError(
@@ -105,6 +114,8 @@ class PartTrainer:
 
     def trained_weights(self, index: int) -> dict[str, torch.Tensor]:
         """Of a part that is done: the best ones, or the last where nothing chose."""
+        # Memory may have run out since, in a training that was not kept.
+        adapt_checkpoint(self.folder(index), self._begun()[0])
         state = load_checkpoint(self.folder(index))
         return state["best_weights"] or state["weights"]
 
@@ -194,6 +205,7 @@ class PartTrainer:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)  # what is told from now on is of what goes on
         network, _ = self._begun()
         found = lighter(network, self.plan.training)
         if found is None:

@@ -69,7 +69,7 @@ class Proof:
         names = [case.name for case in reference.labelled_cases]
         found = self.compare(names, tuned, report, reference)
         check = summarise(found, True, reference.scheme, "of the base model's own kind")
-        if check["verdict"] == "worse":
+        if check["verdict"] == "worse" or check["worse_labels"]:
             report.warning(f"The tuned model has forgotten something of the base model's task: {check['sentence']}")
         return check
 

@@ -14,8 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from . import InvresError
 from .events import Reporter
+from .faults import fault_of
 
 __all__ = ["EVENTS", "RecordingReporter", "held"]
 
@@ -32,24 +35,32 @@ _BEYOND = 1024
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder`; the system lets go of it when this one ends, however it ends.
 
-    What a killed process left half-written in it, or in a folder in it, is removed first.
+    What a killed process left half-written in it, or in a folder in it, is removed first. The lock's file has the
+    number of the process and, on a line of its own, when it began (seconds since 1970): a number may be given again.
+    It is empty once nobody is at work any more, unless that one was killed.
     Raises InvresError where another process has it.
     """
-    with open(folder / _LOCK, "a+", encoding="ascii") as stream:
+    with open(folder / _LOCK, "a+", encoding="ascii", newline="\n") as stream:
         if not _locked(stream):
             stream.seek(0)
-            number = stream.read().strip()
+            number = (stream.read().split() or [""])[0]
             raise InvresError(
                 f"Another process{f' ({number})' if number.isdigit() else ''} is at work in {folder}.",
                 hint="Wait for it, or stop it, before this run is resumed.",
                 code="in_use",
             )
         _sweep(folder)
-        with contextlib.suppress(OSError):  # a full disk: only the number is missing then
+        with contextlib.suppress(OSError, psutil.Error):  # a full disk: only what is told here is missing then
             stream.truncate(0)
-            stream.write(str(os.getpid()))
+            stream.write(f"{os.getpid()}\n")
             stream.flush()
-        yield
+            stream.write(f"{psutil.Process().create_time():.2f}\n")
+            stream.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                stream.truncate(0)
 
 
 class RecordingReporter(Reporter):
@@ -82,11 +93,10 @@ class RecordingReporter(Reporter):
 
     def ended(self, result: dict[str, Any] | BaseException) -> None:
         """Records how it ended; whoever called tells it to the reporter."""
-        if isinstance(result, InvresError):
-            event = {"event": "error", "code": result.code, "message": result.message, "hint": result.hint}
-        elif isinstance(result, BaseException):
-            code = "cancelled" if isinstance(result, KeyboardInterrupt) else "internal"
-            event = {"event": "error", "code": code, "message": f"{type(result).__name__}: {result}", "hint": ""}
+        if isinstance(result, BaseException):
+            fault = fault_of(result)
+            hint = "" if fault.code == "internal" else fault.hint  # which speaks of lines in a terminal
+            event = {"event": "error", "code": fault.code, "message": fault.message, "hint": hint}
         else:
             event = {"event": "result", **result}
         self._append(event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from .files import written_whole
 from .trainer import StopRequest
 
 __all__ = ["KEEP_BEST", "STOP", "StopFile"]
@@ -17,12 +18,13 @@ class StopFile(StopRequest):
     """As SIGINT or SIGTERM, and as what the file `stop` in the run's folder says, which is looked at in each step.
 
     "stop" in it: save and stop, to be resumed later. "keep-best": end now, with the best weights so far, and do what
-    follows a training. Anything else, as of a file half written, is not heeded.
+    follows a training. Anything else, as of a file half written, is not heeded. That the best is to be kept stays so
+    once it was heeded, through any stop, until `clear` is told that it is done.
     """
 
     def __init__(self, folder: Path):
         self._file = folder / STOP
-        self._asked = False
+        self._asked = self._ending = False
         super().__init__()
 
     @property
@@ -35,17 +37,22 @@ class StopFile(StopRequest):
 
     @property
     def finish(self) -> bool:
-        return self._text() == KEEP_BEST
+        self._ending = self._ending or self._text() == KEEP_BEST
+        return self._ending
 
     @finish.setter
     def finish(self, value: bool) -> None:
         """Only a file says so."""
 
     def clear(self, also_keep_best: bool = True) -> None:
-        """Removes the file, once what it asks for is done."""
-        if also_keep_best or not self.finish:
-            with suppress(OSError):
+        """Removes the file, once what it asks for is done; without `also_keep_best` it goes on asking for that."""
+        with suppress(OSError):
+            if also_keep_best or not self.finish:
+                self._ending = False
                 self._file.unlink(missing_ok=True)
+            elif self._text() != KEEP_BEST:  # a stop was asked for since
+                with written_whole(self._file) as temporary:
+                    temporary.write_text(KEEP_BEST, encoding="utf-8")
 
     def _text(self) -> str | None:
         try:

@@ -30,7 +30,7 @@ from .step import make_optimizer
 __all__ = ["StopRequest", "Trainer", "TrainingResult", "Validation", "learning_rate_factor"]
 
 METRICS = "metrics.jsonl"
-MEASURED_STEPS = 2  # the second already has the optimizer's state
+MEASURED_STEPS = 2  # after each start: the second already has the optimizer's state
 
 Validation = Callable[[Any], dict[str, float]]
 
@@ -77,7 +77,11 @@ def learning_rate_factor(config: TrainingConfig, iteration: int, progress: float
 
 @dataclass
 class TrainingResult:
-    """weights: of the epoch with the best score in validation (of the last epoch where nothing was validated)."""
+    """weights: of the epoch with the best score in validation (of the last epoch where nothing was validated).
+
+    peak_bytes: live tensor bytes of a step, as it was trained last. cut_short: ended as asked (`StopRequest.finish`)
+    before its steps, its time or its patience were over.
+    """
 
     weights: dict[str, torch.Tensor]
     best_score: float | None
@@ -87,6 +91,7 @@ class TrainingResult:
     seconds: float
     peak_bytes: int
     stopped_early: bool = False
+    cut_short: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -131,6 +136,7 @@ class Trainer:
         self.iteration = 0
         self.elapsed_s = 0.0
         self.peak_bytes = 0
+        self._unmeasured = MEASURED_STEPS  # steps that are still to be measured
         self.history: list[dict[str, Any]] = []
         self.epoch_losses: list[list[float]] = []
         self.best_score: float | None = None
@@ -216,6 +222,7 @@ class Trainer:
                 )
             if time.monotonic() - self._saved > config.checkpoint_every_s:
                 self.save()
+        cut_short = self.iteration < total and not early and not self._time_is_over()
         if self.epoch_losses:
             self._end_epoch()
         self.save()
@@ -228,6 +235,7 @@ class Trainer:
             seconds=self._elapsed(),
             peak_bytes=self.peak_bytes,
             stopped_early=early,
+            cut_short=cut_short,
             history=self.history,
         )
 
@@ -246,8 +254,7 @@ class Trainer:
             losses = self.objective.step(self.network, self.optimizer, image, target, config, self.scaler)
             return [float("nan") if part is None else float(part) for part in losses]
 
-        # `iteration` counts steps of the whole training: a resumed one does not measure again.
-        values = self._measured(step, [image, target]) if self.iteration < MEASURED_STEPS else step()
+        values = self._measured(step, [image, target]) if self._unmeasured else step()
         self.guard.after()
         self.epoch_losses.append(values)
         self.iteration += 1
@@ -269,13 +276,18 @@ class Trainer:
         probe.watch([*batch, *self.network.parameters(), *self.network.buffers(), *held])
         with probe:
             values = step()
-        self.peak_bytes = max(self.peak_bytes, probe.peak)
-        if self.iteration == MEASURED_STEPS - 1:
-            event: dict[str, Any] = {"event": "memory", "measured_bytes": self.peak_bytes}
-            if self.device.type == "cuda":
-                event["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            self.report.emit(event)
+        # What was measured before this start may have been with another engine, batch or patch.
+        self.peak_bytes = probe.peak if self._unmeasured == MEASURED_STEPS else max(self.peak_bytes, probe.peak)
+        self._unmeasured -= 1
+        if not self._unmeasured:
+            self._report_memory()
         return values
+
+    def _report_memory(self) -> None:
+        event: dict[str, Any] = {"event": "memory", "measured_bytes": self.peak_bytes}
+        if self.device.type == "cuda":
+            event["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self.report.emit(event)
 
     def _end_epoch(self) -> None:
         epoch = len(self.history) + 1
@@ -301,6 +313,8 @@ class Trainer:
         self.history.append(entry)
         self._write_metrics()
         self.report.emit({"event": "epoch", **entry})
+        if not self._unmeasured:
+            self._report_memory()
 
     def _is_better(self, score: float) -> bool:
         if self.best_score is None or not math.isfinite(score):
@@ -320,7 +334,10 @@ class Trainer:
 
     def _must_end(self) -> bool:
         """The time budget is spent, or the end was asked for."""
-        return self.stop.finish or 0 < self.config.time_s <= self._elapsed()
+        return self.stop.finish or self._time_is_over()
+
+    def _time_is_over(self) -> bool:
+        return 0 < self.config.time_s <= self._elapsed()
 
     def _write_metrics(self) -> None:
         """All epochs so far, one JSON object a line; written anew so that a resumed run has no line twice."""

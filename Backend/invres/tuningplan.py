@@ -287,7 +287,7 @@ def prepare_readable(
         try:
             cases += prepare_cases(dataset, [name], plan, folder, counted)
         # One broken file must not cost the other cases: InvresError, and what readers throw for damaged data.
-        except (InvresError, RuntimeError, ValueError) as error:
+        except (InvresError, RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, InvresError) and error.code == "write_failed":
                 raise
             skipped.append(_skip(name, error, report))
@@ -359,7 +359,7 @@ def _readable(dataset: Dataset, report: Reporter) -> tuple[Dataset, list[Skipped
     for case in dataset.cases:
         try:
             dataset.load(case)
-        except (InvresError, OSError, RuntimeError, ValueError) as error:
+        except (InvresError, OSError, RuntimeError, ValueError, MemoryError) as error:
             skipped.append(_skip(case.name, error, report))
         else:
             good.append(case)
@@ -376,7 +376,12 @@ def _prepared(
 
 
 def _skip(case: str, error: Exception, report: Reporter) -> SkippedCase:
-    reason = error.message if isinstance(error, InvresError) else f"It cannot be read: {error}."
+    if isinstance(error, InvresError):
+        reason = error.message
+    elif isinstance(error, MemoryError):
+        reason = "To prepare it takes more main memory than there is."
+    else:
+        reason = f"It cannot be read: {error}."
     report.warning(f"The case {case} is left out: {reason}", case=case)
     return SkippedCase(case, reason)
 

@@ -66,8 +66,9 @@ class FineTuneRun:
     def launch(self, command: list[str], environment: dict[str, str], resume: bool = False) -> None:
         """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
         arguments = [*command, *self.record["arguments"], *(["--resume"] if resume else []), "--json"]
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / STOP_FILE).unlink()
+        # A pause is over; that the best is to be kept has been decided.
+        if _text(self.folder / STOP_FILE) != KEEP_BEST:
+            (self.folder / STOP_FILE).unlink(missing_ok=True)
         flags = [getattr(subprocess, name, 0) for name in ("CREATE_NO_WINDOW", "CREATE_NEW_PROCESS_GROUP")]
         # Not QProcess, whose detached children get no environment and no files in every supported Slicer.
         with open(self.folder / OUTPUT, "wb") as output, open(self.folder / ERRORS, "wb") as errors:
@@ -154,6 +155,13 @@ def secondsPerStep(runsFolder: Path, wanted: dict[str, Any]) -> float | None:
             if steps and seconds and all(record.get(key) == value for key, value in wanted.items()):
                 best = max(best, (str(record.get("created") or ""), seconds / steps))
     return best[1] or None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _tail(path: Path) -> list[str]:

@@ -93,8 +93,16 @@ def test_a_label_that_got_worse_is_named_though_the_mean_got_better():
         for i in range(5)
     ]
     found = summarise(some, True, LABELS)
-    assert found["verdict"] == "better" and found["worse_labels"] == ["lower"]
+    assert found["verdict"] == "better" and found["worse_labels"] == ["lower"] and not found["promotable"]
     assert found["sentence"].endswith("Labels that got worse: lower.")
+
+
+def test_a_better_model_that_has_given_up_labels_is_not_promotable():
+    found = summarise(cases(*[(0.5, 0.7)] * 3), True, LABELS, dropped=("core", "hot"))
+    assert (found["verdict"], found["promotable"], found["dropped_labels"]) == ("better", False, ["core", "hot"])
+    assert found["sentence"].endswith(
+        ": better than before. Labels of the base model that it no longer has: core, hot."
+    )
 
 
 def test_a_new_label_has_scores_but_no_difference_and_does_not_count_in_the_verdict():
@@ -243,7 +251,8 @@ def test_a_label_on_another_grid_is_told(one):
 
 
 def test_the_verb_explains_itself():
-    assert "--check-base" in invres("finetune", "--help").out
+    told = " ".join(invres("finetune", "--help").out.split())
+    assert "--check-base" in told and "in a run of a single training, on more than 5 patients" in told
 
 
 def test_a_label_that_was_given_up_counts_as_forgotten():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 from test_locating import saved
 from tiny_datasets import places, write_dataset
 
-from invres.cases import SPLITS, read_dataset
+from invres import Cancelled, InvresError, cropping
+from invres.cases import SPLITS, Dataset, read_dataset
 from invres.config import CropPlan, Label, LabelScheme
 from invres.cropping import cropped
 from invres.events import Recorder
@@ -64,11 +66,46 @@ def test_each_labelled_place_is_a_case_with_its_voxels_where_they_were(data, tmp
 def test_crops_stay_and_files_are_written_once(data, tmp_path):
     wide = CropPlan(("ball",), largest_mm=(80.0, 80.0, 80.0))
     dataset = read_dataset(data)
-    assert cropped(dataset, wide, tmp_path / "crops") is dataset and not (tmp_path / "crops").exists()
+    assert cropped(dataset, wide, tmp_path / "crops") is dataset
+    assert [path.name for path in (tmp_path / "crops").iterdir()] == ["crops.json"]
     first = cropped(dataset, CROP, tmp_path / "crops")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "crops").iterdir()}
     assert cropped(dataset, CROP, tmp_path / "crops") == first
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "crops").iterdir()}
+
+
+def test_going_on_reads_only_what_has_changed_and_tells_how_far_it_is(data, tmp_path, monkeypatch):
+    first, read, report = cropped(read_dataset(data), CROP, tmp_path / "crops"), [], Recorder()
+    real = Dataset.load
+    monkeypatch.setattr(Dataset, "load", lambda self, case, *rest: read.append(case.name) or real(self, case, *rest))
+    dataset = read_dataset(data)
+    assert cropped(dataset, CROP, tmp_path / "crops", report) == first and read == []
+    progress = [(event["done"], event["total"]) for event in report.events if event["event"] == "progress"]
+    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    os.utime(dataset.cases[0].label, (0, 0))
+    next(iter(first.case("patient01-1").images)).unlink()
+    assert cropped(dataset, CROP, tmp_path / "crops") == first and read == ["patient00", "patient01"]
+    read.clear()
+    (tmp_path / "crops" / "crops.json").write_text('{"patient00": {"stamp": 5}, "patient01": []}', encoding="utf-8")
+    assert cropped(dataset, CROP, tmp_path / "crops") == first and len(read) == 3
+
+
+def test_cropping_stops_between_two_cases(data, tmp_path):
+    asked = iter((False, True))
+    with pytest.raises(Cancelled):
+        cropped(read_dataset(data), CROP, tmp_path / "crops", stopped=lambda: next(asked))
+    known = json.loads((tmp_path / "crops" / "crops.json").read_text(encoding="utf-8"))
+    assert list(known) == ["patient00"]
+
+
+def test_a_full_disk_leaves_no_case_whole_that_was_to_be_cropped(data, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise InvresError(f"{path} could not be written.", code="write_failed")
+
+    monkeypatch.setattr(cropping, "write_volume", full)
+    with pytest.raises(InvresError) as caught:
+        cropped(read_dataset(data), CROP, tmp_path / "crops")
+    assert caught.value.code == "write_failed"
 
 
 def test_the_split_follows(data, tmp_path):

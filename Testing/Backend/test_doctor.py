@@ -210,3 +210,15 @@ def test_the_table_groups_cases_and_fits_a_terminal(build):
     assert "empty0, empty1, empty2, empty3, empty4 and 2 more" in table and "4 more like these" in table
     assert table.index("ERROR") < table.index("WARNING")
     assert table.splitlines()[-1] == "2 errors, 7 warnings."
+
+
+def test_a_label_that_a_case_lacks_and_others_have_is_named(build):
+    only_x = np.zeros(GRID.shape, np.uint8)
+    only_x[3, 3:6, 3] = 1
+    build.add("half", label=only_x)
+    build.add("empty", label=np.zeros(GRID.shape, np.uint8))
+    found = [one for one in check_dataset(build.dataset()) if one.code == "missing_label_value"]
+    assert [(one.case, one.severity) for one in found] == [("half", "warning")]
+    assert found[0].message == "half has no y, which other cases have; its voxels are learned as background."
+    nobody = LabelScheme((Label("x", (1,), 1), Label("z", (3,), 2)))
+    assert not [one for one in check_dataset(build.dataset(nobody)) if one.code == "missing_label_value"]

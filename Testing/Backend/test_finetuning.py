@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import json
-import multiprocessing
+import math
 import os
-import random
-import shutil
 import signal
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import SimpleITK as sitk
 import torch
 from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
 
-from invres import Cancelled, InvresError, OutOfMemory, checkpoint, finetuning, parttraining, proof, trainer
+from invres import Cancelled, InvresError, OutOfMemory, finetuning, parttraining, proof, trainer, tuningplan
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
 from invres.inference import load_network, segment
+from invres.memory import has_room
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
 from invres.networks import build, with_patch
+from invres.preprocessing import make_plan
 from invres.reduction import lighter
-from invres.runfolder import RecordingReporter
+from invres.runfolder import RecordingReporter, held
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
-from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, read_plan
+from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
 
@@ -101,7 +104,8 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert leftovers(run) == []
     (predicted,) = [event["predicted_bytes"] for event in report.events if "predicted_bytes" in event]
     measured = [event["measured_bytes"] for event in report.events if "measured_bytes" in event]
-    assert len(measured) == 4 and all(value == pytest.approx(predicted, rel=0.3) for value in measured)
+    assert len(measured) == 4 + 8, "in the second step of each training, and at the end of each epoch"
+    assert all(value == pytest.approx(predicted, rel=0.3) for value in measured)
     assert not same_weights(folder, base.path)
 
 
@@ -207,6 +211,8 @@ def test_other_labels_and_channels_go_by_name(base, tmp_path):
     }
     assert result["transfer"]["channels"]["averaged"] == ["FLAIR"]
     assert result["verdict"] == "nothing to compare", "the base model cannot run without T2"
+    assert result["dropped_labels"] == ["core"] and not result["promoted"], "whoever promotes it must know"
+    assert result["sentence"].endswith("Labels of the base model that it no longer has: core.")
     images = {c.name: read_dataset(data).cases[0].images[i] for i, c in enumerate(manifest.plan.channels)}
     inputs = [part for name, path in images.items() for part in ("-i", f"{name}={path}")]
     segmented = invres("segment", "-m", result["model"], *inputs, "-o", tmp_path / "s.nii.gz", "--device", "cpu")
@@ -285,8 +291,8 @@ def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, m
     assert result["base_check"]["sentence"].startswith("On 3 cases of the base model's own kind the Dice went from")
     report, found = Recorder(), finetuning.summarise
 
-    def forgotten(cases, *rest):
-        return found(cases, *rest) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
+    def forgotten(cases, *rest, **named):
+        return found(cases, *rest, **named) | ({"verdict": "worse"} if len(cases) == 3 else {"promotable": True})
 
     monkeypatch.setattr(finetuning, "summarise", forgotten)
     monkeypatch.setattr("invres.proof.summarise", forgotten)
@@ -445,33 +451,6 @@ def test_a_stop_file_saves_and_stops_and_resuming_gives_the_same_model(base, pha
     assert same_weights(again["model"], result["model"])
 
 
-@pytest.mark.parametrize(("step", "scored"), [(2, 1), (14, 2)])
-def test_keep_best_ends_now_and_proves_what_is_there(base, phantoms, tmp_path, step, scored):
-    run, report = tmp_path / "run", Recorder()
-    stop = AtStep(run, step, lambda: (run / "stop").write_text("keep-best", encoding="utf-8"))
-    result = tune(base, phantoms, run, report, stop, epochs=5)
-    assert result["training"]["training_cases"] == 2, "the training at hand, not a new one on all cases"
-    proof = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
-    assert proof["n_cases"] == scored and proof["held_out"]
-    assert any("Ended as asked" in message for message in told(report, "note"))
-    assert not (run / "stop").exists() and verify_package(result["model"])
-
-
-def test_half_written_stop_files_are_not_heeded(tmp_path):
-    stop = StopFile(tmp_path)
-    for text in ("", "keep", "st", "\x00"):
-        (tmp_path / "stop").write_text(text, encoding="utf-8")
-        assert not stop.requested and not stop.finish
-    (tmp_path / "stop").write_bytes(b"\xff\xfe")
-    assert not stop.requested and not stop.finish
-    (tmp_path / "stop").write_text("keep-best\n", encoding="utf-8")
-    assert stop.finish and not stop.requested
-    stop.clear(also_keep_best=False)
-    assert stop.finish
-    stop.clear()
-    assert not (tmp_path / "stop").exists()
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals between processes")
 @pytest.mark.slow
 def test_a_signal_saves_and_stops_with_exit_code_130(base, phantoms, tmp_path):
@@ -559,6 +538,55 @@ def test_when_memory_runs_out_the_training_goes_on_with_less_and_says_so(base, p
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["reductions"] == result["reductions"]
 
 
+def test_on_a_card_what_does_not_fit_is_given_up_before_the_first_step(base, phantoms, tmp_path, monkeypatch):
+    """A card with room for one patch of 16 x 16 x 24 and no more, by a forecast that is made up."""
+    dataset, report = read_dataset(phantoms), Recorder()
+    recipe = tiny_recipe(patch=[16, 16, 32], engine="stored")
+    plan = plan_tuning(base.manifest, dataset, tmp_path / "prepared", options(recipe=recipe))
+    cost = {"stored": 4, "reversible": 2}
+
+    def forecast(_, config, engine, __):
+        return SimpleNamespace(peak_bytes=cost[engine] * config.batch_size * math.prod(config.patch))
+
+    monkeypatch.setattr(parttraining, "predict_for", forecast)
+    free = SimpleNamespace(free_bytes=5 * 16 * 16 * 24 // 2)
+    monkeypatch.setattr(parttraining, "device_info", lambda device: free if device.type == "cuda" else None)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    trainer = parttraining.PartTrainer(base, dataset, plan, tmp_path, torch.device("cuda"), report, StopFile(tmp_path))
+    trainer.fit_memory()
+    found = trainer.plan.training
+    assert (found.engine, found.batch_size, found.memory) == ("reversible", 1, "lower") and found.patch[2] < 32
+    assert has_room(forecast(0, found, found.engine, 0).peak_bytes, free.free_bytes)
+    assert len(trainer.plan.reductions) == 4 == len(told(report))
+    assert all("more than the card has free" in message for message in told(report))
+    on_disk = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert on_disk["reductions"] == list(trainer.plan.reductions)
+    (memory,) = [event for event in report.events if event["event"] == "memory"]
+    assert memory["predicted_bytes"] == forecast(0, found, found.engine, 0).peak_bytes
+
+
+def test_a_case_too_large_to_prepare_is_skipped(phantoms, tmp_path, monkeypatch):
+    real, report = tuningplan.prepare_cases, Recorder()
+
+    def prepare(dataset, names, *rest):
+        if names == ["patient01"]:
+            raise MemoryError
+        return real(dataset, names, *rest)
+
+    monkeypatch.setattr(tuningplan, "prepare_cases", prepare)
+    dataset = read_dataset(phantoms)
+    plan = make_plan(dataset, dataset.cases, (3.0, 3.0, 3.0))
+    cases, skipped = prepare_readable(dataset, [case.name for case in dataset.cases], plan, tmp_path, report)
+    assert [case.name for case in cases] == ["patient00", "patient02"]
+    assert [(one.case, one.reason) for one in skipped] == [
+        ("patient01", "To prepare it takes more main memory than there is.")
+    ]
+    assert told(report) == [
+        "The case patient01 is left out: To prepare it takes more main memory than there is.",
+    ]
+
+
 def test_when_nothing_is_left_to_give_up_it_is_told(base, phantoms, tmp_path, monkeypatch):
     def step(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
@@ -594,77 +622,32 @@ def test_a_full_disk_loses_nothing_and_is_told(base, phantoms, tuned, tmp_path):
     assert same_weights(again["model"], result["model"]) and leftovers(run) == []
 
 
-# --- kill -9 -------------------------------------------------------------------------------------------------------
+def test_a_disk_that_is_full_behind_the_training_is_told_as_that_and_loses_nothing(base, tmp_path, monkeypatch):
+    """While comparing, while packing, and when the result is written: one after the other in one run."""
+    data, run = write_dataset(tmp_path / "data", cases=1), tmp_path / "run"
+    whole = tune(base, data, tmp_path / "whole")
+    full, renaming = set(), {name: getattr(os, name) for name in ("replace", "rename")}
 
-KILLS = 31
-AT_MOST_S = 150  # where other programs use the machine too; else about 50
-LONG = {"epochs": 3, "iterations_per_epoch": 4, "checkpoint_every_s": 0.0}
+    def renamed(how, source, target):
+        if os.path.basename(target) in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        renaming[how](source, target)
 
-
-def _one_life(base_path, data, run, place):
-    """A run in a process of its own; with a place it kills itself in the middle of writing that many checkpoints on."""
-    torch.set_num_threads(1)
-    written, save = [0], checkpoint.torch.save
-
-    def half_saved(state, stream):
-        written[0] += 1
-        if written[0] == place:
-            stream.write(b"half of a checkpoint" * 500)
-            stream.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(state, stream)
-
-    checkpoint.torch.save = half_saved
-    # What takes seconds in each life and writes nothing that is resumed from.
-    parttraining.draw_curves = lambda folder: None
-    parttraining.predict_training = lambda *_: SimpleNamespace(peak_bytes=0)
-    chosen = options(resume=True, **LONG)
-    finetune(open_package(base_path), read_dataset(data, checked=False), run, chosen)
+    for how in renaming:
+        monkeypatch.setattr(os, how, functools.partial(renamed, how))
+    for name in ("patient00_tuned.seg.nrrd", "comparison.json", "candidate", "result.json"):
+        full.clear()
+        full.add(name)
+        with pytest.raises((InvresError, OSError)):
+            tune(base, data, run, resume=True)
+        last = json.loads((run / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        assert last["event"] == "error" and last["code"] in ("write_failed", "disk_full"), name
+        assert "space" in last["hint"] and not (run / "result.json").exists() and leftovers(run) == []
+    full.clear()
+    assert same_weights(tune(base, data, run, resume=True)["model"], whole["model"])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
-@pytest.mark.slow
-def test_thirty_kills_at_random_moments_end_with_the_very_weights_of_an_undisturbed_run(base, tmp_path):
-    data = write_dataset(tmp_path / "data", cases=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = tune(base, data, tmp_path / "whole", **LONG)
-    finally:
-        torch.set_num_threads(threads)
-    # Forked from a process that has imported all this but computed nothing: a life costs no import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["invres.finetuning"])
-    moments, run = random.Random(0), tmp_path / "run"
-    started, kills, inside, ends = time.monotonic(), 0, 0, 0
-
-    def live(place, seconds):
-        life = context.Process(target=_one_life, args=(base.path, data, run, place))
-        life.start()
-        life.join(seconds)
-        if life.is_alive():
-            life.kill()
-        life.join()
-        return life.exitcode
-
-    while kills < KILLS and time.monotonic() - started < AT_MOST_S:
-        place = moments.randint(1, 8) if moments.random() < 0.4 else 0
-        code = live(place, 60 if place else moments.uniform(0.1, 1.5))
-        assert code in (0, -signal.SIGKILL)
-        kills += code != 0
-        inside += code != 0 and place > 0
-        if code == 0:  # a whole run went by between the kills: check it and begin the next one
-            ends += 1
-            assert same_weights(json.loads((run / "result.json").read_text())["model"], whole["model"])
-            shutil.rmtree(run)
-    assert kills >= 30 and inside >= 5, f"{kills} kills, {inside} of them inside a checkpoint, {ends} runs ended"
-    assert live(0, 120) == 0
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    assert same_weights(result["model"], whole["model"])
-    assert result["sentence"] == whole["sentence"]
-    one, other = (load_checkpoint(path / "final") for path in (run, tmp_path / "whole"))
-    assert one["iteration"] == other["iteration"] == 12
-    assert leftovers(run) == []
+# --- ended, but not recorded -----------------------------------------------------------------------------------------
 
 
 def test_an_ended_training_that_was_not_recorded_does_not_go_on(base, phantoms, tmp_path):
@@ -704,6 +687,20 @@ def test_two_processes_never_work_in_one_folder(base, phantoms, tuned, tmp_path)
     result = tune(base, phantoms, run, stop=AtStep(run, 2, meddle), epochs=2)
     assert same_weights(result["model"], tuned[1]["model"])
     assert tune(base, phantoms, run, resume=True) == result, "the lock went with its holder"
+
+
+def test_the_lock_tells_who_has_it_and_since_when_and_nothing_once_nobody_has(tmp_path):
+    lock = tmp_path / "lock"
+    with held(tmp_path):
+        number, began = lock.read_text(encoding="ascii").splitlines()
+        assert int(number) == os.getpid() and float(began) == pytest.approx(psutil.Process().create_time(), abs=0.01)
+        with pytest.raises(InvresError, match=rf"Another process \({number}\) is at work"), held(tmp_path):
+            pass
+        assert lock.read_text(encoding="ascii").startswith(number)
+    assert lock.read_text(encoding="ascii") == ""
+    with pytest.raises(ValueError, match="told"), held(tmp_path):
+        raise ValueError("told")
+    assert lock.read_text(encoding="ascii") == ""
 
 
 def test_who_comes_back_later_reads_what_happened(tuned):

@@ -25,6 +25,7 @@ ALLOWED = {
     "config": "enhancementconfig synthesisconfig",
     "expectation": "config",
     "files": "",
+    "faults": "",
     "probe": "",
     "devices": "",
     "randomness": "",
@@ -108,8 +109,8 @@ ALLOWED = {
     "cube": "config events memory",
     "benchmark": "config events hollow losses memory networks operations peers step",
     "fcn_table": "config events memory networks",
-    "stopfile": "trainer",
-    "runfolder": "events",
+    "stopfile": "files trainer",
+    "runfolder": "events faults",
     "reduction": "checkpoint config networks",
     "casecomparison": (
         "cases config events files inference manifest metrics modelpackage networks prediction preprocessing transfer "
@@ -151,7 +152,7 @@ ALLOWED = {
         "finetuning inference labelmaps locating memory model_commands modelpackage networks planning prediction "
         "preprocessing reproduce_command stopfile trainer training tuningmemory tuningplan volume worker"
     ),
-    "cli": "commands config events",
+    "cli": "commands config events faults",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))

@@ -27,13 +27,13 @@ PARTS = LabelScheme((Label("front", (1,), 1), Label("back", (2,), 2)))
 CROP = CropPlan(("hippocampus",), (3.0, 4.0, 2.0), (12.0, 12.0, 12.0))
 
 
-def saved(path, scheme, modality, crop=None, channels=1):
+def saved(path, scheme, modality, crop=None, channels=1, spacing_mm=(1.0, 1.0, 1.0)):
     """A package with random weights that tell voxels apart."""
     torch.manual_seed(1)
     config = NetworkConfig(channels=(4, 16), in_channels=channels, out_channels=scheme.out_channels)
     network = build(config)
     plans = tuple(ChannelPlan(f"T{number + 1}", modality) for number in range(channels))
-    plan = PreparationPlan(plans, (1.0, 1.0, 1.0), crop_to_nonzero=modality != "CT", crop=crop)
+    plan = PreparationPlan(plans, spacing_mm, crop_to_nonzero=modality != "CT", crop=crop)
     return save_package(
         path,
         name=path.name,

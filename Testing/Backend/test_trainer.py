@@ -358,7 +358,36 @@ def test_events_tell_progress_losses_and_memory(cases, tmp_path):
     total = sum(factor * first[part] for factor, part in zip(factors, parts, strict=True))
     assert first["loss"] == pytest.approx(total, abs=1e-4)
     memory = [event for event in report.events if event["event"] == "memory"]
-    assert [event["measured_bytes"] for event in memory] == [result.peak_bytes] and result.peak_bytes > 10_000
+    # In the second step, and with each epoch.
+    assert [event["measured_bytes"] for event in memory] == [result.peak_bytes] * 3 and result.peak_bytes > 10_000
+
+
+def test_memory_is_measured_again_after_each_start(cases, tmp_path):
+    """Two batches are half as large after a reduction, and whoever looks on is told so."""
+    kind, report = {"epochs": 4, "iterations_per_epoch": 1, "engine": "stored"}, Recorder()
+    with pytest.raises(Cancelled):
+        trainer_of(cases, tmp_path, stop_at=1, batch_size=4, **kind).run()
+    before = load_checkpoint(tmp_path)["peak_bytes"]
+    second = trainer_of(cases, tmp_path, batch_size=1, report=report, **kind)
+    second.resume()
+    result = second.run()
+    assert 0 < result.peak_bytes < 0.7 * before
+    told = [event["measured_bytes"] for event in report.events if event["event"] == "memory"]
+    assert told and set(told) == {result.peak_bytes}
+    ended = trainer_of(cases, tmp_path, batch_size=1, **kind)
+    ended.resume()
+    assert ended.run().peak_bytes == result.peak_bytes, "nothing was measured, so what is known stays"
+
+
+@pytest.mark.parametrize(
+    ("asked", "training", "cut_short"), [(True, {}, True), (False, {}, False), (True, {"time_s": 1e-6}, False)]
+)
+def test_a_training_that_came_to_its_end_was_not_cut_short_whatever_was_asked(
+    cases, tmp_path, asked, training, cut_short
+):
+    trainer = trainer_of(cases, tmp_path, **training)
+    trainer.stop.finish = asked
+    assert trainer.run().cut_short is cut_short
 
 
 def test_the_loss_falls(cases, tmp_path):

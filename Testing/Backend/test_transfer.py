@@ -190,3 +190,11 @@ def test_frozen_parts_stay_as_they_are(name):
             assert frozen and any(not key.startswith(("head", STEM[name])) for key in changed), "the decoder learns"
         else:
             assert changed - {STEM[name]} <= {key for key in before if key.startswith("head")}
+
+
+def test_a_frozen_encoder_reaches_down_to_the_deepest_level_of_every_plain_network():
+    for name, words in (("unet3d", ("encoder",)), ("autoencoder_unet", ("stem", "down", "encoder"))):
+        network = build(NetworkConfig(name=name, channels=(4, 8), in_channels=2, out_channels=3))
+        frozen = set(freeze(network, "encoder"))
+        rest = {key.split(".")[0] for key, _ in network.named_parameters() if key not in frozen}
+        assert {key.split(".")[0] for key in frozen} == set(words) and not rest & set(words), name

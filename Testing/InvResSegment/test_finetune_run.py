@@ -106,6 +106,10 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path):
     again.launch([sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))"], dict(os.environ), True)
     wait(lambda: not again.active)
     assert json.loads(output.read_text()) == ["finetune", "--epochs", "2", "--resume", "--json"]
+    assert (tmp_path / "a" / "stop").read_text() == "keep-best", "that is decided, whatever came between"
+    again.pause()
+    again.launch([sys.executable, "-c", ""], dict(os.environ), True)
+    wait(lambda: not again.active)
     assert not (tmp_path / "a" / "stop").exists()
 
 
