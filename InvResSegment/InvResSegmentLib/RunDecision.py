@@ -65,7 +65,7 @@ class RunDecision:
             text = _("{name} now stands for the tuned version {version}.").format(name=name, version=version)
             self._notice.show(GOOD, text)
         elif decision == ROLLED_BACK:
-            text = _("Rolled back: {name} stands for the version from before; the tuned one is kept.")
+            text = _("Rolled back: {name} stands for the version that this one was tuned from; both are kept.")
             self._notice.show(INFORMATION, text.format(name=name))
         elif decision == DISCARDED:
             self._notice.show(INFORMATION, _("The tuned model was discarded; nothing has changed."))
@@ -80,12 +80,10 @@ class RunDecision:
         package = self._package
         if package is None:
             return
-        if not self._record.result.get("promoted") and self._asked != "promote":
-            self._ask(
-                "promote",
-                _("The proof does not speak for this model: {verdict}.").format(verdict=self._verdict),
-                _("Press the button again to use it all the same; you can roll back at any time."),
-            )
+        doubts = self._doubts
+        if doubts and self._asked != "promote":
+            last = _("Press the button again to use it all the same; you can roll back at any time.")
+            self._ask("promote", *doubts, last)
             return
         record = self._record
 
@@ -106,7 +104,7 @@ class RunDecision:
             self._decided(record, ROLLED_BACK, model=str(record.decision.get("model") or ""))
             self._catalogue.tell(str(outcome.result.get("path") or ""))
 
-        self._run(_("Going back to the version from before..."), rolledBack)
+        self._run(_("Going back to the version that it was tuned from..."), rolledBack)
         self._catalogue.rollBackModel(str(record.decision.get("model") or ""), self._finish)
 
     def _onDiscard(self) -> None:
@@ -118,6 +116,22 @@ class RunDecision:
             return
         self._asked = ""
         self._decided(self._record, DISCARDED)
+
+    @property
+    def _doubts(self) -> list[str]:
+        """What speaks against the tuned model, one sentence each."""
+        result = self._record.result
+        worse = self._record.comparison.get("worse_labels") or []
+        dropped = ((result.get("transfer") or {}).get("labels") or {}).get("dropped") or []
+        found = [_("Labels that got worse: {names}.").format(names=", ".join(worse))] if worse else []
+        if dropped:
+            found.append(_("Labels that it does not find any more: {names}.").format(names=", ".join(dropped)))
+        forgotten = (result.get("base_check") or {}).get("verdict") == "worse"
+        # What the backend found against it may be just those labels.
+        told = bool(found) and not forgotten and result.get("verdict") in ("better", "as good")
+        if not result.get("promoted") and not told:
+            found.insert(0, _("The proof does not speak for this model: {verdict}.").format(verdict=self._verdict))
+        return found
 
     @property
     def _verdict(self) -> str:

@@ -288,6 +288,26 @@ def test_a_promotion_goes_through_while_something_else_is_shown(view, run, catal
     assert not caplog.records
 
 
+def test_a_better_model_that_lost_some_labels_is_promoted_only_when_asked_twice(view, run):
+    events = run / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    lines[-1] |= {"verdict": "better", "promoted": True}
+    lines[-1]["transfer"]["labels"]["dropped"] = ["left kidney", "spleen"]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    changed(run, verdict="better", worse_labels=["liver"])
+    view.show(run)
+    view.ui.promoteButton.click()
+    said = view.ui.decisionNoticeText.text
+    assert "got worse: liver" in said and "any more: left kidney, spleen" in said
+    assert "does not speak for" not in said and view.ui.promoteButton.text == "Promote all the same"
+    lines[-1] |= {"base_check": {"verdict": "worse"}, "promoted": False}
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    view.clear()
+    view.show(run)
+    view.ui.promoteButton.click()
+    assert "forgotten some" in view.ui.decisionNoticeText.text and "liver" in view.ui.decisionNoticeText.text
+
+
 def test_a_promotion_that_fails_can_be_tried_again(view, run):
     (run / "candidate" / "model.safetensors").write_bytes(b"damaged")
     view.show(run)
