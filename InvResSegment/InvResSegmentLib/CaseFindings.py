@@ -42,10 +42,12 @@ def findingsOf(
 
     table: what `labelsOf` gives, () where the cases contradict each other; asked for once for many cases.
     """
-    found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model)]
-    if lacking := _lacking(cases, row, model, optional=True):
+    channels = usedChannels(cases, model) or tuple(channel.name for channel in model.channels)
+    needed, optional = _lacking(cases, row, model, channels)
+    found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model, channels, needed)]
+    if optional:
         text = _("It has no {names}; the model learns to do without.")
-        found.append(Finding("note", text.format(names=", ".join(lacking))))
+        found.append(Finding("note", text.format(names=", ".join(optional))))
     open_ = undecided(labelNames(cases, row), [label.name for label in model.labels], cases.choices)
     if open_:
         text = _("{names}: not among the model's labels; say under Labels what it stands for.")
@@ -76,33 +78,32 @@ def _unlearned(cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[T
     return [Finding("warning", text.format(names=", ".join(lacking)))]
 
 
-def _lacking(cases: TrainingCases, row: CaseRow, model: Any, optional: bool) -> list[str]:
-    """The trained channels that a case has no image of: those that the model can do without, or the others.
+def _lacking(cases: TrainingCases, row: CaseRow, model: Any, channels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the channels that a case has no image of: what the model needs, and what it can do without.
 
     Where there is no image at all, none can be done without.
     """
+    present = presentChannels(cases, row, model)
+    lacking = [name for name in channels if name not in present]
     mayLack = {channel.name for channel in model.channels if channel.optional}
-    wanted = usedChannels(cases, model) or tuple(channel.name for channel in model.channels)
-    has = [name for name in presentChannels(cases, row, model) if name in wanted]
-    return [name for name in wanted if name not in has and (name in mayLack and bool(has)) == optional]
+    if len(lacking) == len(channels):
+        mayLack = set()
+    return [name for name in lacking if name not in mayLack], [name for name in lacking if name in mayLack]
 
 
-def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
-    channels = usedChannels(cases, model)
+def _problemsOf(
+    cases: TrainingCases, row: CaseRow, model: Any, channels: Sequence[str], missing: Sequence[str]
+) -> list[str]:
+    """channels: those that are trained on. missing: of them, what the case lacks and the model needs."""
     if row.ofDataSet:
         has = namedAs(channelsOf(cases, row), model)
-        if not set(has) <= set(channels) or set(_lacking(cases, row, model, optional=False)) - set(has):
+        if not set(has) <= set(channels) or not set(missing) <= set(has):
             return [
                 _("It has the channels {has}, but the other cases have {wanted}.").format(
                     has=", ".join(has), wanted=", ".join(channels)
                 )
             ]
-        return [
-            _("It has no image of the channel {name}; leave it out.").format(name=name)
-            for name in _lacking(cases, row, model, optional=False)
-        ]
-    images = imagesOf(row, model)
-    missing = _lacking(cases, row, model, optional=False)
+        return [_("It has no image of the channel {name}; leave it out.").format(name=name) for name in missing]
     if row.stored is not None:
         if not row.stored.segments:
             return [_("It has no segments, so there is nothing to learn from it; leave it out.")]
@@ -111,6 +112,7 @@ def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
         return [_("Its segmentation is not in the scene any more; remove the case.")]
     if missing:
         return [_("No volume is chosen for the channel {name}.").format(name=name) for name in missing]
+    images = imagesOf(row, model)
     volumes = [images[name] for name in channels if name in images]
     unusable = [problem for volume in volumes if (problem := NodeConversion.exportProblem(volume))]
     if unusable:

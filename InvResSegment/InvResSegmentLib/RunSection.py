@@ -200,27 +200,29 @@ class RunSection:
             self._update()
             return
         self.view.clear()
-        hint = _("Delete it again once it has stopped, and when nothing else uses its folder.")
-        if not self._do(run.discard, hint):
-            self._askedToDelete = False
-            self.view.show(run.folder, False, lambda: run.hasEnded)
-            self._update()
+        try:
+            run.discard()
+        except OSError as error:
+            self.show(run)
+            self._refused(error, _("Delete it again once it has stopped, and when nothing else uses its folder."))
             return
         self._shown = None
         self._runs.remove(run)
         self.find()
         self._onChanged()
 
-    def _do(self, action: Callable[[], None], hint: str = "") -> bool:
-        """Whether the disk let it be done; else it is told, with the hint."""
+    def _do(self, action: Callable[[], None]) -> bool:
+        """Whether the disk let it be done; else it is told."""
         self._message.clear()
         try:
             action()
         except OSError as error:
-            text = _("That could not be done: {reason}.").format(reason=error.strerror or error)
-            self._message.show(ERROR, text, hint or _("Look whether the folder of the runs can be written to."))
+            self._refused(error, _("Look whether the folder of the runs can be written to."))
             return False
         return True
+
+    def _refused(self, error: OSError, hint: str) -> None:
+        self._message.show(ERROR, _("That could not be done: {reason}.").format(reason=error.strerror or error), hint)
 
 
 def _titleOf(run: FineTuneRun) -> str:

@@ -150,7 +150,7 @@ def _detailsText(record: RunRecord) -> str:
     parts = []
     if record.epochs:
         parts.append(_("epochs done: {count}").format(count=sum(map(len, record.epochs.values()))))
-    if record.etaS:
+    if record.etaS and record.state != "stopping":
         # Comparing is not in it before it has begun.
         text = _("about {time} left") if record.stage == COMPARE else _("about {time} of training left")
         parts.append(text.format(time=formatSeconds(record.etaS)))

@@ -88,6 +88,7 @@ def test_a_run_is_followed_without_being_asked(view, tmp_path):
         assert "left" in view.ui.detailsText.text and "of training" not in view.ui.detailsText.text
         (run / "stop").write_text("stop", encoding="utf-8")
         waitUntil(lambda: view.state == "stopping", 10)
+        assert "left" not in view.ui.detailsText.text, "what it would have taken"
         (run / "stop").unlink()
         say(run, {"event": "error", "code": "cancelled", "message": "Stopped.", "hint": ""})
         process.kill()
