@@ -51,7 +51,9 @@ class RunSection:
     @property
     def active(self) -> bool:
         """Whether a training is under way, shown or not."""
-        return self.state in AT_WORK or any(run.active for run in self._runs)
+        # The process of the one that is shown may take a moment to end after its last word.
+        others = [run for run in self._runs if run is not self._shown or not self.state]
+        return self.state in AT_WORK or any(run.active for run in others)
 
     @property
     def _decided(self) -> bool:

@@ -123,6 +123,22 @@ def test_decided_runs_stay_on_the_list_and_are_shown_when_they_are_chosen(sectio
     assert not folder.exists() and section.shown is None and ui.runButton.isHidden()
 
 
+def test_a_process_that_is_still_ending_after_its_last_word_blocks_no_other_run(section, tmp_path):
+    run = begun(tmp_path / "runs" / "one")
+    lines = [{"event": "started"}, {"event": "result", "verdict": "better", "promoted": True}]
+    (run.folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    process = at_work(run.folder)
+    try:
+        with open(run.folder / "events.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(lines[-1]) + "\n")
+        section.show(run)
+        assert section.state == "finished" and run.active and not section.active
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_run_that_cannot_be_deleted_stays_and_says_why(section, tmp_path, monkeypatch):
     run, ui = begun(tmp_path / "runs" / "one"), section._ui
     (run.folder / "events.jsonl").write_text('{"event": "started"}\n', encoding="utf-8")
