@@ -127,7 +127,7 @@ def _findings(result: dict, rows: dict[str, CaseRow]) -> list[str]:
             continue  # whether the model can do without it is said by `CaseFindings`
         if row is not None:
             sentence = sentence.replace(row.code, row.name)
-            row.findings.append(Finding(found.get("severity") or "note", sentence))
+            row.findings.append(Finding(found.get("severity") or "note", sentence, found.get("code") or ""))
         elif found.get("severity") in ("error", "warning"):
             whole.append(sentence)
     return whole

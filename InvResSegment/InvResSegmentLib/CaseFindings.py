@@ -13,7 +13,7 @@ from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, unde
 from .RunOptions import proofSentence
 from .SceneCases import patientOf
 from .SegmentExport import segmentationProblem, segmentNames
-from .TrainingCases import TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
+from .TrainingCases import MISSING_LABEL, TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
 __all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "tableOf", "wrongCases"]
 
@@ -52,7 +52,7 @@ def findingsOf(
     if open_:
         text = _("{names}: not among the model's labels; say under Labels what it stands for.")
         found.append(Finding("error", text.format(names=", ".join(open_))))
-    elif row.used:
+    elif row.used and all(finding.code != MISSING_LABEL for finding in row.findings):  # the doctor has seen the voxels
         found += _unlearned(cases, row, model, tableOf(cases, model) if table is None else table)
     found += row.findings
     order = ["error", "warning", "note"]

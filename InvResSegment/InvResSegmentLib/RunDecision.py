@@ -121,12 +121,13 @@ class RunDecision:
     def _doubts(self) -> list[str]:
         """What speaks against the tuned model, one sentence each."""
         result = self._record.result
+        check = result.get("base_check") or {}
         worse = self._record.comparison.get("worse_labels") or []
         dropped = ((result.get("transfer") or {}).get("labels") or {}).get("dropped") or []
         found = [_("Labels that got worse: {names}.").format(names=", ".join(worse))] if worse else []
         if dropped:
             found.append(_("Labels that it does not find any more: {names}.").format(names=", ".join(dropped)))
-        forgotten = (result.get("base_check") or {}).get("verdict") == "worse"
+        forgotten = check.get("verdict") == "worse" or bool(check.get("worse_labels"))
         # What the backend found against it may be just those labels.
         told = bool(found) and not forgotten and result.get("verdict") in ("better", "as good")
         if not result.get("promoted") and not told:

@@ -18,6 +18,7 @@ from .LabelMapping import plainName
 __all__ = [
     "LEFT_OUT",
     "MISSING_CHANNEL",
+    "MISSING_LABEL",
     "TRAINING",
     "VALIDATION",
     "CaseRow",
@@ -31,16 +32,21 @@ TRAINING, VALIDATION, LEFT_OUT = "training", "validation", "left out"
 ROLES = (TRAINING, VALIDATION, LEFT_OUT)
 PARAMETER = "trainingCases"
 MISSING_CHANNEL = "missing_channel"
-"""What the data doctor calls an image that a case lacks, and that others have."""
+MISSING_LABEL = "missing_label_value"
+"""What the data doctor calls an image, and a label, that a case lacks and that others have."""
 _WORST_FIRST = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a case, in a sentence. severity: "error" (it cannot be learned from), "warning" or "note"."""
+    """Something about a case, in a sentence. severity: "error" (it cannot be learned from), "warning" or "note".
+
+    code: what the data doctor calls it, "" where the panel found it.
+    """
 
     severity: str
     sentence: str
+    code: str = ""
 
 
 @dataclass(frozen=True)

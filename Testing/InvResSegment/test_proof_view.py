@@ -92,6 +92,9 @@ def test_the_verdict_comes_first_and_in_words(view, run):
     sentence = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["sentence"]
     assert said.startswith("There is not enough data to tell") and sentence in said
     assert "held out once" in said, "the model itself has seen all cases"
+    changed(run, of="model and trainings of the same kind on other cases")
+    view.show(run)
+    assert "one of these trainings" in view.ui.verdictText.text and "all of them" not in view.ui.verdictText.text
     for verdict, words in (("better", "is better."), ("worse", "got worse."), ("as good", "is as good as before.")):
         changed(run, verdict=verdict, base_check={"verdict": "worse", "sentence": "forgotten."})
         view.show(run)
@@ -300,7 +303,7 @@ def test_a_better_model_that_lost_some_labels_is_promoted_only_when_asked_twice(
     said = view.ui.decisionNoticeText.text
     assert "got worse: liver" in said and "any more: left kidney, spleen" in said
     assert "does not speak for" not in said and view.ui.promoteButton.text == "Promote all the same"
-    lines[-1] |= {"base_check": {"verdict": "worse"}, "promoted": False}
+    lines[-1] |= {"base_check": {"verdict": "better", "worse_labels": ["pancreas"]}, "promoted": False}
     events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     view.clear()
     view.show(run)

@@ -306,6 +306,9 @@ def test_a_case_that_lacks_a_segment_of_others_says_that_it_teaches_its_absence(
     (finding,) = findingsOf(cases, one, base)
     assert finding.severity == "warning" and "It has no edema, which other cases have" in finding.sentence
     assert not findingsOf(cases, both, base)
+    one.findings = [Finding("warning", "one has no edema, which other cases have.", "missing_label_value")]
+    assert findingsOf(cases, one, base) == one.findings, "the doctor says so, too, and knows more"
+    one.findings = []
     cases.choose({"?": "edema"})
     assert not findingsOf(cases, one, base), "called otherwise, and learned as the same"
     cases.choose({"?": ""})
