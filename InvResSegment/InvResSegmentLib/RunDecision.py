@@ -129,10 +129,23 @@ class RunDecision:
             found.append(_("Labels that it does not find any more: {names}.").format(names=", ".join(dropped)))
         forgotten = check.get("verdict") == "worse" or bool(check.get("worse_labels"))
         # What the backend found against it may be just those labels.
-        told = bool(found) and not forgotten and result.get("verdict") in ("better", "as good")
+        told = bool(found) and not forgotten and self._looksGood
         if not result.get("promoted") and not told:
             found.insert(0, _("The proof does not speak for this model: {verdict}.").format(verdict=self._verdict))
         return found
+
+    @property
+    def _looksGood(self) -> bool:
+        """Whether the proof speaks for the model as a whole, whatever became of single labels."""
+        comparison = self._record.comparison
+        verdict = comparison.get("verdict")
+        if verdict == "nothing to compare":
+            tuned = [(of.get("Dice") or {}).get("tuned") or {} for of in (comparison.get("labels") or {}).values()]
+            return any((spread.get("mean") or 0) > 0 for spread in tuned)
+        if verdict == "not enough data to tell":
+            mean = (comparison.get("difference") or {}).get("mean")
+            return bool(comparison.get("held_out")) and mean is not None and mean >= 0
+        return verdict in ("better", "as good")
 
     @property
     def _verdict(self) -> str:

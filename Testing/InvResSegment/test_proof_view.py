@@ -303,6 +303,17 @@ def test_a_better_model_that_lost_some_labels_is_promoted_only_when_asked_twice(
     said = view.ui.decisionNoticeText.text
     assert "got worse: liver" in said and "any more: left kidney, spleen" in said
     assert "does not speak for" not in said and view.ui.promoteButton.text == "Promote all the same"
+    for verdict in ("not enough data to tell", "nothing to compare"):
+        lines[-1] |= {"verdict": verdict, "promoted": False}
+        events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+        content["labels"]["ball"]["Dice"]["tuned"]["mean"] = 0.4
+        for mean, whole in ((0.01, False), (-0.01, verdict.startswith("not"))):
+            changed(run, verdict=verdict, difference={"mean": mean}, held_out=True, labels=content["labels"])
+            view.clear()
+            view.show(run)
+            view.ui.promoteButton.click()
+            assert ("does not speak for" in view.ui.decisionNoticeText.text) == whole, (verdict, mean)
     lines[-1] |= {"base_check": {"verdict": "better", "worse_labels": ["pancreas"]}, "promoted": False}
     events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     view.clear()
