@@ -308,7 +308,7 @@ def test_a_better_model_that_lost_some_labels_is_promoted_only_when_asked_twice(
         events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
         content["labels"]["ball"]["Dice"]["tuned"]["mean"] = 0.4
-        for mean, whole in ((0.01, False), (-0.01, verdict.startswith("not"))):
+        for mean, whole in ((0.01, False), (-0.01, verdict.startswith("not enough"))):
             changed(run, verdict=verdict, difference={"mean": mean}, held_out=True, labels=content["labels"])
             view.clear()
             view.show(run)
