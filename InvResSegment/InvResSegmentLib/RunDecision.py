@@ -149,13 +149,16 @@ class RunDecision:
 
     @property
     def _verdict(self) -> str:
+        forgotten = _("it has forgotten some of what the base model could")
+        if self._looksGood:
+            return forgotten
         return {
             "worse": _("it got worse"),
             "not enough data to tell": _(
                 "there is not enough data to tell, and the cases there are do not look better"
             ),
             "nothing to compare": _("it finds nothing"),
-        }.get(str(self._record.result.get("verdict")), _("it has forgotten some of what the base model could"))
+        }.get(str(self._record.result.get("verdict")), forgotten)
 
     def _ask(self, what: str, *sentences: str) -> None:
         self._asked = what
