@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ __all__ = [
     "BatchCase",
     "correctedPath",
     "freeFileName",
+    "patientCode",
     "readBatch",
     "readMade",
     "writeBatch",
@@ -41,7 +43,8 @@ class BatchCase:
 
     state: "waiting", "running", "done" or "failed". message: why it failed, or what to look at. fileName: of the
     result, without a folder. model: SHA-256 of the model that made the result. review: "", "edited" or "accepted".
-    segmentation: of a case of the scene, the node with the result.
+    segmentation: of a case of the scene, the node with the result. patient: a code that the cases of one
+    person share, "" where that is not known.
     """
 
     name: str
@@ -53,6 +56,7 @@ class BatchCase:
     model: str = ""
     review: str = ""
     segmentation: Any = None
+    patient: str = ""
 
     @property
     def inScene(self) -> bool:
@@ -64,6 +68,11 @@ class BatchCase:
         if self.review:
             return False
         return self.state != DONE or self.model != modelSha256
+
+
+def patientCode(source: str, patient: str) -> str:
+    """What tells the patients of a data set or database apart, and nobody who they are."""
+    return hashlib.sha256(f"{source}\n{patient}".encode()).hexdigest()[:16]
 
 
 def freeFileName(name: str, taken: Iterable[str]) -> str:
@@ -93,6 +102,7 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase]) -> None:
             "result": case.fileName,
             "model_sha256": case.model,
             "review": case.review,
+            "patient": case.patient,
         }
         for case in cases
         if not case.inScene
@@ -124,6 +134,7 @@ def readBatch(folder: Path) -> list[BatchCase]:
                 fileName=Path(str(entry.get("result") or "")).name,
                 model=str(entry.get("model_sha256") or ""),
                 review=entry["review"] if entry.get("review") in (EDITED, ACCEPTED) else "",
+                patient=str(entry.get("patient") or ""),
             )
         except (KeyError, TypeError, AttributeError):
             continue

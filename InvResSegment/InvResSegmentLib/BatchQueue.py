@@ -61,6 +61,11 @@ class BatchQueue:
         """Whether a case is being segmented."""
         return self._current is not None
 
+    @property
+    def current(self) -> BatchCase | None:
+        """The case that is being segmented."""
+        return self._current
+
     # ---------------------------------------------------------------- the list
 
     def forgetScene(self) -> None:
@@ -76,6 +81,7 @@ class BatchQueue:
                 new.append(case)
             else:
                 self._asRead.pop(same, None)  # asked for, and not only remembered
+                same.patient = same.patient or case.patient
         foreign = self._foreign()
         for case in new:
             if not case.fileName and not case.inScene:

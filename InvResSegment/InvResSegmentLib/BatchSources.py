@@ -10,7 +10,8 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import NodeConversion
-from .BatchCase import FAILED, BatchCase
+from .BatchCase import FAILED, BatchCase, patientCode
+from .CaseChannels import namedFor
 from .ChannelMatching import describeVolume, match
 from .VolumeDescription import DICOM_TAGS, VolumeDescription, choosableImages
 
@@ -55,26 +56,24 @@ def casesOfDataset(contents: dict[str, Any], channels: Sequence[Any]) -> list[Ba
             _("The cases of this data set have all channels in one file."),
             _("Split them into a file for each channel."),
         )
-    places = {}
+    named, places = namedFor(names, channels), {}
     for channel in channels:
-        fitting = [place for place, name in enumerate(names) if _plain(name) == _plain(channel.name)]
-        if not fitting and len(names) == len(channels) == 1:
-            fitting = [0]
-        if not fitting and channel.optional:
-            continue
-        if not fitting:
+        if channel.name in named:
+            places[channel.name] = named.index(channel.name)
+        elif not channel.optional:
             raise NodeConversion.ConversionError(
                 _("The data set has no channel {name}; it has {names}.").format(
                     name=channel.name, names=", ".join(names)
                 ),
                 _("Choose another model, or rename the channel if it is the same."),
             )
-        places[channel.name] = fitting[0]
     found = []
     for case in contents.get("cases") or []:
         images = case.get("images") or []
         files = {name: Path(images[place]) for name, place in places.items() if place < len(images) and images[place]}
-        found.append(BatchCase(str(case.get("name") or ""), files=files))
+        patient = str(case.get("patient") or "")
+        code = patientCode(str(contents.get("root") or ""), patient) if patient else ""
+        found.append(BatchCase(str(case.get("name") or ""), files=files, patient=code))
     return found
 
 
@@ -116,7 +115,8 @@ def _caseOfStudy(database: Any, patient: str, study: str, channels: Sequence[Any
         return None
     words = (database.displayedNameForPatient(patient), database.descriptionForStudy(study))
     name = ", ".join(word for word in words if word) or study
-    return _withProblem(BatchCase(name, files=chosen), matches, channels)
+    code = patientCode(database.databaseFilename, patient)
+    return _withProblem(BatchCase(name, files=chosen, patient=code), matches, channels)
 
 
 def _describedSeries(database: Any, series: str, file: str) -> VolumeDescription:
@@ -147,7 +147,3 @@ def _foldersIn(folder: Path) -> list[Path]:
 def _stem(path: Path) -> str:
     suffix = next((one for one in SUFFIXES if path.name.lower().endswith(one)), path.suffix)
     return path.name[: len(path.name) - len(suffix)]
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.casefold() if character.isalnum())

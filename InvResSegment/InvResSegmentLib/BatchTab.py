@@ -124,6 +124,11 @@ class BatchTab:
             logging.exception("InvResSegment: the changes of the case under review could not be saved")
 
     @property
+    def onFiles(self) -> bool:
+        """Whether a case of files is being segmented, which needs nothing of the scene."""
+        return self.queue.running and not self.queue.current.inScene
+
+    @property
     def model(self):
         """The chosen `ModelInfo`, or None."""
         index = self.ui.modelBox.currentIndex

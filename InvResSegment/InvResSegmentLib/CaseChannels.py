@@ -9,21 +9,26 @@ from .ContrastNames import Contrast, contrastOfChannel
 from .LabelMapping import plainName
 from .TrainingCases import CaseRow, TrainingCases
 
-__all__ = ["channelsOf", "imagesOf", "namedAs", "usedChannels"]
+__all__ = ["channelsOf", "imagesOf", "namedAs", "namedFor", "presentChannels", "usedChannels"]
 
 _NEUTRAL = ("image", "img", "volume", "input", "channel 0", "channel0", "c0", "0", "0000")
 """Names that say nothing of the kind of image."""
 
 
 def namedAs(names: Sequence[str], model: Any) -> tuple[str, ...]:
-    """These channels as the model calls them; one that it does not know keeps its own name.
+    """As `namedFor` its channels."""
+    return namedFor(names, model.channels)
+
+
+def namedFor(names: Sequence[str], channels: Sequence[Any]) -> tuple[str, ...]:
+    """These names as those of a model's channels; one that it does not know keeps its own name.
 
     Names count as the backend compares them (case, spaces and dashes do not matter, and where both sides have a single
     channel it is the same), then as kinds of images: T1w is T1. No channel is taken twice, and nothing is guessed.
     """
-    if len(names) == len(model.channels) == 1 and _mayBe(names[0], model.channels[0]):
-        return (model.channels[0].name,)
-    left = [channel.name for channel in model.channels]
+    if len(names) == len(channels) == 1 and _mayBe(names[0], channels[0]):
+        return (channels[0].name,)
+    left = [channel.name for channel in channels]
     found: dict[str, str] = {}
     for same in (plainName, contrastOfChannel):
         for name in names:
@@ -47,6 +52,15 @@ def imagesOf(row: CaseRow, model: Any) -> dict[str, Any]:
     """Channel, as the model calls it -> image of a case of no data set: a volume of the scene, or an `ImageFile`."""
     images: dict[str, Any] = row.channels if row.stored is None else row.stored.images
     return dict(zip(namedAs(tuple(images), model), images.values(), strict=True))
+
+
+def presentChannels(cases: TrainingCases, row: CaseRow, model: Any) -> tuple[str, ...]:
+    """The channels, as the model calls them, of which the case has an image."""
+    names = namedAs(channelsOf(cases, row), model)
+    images = row.files["images"] if row.ofDataSet else names
+    if len(images) != len(names):  # all in one file, or so many too few that nobody can tell which
+        return names
+    return tuple(name for name, image in zip(names, images, strict=True) if image)
 
 
 def usedChannels(cases: TrainingCases, model: Any) -> tuple[str, ...]:

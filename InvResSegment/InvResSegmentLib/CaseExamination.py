@@ -10,7 +10,7 @@ from slicer.i18n import tr as _
 
 from .CaseExport import CaseExport, directDataSet, stampOf
 from .LabelMapping import LabelConflict
-from .TrainingCases import CaseRow, Finding, TrainingCases, dataSetOf
+from .TrainingCases import MISSING_CHANNEL, CaseRow, Finding, TrainingCases, dataSetOf
 
 __all__ = ["CaseExamination"]
 
@@ -123,9 +123,19 @@ def _findings(result: dict, rows: dict[str, CaseRow]) -> list[str]:
     for found in result.get("findings") or []:
         sentence = f"{found.get('message', '')} {found.get('action', '')}".strip()
         row = rows.get(found.get("case"))
+        if row is not None and found.get("code") == MISSING_CHANNEL and _lacksOne(row, result):
+            continue  # whether the model can do without it is said by `CaseFindings`
         if row is not None:
             sentence = sentence.replace(row.code, row.name)
-            row.findings.append(Finding(found.get("severity") or "note", sentence))
+            row.findings.append(Finding(found.get("severity") or "note", sentence, found.get("code") or ""))
         elif found.get("severity") in ("error", "warning"):
             whole.append(sentence)
     return whole
+
+
+def _lacksOne(row: CaseRow, result: dict) -> bool:
+    """Whether the list knows that the case has not all of the channels."""
+    if row.ofDataSet:
+        return None in row.files["images"]
+    had = row.channels if row.stored is None else row.stored.images
+    return len(had) < len((result.get("contents") or {}).get("channels") or ())

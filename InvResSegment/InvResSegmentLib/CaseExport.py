@@ -248,8 +248,8 @@ def _images(row: CaseRow, channels: tuple[str, ...], model: Any) -> dict[str, An
 
 def _stamp(row: CaseRow, volumes: dict[str, Any], values: dict[Any, int]) -> tuple:
     if row.stored is not None:
-        return (tuple(values.items()), next(iter(volumes), None), *row.stored.stamp())
-    reference = next(iter(volumes.values()), None)
+        return (tuple(values.items()), _first(volumes), *row.stored.stamp())
+    reference = volumes.get(_first(volumes))
     stamp: list[Any] = [tuple(values.items())]
     for name, volume in volumes.items():
         if volume is None or reference is None:
@@ -275,13 +275,14 @@ def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[Any, int], pla
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        reference = next(iter(images.values()))
+        reference = images[_first(images)]
         if row.stored is not None:
             row.stored.writeLabels(temporary / LABEL, values, reference)
         else:
             for index, volume in enumerate(images.values()):
-                frame = None if volume is reference else reference
-                NodeConversion.exportVolume(volume, temporary / _image(index), frame)
+                if volume is not None:
+                    frame = None if volume is reference else reference
+                    NodeConversion.exportVolume(volume, temporary / _image(index), frame)
                 yield 1
             writeLabels(temporary / LABEL, labelArray(row.segmentation, reference, values), reference)
         shutil.rmtree(place, ignore_errors=True)
@@ -289,6 +290,11 @@ def _writeCase(row: CaseRow, images: dict[str, Any], values: dict[Any, int], pla
         yield 1
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _first(images: dict[str, Any]) -> str | None:
+    """The channel of the first image that is there; the labels lie on its grid."""
+    return next((name for name, image in images.items() if image is not None), None)
 
 
 def _image(index: int) -> str:
@@ -333,9 +339,10 @@ def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dic
             own = namedAs(cases.dataSets[row.dataSet].channels, model)
             entry = {"images": _inOrder(row.files["images"], own, channels), "label": row.files["label"]}
         else:
-            images = [f"{row.code}/{_image(index)}" for index in range(len(channels))]
+            found = list(_images(row, channels, model).values())
+            images = [f"{row.code}/{_image(index)}" if image else None for index, image in enumerate(found)]
             if row.stored is not None:
-                images = [image.path for image in _images(row, channels, model).values()]
+                images = [image.path if image else None for image in found]
             entry = {"images": images, "label": f"{row.code}/{LABEL}"}
         entries[row.code] = entry | {"patient": people[row.key]}
     description["dataset"] = entries
@@ -345,7 +352,9 @@ def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dic
 def _inOrder(files: list[str | None], own: Sequence[str], channels: Sequence[str]) -> list[str | None]:
     """The images of a case on disk in the order of the channels. own: what each of them is."""
     # Too many or too few, or all in one file: as they lie there; the data doctor says what is wrong with them.
-    return [files[own.index(name)] for name in channels] if len(files) == len(own) else list(files)
+    if len(files) != len(own):
+        return list(files)
+    return [files[own.index(name)] if name in own else None for name in channels]
 
 
 def _writeSplit(path: Path, rows: list[CaseRow]) -> None:

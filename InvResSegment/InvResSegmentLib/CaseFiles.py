@@ -36,15 +36,23 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """images: by their channel. label: the .seg.nrrd, on any grid; segments: what it names."""
+    """images: by their channel. label: the .seg.nrrd, on any grid; segments: what it names.
+
+    patient: a code that cases of one person share (see `BatchCase.patientCode`), "" where that is not known.
+    """
 
     images: dict[str, ImageFile]
     label: str
     segments: tuple[str, ...]
+    patient: str = ""
 
     @classmethod
     def of(
-        cls, files: Mapping[str, Path], nodes: Mapping[str, slicer.vtkMRMLScalarVolumeNode], label: Path
+        cls,
+        files: Mapping[str, Path],
+        nodes: Mapping[str, slicer.vtkMRMLScalarVolumeNode],
+        label: Path,
+        patient: str = "",
     ) -> CaseFiles:
         """files, nodes: channel -> image, on disk and as it is loaded. Raises OSError where the label is unreadable."""
         try:
@@ -52,7 +60,7 @@ class CaseFiles:
         except DamagedFile as error:
             raise OSError(str(error)) from None
         images = {channel: ImageFile.of(files[channel], node) for channel, node in nodes.items()}
-        return cls(images, str(label.absolute()), segments)
+        return cls(images, str(label.absolute()), segments, patient)
 
     @classmethod
     def fromJson(cls, content: dict[str, Any]) -> CaseFiles:
@@ -61,7 +69,7 @@ class CaseFiles:
             channel: ImageFile(one["path"], tuple(one["size"]), tuple(map(tuple, one["matrix"])))
             for channel, one in content["images"].items()
         }
-        return cls(images, content["label"], tuple(content["segments"]))
+        return cls(images, content["label"], tuple(content["segments"]), content.get("patient") or "")
 
     @property
     def paths(self) -> dict[str, str]:

@@ -8,14 +8,14 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion
-from .CaseChannels import channelsOf, imagesOf, namedAs, usedChannels
+from .CaseChannels import channelsOf, imagesOf, namedAs, presentChannels, usedChannels
 from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, undecided
 from .RunOptions import proofSentence
 from .SceneCases import patientOf
 from .SegmentExport import segmentationProblem, segmentNames
-from .TrainingCases import TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
+from .TrainingCases import MISSING_LABEL, TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
-__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "wrongCases"]
+__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "tableOf", "wrongCases"]
 
 
 def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
@@ -35,32 +35,75 @@ def labelsOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
     return labelTable(model, segments, [cases.dataSets[path] for path in paths], cases.choices)
 
 
-def findingsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[Finding]:
-    """All findings of a case, the worst first; those of the data doctor are among them."""
-    found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model)]
+def findingsOf(
+    cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[TrainedLabel] | None = None
+) -> list[Finding]:
+    """All findings of a case, the worst first; those of the data doctor are among them.
+
+    table: what `labelsOf` gives, () where the cases contradict each other; asked for once for many cases.
+    """
+    channels = usedChannels(cases, model) or tuple(channel.name for channel in model.channels)
+    needed, optional = _lacking(cases, row, model, channels)
+    found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model, channels, needed)]
+    if optional:
+        text = _("It has no {names}; the model learns to do without.")
+        found.append(Finding("note", text.format(names=", ".join(optional))))
     open_ = undecided(labelNames(cases, row), [label.name for label in model.labels], cases.choices)
     if open_:
         text = _("{names}: not among the model's labels; say under Labels what it stands for.")
         found.append(Finding("error", text.format(names=", ".join(open_))))
+    elif row.used and all(finding.code != MISSING_LABEL for finding in row.findings):  # the doctor has seen the voxels
+        found += _unlearned(cases, row, model, tableOf(cases, model) if table is None else table)
     found += row.findings
     order = ["error", "warning", "note"]
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
-    channels = usedChannels(cases, model)
+def tableOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
+    """As `labelsOf`; () where the cases contradict each other."""
+    try:
+        return labelsOf(cases, model)
+    except LabelConflict:
+        return ()
+
+
+def _unlearned(cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[TrainedLabel]) -> list[Finding]:
+    """What others have and this one lacks: all of it is taken for background."""
+    known = [label.name for label in model.labels]
+    own = {labelOf(name, known, cases.choices) for name in labelNames(cases, row)}
+    lacking = [label.name for label in table if label.name not in own]
+    if not lacking or len(lacking) == len(table):  # of one with nothing at all `problems` speaks
+        return []
+    text = _("It has no {names}, which other cases have; its voxels are learned as background.")
+    return [Finding("warning", text.format(names=", ".join(lacking)))]
+
+
+def _lacking(cases: TrainingCases, row: CaseRow, model: Any, channels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the channels that a case has no image of: what the model needs, and what it can do without.
+
+    Where there is no image at all, none can be done without.
+    """
+    present = presentChannels(cases, row, model)
+    lacking = [name for name in channels if name not in present]
+    mayLack = {channel.name for channel in model.channels if channel.optional}
+    if len(lacking) == len(channels):
+        mayLack = set()
+    return [name for name in lacking if name not in mayLack], [name for name in lacking if name in mayLack]
+
+
+def _problemsOf(
+    cases: TrainingCases, row: CaseRow, model: Any, channels: Sequence[str], missing: Sequence[str]
+) -> list[str]:
+    """channels: those that are trained on. missing: of them, what the case lacks and the model needs."""
     if row.ofDataSet:
         has = namedAs(channelsOf(cases, row), model)
-        if sorted(has) != sorted(channels):
+        if not set(has) <= set(channels) or not set(missing) <= set(has):
             return [
                 _("It has the channels {has}, but the other cases have {wanted}.").format(
                     has=", ".join(has), wanted=", ".join(channels)
                 )
             ]
-        return []
-    wanted = channels or tuple(channel.name for channel in model.channels)
-    images = imagesOf(row, model)
-    missing = [name for name in wanted if name not in images]
+        return [_("It has no image of the channel {name}; leave it out.").format(name=name) for name in missing]
     if row.stored is not None:
         if not row.stored.segments:
             return [_("It has no segments, so there is nothing to learn from it; leave it out.")]
@@ -69,7 +112,8 @@ def _problemsOf(cases: TrainingCases, row: CaseRow, model: Any) -> list[str]:
         return [_("Its segmentation is not in the scene any more; remove the case.")]
     if missing:
         return [_("No volume is chosen for the channel {name}.").format(name=name) for name in missing]
-    volumes = [images[name] for name in wanted]
+    images = imagesOf(row, model)
+    volumes = [images[name] for name in channels if name in images]
     unusable = [problem for volume in volumes if (problem := NodeConversion.exportProblem(volume))]
     if unusable:
         return unusable
@@ -92,6 +136,8 @@ def patients(cases: TrainingCases) -> dict[str, str]:
         else:
             first = next(iter(row.channels.values()), None)
             who = patientOf(first) if first is not None else row.key
+            if row.stored is not None and row.stored.patient:
+                who = row.stored.patient
         found[row.key] = numbers.setdefault(who, f"patient{len(numbers) + 1:02d}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import subprocess
 import time
@@ -15,14 +16,16 @@ from slicer.i18n import tr as _
 from .Disposal import GONE, dispose, sweep
 from .ProcessTree import killTree
 from .Protocol import parsedEvent
-from .RunRecord import LOCK, RunRecord, isHeld
+from .RunHolder import holderOf, isHeld
+from .RunRecord import KEEP_BEST, STOP, RunRecord
 from .WholeFile import readJson, writeJson, writeWhole
 
-__all__ = ["FineTuneRun", "newRunFolder", "secondsPerStep", "undecidedRuns"]
+__all__ = ["FineTuneRun", "newRunFolder", "runsIn", "secondsPerStep"]
 
 RECORD = "panel.json"
 OUTPUT, ERRORS = "stdout.jsonl", "stderr.txt"
-STOP_FILE, STOP, KEEP_BEST = "stop", "stop", "keep-best"
+PAUSE = "stop"
+"""What asks a process to save and stop, in the file of the same name; KEEP_BEST is the other word for it."""
 _TAIL = 65_536  # bytes at the end of what a process said
 _SAID_AT_THE_END = re.compile(r"^\w*(Error|Exception|Killed)\b.*|.*\b(error|killed|abort|fault)\b.*", re.IGNORECASE)
 
@@ -52,6 +55,11 @@ class FineTuneRun:
         return _("{model}, {time}").format(model=self.record.get("model") or self.folder.name, time=created)
 
     @property
+    def decision(self) -> str:
+        """What became of its model: PROMOTED, DISCARDED or ROLLED_BACK, "" before that."""
+        return str(RunRecord(self.folder).decision.get("decision") or "")
+
+    @property
     def active(self) -> bool:
         """Whether a process is at work on it, or has just been started."""
         if self._process is not None and self._process.poll() is None:
@@ -67,8 +75,9 @@ class FineTuneRun:
         """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
         arguments = [*command, *self.record["arguments"], *(["--resume"] if resume else []), "--json"]
         # A pause is over; that the best is to be kept has been decided.
-        if _text(self.folder / STOP_FILE) != KEEP_BEST:
-            (self.folder / STOP_FILE).unlink(missing_ok=True)
+        if _text(self.folder / STOP) != KEEP_BEST:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / STOP).unlink()
         flags = [getattr(subprocess, name, 0) for name in ("CREATE_NO_WINDOW", "CREATE_NEW_PROCESS_GROUP")]
         # Not QProcess, whose detached children get no environment and no files in every supported Slicer.
         with open(self.folder / OUTPUT, "wb") as output, open(self.folder / ERRORS, "wb") as errors:
@@ -85,11 +94,11 @@ class FineTuneRun:
 
     def pause(self) -> None:
         """Asks it to save and stop; it can be resumed. Raises OSError where the disk refuses."""
-        writeWhole(self.folder / STOP_FILE, STOP)
+        writeWhole(self.folder / STOP, PAUSE)
 
     def keepBest(self) -> None:
         """Asks it to end the training now and to prove and pack what there is. Raises OSError."""
-        writeWhole(self.folder / STOP_FILE, KEEP_BEST)
+        writeWhole(self.folder / STOP, KEEP_BEST)
 
     def failure(self) -> tuple[str, str]:
         """What a process that has ended said last: a sentence and a hint; ("", "") where it said nothing."""
@@ -109,15 +118,21 @@ class FineTuneRun:
         return "", ""
 
     def discard(self) -> None:
-        """Ends the process, if there is one, and deletes the folder; the tuned model in it, too. Raises OSError."""
+        """Ends the process, if there is one, and deletes the folder; the tuned model in it, too.
+
+        Raises OSError where the disk refuses, and where a process is at work that may be somebody else's: it is asked
+        to stop, and nothing is deleted.
+        """
         if self.active:
-            pids = [self._process.pid] if self._process is not None else []
-            with contextlib.suppress(OSError, ValueError):
-                pids.append(int((self.folder / LOCK).read_text(encoding="ascii").strip()))
-            killTree(pids)
+            pids = [self._process.pid] if self._process is not None and self._process.poll() is None else []
+            holder = holderOf(self.folder)
+            killTree([*pids, *([holder.pid] if holder.certain else [])])
             end = time.monotonic() + 2
             while self.active and time.monotonic() < end:
                 time.sleep(0.02)
+        if self.active:
+            self.pause()
+            raise OSError(errno.EBUSY, _("a process is still at work in it, and was asked to stop"))
         dispose([self.folder], self.folder.parent)
 
 
@@ -131,17 +146,16 @@ def newRunFolder(runsFolder: Path, model: str) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-def undecidedRuns(runsFolder: Path) -> list[FineTuneRun]:
-    """The runs that are under way, or finished and neither promoted nor discarded yet; the newest first."""
+def runsIn(runsFolder: Path) -> list[FineTuneRun]:
+    """The runs of a folder, the newest first: those under way or not decided on, then those that are."""
     found = []
     with contextlib.suppress(OSError):
         for record in runsFolder.glob(f"*/{RECORD}"):
             run = FineTuneRun(record.parent)
-            if run.folder.name.startswith(GONE) or not run.record.get("arguments"):
-                continue
-            if not RunRecord(run.folder).decision:
+            if not run.folder.name.startswith(GONE) and run.record.get("arguments"):
                 found.append(run)
-    return sorted(found, key=lambda run: str(run.record.get("created") or ""), reverse=True)
+    found.sort(key=lambda run: str(run.record.get("created") or ""), reverse=True)
+    return sorted(found, key=lambda run: bool(run.decision))
 
 
 def secondsPerStep(runsFolder: Path, wanted: dict[str, Any]) -> float | None:

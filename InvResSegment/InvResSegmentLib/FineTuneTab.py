@@ -1,15 +1,17 @@
 """The tab that fine-tunes: a model, the training cases, options, Start, and the run with its proof."""
 
+from dataclasses import replace
+
 import qt
 import slicer
 import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from .CaseChannels import imagesOf
+from .CaseChannels import imagesOf, usedChannels
 from .CaseExamination import CaseExamination
 from .CaseExport import CaseExport, stampOf
-from .CaseFindings import findingsOf, labelNames, problems, summary, wrongCases
+from .CaseFindings import findingsOf, labelNames, problems, summary, tableOf, wrongCases
 from .CaseTable import LEVELS, CaseTable
 from .ChannelPickers import ChannelPickers
 from .LabelDialog import LabelDialog
@@ -277,7 +279,8 @@ class FineTuneTab(VTKObservationMixin):
         self._findings = {}
         if model is not None:
             self._forgetStale(model)
-            self._findings = {row.key: findingsOf(self.cases, row, model) for row in self.cases.rows}
+            asked, table = self._asked(model), tableOf(self.cases, model)
+            self._findings = {row.key: findingsOf(self.cases, row, asked, table) for row in self.cases.rows}
         self._table.show(self._findings, [label.name for label in model.labels] if model is not None else [])
         self._showSummary(model)
         self._showCase()
@@ -285,6 +288,12 @@ class FineTuneTab(VTKObservationMixin):
         # Only where somebody looks: the first plan imports torch.
         if self.widget.visible and not self._services.problem():
             self._form.showPlan(model)
+
+    def _asked(self, model):
+        """The model as it is asked for: one that learns to do without channels takes cases that lack some."""
+        if not self._form.options.channelDropout:
+            return model
+        return replace(model, channels=tuple(replace(channel, optional=True) for channel in model.channels))
 
     def _forgetStale(self, model) -> None:
         """What the doctor said of a case that was changed since counts no more."""
@@ -345,7 +354,8 @@ class FineTuneTab(VTKObservationMixin):
             return [self._services.problem()]
         if self.model is None or self._parameters is None:
             return [_("Choose the model to tune.")]
-        sentences = [*problems(self.cases, self.model, self._findings), *self._form.problems(self.model)]
+        channels = usedChannels(self.cases, self.model)
+        sentences = [*problems(self.cases, self.model, self._findings), *self._form.problems(self.model, channels)]
         if self.run.active:
             sentences.append(_("A training is under way; wait for it, or pause it."))
         return sentences

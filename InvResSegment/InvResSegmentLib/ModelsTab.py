@@ -225,8 +225,8 @@ class ModelsTab:
             self._services.catalogue.rollBackModel(model.path, onDone)
 
         self._run(
-            _("Going back to the version before {version}...").format(version=model.version),
-            _("{name} stands for the version before {version} again; nothing was deleted.").format(
+            _("Going back to the version that {version} was tuned from...").format(version=model.version),
+            _("{name} stands for the version that {version} was tuned from again; nothing was deleted.").format(
                 name=model.name, version=model.version
             ),
             start,

@@ -1,6 +1,6 @@
 """The options of a fine-tuning in the panel, with what they will need of memory and time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from slicer.i18n import tr as _
 from . import Settings
 from .FineTuneRun import secondsPerStep
 from .Notice import GOOD, INFORMATION, WARNING, Notice
-from .RunOptions import FROZEN, MEMORY, RunOptions
+from .RunOptions import DROPOUT, FROZEN, MEMORY, RunOptions
 from .Text import formatSeconds
 
 __all__ = ["OptionsForm"]
@@ -25,12 +25,13 @@ class OptionsForm:
         self._plans: dict[tuple, tuple[str, str, bool, str]] = {}  # asked -> level, sentence, is it reversible, speed
         self._asked: tuple | None = None
         ui.baseCasesEdit.filters = ctk.ctkPathLineEdit.Dirs | ctk.ctkPathLineEdit.Files
-        for box in (ui.minutesBox, ui.epochsBox, ui.syntheticBox, ui.memorySlider):
+        for box in (ui.minutesBox, ui.epochsBox, ui.patienceBox, ui.syntheticBox, ui.memorySlider):
             box.connect("valueChanged(int)", self._changed)
         for box in (ui.freezeBox, ui.vaeBox):
             box.connect("currentIndexChanged(int)", self._changed)
         for edit in (ui.nameEdit, ui.rateEdit):
             edit.connect("textChanged(QString)", self._changed)
+        ui.dropoutBox.connect("toggled(bool)", self._changed)
         ui.baseCasesEdit.connect("currentPathChanged(QString)", self._changed)
 
     @property
@@ -48,16 +49,20 @@ class OptionsForm:
             name=ui.nameEdit.text.strip(),
             baseCases=ui.baseCasesEdit.currentPath.strip(),
             device=Settings.device(),
+            patience=ui.patienceBox.value,
+            channelDropout=DROPOUT if ui.dropoutBox.checked else 0.0,
         )
 
-    def problems(self, model: Any) -> list[str]:
-        """Why these options cannot be run, one plain sentence each."""
+    def problems(self, model: Any, channels: Sequence[str]) -> list[str]:
+        """Why these options cannot be run, one plain sentence each. channels: those that are trained on."""
         ui, options = self._ui, self.options
         sentences = []
         if ui.rateEdit.text.strip() and _rate(ui.rateEdit.text) is None:
             sentences.append(_("The learning rate must be a number above 0 and below 1, or empty."))
         if options.synthetic and any(channel.modality == "CT" for channel in model.channels):
             sentences.append(_("Synthetic images suit MR and not CT: choose none."))
+        if options.channelDropout and len(channels) < 2:
+            sentences.append(_("With a single channel there is none that the model can do without."))
         if options.freeze == "all-but-head" and options.vae:
             sentences.append(_("With all but the last layer kept, the VAE branch has nothing to do: choose without."))
         if options.baseCases and not Path(options.baseCases).exists():

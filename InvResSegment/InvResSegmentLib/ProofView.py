@@ -17,6 +17,8 @@ __all__ = ["ProofView"]
 
 METRICS = {"Dice": ("Dice", 3), "HD95_mm": ("HD95 [mm]", 1), "VolumeError_ml": ("Volume error [mL]", 2)}
 """Of comparison.json: what a person reads, and the digits behind the point."""
+OF_MODEL = "model"
+"""Whose scores a comparison holds: the model's alone; beginning with it, those of other trainings as well."""
 ROWS_SHOWN = 9
 NOTHING = "\u2013"
 
@@ -77,7 +79,15 @@ class ProofView:
             "nothing to compare": (INFORMATION, _("There is nothing to compare the tuned model with.")),
         }.get(verdict, (INFORMATION, _("There is not enough data to tell whether the tuned model is better.")))
         notes = [str(comparison.get("sentence") or "")]
-        if str(comparison.get("of") or "model") != "model":
+        of = str(comparison.get("of") or OF_MODEL)
+        if of.startswith(OF_MODEL) and of != OF_MODEL:
+            notes.append(
+                _(
+                    "Each case was held out from a training that did not learn from it. The model is one of these "
+                    "trainings, and has learned from some of the cases itself."
+                )
+            )
+        elif of != OF_MODEL:
             notes.append(
                 _("Each case was held out once; the model itself has then been trained on all of them in the same way.")
             )

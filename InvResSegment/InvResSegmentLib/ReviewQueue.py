@@ -97,7 +97,7 @@ class ReviewQueue:
         """Puts the segmentation beside the result, and into the training case. learn: it becomes one."""
         label = correctedPath(self._queue.folder, case)
         NodeFiles.saveSegmentation(self.segmentation, label, self.background)
-        stored = CaseFiles.of(case.files, self.channels, label)
+        stored = CaseFiles.of(case.files, self.channels, label, case.patient)
         if learn or self._trainingCases.ofFiles(stored) is not None:
             self._trainingCases.addFiles(case.name, stored)
 

@@ -65,7 +65,7 @@ class RunDecision:
             text = _("{name} now stands for the tuned version {version}.").format(name=name, version=version)
             self._notice.show(GOOD, text)
         elif decision == ROLLED_BACK:
-            text = _("Rolled back: {name} stands for the version from before; the tuned one is kept.")
+            text = _("Rolled back: {name} stands for the version that this one was tuned from; both are kept.")
             self._notice.show(INFORMATION, text.format(name=name))
         elif decision == DISCARDED:
             self._notice.show(INFORMATION, _("The tuned model was discarded; nothing has changed."))
@@ -80,12 +80,10 @@ class RunDecision:
         package = self._package
         if package is None:
             return
-        if not self._record.result.get("promoted") and self._asked != "promote":
-            self._ask(
-                "promote",
-                _("The proof does not speak for this model: {verdict}.").format(verdict=self._verdict),
-                _("Press the button again to use it all the same; you can roll back at any time."),
-            )
+        doubts = self._doubts
+        if doubts and self._asked != "promote":
+            last = _("Press the button again to use it all the same; you can roll back at any time.")
+            self._ask("promote", *doubts, last)
             return
         record = self._record
 
@@ -106,7 +104,7 @@ class RunDecision:
             self._decided(record, ROLLED_BACK, model=str(record.decision.get("model") or ""))
             self._catalogue.tell(str(outcome.result.get("path") or ""))
 
-        self._run(_("Going back to the version from before..."), rolledBack)
+        self._run(_("Going back to the version that it was tuned from..."), rolledBack)
         self._catalogue.rollBackModel(str(record.decision.get("model") or ""), self._finish)
 
     def _onDiscard(self) -> None:
@@ -120,14 +118,47 @@ class RunDecision:
         self._decided(self._record, DISCARDED)
 
     @property
+    def _doubts(self) -> list[str]:
+        """What speaks against the tuned model, one sentence each."""
+        result = self._record.result
+        check = result.get("base_check") or {}
+        worse = self._record.comparison.get("worse_labels") or []
+        dropped = ((result.get("transfer") or {}).get("labels") or {}).get("dropped") or []
+        found = [_("Labels that got worse: {names}.").format(names=", ".join(worse))] if worse else []
+        if dropped:
+            found.append(_("Labels that it does not find any more: {names}.").format(names=", ".join(dropped)))
+        forgotten = check.get("verdict") == "worse" or bool(check.get("worse_labels"))
+        # What the backend found against it may be just those labels.
+        told = bool(found) and not forgotten and self._looksGood
+        if not result.get("promoted") and not told:
+            found.insert(0, _("The proof does not speak for this model: {verdict}.").format(verdict=self._verdict))
+        return found
+
+    @property
+    def _looksGood(self) -> bool:
+        """Whether the proof speaks for the model as a whole, whatever became of single labels."""
+        comparison = self._record.comparison
+        verdict = comparison.get("verdict")
+        if verdict == "nothing to compare":
+            tuned = [(of.get("Dice") or {}).get("tuned") or {} for of in (comparison.get("labels") or {}).values()]
+            return any((spread.get("mean") or 0) > 0 for spread in tuned)
+        if verdict == "not enough data to tell":
+            mean = (comparison.get("difference") or {}).get("mean")
+            return bool(comparison.get("held_out")) and mean is not None and mean >= 0
+        return verdict in ("better", "as good")
+
+    @property
     def _verdict(self) -> str:
+        forgotten = _("it has forgotten some of what the base model could")
+        if self._looksGood:
+            return forgotten
         return {
             "worse": _("it got worse"),
             "not enough data to tell": _(
                 "there is not enough data to tell, and the cases there are do not look better"
             ),
             "nothing to compare": _("it finds nothing"),
-        }.get(str(self._record.result.get("verdict")), _("it has forgotten some of what the base model could"))
+        }.get(str(self._record.result.get("verdict")), forgotten)
 
     def _ask(self, what: str, *sentences: str) -> None:
         self._asked = what

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from slicer.i18n import tr as _
 
-__all__ = ["FROZEN", "MEMORY", "RunOptions", "proofSentence"]
+__all__ = ["DROPOUT", "FROZEN", "MEMORY", "PATIENCE", "RunOptions", "proofSentence"]
 
 MEMORY = ("low", "lower", "lowest")
 """The backend's settings, from the fastest to the one that needs least memory."""
 FROZEN = ("none", "encoder", "all-but-head")
+PATIENCE = 20
+"""Epochs without a better Dice after which the backend ends a training where nothing else is asked for."""
+DROPOUT = 0.25
+"""How often each channel is blanked in training, so that the model learns to do without (chosen)."""
 FEW = 10  # patients up to which the backend holds out each one
 GROUPS = 5
 
@@ -21,7 +25,8 @@ class RunOptions:
     """minutes: of all trainings together, 0 for no limit; epochs: of each, 0 for the backend's own number.
 
     vae: None as the base model has it. synthetic: fraction of the batches. learningRate: 0 for the backend's own.
-    baseCases: a data set to see what is forgotten of, or "".
+    baseCases: a data set to see what is forgotten of, or "". patience: epochs without a better Dice, 0 to go on.
+    channelDropout: above 0 the model learns to do without some channels; 0 leaves that as the base model has it.
     """
 
     minutes: float = 30.0
@@ -34,6 +39,8 @@ class RunOptions:
     name: str = ""
     baseCases: str = ""
     device: str = "auto"
+    patience: int = PATIENCE
+    channelDropout: float = 0.0
 
     def arguments(self, model: str, data: str | Path, folder: str | Path) -> list[str]:
         """The backend's command line; the same one with --resume goes on with the run in `folder`."""
@@ -43,6 +50,10 @@ class RunOptions:
             words += ["--time", f"{60 * self.minutes:.0f}s"]
         if self.epochs:
             words += ["--epochs", str(self.epochs)]
+        if self.patience != PATIENCE:
+            words += ["--patience", str(self.patience)]
+        if self.channelDropout:
+            words += ["--channel-dropout", f"{self.channelDropout:g}"]
         if self.synthetic:
             words += ["--synthetic", f"{self.synthetic:.2f}"]
         if self.learningRate:

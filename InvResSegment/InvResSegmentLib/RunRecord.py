@@ -16,12 +16,13 @@ from slicer.i18n import tr as _
 
 from .Disposal import dispose
 from .Protocol import parsedEvent
+from .RunHolder import isHeld
 from .WholeFile import readJson, writeJson
 
-__all__ = ["DATA", "DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "isHeld", "tidy"]
+__all__ = ["DATA", "DISCARDED", "PROMOTED", "ROLLED_BACK", "Epoch", "RunRecord", "decide", "tidy"]
 
-EVENTS, LOCK, STOP = "events.jsonl", "lock", "stop"
-DATA, PREPARED_DATA, CHECKPOINTS = "data", "prepared", "*/checkpoint.pt"
+EVENTS, STOP, KEEP_BEST = "events.jsonl", "stop", "keep-best"
+DATA, CROPS, PREPARED_DATA, CHECKPOINTS = "data", "crops", "prepared", "*/checkpoint.pt"
 RESULT, COMPARISON, DECISION = "result.json", "comparison.json", "decision.json"
 PROMOTED, DISCARDED, ROLLED_BACK = "promoted", "discarded", "rolled back"
 START_LIMIT_S = 120
@@ -31,6 +32,8 @@ SPAWNING_S = 10
 LONGEST_PIECE = 4 * 1024**2  # bytes of events that are read at a time
 PREPARED = 0.03  # of the bar, before the first training
 TRAINED = 0.9  # of a training's part of the bar; comparing is the rest
+FINISHING = 0.05  # of the bar, after the last training: what is compared then, and saving
+TRAIN, COMPARE = "train", "finetune.compare"
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class RunRecord:
 
     launched: a process was started for it just now, which has not said anything yet. hasEnded: asked whether that
     process is gone already, where somebody knows it.
-    state: "starting", "running", "stopping" (a process is at work), "paused", "finished", "failed" (none is).
-    stage: the backend's name of what is done at the moment; part of parts: which training, 0 before the first.
-    fraction: of the whole, never smaller than before; etaS: seconds left of the whole, None where not known.
+    state: "starting", "running", "finishing" (nothing is trained any more), "stopping" (a process is at work),
+    "paused", "finished", "failed" (none is). keepsBest: the training was asked to end with the best that it has.
+    stage: the backend's name of what is done at the moment; part of parts: which training, 0 outside of them.
+    fraction: of the whole, never smaller than before; etaS: seconds that are left to train, or to compare after the
+    last training, None where not known.
     epochs: part -> its epochs. error: "code", "message", "hint" of a failure. result: content of the result event.
     """
 
@@ -61,6 +66,7 @@ class RunRecord:
     stage: str = ""
     part: int = 0
     parts: int = 0
+    keepsBest: bool = False
     fraction: float = 0.0
     etaS: float | None = None
     predictedBytes: int = 0
@@ -72,6 +78,9 @@ class RunRecord:
     _offset: int = 0
     _ended: bool = False  # whether the process that began last has said how it ended
     _begun: bool = False  # whether any process has begun
+    _training: bool = False  # whether the one at work has come to its first training
+    _trained: bool = False  # whether it is behind its last one
+    _compared: tuple[int, float] = (0, 0.0)  # which comparison after the trainings, and how much of it is done
     _made: float = field(default_factory=time.monotonic)
     _madeAt: str = field(default_factory=lambda: _now(-SPAWNING_S))
     _comparison: tuple[float, dict] = (0.0, {})
@@ -122,9 +131,7 @@ class RunRecord:
         if self.result:
             return "finished"
         if self._begun and not self._ended and isHeld(self.folder):
-            if (self.folder / STOP).is_file():
-                return "stopping"
-            return "running" if self.part else "starting"
+            return self._stateAtWork()
         if self._begun and not self._ended and (told := readJson(self.folder / RESULT)):
             # The disk was too full for the last event.
             self._take({**told, "event": "result"})
@@ -148,6 +155,18 @@ class RunRecord:
         if isHeld(self.folder) or time.monotonic() - self._made < START_LIMIT_S:
             return "starting"
         return self._notStarted(_("The training did not begin within {count} s.").format(count=START_LIMIT_S))
+
+    def _stateAtWork(self) -> str:
+        asked = None
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            asked = (self.folder / STOP).read_text(encoding="utf-8").strip()
+        self.keepsBest = asked == KEEP_BEST
+        # The file lies there until all is done, also when what it asks for has been heeded.
+        if self._trained or (self.keepsBest and self.stage == COMPARE):
+            return "stopping" if asked and not self.keepsBest else "finishing"
+        if asked is not None:
+            return "stopping"
+        return "running" if self._training else "starting"
 
     def _notStarted(self, message: str) -> str:
         self.error = {
@@ -187,6 +206,7 @@ class RunRecord:
             self._ended, self._begun = False, True
             self.error, self.result, self.etaS = {}, {}, None
             self.part, self.stage = 0, ""
+            self._training, self._trained, self._compared = False, False, (0, 0.0)
         elif kind == "progress":
             self._progress(event)
         elif kind == "epoch":
@@ -213,20 +233,31 @@ class RunRecord:
         within = min(1.0, done / total) if total else 1.0
         if stage == "finetune.parts":
             self.parts = int(total)
+            self._trained = done >= total > 0
             return
-        self.stage = stage
+        self.stage, self.etaS = stage, None
         self.part, self.parts = int(event.get("part") or 0), int(event.get("parts") or self.parts)
+        self._training = self._training or self.part > 0
         eta = event.get("eta_s")
         if not self.part:
-            self.fraction = max(self.fraction, PREPARED * within)
+            self.fraction = max(self.fraction, self._finished(within) if self._trained else PREPARED * within)
+            if self._trained and isinstance(eta, (int, float)):
+                self.etaS = eta
             return
-        share = {"train": TRAINED * within, "finetune.compare": TRAINED + (1 - TRAINED) * within}.get(stage, 0.0)
-        whole = PREPARED + (1 - PREPARED) * (self.part - 1 + share) / max(1, self.parts)
+        share = {TRAIN: TRAINED * within, COMPARE: TRAINED + (1 - TRAINED) * within}.get(stage, 0.0)
+        whole = PREPARED + (1 - PREPARED - FINISHING) * (self.part - 1 + share) / max(1, self.parts)
         self.fraction = max(self.fraction, whole)
-        if stage == "train" and isinstance(eta, (int, float)):
+        if stage == TRAIN and isinstance(eta, (int, float)) and within < 1:
             # The trainings that are still to come take as long as this one.
-            each = eta / (1 - within) if within < 1 else 0.0
-            self.etaS = eta + max(0, self.parts - self.part) * each if within < 1 else None
+            self.etaS = eta + max(0, self.parts - self.part) * eta / (1 - within)
+
+    def _finished(self, within: float) -> float:
+        """Of the bar, in a comparison after the trainings: each of them takes half of what is left."""
+        count, before = self._compared
+        count += count == 0 or within < before
+        self._compared = count, within
+        left = FINISHING / 2**count
+        return 1 - 2 * left + left * within
 
     def _epoch(self, event: dict[str, Any]) -> None:
         number = event.get("epoch")
@@ -260,7 +291,8 @@ def tidy(folder: Path, *more: str) -> None:
         files = case.get("files") or {}
         named = [*(files.get("images") or [])[:1], files.get("reference")]  # the first image is what is looked at
         shown |= {os.path.realpath(path) for path in named if path}
-    data = [path for path in (folder / DATA).rglob("*") if path.is_file() and os.path.realpath(path) not in shown]
+    images = [path for name in (DATA, CROPS) for path in (folder / name).rglob("*") if path.is_file()]
+    data = [path for path in images if os.path.realpath(path) not in shown]
     folders = [folder / name for name in (PREPARED_DATA, *more)]
     with contextlib.suppress(OSError):
         dispose([*folders, *folder.glob(CHECKPOINTS), *data], folder.parent)
@@ -269,51 +301,3 @@ def tidy(folder: Path, *more: str) -> None:
 def _now(shift_s: float = 0.0) -> str:
     """The time as `events.jsonl` writes it, so that texts compare as times do."""
     return (datetime.now(timezone.utc) + timedelta(seconds=shift_s)).isoformat(timespec="milliseconds")
-
-
-def isHeld(folder: Path) -> bool:
-    """Whether a process is at work in a run folder."""
-    try:
-        with open(folder / LOCK, "rb") as stream:
-            number = stream.read(32).strip()
-            # A process that is just beginning must find the lock free: it is tried only where its holder is alive.
-            if number.isdigit() and not _alive(int(number)):
-                return False
-            return _locked(stream)
-    except OSError:
-        return False
-
-
-def _locked(stream: Any) -> bool:
-    if os.name == "nt":
-        return True  # the holder is alive
-    import fcntl
-
-    try:
-        fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return True  # a file system without locks: the process is all that is known
-    return False  # closing the file gives the lock back
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        import ctypes
-
-        kernel = ctypes.windll.kernel32
-        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        if not handle:
-            return False
-        code = ctypes.c_ulong()
-        found = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
-        kernel.CloseHandle(handle)
-        return bool(found) and code.value == 259  # STILL_ACTIVE
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -8,8 +8,9 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .Dependencies import backendCommand, backendEnvironment
-from .FineTuneRun import FineTuneRun, undecidedRuns
+from .FineTuneRun import FineTuneRun, runsIn
 from .Notice import ERROR, INFORMATION, WARNING, Notice
+from .RunRecord import DISCARDED, PROMOTED, ROLLED_BACK
 from .RunView import AT_WORK, RunView
 
 __all__ = ["RunSection"]
@@ -50,7 +51,9 @@ class RunSection:
     @property
     def active(self) -> bool:
         """Whether a training is under way, shown or not."""
-        return self.state in AT_WORK or any(run.active for run in self._runs)
+        # The process of the one that is shown may take a moment to end after its last word.
+        others = [run for run in self._runs if run is not self._shown or not self.state]
+        return self.state in AT_WORK or any(run.active for run in others)
 
     @property
     def _decided(self) -> bool:
@@ -58,17 +61,17 @@ class RunSection:
         return self.state == "finished" and self.view.record is not None and bool(self.view.record.decision)
 
     def find(self) -> None:
-        """Look for runs that are under way, or wait for a decision, of this Slicer or an earlier one."""
-        found = undecidedRuns(Path(Settings.runsFolder()))
+        """Look for runs, of this Slicer or an earlier one; one that is under way or waits for a decision is shown."""
+        found = runsIn(Path(Settings.runsFolder()))
         known = {run.folder: run for run in [*self._runs, *([self._shown] if self._shown else [])]}
         self._runs = [known.get(run.folder, run) for run in found]
         if self._shown is not None and self._shown.folder.is_dir():
-            if self._shown not in self._runs:  # decided, and still looked at
+            if self._shown not in self._runs:
                 self._runs.insert(0, self._shown)
         else:
             self._shown = None
-            if self._runs:
-                self.show(self._runs[0])
+            if waiting := [run for run in self._runs if not run.decision]:
+                self.show(waiting[0])
                 return
             self.view.clear()
         self._update()
@@ -91,16 +94,17 @@ class RunSection:
 
     def _update(self) -> None:
         ui, run, state = self._ui, self._shown, self.state
-        ui.runButton.visible = run is not None
-        if run is None:
-            return
+        ui.runButton.visible = bool(self._runs)
         self._filling = True
         ui.runBox.clear()
         for each in self._runs:
-            ui.runBox.addItem(each.title)
-        ui.runBox.currentIndex = self._runs.index(run)
+            ui.runBox.addItem(_titleOf(each))
+        ui.runBox.currentIndex = self._runs.index(run) if run is not None else -1
         self._filling = False
-        ui.runRow.visible = len(self._runs) > 1
+        ui.runRow.visible = len(self._runs) > 1 or run is None
+        if run is None:
+            ui.runButtons.visible = False
+            return
         ended = state in ("paused", "failed")
         finished = state == "finished"
         decided = self._decided
@@ -116,10 +120,18 @@ class RunSection:
         if state == "starting":
             # A process that is just beginning takes what asks it to stop for left over from the stop before.
             ui.pauseButton.toolTip = ui.keepButton.toolTip = _("Possible once the first training has begun.")
+        elif state == "finishing":
+            ui.keepButton.toolTip = _("Nothing is trained any more; the models are compared.")
+        # Stopped, it would forget that it was to train no more.
+        keepsBest = self.view.record is not None and self.view.record.keepsBest
+        if state == "finishing" and keepsBest:
+            ui.pauseButton.toolTip = ui.keepButton.toolTip
         problem = self._services.problem() if ended else ""
         if ended and any(other is not run and other.active for other in self._runs):
             problem = _("Another training is under way; wait for it, or pause it.")
-        ui.pauseButton.enabled = state == "running" or (ended and not problem)
+        ui.pauseButton.enabled = (
+            state == "running" or (state == "finishing" and not keepsBest) or (ended and not problem)
+        )
         if problem:
             ui.pauseButton.toolTip = problem
         ui.keepButton.enabled = state == "running"
@@ -190,7 +202,12 @@ class RunSection:
             self._update()
             return
         self.view.clear()
-        self._do(run.discard)
+        try:
+            run.discard()
+        except OSError as error:
+            self.show(run)
+            self._refused(error, _("Delete it again once it has stopped, and when nothing else uses its folder."))
+            return
         self._shown = None
         self._runs.remove(run)
         self.find()
@@ -202,7 +219,16 @@ class RunSection:
         try:
             action()
         except OSError as error:
-            text = _("That could not be done: {reason}.").format(reason=error.strerror or error)
-            self._message.show(ERROR, text, _("Look whether the folder of the runs can be written to."))
+            self._refused(error, _("Look whether the folder of the runs can be written to."))
             return False
         return True
+
+    def _refused(self, error: OSError, hint: str) -> None:
+        self._message.show(ERROR, _("That could not be done: {reason}.").format(reason=error.strerror or error), hint)
+
+
+def _titleOf(run: FineTuneRun) -> str:
+    words = {PROMOTED: _("promoted"), DISCARDED: _("discarded"), ROLLED_BACK: _("rolled back")}
+    if run.decision in words:
+        return _("{title} ({decision})").format(title=run.title, decision=words[run.decision])
+    return run.title

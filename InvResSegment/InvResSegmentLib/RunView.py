@@ -10,7 +10,7 @@ from slicer.i18n import tr as _
 from .Notice import ERROR, INFORMATION, WARNING, Notice
 from .ProofView import ProofView
 from .RunChart import RunChart
-from .RunRecord import RunRecord
+from .RunRecord import COMPARE, TRAIN, RunRecord
 from .Text import formatBytes, formatSeconds
 
 __all__ = ["AT_WORK", "RunView"]
@@ -18,7 +18,7 @@ __all__ = ["AT_WORK", "RunView"]
 POLL_MS = 1000
 STEPS = 1000  # of the progress bar
 WARNINGS_SHOWN = 5
-AT_WORK = ("starting", "running", "stopping")
+AT_WORK = ("starting", "running", "finishing", "stopping")
 """States in which a process is at work."""
 
 
@@ -26,7 +26,7 @@ class RunView:
     """Shows one run folder of `invres finetune`, and reads it about once a second while somebody looks.
 
     parent: a widget, into whose layout the view is put. catalogue: a `ModelCatalogue`, for promoting and rolling back.
-    onStateChanged: called with "starting", "running", "paused", "stopping", "finished" or "failed" when that changes;
+    onStateChanged: called with the state of the record (see `RunRecord`) when that changes;
     onDecided: called when the tuned model was promoted, discarded or rolled back.
     """
 
@@ -131,15 +131,17 @@ def _stageText(record: RunRecord) -> str:
         return _("Starting")
     if record.state == "stopping":
         return _("Stopping; what was trained is being saved")
+    if record.state == "finishing" and record.stage != COMPARE:
+        return _("Saving the tuned model")
     training = ""
     if record.part and record.parts > 1:
         training = _("training {part} of {parts}").format(part=record.part, parts=record.parts)
-    if record.stage == "train":
+    if record.stage == TRAIN:
         return training[:1].upper() + training[1:] if training else _("Training")
     stage = {
         "prepare.cases": _("Preparing the cases"),
         "prepare.plan": _("Preparing the cases"),
-        "finetune.compare": _("Comparing with the base model"),
+        COMPARE: _("Comparing with the base model"),
     }.get(record.stage, _("Working"))
     return f"{stage} ({training})" if training else stage
 
@@ -148,8 +150,10 @@ def _detailsText(record: RunRecord) -> str:
     parts = []
     if record.epochs:
         parts.append(_("epochs done: {count}").format(count=sum(map(len, record.epochs.values()))))
-    if record.etaS:
-        parts.append(_("about {time} left").format(time=formatSeconds(record.etaS)))
+    if record.etaS and record.state != "stopping":
+        # Comparing is not in it before it has begun.
+        text = _("about {time} left") if record.stage == COMPARE else _("about {time} of training left")
+        parts.append(text.format(time=formatSeconds(record.etaS)))
     if record.measuredBytes:
         parts.append(_("a step takes {amount} of memory").format(amount=formatBytes(record.measuredBytes)))
     elif record.predictedBytes:

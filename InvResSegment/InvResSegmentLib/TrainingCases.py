@@ -15,20 +15,38 @@ import slicer
 from .CaseFiles import CaseFiles
 from .LabelMapping import plainName
 
-__all__ = ["LEFT_OUT", "TRAINING", "VALIDATION", "CaseRow", "DataSetOnDisk", "Finding", "TrainingCases", "dataSetOf"]
+__all__ = [
+    "LEFT_OUT",
+    "MISSING_CHANNEL",
+    "MISSING_LABEL",
+    "TRAINING",
+    "VALIDATION",
+    "CaseRow",
+    "DataSetOnDisk",
+    "Finding",
+    "TrainingCases",
+    "dataSetOf",
+]
 
 TRAINING, VALIDATION, LEFT_OUT = "training", "validation", "left out"
 ROLES = (TRAINING, VALIDATION, LEFT_OUT)
 PARAMETER = "trainingCases"
+MISSING_CHANNEL = "missing_channel"
+MISSING_LABEL = "missing_label_value"
+"""What the data doctor calls an image, and a label, that a case lacks and that others have."""
 _WORST_FIRST = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a case, in a sentence. severity: "error" (it cannot be learned from), "warning" or "note"."""
+    """Something about a case, in a sentence. severity: "error" (it cannot be learned from), "warning" or "note".
+
+    code: what the data doctor calls it, "" where the panel found it.
+    """
 
     severity: str
     sentence: str
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -294,6 +312,10 @@ def dataSetOf(path: str, result: dict[str, Any]) -> tuple[DataSetOnDisk, list[di
     """
     contents = result["contents"]
     cases = [case for case in contents["cases"] if case["label"]]
+    lacking = {found.get("case") for found in result.get("findings") or [] if found.get("code") == MISSING_CHANNEL}
+    for case in cases:
+        if case["name"] in lacking:  # named or not, these images are not there
+            case["images"] = [image if image and Path(image).exists() else None for image in case["images"]]
     if len(contents["splits"]) == 1:
         (split,) = contents["splits"]
         for case in cases:

@@ -104,19 +104,25 @@ class Panel:
         """Another module is shown; a run goes on."""
 
     def sceneAboutToClose(self) -> None:
-        """The scene is about to be emptied: its run ends, and nothing refers to its nodes any more."""
-        self._stopBackend()
+        """The scene is about to be emptied: its run ends, and nothing refers to its nodes any more.
+
+        A batch of files has nothing to do with it and goes on.
+        """
+        self._stopBackend(kept=self.batchTab if self.batchTab.onFiles else None)
 
     def stop(self) -> None:
         """End the backend and an installation that is under way."""
         self.setup.stop()
         self._stopBackend()
 
-    def _stopBackend(self) -> None:
+    def _stopBackend(self, kept=None) -> None:
+        """kept: the tab whose work goes on, and the backend with it."""
         self.setParameterNode(None)  # first: the end of a run would call for the plan of the next one
         for tab in self.tabs:
-            tab.cancel()
-        self.backend.stop()
+            if tab is not kept:
+                tab.cancel()
+        if kept is None:
+            self.backend.stop()
 
     def cleanup(self) -> None:
         """The module is unloaded or reloaded."""

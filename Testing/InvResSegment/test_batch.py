@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +21,22 @@ import slicer
 import standins
 import vtk
 from InvResSegmentLib import BatchSources
-from InvResSegmentLib.BatchCase import ACCEPTED, DONE, EDITED, FAILED, WAITING, BatchCase, correctedPath, freeFileName
+from InvResSegmentLib.BatchCase import (
+    ACCEPTED,
+    DONE,
+    EDITED,
+    FAILED,
+    WAITING,
+    BatchCase,
+    correctedPath,
+    freeFileName,
+    readBatch,
+)
 from InvResSegmentLib.BatchQueue import BatchQueue
 from InvResSegmentLib.BatchTab import BatchTab
 from InvResSegmentLib.CaseExport import CaseExport, stampOf
-from InvResSegmentLib.CaseFindings import findingsOf, problems
+from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
+from InvResSegmentLib.CaseFindings import findingsOf, patients, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
 from InvResSegmentLib.ResultFile import readMasks, readResultFile
@@ -122,6 +133,12 @@ def test_a_data_set_is_read_by_the_backend(backend, data):
     cases = BatchSources.casesOfDataset(contents, (SimpleNamespace(name="t1", modality="MR", optional=False),))
     assert [case.name for case in cases] == ["case0", "case1", "case2"]
     assert all(case.files["t1"].is_file() for case in cases)
+    assert len({case.patient for case in cases}) == 3 and "case" not in cases[0].patient
+    contents["channels"] = [{"name": "T1w"}, {"name": "flair"}]
+    contents["cases"] = [{"name": "a", "images": ["/t1.nii", "/flair.nii"], "patient": "Anna"}]
+    (case,) = BatchSources.casesOfDataset(contents, TWO)
+    assert case.files == {"T1": Path("/t1.nii"), "FLAIR": Path("/flair.nii")}, "the same channels, called otherwise"
+    contents["channels"] = [{"name": "T1w"}]
     with pytest.raises(ConversionError, match="no channel FLAIR"):
         BatchSources.casesOfDataset(contents, TWO)
 
@@ -144,8 +161,10 @@ def test_a_plain_folder_of_images_is_a_batch(images, tmp_path):
 class Database:
     """What the panel asks of ctkDICOMDatabase, over the files of one patient with a study of several series."""
 
-    def __init__(self, series):
-        self.series = series
+    databaseFilename = "/home/anna/ctkDICOM.sql"
+
+    def __init__(self, series, studies=("1.2",)):
+        self.series, self.studies = series, list(studies)
 
     def patients(self):
         return ["1"]
@@ -154,7 +173,7 @@ class Database:
         return "Anna"
 
     def studiesForPatient(self, patient):
-        return ["1.2"]
+        return self.studies
 
     def descriptionForStudy(self, study):
         return "head"
@@ -219,8 +238,26 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
     review.accept()
     review.leave()
+    assert review._trainingCases.rows[0].stored.patient == case.patient != "", "who it is of is known to the split"
     dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
     assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
+
+
+def test_two_studies_of_one_patient_are_held_out_together(queue, small_model, tmp_path):
+    series = {"1.2.3": write_series(tmp_path / "dicom", np.ones((2, 4, 4)), "1.2.3", "T1 MPRAGE")}
+    studies = list(BatchSources.casesOfDatabase(Database(series, ("1.2", "1.3")), T1))
+    queue.folder = tmp_path
+    queue.cases = [case for _done, _count, case in studies]
+    queue.cases[0].state = FAILED
+    queue.tell()
+    unit = tuple(map(tuple, np.eye(4).tolist()))
+    cases = TrainingCases()
+    for index, case in enumerate([*readBatch(tmp_path), BatchCase("of nobody")]):
+        image = ImageFile(str(tmp_path / f"{index}.nrrd"), (4, 4, 4), unit)
+        row = cases.addFiles(case.name, CaseFiles({"T1": image}, "label", ("ball",), case.patient))
+        assert CaseFiles.fromJson(json.loads(json.dumps(asdict(row.stored)))) == row.stored
+    assert [*patients(cases).values()] == ["patient01", "patient01", "patient02"]
+    assert "Anna" not in queue.cases[0].patient and len(queue.cases[0].patient) > 10
 
 
 def exported(cases, model, folder):

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from InvResSegmentLib.FineTuneRun import FineTuneRun, newRunFolder, secondsPerStep, undecidedRuns
-from InvResSegmentLib.RunOptions import RunOptions, proofSentence
+from InvResSegmentLib.FineTuneRun import FineTuneRun, newRunFolder, runsIn, secondsPerStep
+from InvResSegmentLib.RunHolder import startOf
+from InvResSegmentLib.RunOptions import DROPOUT, PATIENCE, RunOptions, proofSentence
 from InvResSegmentLib.RunRecord import DISCARDED, decide, tidy
 
-from invres import cli
+from invres import cli, tuningplan
 
 MODULE = Path(__file__).resolve().parents[2] / "InvResSegment"
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
@@ -36,12 +37,15 @@ def begun(folder: Path, program: str, arguments=("finetune",), **record) -> Fine
 
 
 def test_the_options_are_a_command_line_that_the_backend_takes(tmp_path):
-    options = RunOptions(90, 3, "lowest", "encoder", 0.5, False, 3e-4, "mine", str(tmp_path), "cpu")
+    options = RunOptions(90, 3, "lowest", "encoder", 0.5, False, 3e-4, "mine", str(tmp_path), "cpu", 7, DROPOUT)
     parsed = cli._parser().parse_args(options.arguments("model", "data", "run"))
     assert (parsed.time, parsed.epochs, parsed.memory, parsed.freeze) == ("5400s", 3, "lowest", "encoder")
     assert (parsed.synthetic, parsed.vae, parsed.lr, parsed.name) == (0.5, False, 3e-4, "mine")
     assert (parsed.check_base, parsed.device, parsed.resume) == (tmp_path, "cpu", False)
+    assert (parsed.patience, parsed.channel_dropout) == (7, DROPOUT)
+    assert tuningplan.DEFAULTS.early_stop_epochs == PATIENCE, "what the panel shows is what is done"
     plain = cli._parser().parse_args(RunOptions(minutes=0).arguments("model", "data", "run"))
+    assert (plain.patience, plain.channel_dropout) == (None, None)
     assert (plain.time, plain.epochs, plain.vae, plain.lr, plain.check_base) == (None, None, None, None, None)
     planned = cli._parser().parse_args(options.planArguments("model"))
     assert planned.training and planned.memory == "lowest" and planned.vae is False
@@ -121,6 +125,39 @@ def test_deleting_a_run_ends_it_and_leaves_nothing(tmp_path):
     wait(lambda: not list((tmp_path / "runs").iterdir()))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="flock")
+@pytest.mark.parametrize("said", ["nothing", "another start", "its start"])
+def test_deleting_a_run_kills_only_the_process_that_its_lock_surely_names(tmp_path, said):
+    program = """
+import fcntl, os, sys, time
+lock = open(sys.argv[1], "a+")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("up", flush=True)
+time.sleep(60)
+"""
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    FineTuneRun.begin(folder, {"arguments": ["finetune"]})
+    command = [sys.executable, "-c", program, str(folder / "lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"up\n"
+        began = {"nothing": "", "another start": "\n1000.5", "its start": f"\n{startOf(process.pid)}"}[said]
+        (folder / "lock").write_text(f"{process.pid}{began}")
+        run = FineTuneRun(folder)  # found by another Slicer than the one that began it
+        if said == "its start":
+            run.discard()
+            assert process.wait(10) < 0 and not folder.exists()
+            return
+        with pytest.raises(OSError, match="still at work"):
+            run.discard()
+        assert process.poll() is None and (folder / "stop").read_text() == "stop"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_nobody_waits_for_gigabytes_to_be_deleted(tmp_path, monkeypatch):
     removed = shutil.rmtree
 
@@ -138,7 +175,7 @@ def test_nobody_waits_for_gigabytes_to_be_deleted(tmp_path, monkeypatch):
     wait(lambda: [path.name for path in (tmp_path / "runs").iterdir()] == ["a"])
 
 
-def test_runs_are_found_until_they_are_decided_on_the_newest_first(tmp_path):
+def test_runs_are_found_the_newest_first_and_behind_them_those_that_are_decided_on(tmp_path):
     folders = []
     for index in range(3):
         folder = newRunFolder(tmp_path / "runs", "Größe: 1/2")
@@ -148,11 +185,13 @@ def test_runs_are_found_until_they_are_decided_on_the_newest_first(tmp_path):
     assert len(set(folders)) == 3 and all(folder.name.isascii() for folder in folders)
     (tmp_path / "runs" / "something else").mkdir()
     shutil.copytree(folders[0], tmp_path / "runs" / ".gone-0")  # being deleted
-    assert [run.folder for run in undecidedRuns(tmp_path / "runs")] == folders[::-1]
-    assert undecidedRuns(tmp_path / "runs")[0].title.startswith("m, 2026-01-03")
+    assert [run.folder for run in runsIn(tmp_path / "runs")] == folders[::-1]
+    assert runsIn(tmp_path / "runs")[0].title.startswith("m, 2026-01-03")
     decide(folders[2], DISCARDED)
-    assert [run.folder for run in undecidedRuns(tmp_path / "runs")] == [folders[1], folders[0]]
-    assert undecidedRuns(tmp_path / "nowhere") == []
+    found = runsIn(tmp_path / "runs")
+    assert [run.folder for run in found] == [folders[1], folders[0], folders[2]]
+    assert [run.decision for run in found] == ["", "", DISCARDED]
+    assert runsIn(tmp_path / "nowhere") == []
 
 
 def test_the_time_of_a_step_is_that_of_the_last_run_of_the_same_kind(tmp_path):

@@ -15,7 +15,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
-from InvResSegmentLib.RunRecord import isHeld
+from InvResSegmentLib.RunHolder import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
 from standins import qtclasses
@@ -177,6 +177,32 @@ def test_images_of_a_case_are_chosen_in_its_pickers_and_another_model_asks_for_o
     assert "Align it in the tab Segment" in tab.ui.startButton.toolTip
 
 
+def test_a_model_that_shall_do_without_channels_takes_cases_that_lack_some(panel):
+    tab = panel.fineTuneTab
+    for name, seed in (("T1 a", 1), ("T1 b", 2)):
+        addCase(name, seed, {"core": SOLID})
+    tab.ui.addSceneButton.click()
+    tab.ui.dropoutBox.checked = True
+    settled(tab)
+    assert "single channel" in tab.ui.startButton.toolTip
+    tab.ui.baseBox.currentIndex = 1 - tab.ui.baseBox.currentIndex
+    settled(tab)
+    row = tab.cases.rows[0]
+    tab.cases.setChannels(row, {**row.channels, "FLAIR": addVolume("FLAIR a", shape=(20, 22, 24), seed=5)})
+    settled(tab)
+    assert tab.ui.startButton.enabled and cells(tab, 1)[4] == "note"
+    tab._table.select(tab.cases.rows[1])
+    assert "It has no FLAIR; the model learns to do without" in said(tab, "caseNotice")
+    tab.ui.checkButton.click()
+    settled(tab)
+    assert tab.ui.startButton.enabled and cells(tab, 1)[4] == "note", "the doctor does not refuse it either"
+    tab.ui.patienceBox.value = 3
+    assert (tab._form.options.patience, tab._form.options.channelDropout) == (3, 0.25)
+    tab.ui.dropoutBox.checked = False
+    settled(tab)
+    assert "No volume is chosen for the channel FLAIR" in tab.ui.startButton.toolTip
+
+
 def test_the_doctor_looks_at_cases_of_the_scene_and_what_changed_is_looked_at_again(panel):
     tab = panel.fineTuneTab
     addCase("T1 a", 1)
@@ -269,6 +295,30 @@ def test_a_run_goes_on_without_the_panel_is_found_again_paused_resumed_and_delet
         tab.ui.deleteRunButton.click()
         assert not folder.exists() and tab.run.shown is None and tab.ui.runButton.isHidden()
         assert qt.QSettings().value("InvResSegment/RunsFolder") == str(tmp_path / "runs")
+
+
+def test_stop_and_keep_best_ends_the_training_and_proves_what_there_is(panel):
+    tab = inFront(panel)
+    for seed in (1, 2):
+        addCase(f"T1 {seed}", seed)
+    tab.ui.addSceneButton.click()
+    tab.ui.minutesBox.value, tab.ui.epochsBox.value = 0, 4000
+    settled(tab)
+    tab.ui.startButton.click()
+    settled(tab)
+    record = tab.run.view.record
+    waitUntil(lambda: record.epochs.get(1), 300)
+    tab.ui.keepButton.click()
+    waitUntil(lambda: tab.run.state == "finished", 300)
+    comparison, result = record.comparison, record.result
+    assert result["training"]["iterations"] >= 25, "an epoch at the least was kept"
+    assert comparison["n_cases"] == 1 and comparison["verdict"] == "not enough data to tell"
+    folder = tab.run.shown.folder
+    assert not (folder / "stop").exists() and not isHeld(folder), "nothing keeps it from going on"
+    assert not tab.run.view.ui.proofBox.isHidden()
+    assert (folder / ("model" if result["promoted"] else "candidate") / "manifest.json").is_file()
+    settled(tab)
+    assert tab.ui.startButton.enabled
 
 
 def test_a_run_that_cannot_begin_says_why(panel, models, tmp_path):

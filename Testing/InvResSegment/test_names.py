@@ -14,8 +14,9 @@ from used_names import MODULE, usedNames
 NAMES = json.loads((Path(__file__).parent / "slicer_names.json").read_text(encoding="utf-8"))["releases"]
 MEMBERS_OF_SOME = {"pip_ensure"}
 """Of slicer.packaging, which came with 5.12; without it the module falls back on slicer.util.pip_install."""
-ON_WINDOWS = {"windll", "kernel32", "OpenProcess", "GetExitCodeProcess", "CloseHandle"}
-"""Of ctypes there."""
+ON_WINDOWS = {"windll", "kernel32", "OpenProcess", "GetExitCodeProcess", "GetProcessTimes", "CloseHandle"}
+ON_WINDOWS |= {"locking", "LK_NBLCK", "LK_UNLCK"}
+"""Of ctypes and msvcrt there."""
 HINT = "Misspelt, or new: then run collect_names.py with the lists of names."
 
 

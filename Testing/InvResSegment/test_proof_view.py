@@ -92,6 +92,9 @@ def test_the_verdict_comes_first_and_in_words(view, run):
     sentence = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["sentence"]
     assert said.startswith("There is not enough data to tell") and sentence in said
     assert "held out once" in said, "the model itself has seen all cases"
+    changed(run, of="model and trainings of the same kind on other cases")
+    view.show(run)
+    assert "one of these trainings" in view.ui.verdictText.text and "all of them" not in view.ui.verdictText.text
     for verdict, words in (("better", "is better."), ("worse", "got worse."), ("as good", "is as good as before.")):
         changed(run, verdict=verdict, base_check={"verdict": "worse", "sentence": "forgotten."})
         view.show(run)
@@ -286,6 +289,37 @@ def test_a_promotion_goes_through_while_something_else_is_shown(view, run, catal
     shutil.rmtree(catalogue.modelsFolder)
     waitUntil(lambda: not catalogue._backend.busy, 60)
     assert not caplog.records
+
+
+def test_a_better_model_that_lost_some_labels_is_promoted_only_when_asked_twice(view, run):
+    events = run / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    lines[-1] |= {"verdict": "better", "promoted": True}
+    lines[-1]["transfer"]["labels"]["dropped"] = ["left kidney", "spleen"]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    changed(run, verdict="better", worse_labels=["liver"])
+    view.show(run)
+    view.ui.promoteButton.click()
+    said = view.ui.decisionNoticeText.text
+    assert "got worse: liver" in said and "any more: left kidney, spleen" in said
+    assert "does not speak for" not in said and view.ui.promoteButton.text == "Promote all the same"
+    for verdict in ("not enough data to tell", "nothing to compare"):
+        lines[-1] |= {"verdict": verdict, "promoted": False}
+        events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+        content["labels"]["ball"]["Dice"]["tuned"]["mean"] = 0.4
+        for mean, whole in ((0.01, False), (-0.01, verdict.startswith("not enough"))):
+            changed(run, verdict=verdict, difference={"mean": mean}, held_out=True, labels=content["labels"])
+            view.clear()
+            view.show(run)
+            view.ui.promoteButton.click()
+            assert ("does not speak for" in view.ui.decisionNoticeText.text) == whole, (verdict, mean)
+    lines[-1] |= {"base_check": {"verdict": "better", "worse_labels": ["pancreas"]}, "promoted": False}
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    view.clear()
+    view.show(run)
+    view.ui.promoteButton.click()
+    assert "forgotten some" in view.ui.decisionNoticeText.text and "liver" in view.ui.decisionNoticeText.text
 
 
 def test_a_promotion_that_fails_can_be_tried_again(view, run):

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 from InvResSegmentLib import RunRecord as module
-from InvResSegmentLib.RunRecord import PROMOTED, RunRecord, decide, isHeld
+from InvResSegmentLib.RunHolder import isHeld
+from InvResSegmentLib.RunRecord import DISCARDED, PROMOTED, RunRecord, decide, tidy
 from tiny_run import at_work
 
 PART = {"part": 2, "parts": 4}
@@ -165,6 +166,53 @@ def test_the_bar_never_goes_back_and_the_time_is_that_of_all_trainings(working, 
     record.poll()
     assert halfway <= record.fraction < 0.5
     assert record.etaS == pytest.approx(45 + 2 * 50)
+
+
+def test_what_follows_the_trainings_has_a_state_a_share_of_the_bar_and_a_time_of_its_own(working, tmp_path):
+    def say(*events):
+        with open(tmp_path / "events.jsonl", "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(one) + "\n" for one in events)
+        record.poll()
+        return record.state, record.fraction, record.etaS
+
+    working(progress("finetune.parts", 0, 1))
+    record = polled(tmp_path)
+    assert record.state == "starting", "nothing heeds a wish to stop before the first training"
+    assert say(progress("prepare.cases", 0, 2, part=1, parts=1))[0] == "running"
+    assert say(progress("train", 5, 10, 30.0, part=1, parts=1))[2] == 30
+    assert say(progress("prepare.cases", 0, 2))[0] == "running", "once begun it does not start again"
+    state, trained, eta = say(progress("train", 10, 10, 0.0, part=1, parts=1), progress("finetune.parts", 1, 1))
+    assert state == "finishing" and trained < 0.95 and eta is None
+    state, first, eta = say(progress("finetune.compare", 1, 2, 7.0))
+    assert state == "finishing" and trained < first < 0.98 and eta == 7
+    _state, whole, _eta = say(progress("finetune.compare", 2, 2, 0.0))
+    _state, second, _eta = say(progress("finetune.compare", 1, 4, 3.0))  # of the base model's own cases
+    assert first < whole < second < 1
+    (tmp_path / "stop").write_text("stop", encoding="utf-8")
+    assert record.poll() and record.state == "stopping"
+
+
+def test_a_training_that_was_asked_to_end_is_compared_and_tells_no_old_time(working, tmp_path):
+    working(progress("finetune.parts", 0, 4), progress("train", 3, 9, 600.0, **PART))
+    (tmp_path / "stop").write_text("keep-best", encoding="utf-8")
+    record = polled(tmp_path)
+    assert record.state == "stopping" and record.keepsBest
+    with open(tmp_path / "events.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(progress("finetune.compare", 0, 1, **PART)) + "\n")
+    record.poll()
+    assert record.state == "finishing" and record.etaS is None
+
+
+def test_a_decided_run_keeps_of_its_crops_what_its_proof_shows(tmp_path):
+    crops = tmp_path / "run" / "crops"
+    crops.mkdir(parents=True)
+    for name in ("a_image.nrrd", "a_label.nrrd", "b_image.nrrd"):
+        (crops / name).write_bytes(b"of a patient")
+    files = {"images": [str(crops / "a_image.nrrd")], "reference": str(crops / "a_label.nrrd")}
+    (tmp_path / "run" / "comparison.json").write_text(json.dumps({"cases": [{"files": files}]}), encoding="utf-8")
+    decide(tmp_path / "run", DISCARDED)
+    tidy(tmp_path / "run")
+    assert sorted(path.name for path in crops.iterdir()) == ["a_image.nrrd", "a_label.nrrd"]
 
 
 def test_a_run_that_never_begins_is_told(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import slicer
 from InvResSegmentLib import RunSection as module
 from InvResSegmentLib.FineTuneRun import FineTuneRun
 from InvResSegmentLib.Models import ModelCatalogue
-from InvResSegmentLib.RunRecord import PROMOTED, decide
+from InvResSegmentLib.RunRecord import DISCARDED, PROMOTED, decide
 from InvResSegmentLib.RunSection import RunSection
 from standins import pythonqt, waitUntil
 from tiny_run import at_work
@@ -85,6 +85,73 @@ def test_a_process_that_dies_at_once_is_told_at_once_with_its_last_words(section
     assert "no torch here" in ui.runMessageText.text and not ui.runMessage.isHidden()
     assert "ended before it began" in section.view.ui.runNoticeText.text
     assert ui.pauseButton.text == "Resume" and ui.pauseButton.enabled
+
+
+def test_while_the_models_are_compared_it_can_be_paused_unless_that_would_train_on(section, tmp_path):
+    folder, ui = tmp_path / "runs" / "one", section._ui
+    trained = {"event": "progress", "stage": "finetune.parts", "done": 2, "total": 2, "eta_s": 0}
+    process = at_work(folder, trained)
+    try:
+        section.show(begun(folder), launched=True)
+        assert section.state == "finishing" and section.active
+        assert ui.pauseButton.enabled and not ui.keepButton.enabled
+        (folder / "stop").write_text("keep-best", encoding="utf-8")
+        section.view.poll()
+        section._update()
+        assert section.state == "finishing" and not ui.pauseButton.enabled and "compared" in ui.pauseButton.toolTip
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_decided_runs_stay_on_the_list_and_are_shown_when_they_are_chosen(section, tmp_path):
+    ui, folder = section._ui, tmp_path / "runs" / "one"
+    begun(folder)
+    lines = [{"event": "started"}, {"event": "result", "verdict": "better", "promoted": True}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    decide(folder, DISCARDED)
+    section.find()
+    assert section.shown is None and not ui.runButton.isHidden() and not ui.runRow.isHidden()
+    assert ui.runBox.currentIndex == -1 and ui.runButtons.isHidden() and not section.active
+    assert ui.runBox.itemText(0).startswith("balls, ") and ui.runBox.itemText(0).endswith("(discarded)")
+    ui.runBox.currentIndex = 0
+    assert section.shown.folder == folder and section.state == "finished"
+    assert not section.view.ui.proofBox.isHidden()
+    ui.deleteRunButton.click()
+    ui.deleteRunButton.click()
+    assert not folder.exists() and section.shown is None and ui.runButton.isHidden()
+
+
+def test_a_process_that_is_still_ending_after_its_last_word_blocks_no_other_run(section, tmp_path):
+    run = begun(tmp_path / "runs" / "one")
+    lines = [{"event": "started"}, {"event": "result", "verdict": "better", "promoted": True}]
+    (run.folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    process = at_work(run.folder)
+    try:
+        with open(run.folder / "events.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(lines[-1]) + "\n")
+        section.show(run)
+        assert section.state == "finished" and run.active and not section.active
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_run_that_cannot_be_deleted_stays_and_says_why(section, tmp_path, monkeypatch):
+    run, ui = begun(tmp_path / "runs" / "one"), section._ui
+    (run.folder / "events.jsonl").write_text('{"event": "started"}\n', encoding="utf-8")
+    section.show(run)
+
+    def refuse(_self):
+        raise OSError(16, "a process is still at work in it")
+
+    monkeypatch.setattr(FineTuneRun, "discard", refuse)
+    ui.deleteRunButton.click()
+    ui.deleteRunButton.click()
+    assert section.shown is run and section.state == "failed" and ui.deleteRunButton.text == "Delete"
+    assert "still at work" in ui.runMessageText.text and "once it has stopped" in ui.runMessageText.text
 
 
 def test_a_run_that_is_decided_on_can_be_deleted(section, finished_run, tmp_path):

@@ -79,14 +79,22 @@ def test_a_run_is_followed_without_being_asked(view, tmp_path):
         assert 250 < view.ui.runProgress.value < 500
         assert "case7 is left out." in view.ui.runWarningsText.text and not view.ui.runWarnings.isHidden()
         assert view.ui.proofBox.isHidden()
+        assert "of training left" in view.ui.detailsText.text
+        say(run, {"event": "progress", "stage": "finetune.parts", "done": 4, "total": 4, "eta_s": None})
+        waitUntil(lambda: view.state == "finishing", 10)
+        assert "Saving the tuned model" in view.ui.stageText.text and view.ui.runProgress.maximum > 0
+        say(run, {"event": "progress", "stage": "finetune.compare", "done": 1, "total": 2, "eta_s": 70.0})
+        waitUntil(lambda: "Comparing with the base model" in view.ui.stageText.text, 10)
+        assert "left" in view.ui.detailsText.text and "of training" not in view.ui.detailsText.text
         (run / "stop").write_text("stop", encoding="utf-8")
         waitUntil(lambda: view.state == "stopping", 10)
+        assert "left" not in view.ui.detailsText.text, "what it would have taken"
         (run / "stop").unlink()
         say(run, {"event": "error", "code": "cancelled", "message": "Stopped.", "hint": ""})
         process.kill()
         waitUntil(lambda: view.state == "paused", 10)
         assert view.ui.progressBox.isHidden() and "Resume" in view.ui.runNoticeText.text
-        assert view.states == ["starting", "running", "stopping", "paused"]
+        assert view.states == ["starting", "running", "finishing", "stopping", "paused"]
     finally:
         process.kill()
         process.wait()

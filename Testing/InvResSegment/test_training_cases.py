@@ -24,6 +24,7 @@ from InvResSegmentLib import NodeConversion  # isort: skip
 from InvResSegmentLib.CaseChannels import namedAs, usedChannels  # isort: skip
 from InvResSegmentLib.CaseExport import CaseExport, directDataSet, stampOf  # isort: skip
 from InvResSegmentLib.CaseFindings import findingsOf, labelsOf, patients, problems, summary  # isort: skip
+from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile  # isort: skip
 from InvResSegmentLib.LabelMapping import LabelConflict, labelOf, labelTable, undecided  # isort: skip
 from InvResSegmentLib.SceneCases import casesOfScene  # isort: skip
 from InvResSegmentLib.SegmentExport import labelArray, segmentationProblem  # isort: skip
@@ -294,6 +295,81 @@ def test_what_keeps_cases_from_being_learned_is_said_in_words(cases, scene):
     assert "Align" in findingsOf(cases, row, two)[0].sentence
     cases.setChannels(row, {"T1": row.channels["T1"]})
     assert "do without the channel T2" in " ".join(summary(cases, two, {})[1])
+
+
+def test_a_case_that_lacks_a_segment_of_others_says_that_it_teaches_its_absence(cases):
+    base = model("tumour", "edema")
+    both = addCase(cases, "both", {"tumour": box((1, 1, 1)), "edema": box((5, 5, 5))})
+    one = addCase(cases, "one", {"tumour": box((1, 1, 1)), "?": box((5, 5, 5))})
+    assert all("background" not in finding.sentence for finding in findingsOf(cases, one, base)), "nothing is decided"
+    cases.choose({"?": ""})
+    (finding,) = findingsOf(cases, one, base)
+    assert finding.severity == "warning" and "It has no edema, which other cases have" in finding.sentence
+    assert not findingsOf(cases, both, base)
+    one.findings = [Finding("warning", "one has no edema, which other cases have.", "missing_label_value")]
+    assert findingsOf(cases, one, base) == one.findings, "the doctor says so, too, and knows more"
+    one.findings = []
+    cases.choose({"?": "edema"})
+    assert not findingsOf(cases, one, base), "called otherwise, and learned as the same"
+    cases.choose({"?": ""})
+    cases.setRole(both, LEFT_OUT)
+    assert not findingsOf(cases, one, base), "no case that takes part has it"
+
+
+def test_a_channel_that_the_model_can_do_without_may_be_missing_and_is_written_as_nothing(cases, tmp_path):
+    base = model("tumour", channels=("T1", "T2"))
+    volumes = {name: addVolume(name, shape=SHAPE, seed=seed) for seed, name in enumerate(("T1", "T2"))}
+    cases.add("both", volumes, addSegmentation(volumes["T1"], {"tumour": box((1, 2, 3))}))
+    alone = addVolume("T2 alone", shape=SHAPE, seed=7)
+    lacking = cases.add("one", {"T2": alone}, addSegmentation(alone, {"tumour": box((1, 2, 3))}))
+    label = tmp_path / "label.seg.nrrd"
+    image = ImageFile(str(tmp_path / "image.nrrd"), SHAPE[::-1], tuple(map(tuple, np.eye(4).tolist())))
+    stored = cases.addFiles("accepted", CaseFiles({"T1": image}, str(label), ("tumour",)))
+    assert [findingsOf(cases, row, base)[0].severity for row in (lacking, stored)] == ["error", "error"]
+    for channel in base.channels:
+        channel.optional = True
+    (finding,) = findingsOf(cases, lacking, base)
+    assert finding.severity == "note" and "It has no T1; the model learns to do without" in finding.sentence
+    assert [one.severity for one in findingsOf(cases, stored, base)] == ["note"]
+    cases.setChannels(lacking, {})
+    assert [one.severity for one in findingsOf(cases, lacking, base)] == ["error", "error"], "some image there must be"
+    cases.setChannels(lacking, {"T2": alone})
+    cases.remove([stored])
+    assert not problems(cases, base, {row.key: findingsOf(cases, row, base) for row in cases.rows})
+    outcome, _told = exported(CaseExport(lambda: str(tmp_path / "staged")), cases, base)
+    content = json.loads(outcome.dataset.read_text(encoding="utf-8"))["dataset"]
+    assert content["case02"]["images"] == [None, "case02/0001.nrrd"] and content["case01"]["images"][0]
+    dataset = read_dataset(outcome.dataset, partial=True)
+    (nothing, found), mask = dataset.load(dataset.case("case02"))
+    assert nothing is None and np.array_equal(found.array, NodeConversion.volumeArray(alone)) and mask.array.any()
+    delivered, _told = exported(CaseExport(lambda: ""), None, outcome.dataset, into=tmp_path / "run")
+    assert delivered.state == "done" and read_dataset(delivered.dataset, partial=True).cases
+
+
+def test_images_that_a_data_set_lacks_count_as_channels_to_do_without(cases, tmp_path):
+    base = model("tumour", channels=("T1", "T2"))
+    found = described(tmp_path)
+    found["contents"]["channels"] = [{"name": name, "modality": "MR"} for name in ("T2", "T1")]
+    for case in found["contents"]["cases"]:
+        (tmp_path / f"{case['name']}.nrrd").touch()
+        case["images"].append(str(tmp_path / f"{case['name']}.nrrd"))
+    found["contents"]["cases"][1]["images"][0] = str(tmp_path / "gone.nrrd")
+    found["findings"] = [{"case": "b", "severity": "error", "code": "missing_channel", "message": "The image is gone."}]
+    whole, lacking = cases.addDataSet(*dataSetOf(str(tmp_path), found))
+    assert lacking.files["images"][0] is None and None not in whole.files["images"]
+    assert "It has no image of the channel T2" in findingsOf(cases, lacking, base)[0].sentence
+    base.channels[1].optional = True
+    (finding,) = findingsOf(cases, lacking, base)
+    assert finding.severity == "note" and "T2" in finding.sentence and not findingsOf(cases, whole, base)
+    other = described(tmp_path)
+    (row, _second) = cases.addDataSet(*dataSetOf(str(tmp_path / "other"), other))
+    assert [one.severity for one in findingsOf(cases, row, base)] == ["note"], "a data set of T1 alone goes with it"
+    outcome, _told = exported(CaseExport(lambda: str(tmp_path / "staged")), cases, base)
+    content = json.loads(outcome.dataset.read_text(encoding="utf-8"))
+    assert content["channel_names"] == {"0": "T2", "1": "T1"}
+    assert [content["dataset"][name]["images"][0] for name in ("b", row.code)] == [None, None]
+    base.channels[1].optional = False
+    assert "but the other cases have" in findingsOf(cases, row, base)[0].sentence
 
 
 # ---------------------------------------------------------------- the data set

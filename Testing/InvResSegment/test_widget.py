@@ -21,6 +21,8 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 import standins
+from InvResSegmentLib.BatchCase import BatchCase
+from InvResSegmentLib.NrrdFile import writeNrrd
 from InvResSegmentLib.SegmentationLogic import MemoryPlan, SegmentationOutcome
 from panel_driver import addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
@@ -314,6 +316,28 @@ def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
     choose(tab, "one")
     tab.ui.matchButton.click()
     waitUntil(lambda: tab.ui.applyButton.enabled, 60)
+
+
+def test_a_batch_of_files_goes_on_when_the_scene_is_closed(tab, panel, voxels, tmp_path):
+    for index in range(2):
+        writeNrrd(tmp_path / f"{index}.nrrd", voxels[0], np.diag([-1.0, -1.0, 1.0, 1.0]))
+    choose(tab, "one")
+    batch = panel.batchTab
+    batch.ui.modelBox.setCurrentIndex([model.name for model in batch._models].index("one"))
+    batch.queue.add(BatchCase(str(index), {"T1": tmp_path / f"{index}.nrrd"}) for index in range(2))
+    batch.queue.setFolder(tmp_path / "results")
+    batch.ui.startButton.click()
+    assert batch.onFiles
+    backend = panel.backend.pid
+    slicer.mrmlScene.Clear()
+    assert batch.queue.running and panel.backend.pid == backend
+    waitUntil(lambda: not batch.queue.running, 120)
+    assert [case.state for case in batch.queue.cases] == ["done", "done"]
+    addVolume("T1", shape=(20, 20, 20))
+    batch.queue.cases[0].state = "waiting"
+    batch.queue.start(batch.model, "cpu")
+    panel.stop()
+    assert not panel.backend.running, "the end of Slicer ends it, too"
 
 
 def test_the_choices_come_back_with_a_saved_scene(tab, module, voxels, tmp_path):
