@@ -28,7 +28,7 @@ from invres.modelpackage import open_package
 
 LENGTH = {"epochs": 2, "iterations_per_epoch": 3, "checkpoint_every_s": 0.0}
 ROUNDS = 3
-PLANNED = ("begin", *["train"] * 2, *["half"] * 2, *["compare"] * 3, *["pack"] * 3)
+PLANNED = ("begin", "begin", *["train"] * 2, *["half"] * 2, *["compare"] * 3, *["pack"] * 3)
 """Where the lives of a round end. half: in the middle of writing a checkpoint."""
 MOMENTS = {"begin": 12, "train": 20, "half": 4, "compare": 8, "pack": 9}
 """Of so many moments of a phase one is drawn: an event, or just before or behind a renaming."""
