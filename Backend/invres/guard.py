@@ -63,7 +63,7 @@ class DriftGuard:
             )
         if overflows:
             self._report.warning(
-                f"{overflows} values of the 16-bit state left the range of -64 to 64 since the last check; if that "
+                f"{overflows} values of the 16-bit state left the range of -256 to 256 since the last check; if that "
                 "goes on, train with memory 'lower'."
             )
         watch.errors.clear()

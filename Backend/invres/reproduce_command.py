@@ -38,7 +38,7 @@ def reproduce(options: argparse.Namespace, report: Reporter) -> None:
 
     found = table.make(Request(device, vram_bytes, metrics, report))
     machine, day = describe_machine(device or "cpu"), date.today().isoformat()
-    shown = [heading for heading in HEADINGS if any(line[heading] for line in cells(found.rows))]
+    shown = [heading for heading in HEADINGS if heading != "remark" or any(line[heading] for line in cells(found.rows))]
     say(report, f"{table.name}: {table.title}\n{table.source}\n{machine}, {day}\n")
     say(report, markdown(cells(found.rows), shown))
     say(report, "\n" + "\n\n".join(found.notes))

@@ -1,8 +1,8 @@
-"""A state of 16-bit whole numbers on a grid of 2^-9: adding and subtracting are exact, so inversion is bit-exact.
+"""A state of 16-bit whole numbers on a grid of 2^-7: adding and subtracting are exact, so inversion is bit-exact.
 
 A stream in bfloat16 loses the low bits of what it adds and cannot be inverted. On a fixed grid the increment is
 rounded once, before it is added, and y = x + r(F) is undone by x = y - r(F) without any error at half the memory of
-float32. The range is -64 to 64; sums beyond it wrap around, which is still invertible but wrong, and are counted.
+float32. The range is -256 to 256; sums beyond it wrap around, which is still invertible but wrong, and are counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 
 __all__ = ["FRACTION_BITS", "decode", "encode", "halve_on_grid", "round_to_grid", "shift_by", "shift_sixteen_bits"]
 
-FRACTION_BITS = 9  # chosen: instance norm keeps increments near 1, and a step of 0.002 is finer than bfloat16's there
+FRACTION_BITS = 7
+"""Chosen: instance norm keeps increments near 1, where a step of 2^-7 is bfloat16's, too. The differences that a Haar
+transform makes grow from level to level, beyond 100 after four of them in real MR, and must stay within the range."""
 _SCALE = float(2**FRACTION_BITS)
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 
