@@ -19,7 +19,7 @@ import SimpleITK as sitk
 import torch
 from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_recipe, write_dataset, write_recipe
 
-from invres import Cancelled, InvresError, OutOfMemory, finetuning, parttraining, proof, trainer, tuningplan
+from invres import Cancelled, InvresError, OutOfMemory, finetuning, objectives, parttraining, proof, tuningplan
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.config import VAEConfig, to_dict
@@ -513,7 +513,7 @@ def test_less_memory_is_engine_then_setting_then_batch_then_patch_and_ends():
 @pytest.mark.parametrize("vae", [False, True])
 def test_when_memory_runs_out_the_training_goes_on_with_less_and_says_so(base, phantoms, tmp_path, monkeypatch, vae):
     """Memory that is taken away in the middle: from the 4th step on only patches below 16 x 16 x 24 fit."""
-    real, steps = trainer.training_step, []
+    real, steps = objectives.training_step, []
 
     def step(network, optimizer, image, *rest):
         steps.append(image.shape)
@@ -521,7 +521,7 @@ def test_when_memory_runs_out_the_training_goes_on_with_less_and_says_so(base, p
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(network, optimizer, image, *rest)
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(objectives, "training_step", step)
     report, run = Recorder(), tmp_path / "run"
     recipe = tiny_recipe(epochs=3, iterations_per_epoch=2, patch=[16, 16, 32], engine="stored", checkpoint_every_s=0.0)
     result = tune(base, phantoms, run, report, recipe=recipe, vae=vae, validation_count=1)
@@ -591,7 +591,7 @@ def test_when_nothing_is_left_to_give_up_it_is_told(base, phantoms, tmp_path, mo
     def step(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(objectives, "training_step", step)
     with pytest.raises(OutOfMemory, match="not enough memory to train") as caught:
         tune(base, phantoms, tmp_path / "run")
     assert caught.value.hint and caught.value.exit_code == 3
@@ -601,7 +601,7 @@ def test_another_error_is_not_taken_for_want_of_memory(base, phantoms, tmp_path,
     def step(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(objectives, "training_step", step)
     with pytest.raises(RuntimeError, match="something else"):
         tune(base, phantoms, tmp_path / "run")
 
@@ -776,7 +776,7 @@ def test_how_a_run_ended_is_on_record_too(base, phantoms, tmp_path, monkeypatch)
     def step(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(objectives, "training_step", step)
     with pytest.raises(RuntimeError):
         tune(base, phantoms, run, resume=True)
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,7 +11,7 @@ from test_finetuning import told, tune
 from test_locating import saved
 from tiny_datasets import leftovers
 
-from invres import InvresError, parttraining, trainer
+from invres import InvresError, objectives, parttraining
 from invres.cases import read_dataset
 from invres.events import Recorder
 from invres.modelpackage import verify_package
@@ -107,15 +107,15 @@ def test_a_stop_after_the_best_was_to_be_kept_does_not_undo_that(tmp_path):
 def test_what_memory_a_training_lacked_that_is_not_kept_does_not_spoil_the_one_that_is(
     base, phantoms, tmp_path, monkeypatch
 ):
-    real, steps, run = trainer.training_step, [], tmp_path / "run"
+    real, steps, run = objectives.training_step, [], tmp_path / "run"
 
     def step(network, optimizer, image, *rest):
         steps.append(image.shape)
-        if len(steps) > COMPLETE and image[0, 0].numel() * image.shape[0] > 12**3:
+        if len(steps) > COMPLETE and image[0, 0].numel() * image.shape[0] > 16**3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(network, optimizer, image, *rest)
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(objectives, "training_step", step)
     tuned, _ = run_of(base, phantoms, run, When(run, "keep-best", 2, "train", 1), vae=True, patch=[16, 16, 24])
     assert tuned["training"]["iterations"] == COMPLETE and tuned["reductions"]
     verify_package(tuned["model"])
