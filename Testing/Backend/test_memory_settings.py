@@ -290,9 +290,17 @@ def test_sums_beyond_the_range_are_counted():
     score(program(inputs)[0]).backward()
     assert int(program.watch.overflows) == 0
     with torch.no_grad():
-        program.steps[0].n1[0].conv.bias.fill_(100.0)
+        program.steps[0].n1[0].conv.bias.fill_(1.5 * LIMIT)
     program(inputs)
     assert int(program.watch.overflows) >= inputs[0].numel()
+
+
+def test_the_default_network_stays_within_the_range_even_on_noise():
+    """Noise has the largest differences between neighbours, and wavelets make differences of differences."""
+    net = build(NetworkConfig(), memory="lowest").train()
+    loss = net(torch.randn(1, 1, 32, 32, 32)).logits.square().mean()
+    loss.backward()
+    assert int(net.program.watch.overflows) == 0
 
 
 def test_what_leaves_the_grid_is_refused_with_the_way_out():
