@@ -72,6 +72,7 @@ class LabelMapBatches:
                 groups=self._codes(label_maps.same_contrast or label_maps.mirrored),
                 tissues=self._codes(label_maps.similar),
                 targets=tuple(np.flatnonzero(target).tolist()),
+                fluid=self._codes((label_maps.fluid,))[0],
             )
 
         self._synthesis = with_codes(label_maps.synthesis)

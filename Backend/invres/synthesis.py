@@ -39,6 +39,11 @@ EMPTY = 0.9
 """Background from this part on. Below it a voxel of a masked image still holds some signal, as in a real one that was
 masked first and resampled then."""
 
+MASK_CLOSING_VOXELS = 6
+MASK_MARGIN_VOXELS = 3
+"""Of masks drawn tightly around a brain, in voxels of the label map (1 mm in the source): they bridge gaps of twice the
+first, and leave up to the second of what surrounds the brain. Chosen."""
+
 RIM_VOXELS = 0.5
 """Fluid outside the cortex that `tissue_maps_from_gm_wm` adds: 1 voxel, half full. On ICBM152 (1 mm) this meets the
 template's own brain mask within 3 %; a full voxel would spill over it."""
@@ -82,7 +87,12 @@ def synthesise(
             label = objects
         shown = objects
         if happens(generator, config.strip_probability):
-            shown = torch.where(_is_target(objects, config), objects, torch.zeros_like(objects))
+            inside = _is_target(objects, config)
+            if happens(generator, config.tight_mask_probability):
+                inside &= _tight_mask(inside & ~_is_among(objects, config.fluid), generator)
+                cut_off = (_whole_voxels(inside.float(), finer) < 0.5) & _is_among(label, config.fluid)
+                label = label.masked_fill(cut_off, 0)
+            shown = objects.masked_fill(~inside, 0)
         present = _whole_voxels((shown != 0).float(), finer) > 1 - EMPTY
         planes = []
         for _ in range(channels):
@@ -215,8 +225,28 @@ def _is_target(label: Tensor, config: SynthesisConfig) -> Tensor:
     """Bool: voxels whose label is returned; ignored ones (-1) stay ignored."""
     if not config.targets:
         return label != 0
-    targets = torch.tensor(config.targets, device=label.device)
-    return torch.isin(label, targets) | (label < 0)
+    return _is_among(label, config.targets) | (label < 0)
+
+
+def _is_among(label: Tensor, values: tuple[int, ...]) -> Tensor:
+    return torch.isin(label, torch.tensor(values, device=label.device))
+
+
+def _tight_mask(tissue: Tensor, generator: torch.Generator) -> Tensor:
+    """A mask of a brain, bool (1, D, H, W): its tissue with what lies deep in sulci, and a margin of random width."""
+    mask = _grown(tissue.float(), MASK_CLOSING_VOXELS)
+    mask = -_grown(-mask, MASK_CLOSING_VOXELS)
+    margin = int(torch.randint(MASK_MARGIN_VOXELS + 1, (), generator=generator))
+    return _grown(mask, margin) > 0
+
+
+def _grown(mask: Tensor, voxels: int) -> Tensor:
+    """The largest value within a cube of `voxels` to each side, axis by axis; beyond the border there is nothing."""
+    for axis in range(3):
+        size, padding = [1, 1, 1], [0, 0, 0]
+        size[axis], padding[axis] = 2 * voxels + 1, voxels
+        mask = F.max_pool3d(mask[None], size, stride=1, padding=padding)[0]
+    return mask
 
 
 def _acquire(mean: Tensor, std: Tensor, present: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:

@@ -38,6 +38,8 @@ class SynthesisConfig:
     One of them is taken where tissues are drawn as such; empty: the means of the tissues are any (`mean`).
     targets: labels that are returned; all others only shape the image and come back as 0. Empty: all.
     strip_probability: how often everything but the targets is removed from the image, as by skull stripping.
+    tight_mask_probability: how often, where it is, the `fluid` around the brain is cut off, too, up to a random margin:
+    masks of brains differ in that. What is cut off comes back as 0.
     """
 
     scale: float = 0.2
@@ -63,6 +65,8 @@ class SynthesisConfig:
     families: tuple[tuple[tuple[float, float], ...], ...] = ()
     targets: tuple[int, ...] = ()
     strip_probability: float = 0.0
+    tight_mask_probability: float = 0.0
+    fluid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < 1:
@@ -87,6 +91,7 @@ class LabelMapConfig:
     similar: values that look alike in most real contrasts, see `SynthesisConfig.tissues`.
     mirrored: pairs of values, left and right of a structure, that change places when the head is mirrored from left to
     right. Empty: nothing is mirrored.
+    fluid: values of the fluid around the brain, see `SynthesisConfig.tight_mask_probability`.
     finer: voxels of the map along each axis of one image voxel.
     beginning: for so many iterations, `beginning_iterations`, images are synthesised as this says, which ought to be
     easier (fewer kinds of contrast, less noise): a network that is shown everything at once learns slowly at first.
@@ -97,6 +102,7 @@ class LabelMapConfig:
     same_contrast: tuple[tuple[int, ...], ...] = ()
     similar: tuple[tuple[int, ...], ...] = ()
     mirrored: tuple[tuple[int, int], ...] = ()
+    fluid: tuple[int, ...] = ()
     finer: int = 1
     gain: float = 0.15
     offset: float = 0.2
@@ -114,10 +120,15 @@ class LabelMapConfig:
             raise InvresError(f"label_maps.finer must be 1 or more, got {self.finer}.")
 
     def _check(self, name: str, synthesis: SynthesisConfig) -> None:
-        if synthesis.groups or synthesis.tissues or synthesis.targets:
+        if synthesis.groups or synthesis.tissues or synthesis.targets or synthesis.fluid:
             raise InvresError(
-                f"label_maps.{name} must leave groups, tissues and targets empty.",
-                hint="Use same_contrast and similar of label_maps instead; the targets are the recipe's labels.",
+                f"label_maps.{name} must leave groups, tissues, targets and fluid empty.",
+                hint="Use same_contrast, similar and fluid of label_maps instead; the targets are the recipe's labels.",
+            )
+        if synthesis.tight_mask_probability and not self.fluid:
+            raise InvresError(
+                f"label_maps.{name} has a tight_mask_probability, but label_maps.fluid does not say what is cut off.",
+                hint="List the values of the fluid around the brain there.",
             )
         if any(len(family) != len(self.similar) for family in synthesis.families):
             raise InvresError(

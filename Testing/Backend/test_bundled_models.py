@@ -53,9 +53,14 @@ def test_the_brain_model_finds_grey_and_white_matter_in_a_real_t1(packages, head
     outcome = invres("segment", "-m", NAMES[0], "-i", f"MR={path}", "-o", tmp_path / "out.nii.gz", "--device", "cpu")
     assert outcome.code == 0, outcome.err
     labels = read_volume(tmp_path / "out.nii.gz", kind="labels")
-    found = demo.tissues_of(labels.array, packages[NAMES[0]].manifest.scheme)
+    found = demo.tissues_of(labels.array, packages[NAMES[0]].manifest.output_scheme)
     dice = [2 * ((found == t) & (tissues == t)).sum() / ((found == t).sum() + (tissues == t).sum()) for t in (2, 3)]
-    assert dice[0] > 0.79 and dice[1] > 0.69, "as in RESULTS.md, less rounding"
+    assert dice[0] > 0.82 and dice[1] > 0.81, "as in RESULTS.md, less rounding"
+    across = labels.canonical().array
+    for left, right in ((17, 53), (10, 49), (12, 51)):
+        places = [np.argwhere(across == value)[:, 2] for value in (left, right)]
+        assert 0.7 < len(places[0]) / len(places[1]) < 1.4 and places[0].max() <= across.shape[2] / 2 + 3
+        assert places[1].min() >= across.shape[2] / 2 - 3
 
 
 def test_both_in_sequence_find_two_hippocampi(packages, head, tmp_path):
@@ -65,8 +70,8 @@ def test_both_in_sequence_find_two_hippocampi(packages, head, tmp_path):
     assert outcome.code == 0, outcome.err
     (result,) = outcome.of("result")
     assert len(result["settings"]["boxes_mm"]) == 2
-    # About 3.3 mL a side are usual; front and back are about equal.
-    assert all(2.5 < volume < 5 for volume in result["volumes_ml"].values())
+    # About 3.3 mL a side are usual, and this template is larger than most heads; front and back are about equal.
+    assert all(2.5 < volume < 6 for volume in result["volumes_ml"].values())
     labels = read_volume(tmp_path / "out.nii.gz", kind="labels").canonical()
     right, left = labels.array[:, :, labels.array.shape[2] // 2 :], labels.array[:, :, : labels.array.shape[2] // 2]
     sizes = [int(np.count_nonzero(side)) for side in (right, left)]

@@ -15,6 +15,7 @@ from invres.config import Label, LabelScheme, NetworkConfig, Recipe, TrainingCon
 from invres.labelmapbatches import LabelMapBatches
 from invres.labelmaps import read_label_maps
 from invres.modelpackage import open_package
+from invres.sides import Side
 from invres.synthesisconfig import LabelMapConfig, SynthesisConfig
 from invres.training import TrainOptions, train
 from invres.volume import Geometry, Volume, write_volume
@@ -189,9 +190,22 @@ def test_training_on_label_maps_gives_a_package_for_any_contrast_and_resumes_to_
     # The run says that its data are label maps.
     again = ("train", "-d", tmp_path / "maps", "-o", tmp_path / "parts", "--resume", "--device", "cpu")
     outcome = invres(*again, "--epochs", 2, "--json")
-    assert outcome.code == 0 and not outcome.of("warning"), outcome
+    assert outcome.code == 0, outcome
+    assert all("too short to learn" in event["message"] for event in outcome.of("warning")), outcome
     resumed = open_package(tmp_path / "parts" / "model").load_weights()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.load_weights().items())
+
+
+def test_a_label_of_both_sides_is_divided_by_the_package(tmp_path):
+    write_maps(tmp_path / "maps", 2)
+    labels = (LABELS[0], Label("both", (LEFT, RIGHT), RIGHT))
+    maps = dataclasses.replace(SETTINGS, mirrored=((LEFT, RIGHT),))
+    short = dataclasses.replace(RECIPE.training, iterations_per_epoch=1, epochs=1)
+    recipe = dataclasses.replace(RECIPE, labels=labels, label_maps=maps, training=short)
+    dataset = read_label_maps(tmp_path / "maps", labels)
+    package = train(dataset, recipe, tmp_path / "run", TrainOptions(device="cpu", fold=None))
+    assert package.manifest.sides == (Side("both", LEFT, RIGHT),)
+    assert package.manifest.output_scheme.names == ("middle", "left both", "right both")
 
 
 def test_a_recipe_with_label_maps_goes_to_json_and_back():

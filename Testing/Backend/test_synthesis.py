@@ -13,6 +13,7 @@ import torch
 from invres import InvresError
 from invres.config import from_dict, to_dict
 from invres.synthesis import (
+    MASK_MARGIN_VOXELS,
     background_clusters,
     input_patch,
     synthesise,
@@ -148,6 +149,27 @@ def test_only_targets_are_returned_and_stripping_removes_the_rest_from_the_image
     assert drawn(whole)[returned == 0].any(), "the outer shell shapes the image"
     stripped, returned = synthesise(label, dataclasses.replace(config, strip_probability=1.0), generator(), PATCH)
     assert torch.equal(drawn(stripped), returned != 0)
+
+
+def test_a_tight_mask_cuts_off_the_fluid_around_the_brain_and_its_label():
+    """A ball with a cleft, in fluid: the cleft keeps its fluid, what lies outside the margin is background."""
+    axes = torch.meshgrid(*(torch.arange(40) - 20 for _ in range(3)), indexing="ij")
+    radius = torch.stack(axes).float().norm(dim=0)
+    label = (radius < 18).to(torch.int16)
+    label[(radius < 12) & (axes[2].abs() > 1)] = 2
+    config = dataclasses.replace(PLAIN, targets=(1, 2), fluid=(1,), strip_probability=1.0, tight_mask_probability=1.0)
+    cleft, beyond, volumes = (radius < 8) & (axes[2].abs() <= 1), radius >= 12 + 3**0.5 * MASK_MARGIN_VOXELS, set()
+    for seed in range(12):
+        image, moved = synthesise(label[None, None], config, generator(seed), (40, 40, 40))
+        assert torch.equal(moved[0, 0] == 2, label == 2)
+        assert (moved[0, 0][cleft] == 1).all() and not moved[0, 0][beyond].any()
+        assert torch.equal(drawn(image), moved != 0)
+        volumes.add(int((moved == 1).sum()))
+    assert len(volumes) == MASK_MARGIN_VOXELS + 1, "every margin comes up"
+    _, moved = synthesise(
+        label[None, None], dataclasses.replace(config, tight_mask_probability=0.0), generator(), (40, 40, 40)
+    )
+    assert torch.equal(moved[0, 0], label)
 
 
 def test_the_background_is_zero_or_dark_or_textured_as_asked():

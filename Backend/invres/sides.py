@@ -1,0 +1,114 @@
+"""Labels that have a left and a right side: which, what is written for each, and how both are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import InvresError
+from .config import Label, LabelScheme, Recipe
+
+__all__ = ["Side", "check_sides", "possible_sides", "sided_scheme", "sides_of_recipe"]
+
+DARKER = 0.8  # the right side's colour, so that both can be told apart
+LEFT, RIGHT = "SCT^7771000^Left", "SCT^24028007^Right"
+TYPE_MODIFIER, REGION, REGION_MODIFIER = 3, 5, 6  # places in category~type~modifier..., counted as in TERMS
+TERMS = 7  # context, category, type, modifier, context, region, region modifier
+NONE = ("", "^^")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A label that the network finds on both sides of the head without telling them apart.
+
+    left_value, right_value: written for its voxels on either side.
+    """
+
+    label: str
+    left_value: int
+    right_value: int
+
+
+def check_sides(scheme: LabelScheme, sides: Sequence[Side]) -> None:
+    """Raises InvresError where sides name no label, are said twice, or have values that are taken."""
+    if sides and scheme.regions:
+        raise InvresError("sides are for labels that exclude one another, but scheme.regions is true.")
+    names = [side.label for side in sides]
+    for number, name in enumerate(names):
+        if name not in scheme.names:
+            raise InvresError(f"sides has the entry {name!r}, which is no label of scheme.")
+        if name in names[:number]:
+            raise InvresError(f"sides has two entries for {name!r}.")
+        if {f"left {name}", f"right {name}"} & set(scheme.names):
+            raise InvresError(f"sides has the entry {name!r}, but scheme has its left or right side already.")
+    taken: set[int] = set()
+    for side in sides:
+        others = taken | {label.output_value for label in scheme.labels if label.name != side.label}
+        for value in (side.left_value, side.right_value):
+            if value < 1 or value in others:
+                raise InvresError(
+                    f"sides has the value {value} for {side.label}; a value is above 0 and stands for one thing."
+                )
+            others.add(value)
+        taken |= {side.left_value, side.right_value}
+
+
+def sided_scheme(scheme: LabelScheme, sides: Sequence[Side]) -> LabelScheme:
+    """The labels of a divided label map: "left NAME" and "right NAME" instead of each that has sides, in its place."""
+    by_name = {side.label: side for side in sides}
+    labels: list[Label] = []
+    for label in scheme.labels:
+        side = by_name.get(label.name)
+        if side is None:
+            labels.append(label)
+            continue
+        darker = label.colour
+        if darker is not None:
+            red, green, blue = (round(DARKER * part) for part in darker)
+            darker = red, green, blue
+        left, right = (_with_side(label.terminology, code) for code in (LEFT, RIGHT))
+        labels.append(Label(f"left {label.name}", (side.left_value,), side.left_value, label.colour, left))
+        labels.append(Label(f"right {label.name}", (side.right_value,), side.right_value, darker, right))
+    return dataclasses.replace(scheme, labels=tuple(labels))
+
+
+def sides_of_recipe(recipe: Recipe) -> tuple[Side, ...]:
+    """The sides of a recipe with label maps: of each label that holds both partners of a mirrored pair.
+
+    The pair is the one that has the label's output value; its first partner is the left one.
+    """
+    if recipe.label_maps is None:
+        return ()
+    pairs = {value: pair for pair in recipe.label_maps.mirrored for value in pair}
+    wanted = []
+    for label in recipe.labels:
+        pair = pairs.get(label.output_value)
+        if pair is not None and set(pair) <= set(label.values):
+            wanted.append(Side(label.name, *pair))
+    return possible_sides(LabelScheme(recipe.labels), wanted)
+
+
+def possible_sides(scheme: LabelScheme, wanted: Sequence[Side]) -> tuple[Side, ...]:
+    """Those that `check_sides` would not refuse with these labels."""
+    found: tuple[Side, ...] = ()
+    for side in wanted:
+        try:
+            check_sides(scheme, (*found, side))
+        except InvresError:
+            continue
+        found = (*found, side)
+    return found
+
+
+def _with_side(terminology: str, side: str) -> str:
+    """Slicer's terminology entry with its side said, where it has a place for it that is free: behind the region, or
+    the type where that is what is on this side."""
+    terms = terminology.split("~")
+    if len(terms) != TERMS:
+        return terminology
+    place = REGION_MODIFIER if terms[REGION] not in NONE else TYPE_MODIFIER
+    if terms[place] not in NONE:
+        return terminology
+    terms[place] = side
+    return "~".join(terms)
