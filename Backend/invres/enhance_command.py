@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from . import InvresError
 from .config import Recipe, to_dict
-from .console import package_named, say
+from .console import load_torch, package_named, say
 from .events import Reporter, format_seconds
 from .files import written_whole
 from .modelpackage import ModelPackage
@@ -24,8 +25,7 @@ _UNITS = {"tensor": ("10^-3 mm2/s", 1000.0), "image": ("the image's own unit", 1
 
 def enhance(options: argparse.Namespace, report: Reporter) -> None:
     package = _enhancer_named(options.model)
-    from .enhancement import EnhanceOptions
-    from .enhancement import enhance as run
+    from .outputs import check_outputs
     from .scans import scan_of
 
     plan = _plan(package)
@@ -42,6 +42,15 @@ def enhance(options: argparse.Namespace, report: Reporter) -> None:
     if options.mask is not None:
         files = dataclasses.replace(files, mask=options.mask)
     reference = None if options.reference is None else scan_of(options.reference, plan.kind)
+    given = [*files.all(), *(reference.all() if reference else ())]
+    for path in given:
+        if not path.exists():
+            raise InvresError(f"There is no file {path}.", hint="Check the spelling and the folder.")
+    check_outputs([options.output], given, also="")
+    load_torch(report)
+    from .enhancement import EnhanceOptions
+    from .enhancement import enhance as run
+
     choices = EnhanceOptions(options.device, options.overlap)
     found = run(package, files, options.output, choices, reference, report)
     say(report, f"Enhanced: {found['output']}")
@@ -66,7 +75,9 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
 
     assert recipe.enhancement is not None  # the caller has looked
     scans = find_scans(options.data, recipe.enhancement.kind)
-    choices = TrainOptions(options.device, options.resume, licence=options.licence, source=options.source)
+    choices = TrainOptions(
+        options.device, options.resume, licence=options.licence, source=options.source, name=options.name
+    )
     with StopRequest().listening() as stop:
         package = train_enhancer(scans, recipe, options.output, choices, report, stop)
     unit, factor = _UNITS[recipe.enhancement.kind]
@@ -76,6 +87,7 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
     for name, values in package.manifest.metrics.items():
         for metric, spread in values.items():
             say(report, f"  {metric}: {spread['mean'] * factor:.4g} ({unit}), {spread['n']} {name}")
+    say(report, f"Use it: invres enhance --model {shlex.quote(str(package.path))} --input FILE --output FILE.nii.gz")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
 
 
@@ -84,12 +96,15 @@ def evaluate_enhancement(options: argparse.Namespace, report: Reporter) -> None:
     package = _enhancer_named(options.model)
     if options.data is None:
         raise InvresError("`invres evaluate --model` needs --data: scans of high resolution.", code="usage")
-    from .enhancement import EnhanceOptions, errors_of_scans
-    from .enhancementscores import summary_of
     from .scans import find_scans
 
     plan = _plan(package)
-    subjects = errors_of_scans(package, find_scans(options.data, plan.kind), EnhanceOptions(), report)
+    scans = find_scans(options.data, plan.kind)
+    load_torch(report)
+    from .enhancement import EnhanceOptions, errors_of_scans
+    from .enhancementscores import summary_of
+
+    subjects = errors_of_scans(package, scans, EnhanceOptions(device=options.device), report)
     summary = summary_of(subjects)
     content = {"model": package.name, "model_id": package.id, "scans": subjects, "summary": summary}
     with written_whole(options.output) as temporary:

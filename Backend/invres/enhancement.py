@@ -15,14 +15,16 @@ import torch
 from . import InvresError
 from .diffusion import turned
 from .enhancementconfig import EnhancementPlan
+from .enhancementscaling import restored, scaled_input
 from .enhancementscores import cubic, region_errors, regions
 from .events import SILENT, Reporter
 from .imagepairs import z_scores
 from .modelpackage import ModelPackage
-from .networks import BORDER, ESPCN, build_enhancer, shuffle
+from .networks import BORDER, ESPCN, build_enhancer
+from .outputs import check_outputs
 from .prediction import choose_device
 from .scans import Scan, ScanFiles, read_scan
-from .volume import WRITABLE_ENDINGS, Geometry, Volume, write_channels, write_volume
+from .volume import Geometry, Volume, write_channels, write_volume
 
 __all__ = [
     "EnhanceOptions",
@@ -121,15 +123,12 @@ def enhanced(
     factor = network.config.strides[0]
     low = scan.channels()
     mean, std = z_scores(low, scan.mask) if plan.kind == "image" else (0.0, 1.0)
-    column = [np.array(values, np.float32).reshape(1, -1, 1, 1, 1) for values in (plan.input_mean, plan.input_std)]
-    back = [np.array(values, np.float32).reshape(1, -1, 1, 1, 1) for values in (plan.target_mean, plan.target_std)]
 
     def predict(patches: np.ndarray) -> np.ndarray:
-        scaled = ((patches - mean) / std - column[0]) / column[1]
+        part = (torch.from_numpy(patches).to(device, torch.float32) - mean) / std
         with torch.inference_mode():
-            found = network(torch.from_numpy(scaled.astype(np.float32)).to(device))
-            values = shuffle(found.float(), factor).cpu().numpy()
-        return (values * back[1] + back[0]) * std + mean
+            found = restored(network(scaled_input(part, plan)).float(), part, plan, factor)
+            return (found * std + mean).cpu().numpy()
 
     # Around a masked volume of tensors there is nothing to enhance.
     empty = plan.kind == "tensor"
@@ -161,11 +160,7 @@ def enhance(
     Raises InvresError for a model that segments and for files that do not fit the model.
     """
     started = time.monotonic()
-    if not output.name.lower().endswith(WRITABLE_ENDINGS):
-        raise InvresError(
-            f"{output.name} cannot be written: the allowed endings are {', '.join(WRITABLE_ENDINGS)}.",
-            hint="Choose one of these endings.",
-        )
+    check_outputs([output], [*files.all(), *(reference.all() if reference else ())], also="")
     device = choose_device(options.device)
     network, plan = loaded_enhancer(package, device)
     scan = read_scan(files, plan.kind, plan.largest_b, report)

@@ -21,12 +21,16 @@ class EnhancementConfig:
     that is validated on; published value.
     largest_b: diffusion weightings above this (s/mm2) are left out. The paper's data has b = 1000 alone; 1500 is
     chosen, as above it a single tensor describes the signal less well.
+    residual: the network learns what an interpolation of its own input lacks (see `interpolation`), and prediction adds
+    the two, as in Kim et al. 2016 (VDSR, arXiv 1511.04587). A training then starts at the interpolation itself. The
+    published way is False: the network gives the voxels of high resolution themselves.
     """
 
     kind: Kind = "image"
     patches: int = 2250
     held_out: float = 0.2
     largest_b: float = 1500.0
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if self.patches < 2:
@@ -44,6 +48,7 @@ class EnhancementPlan:
     input_mean, input_std, target_mean, target_std: of the training scans inside their masks, at low and at high
     resolution. Of kind "image" they are figures of volumes that were z-scored by their own mask before, as MR has no
     unit; of kind "tensor" they are in mm2/s.
+    residual: the network's output, times target_std, is added to the interpolation of its input, else to target_mean.
     """
 
     kind: Kind
@@ -52,6 +57,7 @@ class EnhancementPlan:
     target_mean: tuple[float, ...]
     target_std: tuple[float, ...]
     largest_b: float = EnhancementConfig.largest_b
+    residual: bool = EnhancementConfig.residual
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, f"{side}_{what}")) for side in ("input", "target") for what in ("mean", "std")}

@@ -17,11 +17,14 @@ Triple = tuple[int, int, int]
 REGIONS = ("interior", "exterior", "total")
 
 
-def cubic(low: np.ndarray, factor: Triple) -> np.ndarray:
-    """(C, d, h, w) by cubic splines at the voxel centres of the finer grid, (C, d * f0, ...): the baseline; float32."""
-    shape = [size * step for size, step in zip(low.shape[1:], factor, strict=True)]
+def cubic(low: np.ndarray, factor: Triple, border: int = 0) -> np.ndarray:
+    """(C, d, h, w) by cubic splines at the voxel centres of the finer grid, (C, d * f0, ...): the baseline; float32.
+
+    border: voxels of `low` at each side that the result lacks.
+    """
+    shape = [(size - 2 * border) * step for size, step in zip(low.shape[1:], factor, strict=True)]
     # The centre of fine voxel i lies at (i + 1/2) / f - 1/2 of the coarse ones.
-    matrix, offset = [1 / step for step in factor], [0.5 / step - 0.5 for step in factor]
+    matrix, offset = [1 / step for step in factor], [border + 0.5 / step - 0.5 for step in factor]
     transform = ndimage.affine_transform
     return np.stack(
         [transform(one.astype(np.float64), matrix, offset, tuple(shape), order=3, mode="nearest") for one in low]

@@ -14,6 +14,7 @@ from . import InvresError
 from .checkpoint import CHECKPOINT
 from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe, to_dict
 from .diffusion import COMPONENTS
+from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter
 from .imagepairs import PatchPairs, PatchScores, choose_centres, plan_of, prepare_pairs
 from .manifest import PATCHES
@@ -29,7 +30,10 @@ from .training import (
     TrainOptions,
     WithCurves,
     announce_memory,
+    described,
     differences,
+    model_name,
+    note_budget,
     run_folder,
     started_run,
     training_summary,
@@ -58,7 +62,19 @@ def train_enhancer(
     settings = recipe.enhancement
     if settings is None:
         raise InvresError(f"The recipe {recipe.name} segments images.", hint="Give one with the key enhancement.")
-    run_folder(output, options.resume)
+    with run_folder(output, options.resume):
+        return _train(scans, recipe, settings, output, options, report, stop)
+
+
+def _train(
+    scans: Sequence[ScanFiles],
+    recipe: Recipe,
+    settings: EnhancementConfig,
+    output: Path,
+    options: TrainOptions,
+    report: Reporter,
+    stop: StopRequest | None,
+) -> ModelPackage:
     device = choose_device(options.device)
     names = tuple(scan.name for scan in scans)
     channels = 6 if settings.kind == "tensor" else 1
@@ -66,8 +82,8 @@ def train_enhancer(
     recipe = dataclasses.replace(recipe, network=network)
     if options.resume:
         recipe = _resumed(output, recipe, names, report)
+        assert recipe.enhancement is not None  # `_resumed` has looked
         settings = recipe.enhancement
-        assert settings is not None  # `_resumed` has looked
     config = recipe.training
     if min(config.patch) <= 2 * BORDER:
         raise InvresError(
@@ -76,6 +92,9 @@ def train_enhancer(
         )
     torch.manual_seed(config.seed)
     net = build_enhancer(recipe.network, config.engine, config.memory).to(device)
+    if settings.residual:
+        # The biases are 0 already, so the training starts at the interpolation itself.
+        torch.nn.init.zeros_(net.layers[-1].weight)  # type: ignore[arg-type]
     predicted = predict_enhancement(
         recipe.network, config.patch, config.batch_size, net.engine, config.precision, config.memory
     )
@@ -83,30 +102,31 @@ def train_enhancer(
     factor = net.config.strides[0]
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
     pairs = prepare_pairs(scans, settings, factor, output / "prepared", report, stopped)
-    plan = plan_of(pairs, settings.kind, settings.largest_b)
+    plan = plan_of(pairs, settings)
     chosen = choose_centres(pairs, config.patch, settings, config.seed)
     batches, held_out = (PatchPairs(pairs, part, plan, factor, config, device) for part in chosen)
     scores = PatchScores(held_out)
     preparation = _preparation(scans, channels, factor)
     if not options.resume:
-        write_run(output, recipe, preparation, (names, ()), LabelScheme(), enhancement=plan)
+        write_run(output, recipe, preparation, (names, ()), LabelScheme(), options.name, enhancement=plan)
     reporter = WithCurves(report, output)
     trainer = Trainer(net, batches, config, output, Enhancement(), scores.validate, reporter, stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
+        note_budget(config.time_s, trainer.elapsed_s, report)
     result = trainer.run()
     net.load_state_dict(result.weights)
     count = len(held_out.centres)
     compared = scores.compared(net.eval())
     return save_package(
         output / MODEL,
-        name=recipe.name,
+        name=model_name(output, recipe, options),
         network=net.config,
         state_dict=result.weights,
         plan=preparation,
         scheme=LabelScheme(),
         patch=config.patch,
-        description=recipe.description,
+        description=described(recipe, "scans", len(scans)),
         training=training_summary(recipe, result, net.engine, len(scans), 0, options.source),
         metrics={PATCHES: {name: {"mean": value, "sd": None, "n": count} for name, value in compared.items()}},
         enhancement=plan,

@@ -14,11 +14,12 @@ import torch
 
 from . import Cancelled, InvresError
 from .config import TrainingConfig
-from .enhancementconfig import EnhancementConfig, EnhancementPlan, Kind
+from .enhancementconfig import EnhancementConfig, EnhancementPlan
+from .enhancementscaling import restored, scaled_input, scaled_target
 from .enhancementscores import cubic
 from .events import SILENT, Reporter
 from .files import written_whole
-from .networks import BORDER, shuffle, unshuffle
+from .networks import BORDER
 from .sampling import cut_padded
 from .scans import ScanFiles, read_scan
 
@@ -91,7 +92,7 @@ def _read_pair(
     return low.astype(np.float32), high.astype(np.float32), reduced.mask, scan.mask
 
 
-def plan_of(pairs: Sequence[ImagePair], kind: Kind, largest_b: float) -> EnhancementPlan:
+def plan_of(pairs: Sequence[ImagePair], config: EnhancementConfig) -> EnhancementPlan:
     """Mean and standard deviation of each channel over the masks of all pairs, at low and at high resolution."""
 
     def figures(volumes: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,8 @@ def plan_of(pairs: Sequence[ImagePair], kind: Kind, largest_b: float) -> Enhance
     low = figures([pair.low for pair in pairs], [pair.low_mask for pair in pairs])
     high = figures([pair.high for pair in pairs], [pair.high_mask for pair in pairs])
     input_mean, input_std, target_mean, target_std = (tuple(values.tolist()) for values in (*low, *high))
-    return EnhancementPlan(kind, input_mean, input_std, target_mean, target_std, largest_b)
+    scales = input_mean, input_std, target_mean, target_std
+    return EnhancementPlan(config.kind, *scales, config.largest_b, config.residual)
 
 
 def choose_centres(
@@ -142,7 +144,7 @@ class PatchPairs:
     """Batches of patches around given centres: (N, C, *patch) and, as the network gives it, the target at their middle.
 
     Each centre is used once before any is used again; a batch is a pure function of seed and iteration. Where a patch
-    reaches beyond the volume the border is repeated. Both sides are scaled by `plan`.
+    reaches beyond the volume the border is repeated. Both sides are scaled by `plan` (see `enhancementscaling`).
     """
 
     def __init__(
@@ -164,12 +166,13 @@ class PatchPairs:
 
     def patches(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The patches around these centres (their numbers)."""
+        low, high = self.unscaled(chosen)
+        return scaled_input(low, self.plan), scaled_target(high, low, self.plan, self.factor)
+
+    def unscaled(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the unit of a pair, with the middle at high resolution as (N, C, (d - 4) * f0, ...)."""
         low, high = zip(*(self._cut(*self.centres[index]) for index in chosen), strict=True)
-        image, target = (torch.from_numpy(np.stack(side)).to(self.device) for side in (low, high))
-        plan = self.plan
-        image = (image - _channels(plan.input_mean, image)) / _channels(plan.input_std, image)
-        target = (target - _channels(plan.target_mean, target)) / _channels(plan.target_std, target)
-        return image, unshuffle(target, self.factor)
+        return torch.from_numpy(np.stack(low)).to(self.device), torch.from_numpy(np.stack(high)).to(self.device)
 
     def _centre(self, place: int) -> int:
         turn, position = divmod(place, len(self.centres))
@@ -207,22 +210,14 @@ class PatchScores:
     def compared(self, network: torch.nn.Module) -> dict[str, float]:
         """The same in the target's own unit, beside that of cubic interpolation of the same patches."""
         patches, squares, count = self._patches, {"RMSE": 0.0, "RMSE of cubic interpolation": 0.0}, 0
-        plan, factor = patches.plan, patches.factor
-        middle = (slice(None), *(slice(BORDER * f, -BORDER * f) for f in factor))
         for start in range(0, len(patches.centres), patches.config.batch_size):
             numbers = range(len(patches.centres))[start : start + patches.config.batch_size]
-            image, target = patches.patches(numbers)
-            std, mean = _channels(plan.target_std, image), _channels(plan.target_mean, image)
-            wanted = shuffle(target, factor) * std + mean
+            low, wanted = patches.unscaled(numbers)
             with torch.no_grad():
-                found = shuffle(network(image), factor) * std + mean
-            low = (image * _channels(plan.input_std, image) + _channels(plan.input_mean, image)).cpu().numpy()
-            rough = np.stack([cubic(one, factor)[middle] for one in low])
+                output = network(scaled_input(low, patches.plan))
+            found = restored(output, low, patches.plan, patches.factor)
+            rough = np.stack([cubic(one, patches.factor, BORDER) for one in low.cpu().numpy()])
             squares["RMSE"] += float((found - wanted).double().square().sum())
             squares["RMSE of cubic interpolation"] += float(((rough - wanted.cpu().numpy()) ** 2).sum(dtype=np.float64))
             count += wanted.numel()
         return {name: math.sqrt(total / count) for name, total in squares.items()}
-
-
-def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)

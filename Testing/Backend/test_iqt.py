@@ -89,6 +89,18 @@ def write_scan(folder, name="scan", shape=(20, 18, 19), direction=OBLIQUE, kind=
     return path
 
 
+def striped_scan(tmp_path):
+    """A folder with a scan of stripes finer than the low resolution shows, whose strength it does show."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    grid = Geometry((20, 20, 20), (1, 1, 1), (0, 0, 0), RAS)
+    d, h, w = np.indices(grid.shape)
+    strength = 1 + np.sin(0.4 * d) * np.sin(0.3 * h + 0.2 * w)
+    write_volume(folder / "a.nii.gz", Volume((100 + 40 * strength * (w % 2 * 2.0 - 0.5)).astype(np.float32), grid))
+    write_volume(folder / "a_mask.nii.gz", Volume(np.ones(grid.shape, np.uint8), grid))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
@@ -177,6 +189,32 @@ def test_scans_are_found_with_what_lies_beside_them(tmp_path):
         find_scans(tmp_path / "a" / "t1.nii.gz", "tensor")
 
 
+def test_the_diffusion_folder_of_hcp_is_trained_on_and_evaluated_as_unpacked(tmp_path):
+    """Diffusion Preprocessed: `data` with `bvals`, `bvecs` and a mask, and the coils' `grad_dev` beside it."""
+    for subject in ("100307", "100408"):
+        folder = tmp_path / "HCP" / subject / "T1w" / "Diffusion"
+        folder.mkdir(parents=True)
+        grid = read_channels(write_scan(folder, "data", kind="tensor"))[0].geometry
+        for ending, name in (("bval", "bvals"), ("bvec", "bvecs")):
+            (folder / f"data.{ending}").rename(folder / name)
+        write_channels(folder / "grad_dev.nii.gz", [Volume(np.zeros(grid.shape, np.float32), grid)] * 9)
+        mask = (ball(grid.shape) > 100).astype(np.uint8)
+        write_volume(folder / "nodif_brain_mask.nii.gz", Volume(mask, grid))
+    scans = find_scans(tmp_path / "HCP", "tensor")
+    assert [scan.image.name for scan in scans] == ["data.nii.gz"] * 2
+    assert all(scan.mask is not None and scan.mask.name == "nodif_brain_mask.nii.gz" for scan in scans)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(to_dict(recipe_of("tensor", epochs=1, iterations_per_epoch=1))), encoding="utf-8")
+    run, device = tmp_path / "run", ("--device", "cpu")
+    outcome = invres("train", "-r", recipe, "-d", tmp_path / "HCP", "-o", run, *device)
+    assert outcome.code == 0, outcome
+    evaluated = ("evaluate", "-m", run / "model", "-d", tmp_path / "HCP", "-o", tmp_path / "m.json")
+    assert invres(*evaluated, *device).code == 0
+    assert len(json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["scans"]) == 2
+    refused = invres(*evaluated, "--device", "nonsense:9")
+    assert refused.code != 0 and "nonsense:9" in refused.err
+
+
 def test_the_low_resolution_is_the_mean_of_blocks_in_the_same_place(images):
     scan = read_scan(find_scans(images, "image")[0], "image", 1500)
     whole, low = scan.cut(TWICE), scan.reduced(TWICE)
@@ -242,7 +280,7 @@ SETTINGS = EnhancementConfig(patches=50, held_out=0.2)
 
 
 def patches_of(pairs, config=CONFIG, settings=SETTINGS):
-    plan = plan_of(pairs, "image", 1500)
+    plan = plan_of(pairs, settings)
     chosen = choose_centres(pairs, config.patch, settings, 0)
     return [PatchPairs(pairs, centres, plan, TWICE, config, torch.device("cpu")) for centres in chosen]
 
@@ -284,7 +322,7 @@ def test_a_batch_is_a_function_of_seed_and_iteration_and_uses_every_centre_once(
 
 def test_inside_the_masks_each_channel_is_scaled_to_mean_0_and_variance_1():
     pairs = [pair_of(channels=6, seed=0), pair_of((13, 13, 13), channels=6, seed=1)]
-    plan = plan_of(pairs, "tensor", 1500)
+    plan = plan_of(pairs, EnhancementConfig("tensor"))
     for mean, std, parts in (
         (plan.input_mean, plan.input_std, [pair.low[:, pair.low_mask] for pair in pairs]),
         (plan.target_mean, plan.target_std, [pair.high[:, pair.high_mask] for pair in pairs]),
@@ -460,13 +498,7 @@ def test_a_time_budget_ends_the_training(images, tmp_path):
 
 def test_on_something_that_can_be_learnt_the_network_beats_cubic_interpolation(tmp_path):
     """A pattern of stripes finer than the low resolution shows: only what was seen before can say where they lie."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    grid = Geometry((20, 20, 20), (1, 1, 1), (0, 0, 0), RAS)
-    d, h, w = np.indices(grid.shape)
-    strength = 1 + np.sin(0.4 * d) * np.sin(0.3 * h + 0.2 * w)
-    write_volume(folder / "a.nii.gz", Volume((100 + 40 * strength * (w % 2 * 2.0 - 0.5)).astype(np.float32), grid))
-    write_volume(folder / "a_mask.nii.gz", Volume(np.ones(grid.shape, np.uint8), grid))
+    folder = striped_scan(tmp_path)
     recipe = recipe_of(name="espcn", epochs=1, iterations_per_epoch=80, learning_rate=0.02, batch_size=3)
     package = train_enhancer(find_scans(folder, "image"), recipe, tmp_path / "run", TrainOptions("cpu"))
     (scores,) = package.manifest.metrics.values()

@@ -7,9 +7,10 @@ Trains with one thread on parts of real scans and scores on other parts of them:
 person) and the T1 `t1_mni152` (the average of 152 brains), each cut in two at a coronal plane: what lies behind it is
 trained on, what lies in front of it scored. (Left and right would be near copies of each other: mirror images, in the
 symmetric template.) One subject proves nothing about others: the figures say that the method works, not how well.
-Trainings resume: the same command goes on after a kill. Steps, not seconds, end a training. Prints Markdown, and draws
-`iqt-diffusion.png` and
-`iqt-t1.png`: low resolution, cubic interpolation, the networks, the truth.
+Each network is trained as published and, "residual", to add to an interpolation of its input. Trainings resume: the
+same command goes on after a kill. Steps, not seconds, end a training. Prints Markdown and at last the seconds that
+each part took in this run; draws `iqt-diffusion.png` and `iqt-t1.png`: low resolution, cubic interpolation, the
+networks, the truth.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,12 @@ from invres.volume import Geometry, Volume, read_channels, write_channels, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = REPOSITORY / "Resources" / "Recipes"
-# Label -> network and how many times the steps; three times ESPCN's still take less time than the blocks' once.
+# Label -> network, residual, and how many times the steps.
 NETWORKS = {
-    "espcn": (NetworkConfig(name="espcn"), 1),
-    "espcn, 3 times the steps": (NetworkConfig(name="espcn"), 3),
-    "espcn_rn, N = 2": (NetworkConfig(name="espcn_rn", blocks=(2,)), 1),
+    "espcn": (NetworkConfig(name="espcn"), False, 1),
+    "espcn, residual": (NetworkConfig(name="espcn"), True, 1),
+    "espcn_rn, N = 2": (NetworkConfig(name="espcn_rn", blocks=(2,)), False, 1),
+    "espcn_rn, N = 2, residual": (NetworkConfig(name="espcn_rn", blocks=(2,)), True, 1),
 }
 DEPTHS = (1, 2, 4, 8, 16, 100)
 NAIVE = 16  # deepest that is also predicted under `stored`; beyond it only takes long
@@ -60,20 +63,26 @@ def main() -> None:
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     wanted = options.only or ("memory", "diffusion", "t1")
+    seconds = {}
     if "memory" in wanted:
+        started = time.monotonic()
         _memory(options.depths)
+        seconds["memory"] = time.monotonic() - started
     for name, kind, recipe, file in (
         ("diffusion", "tensor", "iqt", options.data / "dwi_philips" / "dwi.nii.gz"),
         ("t1", "image", "iqt-t1", options.data / "t1_mni152" / "mni_icbm152_t1_tal_nlin_sym_09a.nii.gz"),
     ):
         if name not in wanted:
             continue
+        started = time.monotonic()
         train, test = _parts(name, kind, file, options.output / f"data-{name}")
-        packages = {
-            label: _trained(label, network, recipe, train, options.output / _folder(name, label), times * options.steps)
-            for label, (network, times) in NETWORKS.items()
-        }
+        packages = {}
+        for label, (network, residual, times) in NETWORKS.items():
+            run = options.output / _folder(name, label)
+            packages[label] = _trained(label, network, residual, recipe, train, run, times * options.steps)
         _draw(_scored(name, kind, packages, test), options.output / f"iqt-{name}.png")
+        seconds[name] = time.monotonic() - started
+    print(f"\nSeconds in this run: {', '.join(f'{part} {value:.0f}' for part, value in seconds.items())}.")
 
 
 def _options() -> argparse.Namespace:
@@ -143,12 +152,14 @@ def _write_directions(scan: Any, grid: Geometry, image: Path) -> None:
     np.savetxt(image.with_name(f"{stem}.bvec"), (scan.directions @ file_frame(grid)).T, fmt="%.6f")
 
 
-def _trained(label: str, network: NetworkConfig, recipe: str, scan: ScanFiles, run: Path, steps: int) -> ModelPackage:
+def _trained(
+    label: str, network: NetworkConfig, residual: bool, recipe: str, scan: ScanFiles, run: Path, steps: int
+) -> ModelPackage:
     if (run / "model" / "manifest.json").is_file():
         return open_package(run / "model")
     known = Recipe.read(RECIPES / f"{recipe}.json")
-    if recipe == "iqt-t1" and network.blocks:
-        network = known.network
+    assert known.enhancement is not None  # both recipes have it
+    enhancement = dataclasses.replace(known.enhancement, residual=residual)
     training = dataclasses.replace(
         known.training,
         batch_size=TRAINED_BATCH,
@@ -162,7 +173,7 @@ def _trained(label: str, network: NetworkConfig, recipe: str, scan: ScanFiles, r
     print(f"Training {label} on {scan.name} ...", flush=True)
     return train_enhancer(
         [scan],
-        dataclasses.replace(known, network=network, training=training),
+        dataclasses.replace(known, network=network, training=training, enhancement=enhancement),
         run,
         TrainOptions("cpu", resume),
         TerminalReporter(),
@@ -199,19 +210,23 @@ def _scored(name: str, kind: str, packages: dict[str, ModelPackage], files: Scan
 def _draw(row: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    truth, mask = row["maps"]["truth"], row["mask"]
+    mask = row["mask"]
     place = int(mask.sum(axis=(1, 2)).argmax())
-    high = float(np.percentile(truth[mask], 97))
-    wide = truth.shape[2] / truth.shape[1]
-    figure = Figure(figsize=(3.2 * wide * 3, 3.5 * 2), dpi=110, facecolor="black", layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for axis in axes[len(row["maps"]) :]:
+    high = float(np.percentile(row["maps"]["truth"][mask], 97))
+    # Nothing but the head, in the orientation of a coronal or axial slice as it is read.
+    low_h, low_w = (int(where.min()) for where in np.nonzero(mask[place]))
+    high_h, high_w = (int(where.max()) + 1 for where in np.nonzero(mask[place]))
+    cuts = {label: values[place, low_h:high_h, low_w:high_w][::-1, ::-1] for label, values in row["maps"].items()}
+    wide = (high_w - low_w) / (high_h - low_h)
+    columns = (len(cuts) + 1) // 2
+    figure = Figure(figsize=(2.8 * wide * columns, 3.2 * 2), dpi=110, facecolor="black", layout="constrained")
+    axes = figure.subplots(2, columns).ravel()
+    for axis in axes:
         axis.set_axis_off()
-    for axis, (label, values) in zip(axes, row["maps"].items(), strict=False):
-        axis.imshow(values[place, ::-1, ::-1], cmap="gray", vmin=0, vmax=high, interpolation="nearest")
-        axis.set_title(label, color="white", fontsize=10)
-        axis.set_axis_off()
-    figure.suptitle(row["title"], color="white", fontsize=11)
+    for axis, (label, values) in zip(axes, cuts.items(), strict=False):
+        axis.imshow(values, cmap="gray", vmin=0, vmax=high, interpolation="nearest")
+        axis.set_title(label, color="white", fontsize=13)
+    figure.suptitle(row["title"], color="white", fontsize=14)
     figure.savefig(path)
     print(f"\n{path}")
 
