@@ -34,7 +34,7 @@ INVRES := PYTHONPATH=Backend $(PYTHON) -m invres
 gpu gpu-train:
 else
 INVRES := $(BIN)/invres
-gpu gpu-train: .venv/demo.stamp
+gpu gpu-train: .venv/bench.stamp
 endif
 
 gpu:
@@ -57,7 +57,7 @@ $(BIN)/python:
 	$(PIP) install "$(TORCH)"
 	touch $@
 
-.venv/demo.stamp .venv/test.stamp: .venv/%.stamp: .venv/torch.stamp Backend/pyproject.toml
+.venv/demo.stamp .venv/test.stamp .venv/bench.stamp: .venv/%.stamp: .venv/torch.stamp Backend/pyproject.toml
 	$(PIP) install "$(TORCH)" --editable "Backend[$*]"
 	touch $@
 

@@ -10,7 +10,7 @@ from datetime import date
 from typing import Any
 
 from . import InvresError
-from .console import check_sizes, say
+from .console import check_sizes, load_torch, say
 from .events import Reporter
 from .files import written_whole
 
@@ -20,11 +20,12 @@ BENCH_SECONDS = 420.0  # after which `bench` starts no further try for the large
 
 
 def bench(options: argparse.Namespace, report: Reporter) -> None:
+    check_sizes(options)
+    load_torch(report, "benchmark")
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
     from .cube import bench_cube
     from .depth import bench_depth, draw_depth
 
-    check_sizes(options)
     deadline = time.monotonic() + BENCH_SECONDS
     patch = tuple(options.patch)
     size = (patch, options.channels, options.classes)
@@ -47,7 +48,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
             rows = []
         else:
             results[what] = rows
-        shown = [c for c in columns if any(row.get(c) not in (None, "", 0) for row in rows)]
+        shown = [c for c in columns if c == "complete" or any(row.get(c) not in (None, "", 0) for row in rows)]
         if rows:
             texts.append(f"### {title}\n\n{table(rows, shown)}\n")
         if options.output:
@@ -65,24 +66,14 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         [
             *row,
             *("parameter_bytes", "peak_bytes", "ratio", "activation_bytes", "activation_ratio", "flops_ratio"),
-            *("allocated_bytes", "reserved_bytes", "error"),
+            *("allocated_bytes", "reserved_bytes", "card_used_bytes", "error"),
         ],
     )
     section(
         "time",
         f"Median seconds of a training step ({words})",
         lambda: bench_time(*size, device, options.rounds, report),
-        [*row, "seconds", "ratio", "ratio_to_memcnn", "error"],
-    )
-    small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
-    section(
-        "gradients",
-        "Largest relative difference of any gradient to `stored` (CPU)",
-        lambda: bench_gradients(*small, report=report),
-        [
-            *("network", "engine", "memory", "dtype", "activation", "image", "relative_error"),
-            *("median_error", "error_to_float64"),
-        ],
+        [*row, "seconds", "ratio", "ratio_to_memcnn", "ratio_to_unet3d", "error"],
     )
     if on_card:
         section(
@@ -91,6 +82,16 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
             lambda: bench_cube(options.channels, options.classes, device, deadline, report),
             ["card_gib", *row, "side", "complete", "error"],
         )
+    small = (tuple(min(p, 32) for p in patch), options.channels, options.classes)
+    section(
+        "gradients",
+        "Largest relative difference of any gradient to `stored` (CPU)",
+        lambda: bench_gradients(*small, draws=12 if options.what == "gradients" else 3, report=report),
+        [
+            *("network", "engine", "memory", "dtype", "activation", "image", "relative_error"),
+            *("median_error", "error_to_float64"),
+        ],
+    )
     section(
         "depth",
         "Peak memory and operations against depth, by strategy",

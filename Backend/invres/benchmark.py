@@ -145,8 +145,8 @@ def bench_time(
 ) -> list[dict[str, Any]]:
     """Median seconds of a training step; engines of one network take turns, so that a drifting machine hits all alike.
 
-    ratio: to `stored` of the same network in the same precision; ratio_to_memcnn: to memcnn's. On a CUDA device also
-    under bf16.
+    ratio: to `stored` of the same network in the same precision; ratio_to_memcnn: to memcnn's; ratio_to_unet3d: to the
+    baseline under `stored`, both in float32. Installed peers come last. On a CUDA device ours also under bf16.
     """
     rows: list[dict[str, Any]] = []
     precisions = ("fp32", "bf16") if device.startswith("cuda") else ("fp32",)
@@ -157,7 +157,41 @@ def bench_time(
 
         found = _tried(figures)
         rows += found.get("rows", [{"network": name, **found}])
+    base = next((row["seconds"] for row in rows if row["network"] == "unet3d" and "seconds" in row), None)
+    for name in PEERS:
+
+        def peer_figures(name: str = name) -> dict[str, Any] | None:
+            seconds = _peer_seconds(name, patch, channels, classes, device, rounds, report)
+            return None if seconds is None else {"seconds": seconds}
+
+        if (values := _tried(peer_figures)) is not None:
+            rows.append({"network": name, "engine": "its own", "memory": "", "precision": "fp32", **values})
+    for row in rows:
+        if base and row.get("precision") == "fp32" and "seconds" in row:
+            row["ratio_to_unet3d"] = row["seconds"] / base
     return rows
+
+
+def _peer_seconds(
+    name: str, patch: Triple, channels: int, classes: int, device: str, rounds: int, report: Reporter
+) -> float | None:
+    """Median seconds of a training step of a peer's network; None where its library is not installed."""
+    torch.manual_seed(0)
+    network = build_peer(name, channels, classes, patch)
+    if network is None:
+        return None
+    network = network.to(device).train()
+    optimizer = make_optimizer(network)
+    image = torch.randn(1, channels, *patch, device=device)
+    target = torch.randint(0, classes, (1, *patch), device=device).to(torch.int16)
+    seconds = []
+    for turn in range(rounds + 1):
+        report.progress(f"bench.time {name}", turn, rounds + 1)
+        start = _now(device)
+        _peer_step(network, optimizer, image, target)
+        seconds.append(_now(device) - start)
+    report.progress(f"bench.time {name}", rounds + 1, rounds + 1)
+    return statistics.median(seconds[1:])
 
 
 def _time_rows(
@@ -236,6 +270,7 @@ def bench_gradients(
             config = dataclasses.replace(config, negative_slope=1.0)
         torch.manual_seed(draw)
         network, plain = build(config), torch.randn(1, channels, *patch)
+        _off_the_kink(network)
         exact: list[torch.Tensor] = []
         for dtype in (torch.float64, torch.float32):
             wanted: dict[bool, list[torch.Tensor]] = {}
@@ -268,6 +303,17 @@ def _gradient_runs(name: str, dtype: torch.dtype, all_engines: bool) -> list[tup
         return [*runs, ("stored", "low", "last digit")]
     # In float32 a value on the edge between two grid points may go either way in the two orders of summing.
     return runs + ([("stored", "lowest", ""), ("reversible", "lowest", "")] if all_engines else [])
+
+
+def _off_the_kink(network: SegmentationNetwork) -> None:
+    """Gives the norms small random biases.
+
+    New ones have none, and on a grid a value of a small map may be exactly its mean: it then lies on the kink of the
+    leaky ReLU, where two ways of summing may take either side.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.normal_(module.bias, std=0.1)
 
 
 def _last_digit(image: torch.Tensor) -> torch.Tensor:

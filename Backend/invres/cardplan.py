@@ -32,8 +32,8 @@ class CardPlan:
     """What fits into `vram_bytes`. patch (D, H, W) is the largest with `memory`; needed_bytes with the margin for it.
 
     half: about half of that patch in every direction. block_factor: by how much the blocks of every level may be
-    multiplied there, and width_factor by how much the widths. whole_volume_bytes: of a training step on a volume of
-    240x240x155.
+    multiplied there (0: the network has none to choose), and width_factor by how much the widths. whole_volume_bytes:
+    of a training step on a volume of 240x240x155.
     """
 
     vram_bytes: int
@@ -49,12 +49,12 @@ class CardPlan:
         """The plan in words."""
         size = "x".join(map(str, self.patch))
         half = "x".join(map(str, self.half))
+        room = f"{self.block_factor} times the blocks, or " if self.block_factor else ""
         lines = [
             f"{format_bytes(self.vram_bytes)} hold a patch of {size} voxels with memory {self.memory!r}: "
             f"{format_bytes(self.needed_bytes)} with {format_bytes(CONTEXT_BYTES)} for the CUDA context and workspaces "
             f"and {round(100 * (ROUNDING - 1))} % for the allocator's rounding.",
-            f"At {half} voxels there is room for {self.block_factor} times the blocks, or {self.width_factor} times "
-            "the width, of every level.",
+            f"At {half} voxels there is room for {room}{self.width_factor} times the width of every level.",
         ]
         whole = "x".join(map(str, WHOLE_VOLUME))
         for memory, needed in self.whole_volume_bytes.items():
@@ -111,16 +111,16 @@ def plan_for_card(
             hint="Choose fewer network.levels or narrower network.channels, or train on the CPU.",
         )
     half = patch_of(max(2 * STEP, side // 2))
-    with torch.device("meta"):
-        full = build(dataclasses.replace(config, vae=None)).config
-    room = vram_bytes - needed(config, half)
-    each = ROUNDING * 4 * _block_bytes(full)
+    full, reversible = _built(config, engine)
     factor = next((f for f in WIDTH_FACTORS if needed(_wider(full, f), half) <= vram_bytes), 1)
-    reversible = engine in ("auto", "reversible") and config.name != "unet3d"
+    blocks = 0
+    if (deeper := _deeper(full)) is not None:
+        # What every level's blocks cost once more; under no engine do later ones cost more than the first.
+        each = needed(deeper, half) - needed(full, half)
+        blocks = 1 + max(0, vram_bytes - needed(full, half)) // each if each > 0 else 0
     settings = dict.fromkeys((memory, _settings(config)[-1])) if reversible else (memory,)
     whole = {setting: needed(config, WHOLE_VOLUME, setting) for setting in settings}
     patch = patch_of(side)
-    blocks = 1 + max(0, int(room // each)) if each else 1
     return CardPlan(vram_bytes, memory, patch, needed(config, patch), half, blocks, factor, whole)
 
 
@@ -130,7 +130,7 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
     Raises InvresError if nothing fits.
     """
     training, network = recipe.training, recipe.network
-    reversible = network.name != "unet3d" and training.engine in ("auto", "reversible")
+    _, reversible = _built(network, training.engine)
     settings = (
         [s for s in _settings(network) if _rank(s) >= _rank(training.memory)] if reversible else [training.memory]
     )
@@ -202,20 +202,25 @@ def _largest_side(predicted: Callable[[int], TrainingMemory], vram_bytes: int) -
     return fits if fits >= 2 * STEP else 0
 
 
-def _block_bytes(config: NetworkConfig) -> int:
-    """Bytes of the parameters that every level's blocks add once more."""
+def _built(config: NetworkConfig, engine: str) -> tuple[NetworkConfig, bool]:
+    """The configuration with the architecture's defaults in it, without VAE branch, and whether the engine is ours."""
+    with torch.device("meta"):
+        network = build(dataclasses.replace(config, vae=None), engine)
+    return network.config, network.engine == "reversible"
 
-    def parameters(factor: int) -> int:
-        deeper = dataclasses.replace(
-            config,
-            blocks=tuple(factor * b for b in config.blocks),
-            decoder_blocks=tuple(factor * b for b in config.decoder_blocks),
-            vae=None,
-        )
+
+def _deeper(config: NetworkConfig) -> NetworkConfig | None:
+    """Twice the blocks at every level; None for an architecture that does not leave them to choose."""
+    if not config.blocks:
+        return None
+    blocks, decoder_blocks = (tuple(2 * b for b in given) for given in (config.blocks, config.decoder_blocks))
+    deeper = dataclasses.replace(config, blocks=blocks, decoder_blocks=decoder_blocks)
+    try:
         with torch.device("meta"):
-            return sum(p.numel() * p.element_size() for p in build(deeper).parameters())
-
-    return 0 if config.name == "unet3d" else parameters(2) - parameters(1)
+            build(deeper)
+    except InvresError:
+        return None
+    return deeper
 
 
 def _wider(config: NetworkConfig, factor: int) -> NetworkConfig:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from . import InvresError
-from .dataset_json import Case, Dataset, file_names, read_json, read_json_layout, stem_of
+from .dataset_json import Case, Dataset, file_names, list_volumes, read_json, read_json_layout, stem_of
 from .events import Reporter
 from .files import written_whole
-from .layouts import FOLDER_READERS
+from .layouts import FOLDER_PAIRS, FOLDER_READERS
 
 __all__ = [
     "SPLITS",
+    "WITHOUT_LABELS",
     "Case",
     "Dataset",
     "case_problems",
@@ -40,6 +41,12 @@ Split = tuple[tuple[str, ...], tuple[str, ...]]
 FORMATS = (
     "a dataset.json (nnU-Net v2 or Decathlon), folders images and labels, a folder per case, "
     "BIDS, iSeg, BraTS 2020, KiTS19 or HCP"
+)
+
+
+WITHOUT_LABELS = (
+    "Label maps alone are for `invres train --recipe brain-any-contrast`, scans without labels for `--recipe iqt` or "
+    "`--recipe iqt-t1`."
 )
 
 
@@ -83,10 +90,12 @@ def _read_folder(folder: Path) -> Dataset:
     for reader in FOLDER_READERS:
         if (dataset := reader(folder)) is not None:
             return dataset
-    raise InvresError(
-        f"No data set format was recognised in {folder}; known are {FORMATS}.",
-        hint="Give the folder that directly holds the cases, or write a dataset.json for it.",
-    )
+    if any(folder.name in pair and all((folder.parent / name).is_dir() for name in pair) for pair in FOLDER_PAIRS):
+        raise InvresError(f"{folder} is a part of a data set.", hint=f"Give its parent, {folder.parent}.")
+    hint = "Give the folder that directly holds the cases, or write a dataset.json for it."
+    if list_volumes(folder) or list_volumes(folder / "labels"):
+        hint += f" {WITHOUT_LABELS}"
+    raise InvresError(f"No data set format was recognised in {folder}; known are {FORMATS}.", hint=hint)
 
 
 def case_problems(dataset: Dataset, partial: bool = False) -> list[tuple[str, str, str]]:

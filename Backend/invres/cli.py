@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, ENHANCEMENT_NETWORKS, MEMORY_SETTINGS, NETWORKS
+from .config import ENGINES, ENHANCEMENT_NETWORKS, MEMORY_SETTINGS, NETWORKS, nearest
 from .events import JsonReporter, Reporter, TerminalReporter
 from .faults import fault_of
 
@@ -27,6 +27,10 @@ _MEMORY = (
     "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
     "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
 )
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+_MIRROR = "average predictions mirrored along these axes: 0 top to bottom, 1 front to back, 2 left to right"
 
 _DROPOUT = "blank each channel so often in training, as 0.25, so that the model can do without some of them"
 
@@ -40,7 +44,10 @@ class _Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
-        raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} --help`.", code="usage")
+        hint = f"See `{self.prog} --help`."
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hint = f"{nearest(found[1], re.findall(r'[^, ]+', found[2].replace(chr(39), '')))} {hint}".strip()
+        raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=hint, code="usage")
 
 
 def main(arguments: Sequence[str] | None = None, report: Reporter | None = None) -> int:
@@ -101,21 +108,34 @@ def _parser() -> argparse.ArgumentParser:
         help="image file or DICOM folder, once for each channel (T1=a.nii.gz); or one 4D file with all",
     )
     one.add_argument("-o", "--output", required=True, type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha")
-    one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="also write FILE_label.nii.gz by label")
+    one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
-    one.add_argument("--mirror", type=int, nargs="*", default=[], metavar="AXIS", help="average mirrored predictions")
-    one.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="voxels")
+    one.add_argument(
+        "--mirror",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="AXIS",
+        help=_MIRROR,
+    )
+    _window(one, "voxels (default: the model's, see `invres describe`)")
     one.add_argument(
         "--roi",
         type=float,
         nargs=6,
         metavar=("R0", "R1", "A0", "A1", "S0", "S1"),
-        help="segment only this box: its ends in mm to the right, front and top (RAS)",
+        help="segment only this box: its lower and upper end to the right, front, top, in mm (RAS)",
     )
     one.add_argument(
         "--locate",
         metavar="MODEL",
         help="for a model that was trained on crops: the model that finds their place in a whole image",
+    )
+    one.add_argument(
+        "--no-sides",
+        dest="sides",
+        action="store_false",
+        help="leave left and right of a structure in one label, as the network has them",
     )
     _device(one)
 
@@ -143,10 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on with the run in --output")
     one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="instead of the recipe's")
     one.add_argument("-t", "--time", metavar="30m", help="time budget: 90s, 30m, 2h")
-    one.add_argument("--epochs", type=int)
-    one.add_argument("--seed", type=int)
+    one.add_argument("--epochs", type=int, help="end after so many (default: the recipe's)")
+    one.add_argument("--seed", type=int, help="of all that is drawn at random (default: the recipe's)")
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
-    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default: the recipe's)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument(
@@ -160,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="validated on, of 5 or of splits_final.json; all: train on every case",
     )
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
+    one.add_argument("--name", default="", help="of the trained model (default: the recipe's)")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
     one.add_argument("--source", default="", help="where the data come from, in words, written into the package")
     _device(one)
@@ -198,20 +219,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
     one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm of the voxels")
     one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
-    one.add_argument(
-        "--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help="segmenting: voxels"
-    )
+    _window(one, "segmenting: in voxels (default the model's)")
     one.add_argument("--locate", metavar="MODEL", help="segmenting: this model finds the place first")
     _device(one)
-    one.add_argument("-n", "--network", choices=NETWORKS, default="fully_invres")
-    one.add_argument("--engine", choices=ENGINES, default="auto")
-    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    one.add_argument("--memory", choices=MEMORY_SETTINGS, default="low", help=_MEMORY)
+    one.add_argument("-r", "--recipe", help="training by this recipe (name or JSON file), but for what is given here")
+    one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="training it (fully_invres)")
+    one.add_argument("--engine", choices=ENGINES, help="(auto)")
+    one.add_argument("--precision", choices=PRECISIONS, help="(fp32)")
+    one.add_argument("--memory", choices=MEMORY_SETTINGS, help=f"(low) {_MEMORY}")
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (a model: default as it has it)"
     )
     _size(one, 128)
-    one.add_argument("--batch", type=int, default=1)
+    one.set_defaults(patch=None, channels=None, classes=None)
+    one.add_argument("--batch", type=int, help="(1)")
     one.add_argument("--vram", metavar="8GB", help="also say what fits into that much GPU memory")
     one.add_argument(
         "--measure", action="store_true", help="also run two steps on --device and correct the prediction by them"
@@ -232,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "other", nargs="?", help="diff: the newer model (default: what `model` was tuned from is the older)"
     )
     one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
-    one.add_argument("--models-dir", type=Path, help="folder of your own models")
+    one.add_argument("--models-dir", type=Path, help="folder of your own models (default: ~/InvResSegment/Models)")
 
     add("devices", "Lists the devices that can be computed on, with their memory.", "devices")
 
@@ -303,12 +324,13 @@ def _finetune(one: argparse.ArgumentParser) -> None:
         "--normalisation", choices=("base", "data"), default="base", help="of CT: the model's, or anew from the data"
     )
     one.add_argument("-r", "--recipe", help="take training and augmentation from this recipe: name or JSON file")
-    one.add_argument("--seed", type=int)
+    one.add_argument("--seed", type=int, help="of all that is drawn at random (default 0)")
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
-    one.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default fp32)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
     one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
+    one.add_argument("--new-labels", action="store_true", help="the cases may have no label of the model's")
     one.add_argument("--check-base", type=Path, metavar="DATA", help="also see what is forgotten of these cases")
     one.add_argument("--promote", action="store_true", help="take the tuned model whatever the proof says")
     one.add_argument("--name", default="", help="of the tuned model (default: the model's)")
@@ -329,6 +351,10 @@ def _fold(text: str) -> int | None:
 def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     without = f"default {default}" if default else "default: nothing is measured, memory is predicted"
     parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 ({without})")
+
+
+def _window(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help=text)
 
 
 def _size(parser: argparse.ArgumentParser, side: int) -> None:

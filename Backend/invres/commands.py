@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import re
-import sys
+import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from . import InvresError
 from .bench_command import bench
-from .config import NetworkConfig, Recipe, VAEConfig, to_dict
-from .console import check_sizes, parse_bytes, recipes_dir, say, segmenter_named, spread
+from .config import Recipe, VAEConfig, to_dict
+from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
 from .events import Reporter, format_bytes, format_seconds
+from .interruption import postponed
+from .manifest import check_name
 from .model_commands import describe, models
 from .modelpackage import ModelPackage
+from .plan_command import plan
 from .reproduce_command import reproduce
 
 __all__ = [
@@ -39,51 +40,41 @@ __all__ = [
     "worker",
 ]
 
+NOTHING_LEARNED = 0.1  # mean Dice (chosen)
 # The network of the last segmentation, for the next one in the same process.
 _kept: dict[str, Any] = {}
-# `memory.TrainingMemory.by_role` in words.
-_ROLES = {
-    "parameters": "parameters",
-    "gradients": "their gradients",
-    "optimizer": "optimizer",
-    "input": "image and target",
-    "state": "state and its gradient",
-    "recompute": "maps kept or recomputed",
-    "loss": "head and loss",
-}
 
 
 def segment(options: argparse.Namespace, report: Reporter) -> None:
     package = segmenter_named(options.model)
-    _load_torch(report)
+    manifest = package.manifest
+    from .segmentfiles import check_files, named_inputs
+    from .segmentoptions import SegmentOptions
+
+    # All that can be told before torch is imported, which takes seconds.
+    inputs = named_inputs(options.input, manifest.plan.channels)
+    choices = SegmentOptions(
+        options.device,
+        options.overlap,
+        tuple(options.mirror),
+        tuple(options.window),
+        tuple(options.roi or ()),
+        options.sides,
+    )
+    check_files(manifest, inputs, options.output, options.probabilities)
+    other = _other_model(package, options.locate) if options.locate else None
+    load_torch(report)
     from .inference import NetworkKeeper
     from .inference import segment as run
     from .planning import remember_speed
-    from .prediction import SegmentOptions
 
-    each = " ".join(f"--input {channel.name}=FILE" for channel in package.manifest.plan.channels)
-    inputs: dict[str, Path] = {}
-    for text in options.input:
-        channel, separator, path = text.partition("=")
-        # A path may hold "=" itself.
-        if not separator or Path(text).exists():
-            channel, path = "", text
-        if channel in inputs:
-            raise InvresError(
-                f"The channel {channel} is given twice." if channel else "Two inputs have no channel name.",
-                hint=f"Give each channel once, with its name: {each}.",
-            )
-        inputs[channel] = Path(path)
-    choices = SegmentOptions(
-        options.device, options.overlap, tuple(options.mirror), tuple(options.window), tuple(options.roi or ())
-    )
     keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = _locator(package, options.locate, options.device) if options.locate else None
+    locate = _locator(package, other, options.device) if other else None
     found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
     settings = found["settings"]
     flips = 2 ** len(options.mirror)
     remember_speed(
-        package.manifest,
+        manifest,
         found["device"],
         settings["windows"] * flips,
         tuple(settings["window"]),
@@ -96,18 +87,23 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**found)
 
 
-def _locator(package: ModelPackage, model: str, device: str) -> Callable[..., Any]:
-    """Finds the boxes that the package wants to see in a whole image, with another model."""
-    crop = package.manifest.plan.crop
-    if crop is None:
+def _other_model(package: ModelPackage, model: str) -> ModelPackage:
+    """The model that finds the boxes for the package. Raises InvresError where there is nothing to find for it."""
+    if package.manifest.plan.crop is None:
         raise InvresError(
             f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
         )
-    other = segmenter_named(model)
+    return segmenter_named(model)
+
+
+def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callable[..., Any]:
+    """Finds the boxes that the package wants to see in a whole image, with another model."""
     from .inference import NetworkKeeper
     from .locating import locate
     from .prediction import choose_device
 
+    crop = package.manifest.plan.crop
+    assert crop is not None  # `_other_model` has looked
     keeper = _kept.setdefault("locator", NetworkKeeper())
 
     def find(volumes: Any, report: Reporter) -> Any:
@@ -118,25 +114,34 @@ def _locator(package: ModelPackage, model: str, device: str) -> Callable[..., An
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
     of_run = options.resume and options.recipe is None
-    recipe = None if of_run else _changed(_recipe(options.recipe or "default"), options)
+    recipe = None if of_run else _changed(recipe_named(options.recipe or "default"), options)
+    vram_bytes = parse_bytes(options.vram) if options.vram else 0
+    if options.name:
+        check_name(options.name)
     from .cases import read_dataset
+
+    dataset = None
+    if recipe is not None and recipe.enhancement is None and recipe.label_maps is None:
+        # A run that is resumed goes on as it was started, whatever is asked for now.
+        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0 or options.resume)
+    load_torch(report)
     from .labelmaps import read_label_maps
+    from .segmentfiles import each_channel
     from .trainer import StopRequest
     from .training import TrainOptions, started_recipe
     from .training import train as run
 
-    if recipe is None:
-        recipe = _changed(started_recipe(options.output), options)
+    if options.resume:
+        started = started_recipe(options.output)
+        recipe = _changed(started, options) if recipe is None else _with_budget(recipe, started, options)
+    assert recipe is not None
     if recipe.enhancement is not None:
         train_enhancement(recipe, options, report)
         return
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
-    else:
-        # A run that is resumed goes on as it was started, whatever is asked for now.
-        partial = recipe.augmentation.channel_dropout > 0 or options.resume
-        dataset = read_dataset(options.data, partial=partial)
-    vram_bytes = parse_bytes(options.vram) if options.vram else 0
+    elif dataset is None:
+        dataset = read_dataset(options.data, partial=True)
     choices = TrainOptions(
         device=options.device,
         resume=options.resume,
@@ -145,13 +150,34 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         licence=options.licence,
         source=options.source,
         vram_bytes=vram_bytes,
+        name=options.name,
     )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, report, stop)
     say(report, f"Model: {package.path}")
     for name, values in package.manifest.metrics.items():
         say(report, f"  {name}: Dice {spread(values['Dice'])} in validation")
+    _say_if_learned_nothing(package, report)
+    inputs = each_channel(package.manifest.plan.channels)
+    say(report, f"Use it: invres segment --model {shlex.quote(str(package.path))} {inputs} --output FILE.seg.nrrd")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
+
+
+def _with_budget(recipe: Recipe, started: Recipe, options: argparse.Namespace) -> Recipe:
+    """A run that is resumed keeps its time budget, unless another one is asked for."""
+    if options.time or recipe.training.time_s:
+        return recipe
+    training = dataclasses.replace(recipe.training, time_s=started.training.time_s)
+    return dataclasses.replace(recipe, training=training)
+
+
+def _say_if_learned_nothing(package: ModelPackage, report: Reporter) -> None:
+    means = [values["Dice"]["mean"] for values in package.manifest.metrics.values()]
+    if means and (dice := sum(means) / len(means)) < NOTHING_LEARNED:
+        report.warning(
+            f"The mean Dice in validation is {dice:.2f}: this training was too short to learn. Go on with --resume and "
+            "more time (--time) or epochs (--epochs), or look at the data with `invres check`."
+        )
 
 
 def finetune(options: argparse.Namespace, report: Reporter) -> None:
@@ -170,8 +196,13 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         )
         if value is not None
     }
-    recipe = _recipe(options.recipe) if options.recipe else None
+    recipe = recipe_named(options.recipe) if options.recipe else None
+    if options.name:
+        check_name(options.name)
     from .cases import read_dataset
+
+    dataset = read_dataset(options.data, checked=False)
+    load_torch(report)
     from .finetuning import finetune as run
     from .stopfile import StopFile
     from .tuningplan import TuningOptions
@@ -193,8 +224,8 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         licence=options.licence,
         promote=options.promote,
         check_base=options.check_base,
+        new_labels=options.new_labels,
     )
-    dataset = read_dataset(options.data, checked=False)
     with StopFile(options.output).listening() as stop:
         found = run(package, dataset, options.output, choices, report, stop)
     say(report, (options.output / "comparison.txt").read_text(encoding="utf-8").rstrip())
@@ -208,13 +239,17 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def check(options: argparse.Namespace, report: Reporter) -> None:
-    from .cases import channels_told, described, read_dataset
+    from .cases import WITHOUT_LABELS, channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
 
     dataset = read_dataset(options.data, checked=False)
     findings = check_dataset(dataset, report)
-    say(report, f"{dataset.name}: {len(dataset.cases)} cases, {dataset.layout}.")
-    say(report, f"Channels: {', '.join(channels_told(dataset))}. Labels: {', '.join(dataset.scheme.names)}.")
+    count = len(dataset.cases)
+    say(report, f"{dataset.name}: {count} case{'' if count == 1 else 's'}, {dataset.layout}.")
+    labels = ", ".join(dataset.scheme.names) or "none"
+    say(report, f"Channels: {', '.join(channels_told(dataset))}. Labels: {labels}.")
+    if not dataset.labelled_cases:
+        report.note(f"No case has a label. {WITHOUT_LABELS}")
     say(report, findings_table(findings))
     report.result(
         dataset=dataset.name,
@@ -225,106 +260,11 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
     )
 
 
-def plan(options: argparse.Namespace, report: Reporter) -> None:
-    if options.training and not options.model:
-        raise InvresError(
-            "`invres plan --training` needs the model: --model M.",
-            hint="Without a model, leave --training out: then a network is planned.",
-        )
-    if options.model:
-        (_plan_tuning if options.training else _plan_segmentation)(options, report)
-        return
-    from .cardplan import correction, plan_for_card
-    from .memory import measure_training, predict_training
-
-    check_sizes(options)
-    spacing: tuple[float, float, float] = tuple(options.spacing or (1.0, 1.0, 1.0))
-    if min(spacing) <= 0:
-        raise InvresError(f"--spacing must be three lengths above 0 mm, got {options.spacing}.")
-    vram_bytes = parse_bytes(options.vram) if options.vram else 0
-    config = NetworkConfig(
-        name=options.network,
-        in_channels=options.channels,
-        out_channels=options.classes,
-        vae=VAEConfig() if options.vae else None,
-    )
-    size: tuple[int, int, int] = tuple(options.patch)
-    choices = {"engine": options.engine, "precision": options.precision, "memory": options.memory}
-    found = predict_training(config, size, options.batch, **choices)
-    lines = [
-        f"{options.network}, {options.channels} channels, {options.classes} classes, patch {'x'.join(map(str, size))}, "
-        f"batch {options.batch}, {options.precision}, memory {options.memory}: "
-        f"a training step needs {format_bytes(found.peak_bytes)}",
-        "  at its peak: " + ", ".join(f"{_ROLES[role]} {format_bytes(size)}" for role, size in found.by_role.items()),
-        "  plus the CUDA context and cuDNN's workspaces on a GPU",
-    ]
-    extra: dict[str, Any] = {}
-    factor = 1.0
-    if options.measure:
-        from .prediction import choose_device
-
-        device = choose_device(options.device)
-        measured = measure_training(config, size, options.batch, device=str(device), steps=2, **choices)
-        factor = correction(found, measured)
-        extra |= {"measured": dataclasses.asdict(measured), "correction": factor}
-        lines.append(f"  measured in two steps on {device}: {format_bytes(measured.peak_bytes)} of live tensors")
-        if measured.allocated_bytes:
-            lines.append(f"  the card's allocator had {format_bytes(measured.allocated_bytes)} in use at its peak")
-        margin = " with its margin for the allocator" if measured.allocated_bytes else ""
-        lines.append(f"  the prediction{margin} has to be multiplied by {factor:.3f} for this machine")
-    if vram_bytes:
-        fitting = plan_for_card(
-            config, vram_bytes, options.batch, **choices, spacing_mm=spacing, correction=factor, known={size: found}
-        )
-        extra["card"] = dataclasses.asdict(fitting)
-        lines += fitting.sentences()
-    say(report, "\n".join(lines))
-    report.result(**dataclasses.asdict(found), **extra)
-
-
-def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
-    if options.shape is None or options.spacing is None:
-        raise InvresError(
-            "`invres plan --model` needs the volume: --shape D H W and --spacing D H W.",
-            hint="Give its voxels and their size in mm, superior, anterior, right.",
-        )
-    manifest = segmenter_named(options.model).manifest
-    _load_torch(report)
-    from .locating import crop_shape
-    from .planning import plan_segmentation
-    from .prediction import choose_device
-
-    device, shape, spacing = choose_device(options.device), tuple(options.shape), tuple(options.spacing)
-    roi_shape = None if options.roi_shape is None else tuple(options.roi_shape)
-    if manifest.plan.crop is not None:
-        # Only the crop is prepared; the files themselves are next to nothing beside what a network needs.
-        shape, roi_shape = roi_shape or crop_shape(manifest.plan.crop, shape, spacing), None
-    found = plan_segmentation(manifest, shape, spacing, device, tuple(options.window), roi_shape, report=report)
-    if options.locate:
-        before = plan_segmentation(
-            segmenter_named(options.locate).manifest, tuple(options.shape), spacing, device, report=report
-        )
-        found = found.after(before)
-    say(report, found.sentence)
-    report.result(**dataclasses.asdict(found))
-
-
-def _plan_tuning(options: argparse.Namespace, report: Reporter) -> None:
-    manifest = segmenter_named(options.model).manifest
-    _load_torch(report)
-    from .prediction import choose_device
-    from .tuningmemory import plan_tuning_memory
-
-    wishes = {key: getattr(options, key) for key in ("engine", "precision", "memory")}
-    found = plan_tuning_memory(manifest, choose_device(options.device), wishes, options.vae)
-    say(report, found.sentence)
-    report.result(**dataclasses.asdict(found))
-
-
 def devices(options: argparse.Namespace, report: Reporter) -> None:
     from .devices import list_devices
 
-    found, torch_version = list_devices()
+    with postponed():
+        found, torch_version = list_devices()
     for device in found:
         free = "" if device.free_bytes is None else f", {format_bytes(device.free_bytes)} free"
         say(report, f"{device.name}  {device.title}{free}")
@@ -340,39 +280,13 @@ def worker(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def demo(options: argparse.Namespace, report: Reporter) -> None:
+    package = segmenter_named(options.model)
+    load_torch(report)
     from .demo import run
 
-    found = run(segmenter_named(options.model), options.output, options.device, report)
+    found = run(package, options.output, options.device, report)
     say(report, found["text"])
     report.result(**found)
-
-
-def _load_torch(report: Reporter) -> None:
-    """The first import takes seconds, and in a damaged installation it fails in many ways."""
-    report.progress("start", 0, 1)
-    try:
-        importlib.import_module("torch")
-        importlib.import_module(f"{__package__}.inference")
-    except Exception as error:
-        package = "torch" if "torch" not in sys.modules else getattr(error, "name", None) or "monai"
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InvresError(
-            f"The package {package} is not installed or damaged: {reason}.",
-            hint="Install it (in Slicer: Install in the Setup section of the panel), then try again.",
-            code="missing_package",
-        ) from None
-    report.progress("start", 1, 1)
-
-
-def _recipe(name: str) -> Recipe:
-    """A recipe by file or by name."""
-    if name.endswith(".json") or Path(name).is_file():
-        return Recipe.read(Path(name))
-    path = recipes_dir() / f"{name}.json"
-    if not path.is_file():
-        known = sorted(p.stem for p in recipes_dir().glob("*.json"))
-        raise InvresError(f"There is no recipe {name!r}; the recipes are {', '.join(known)}, or give a JSON file.")
-    return Recipe.read(path)
 
 
 def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:

@@ -7,6 +7,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingConfig",
     "VAEConfig",
     "from_dict",
+    "nearest",
     "network_as_written",
     "to_dict",
 ]
@@ -113,8 +115,11 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS and not self.enhances:
-            known = ", ".join(NETWORKS + ENHANCEMENT_NETWORKS)
-            raise InvresError(f"There is no network {self.name!r}; the networks are {known}.")
+            known = NETWORKS + ENHANCEMENT_NETWORKS
+            raise InvresError(
+                f"There is no network {self.name!r}; the networks are {', '.join(known)}.",
+                hint=nearest(self.name, known),
+            )
         for key in ("in_channels", "out_channels", "convolutions", "expansion", "bottleneck_ratio"):
             if getattr(self, key) < 1:
                 raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
@@ -410,6 +415,17 @@ class Recipe:
 
 T = TypeVar("T")
 
+_SYNONYMS = {
+    **dict.fromkeys(("width", "widths", "features", "filters"), "channels"),
+    **{"lr": "learning_rate", "batch": "batch_size", "patch_size": "patch", "spacing": "spacing_mm"},
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question for the known word that one may have meant; "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
 
 def to_dict(config: Any) -> Any:
     """A configuration as plain JSON values (tuples become lists)."""
@@ -428,8 +444,9 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     values = {}
     for key, value in data.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+            other = _SYNONYMS.get(str(key).lower(), "")
+            hint = f"Did you mean {other!r}?" if other in known else nearest(str(key), known)
+            hint = hint or f"Known keys: {', '.join(known)}."
             raise InvresError(f"{where} has the unknown key {key!r}.", hint=hint)
         values[key] = _convert(known[key], value, f"{where}: {key}")
     try:

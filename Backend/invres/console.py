@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from . import InvresError
+from .config import Recipe, nearest
 from .events import JsonReporter, Reporter
+from .interruption import postponed
 from .modelpackage import ModelPackage, bundled_models_dir, find_package
 
 __all__ = [
     "check_sizes",
+    "load_torch",
     "package_named",
     "parse_bytes",
+    "recipe_named",
     "recipes_dir",
     "say",
     "segmenter_named",
@@ -28,9 +34,44 @@ def recipes_dir() -> Path:
     return bundled_models_dir().parent / "Recipes"
 
 
+def recipe_named(name: str) -> Recipe:
+    """A recipe by file or by name."""
+    if name.endswith(".json") or Path(name).is_file():
+        return Recipe.read(Path(name))
+    path = recipes_dir() / f"{name}.json"
+    if not path.is_file():
+        known = sorted(p.stem for p in recipes_dir().glob("*.json"))
+        raise InvresError(
+            f"There is no recipe {name!r}; the recipes are {', '.join(known)}, or give a JSON file.",
+            hint=nearest(name, known),
+        )
+    return Recipe.read(path)
+
+
 def user_models_dir() -> Path:
     """Where `models import` puts packages unless told otherwise."""
     return Path.home() / "InvResSegment" / "Models"
+
+
+def load_torch(report: Reporter, module: str = "inference") -> None:
+    """The first import takes seconds, and in a damaged installation it fails in many ways.
+
+    module: of this package, whose imports are needed too. Raises KeyboardInterrupt afterwards for a signal meanwhile.
+    """
+    report.progress("start", 0, 1)
+    try:
+        with postponed():
+            importlib.import_module("torch")
+            importlib.import_module(f"{__package__}.{module}")
+    except Exception as error:
+        package = "torch" if "torch" not in sys.modules else getattr(error, "name", None) or "monai"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InvresError(
+            f"The package {package} is not installed or damaged: {reason}.",
+            hint="Install it (in Slicer: Install in the Setup section of the panel), then try again.",
+            code="missing_package",
+        ) from None
+    report.progress("start", 1, 1)
 
 
 def say(report: Reporter, text: str) -> None:
@@ -61,15 +102,17 @@ def segmenter_named(model: str) -> ModelPackage:
 
 
 def check_sizes(options: argparse.Namespace) -> None:
-    if min(options.patch) < 1:
+    if options.patch is not None and min(options.patch) < 1:
         raise InvresError(f"--patch must be three sizes of 1 voxel or more, got {options.patch}.")
-    if vars(options).get("batch", 1) < 1:
-        raise InvresError(f"--batch must be 1 or more, got {options.batch}.")
+    if (batch := vars(options).get("batch")) is not None and batch < 1:
+        raise InvresError(f"--batch must be 1 or more, got {batch}.")
 
 
 def parse_bytes(text: str) -> int:
-    """8GB, 8GiB, 500MB or plain bytes; as on the boxes of graphics cards, a GB has 2^30 bytes."""
+    """8GB, 8GiB, 500MB, or plain bytes from a MiB up; as on the boxes of graphics cards, a GB has 2^30 bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])i?b?)?", text.strip().lower())
     if match is None or float(match[1]) <= 0:
         raise InvresError(f"An amount of memory is given as 8GB or 500MB, got {text!r}.")
+    if match[2] is None and float(match[1]) < 2**20:
+        raise InvresError(f"--vram needs a unit, as in 8GB; {text.strip()} would be bytes.", hint="Write GB or MB.")
     return round(float(match[1]) * 2 ** {None: 0, "k": 10, "m": 20, "g": 30}[match[2]])

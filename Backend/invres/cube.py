@@ -31,7 +31,7 @@ def bench_cube(
     """One row for each candidate and card size: side of the largest cube whose training step ran.
 
     Smaller cards are imitated by a limit on the allocator. deadline: time.monotonic() at which no new try is made; what
-    was found until then is given with `complete` False.
+    was found until then is given with `complete` False; `side` is None where that is nothing.
     """
     rows: list[dict[str, Any]] = []
     total = torch.cuda.get_device_properties(device).total_memory
@@ -55,7 +55,8 @@ def bench_cube(
                     low = middle
                 else:
                     high = middle
-            rows.append({**row, "side": low * STEP, "complete": complete})
+            # A side of one step was never tried: where time ended before anything fitted, nothing is known.
+            rows.append({**row, "side": low * STEP if low > 1 or complete else None, "complete": complete})
         except Exception as error:
             rows.append({**row, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
         finally:

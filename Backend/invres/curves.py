@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .events import SCORES
 from .files import written_whole
 
 __all__ = ["draw_curves"]
 
+FEW = 6  # points on a line: they are marked, as a single one draws no line; and labels: more stand beside the axes
+
 
 def draw_curves(folder: Path) -> Path | None:
     """Draws metrics.jsonl of a run folder as curves.png. Does nothing (None) where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
-    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    score = next((key for key in SCORES if any(key in entry for entry in entries)), "dice")
+    validated = [e for e in entries if score in e]
+    names = list(validated[-1][score]) if validated else []
+    beside = len(names) > FEW
+    figure = Figure(figsize=(11.5 if beside else 9, 4.4 if beside else 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for key, label in (("loss", "total"), ("cross_entropy", "cross entropy"), ("dice_loss", "Dice loss")):
         points = [(e["epoch"], e[key]) for e in entries if key in e]
         if points:
-            left.plot(*zip(*points, strict=True), label=label)
+            left.plot(*zip(*points, strict=True), marker=_marker(points), label=label)
     left.set(xlabel="epoch", ylabel="training loss", title="Loss")
     left.legend(frameon=False)
-    score = next((key for key in SCORES if any(key in entry for entry in entries)), "dice")
-    validated = [e for e in entries if score in e]
-    for name in validated[-1][score] if validated else ():
-        style = {"color": "black", "linewidth": 2} if name == "mean" else {"linewidth": 1}
-        right.plot([e["epoch"] for e in validated], [e[score][name] for e in validated], label=name, **style)
+    for number, name in enumerate(names):
+        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1, "linestyle": ("-", "--")[number // 10 % 2]}
+        if name == "mean":
+            style = {"color": "black", "linewidth": 2}
+        values = [e[score][name] for e in validated]
+        right.plot([e["epoch"] for e in validated], values, marker=_marker(values), label=name, **style)
     right.set(xlabel="epoch", ylabel=SCORES[score], title="Validation")
     if score == "dice":
         right.set(ylim=(0, 1), title="Validation, full volumes")
     if validated:
-        right.legend(frameon=False, loc="lower right" if score == "dice" else "upper right")
+        if beside:
+            right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        else:
+            right.legend(frameon=False, loc="lower right" if score == "dice" else "upper right")
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     with written_whole(folder / "curves.png") as temporary:
         figure.savefig(temporary)
     return folder / "curves.png"
+
+
+def _marker(points: Sequence[Any]) -> str:
+    return "o" if len(points) < FEW else ""

@@ -75,7 +75,7 @@ def run(package: ModelPackage, output: Path, device: str = "auto", report: Repor
     summary = segment(package, {manifest.plan.channels[0].name: volume}, segmentation, options, report=report)
     labels = read_volume(segmentation, kind="labels")
     write_volume(output / "icbm152_t1_labels.nii.gz", labels)
-    found = tissues_of(labels.array, manifest.scheme)
+    found = tissues_of(labels.array, manifest.output_scheme)
     scores = score_case(found, reference, TISSUES, t1.geometry.spacing_mm)
     dice = {name: score.dice for name, score in scores.items()}
     scored = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
@@ -90,7 +90,7 @@ def run(package: ModelPackage, output: Path, device: str = "auto", report: Repor
         output / "structures.png",
         t1,
         [(f"Segmentation by {package.name}", labels.array)],
-        manifest.scheme,
+        manifest.output_scheme,
         "ICBM152 T1, all structures of the model",
     )
     size = "x".join(map(str, t1.array.shape))

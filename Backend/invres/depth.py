@@ -97,8 +97,11 @@ def draw_depth(rows: Sequence[dict[str, Any]], path: Path) -> bool:
         scaled = [row["theory"] * last["peak_states"] / last["theory"] for row in mine]
         left.plot(depths, scaled, ":", color=colour)
         right.plot(depths, [row["flops_ratio"] for row in mine], "o-", color=colour, label=strategy)
+        if strategy == "recursive":
+            # O(L log L): at each level half of the blocks go forward once more, and forward is a third of a step.
+            right.plot(depths, [1 + math.log2(depth) / 6 for depth in depths], ":", color="black")
     left.set(xscale="log", yscale="log", xlabel="couplings", ylabel="peak, in states (dotted: theory)")
-    right.set(xscale="log", xlabel="couplings", ylabel="operations, relative to stored")
+    right.set(xscale="log", xlabel="couplings", ylabel="operations, relative to stored (dotted: theory)")
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

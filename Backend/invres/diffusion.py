@@ -30,6 +30,8 @@ __all__ = [
     "turned",
 ]
 
+NO_SCANS = ("grad_dev", "nodif", "nodif_brain", "nodif_brain_mask")
+"""Volumes that HCP's diffusion folder holds beside the scan (`data`), by the same gradient tables."""
 COMPONENTS = ("Dxx", "Dxy", "Dxz", "Dyy", "Dyz", "Dzz")
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 LOW_B = 50.0  # s/mm2; below it an image counts as not diffusion-weighted (chosen; scanners write 0 to 5 for b = 0)
@@ -40,6 +42,8 @@ MEDIAN_VOXELS = 3
 def gradient_files(image: Path) -> tuple[Path, Path] | None:
     """The .bval and .bvec beside a scan, by its name or as `bvals` and `bvecs` (HCP); None where they are not both."""
     stem = image.name.removesuffix(".gz").rpartition(".")[0]
+    if stem in NO_SCANS:
+        return None
     for bval, bvec in ((f"{stem}.bval", f"{stem}.bvec"), ("bvals", "bvecs")):
         if (image.parent / bval).is_file() and (image.parent / bvec).is_file():
             return image.parent / bval, image.parent / bvec

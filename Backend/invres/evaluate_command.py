@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import InvresError
-from .console import say
+from .console import load_torch, say
 from .enhance_command import evaluate_enhancement
 from .events import Reporter
 
@@ -35,9 +35,10 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
     else:
         if options.data is None:
             raise InvresError("`invres evaluate --run` needs the data set of the training: --data.", code="usage")
+        dataset = read_dataset(options.data, checked=False)
+        load_torch(report)
         from .heldout import segment_held_out
 
-        dataset = read_dataset(options.data, checked=False)
         pairs = segment_held_out(options.trained, dataset, options.device, report)
         metrics = score_pairs(pairs, dataset.scheme, report, options.tolerance)
     write_metrics(options.output, metrics)

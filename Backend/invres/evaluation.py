@@ -198,7 +198,8 @@ def _volumes(path: Path, what: str) -> dict[str, Path]:
 def _warn_of_missing(predictions: list[str], references: list[str], scored: int, report: Reporter) -> None:
     for missing, what in ((predictions, "no prediction"), (references, "no reference")):
         if missing:
-            report.warning(f"{scored} cases are scored; left out for there is {what} of them: {_listed(missing)}.")
+            counted = "1 case is" if scored == 1 else f"{scored} cases are"
+            report.warning(f"{counted} scored; left out for there is {what} of them: {_listed(missing)}.")
 
 
 def _scheme_of(references: list[Path]) -> LabelScheme:

@@ -161,7 +161,9 @@ class TerminalReporter(Reporter):
         elif kind == "epoch":
             self.line(_epoch_line(event))
         elif kind in ("warning", "error", "note"):
-            label = "" if kind == "note" else f"{kind.capitalize()}: "
+            # A stop that was asked for is no error.
+            plain = kind == "note" or event.get("code") == "cancelled"
+            label = "" if plain else f"{kind.capitalize()}: "
             self.line(label + f"{event['message']} {event.get('hint', '')}".strip())
 
     def line(self, text: str) -> None:
@@ -176,7 +178,8 @@ class TerminalReporter(Reporter):
         done, total = event["done"], max(1, event["total"])
         left = f", {format_seconds(event['eta_s'])} left" if event["eta_s"] and done < total else ""
         extra = f", loss {event['loss']:.4g}" if event.get("loss") is not None else ""
-        text = f"{event['stage']}  {done}/{total}{left}{extra}"
+        count = f"{done} of {total} {unit}" if (unit := event.get("unit")) else f"{done}/{total}"
+        text = f"{event['stage']}  {count}{left}{extra}"
         if self._live:
             filled = round(self.BAR_CELLS * min(done, total) / total)
             bar = "█" * filled + "░" * (self.BAR_CELLS - filled)

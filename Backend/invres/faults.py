@@ -39,7 +39,10 @@ def fault_of(error: BaseException) -> Fault:
         return Fault("disk_full", f"The disk is full{where}.", "Free some space and try again.")
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         message = f"{error.filename} cannot be used: {(error.strerror or type(error).__name__).lower()}."
-        return Fault("bad_input", message, "Check the path and that you may read and write there.")
+        hint = "Check the path and that you may read and write there."
+        if error.errno in (errno.EACCES, errno.EPERM):
+            hint = "Change its permissions (or those of its folder), or choose another place."
+        return Fault("bad_input", message, hint)
     # By name and text: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
     if type(error).__name__ == "OutOfMemoryError":
         hint = "Use a smaller patch, batch size 1 or bf16."

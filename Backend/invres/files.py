@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["safe_name", "written_whole"]
+__all__ = ["WRITABLE_ENDINGS", "safe_name", "written_whole"]
+
+WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
+"""Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""
 
 
 @contextmanager

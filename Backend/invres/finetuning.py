@@ -20,6 +20,7 @@ from .config import Recipe, from_dict, to_dict
 from .cropping import cropped
 from .events import SILENT, Reporter
 from .files import written_whole
+from .labelmatching import check_known, named_by_value
 from .modelpackage import ModelPackage
 from .parttraining import NOTHING_TO_KEEP, TRANSFER, PartTrainer
 from .prediction import choose_device
@@ -29,7 +30,16 @@ from .stopfile import StopFile
 from .trainer import METRICS, StopRequest
 from .training import training_summary
 from .tunedmodel import RESULT, contender_of, finished_result, save_tuned, write_result
-from .tuningplan import RUN, TuningOptions, TuningPlan, merged_scheme, plan_tuning, read_plan, write_plan
+from .tuningplan import (
+    RUN,
+    TuningOptions,
+    TuningPlan,
+    merged_scheme,
+    plan_tuning,
+    read_plan,
+    started_labels,
+    write_plan,
+)
 
 __all__ = ["finetune"]
 
@@ -77,10 +87,17 @@ def _held(
     if isinstance(stop, StopFile):  # left from the stop before
         stop.clear(also_keep_best=False)
     device = choose_device(options.device)
-    dataset = dataclasses.replace(dataset, scheme=merged_scheme(dataset.scheme, base.manifest.scheme))
+    started = (output / RUN).exists()
+    known, scheme = base.manifest.scheme, dataset.scheme
+    # A run goes on with the names that it was begun with; where they were meant as they are, they are so again.
+    as_begun = started and options.resume and started_labels(output) == scheme.names
+    if not (options.new_labels or as_begun):
+        scheme = named_by_value(scheme, known, base.name, report)
+        if not started:
+            check_known(scheme, known, base.name)
+    dataset = dataclasses.replace(dataset, scheme=merged_scheme(scheme, known))
     if base.manifest.plan.crop is not None:
         dataset = cropped(dataset, base.manifest.plan.crop, output / "crops", report, lambda: stop.requested)
-    started = (output / RUN).exists()
     if started and not options.resume:
         raise InvresError(
             f"There is already a fine-tuning in {output}.", hint="Add --resume to go on, or give another folder."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from . import InvresError
 from .cases import Case, Dataset
-from .events import SILENT, FilteredReporter, Reporter
+from .events import SILENT, Reporter
 from .files import safe_name
 from .inference import NetworkKeeper, segment
 from .modelpackage import open_package
@@ -36,18 +37,36 @@ def segment_held_out(
         raise InvresError(f"The training in {run} is not finished.", hint="Go on with `invres train --resume`.")
     package = open_package(run / MODEL)
     keeper = NetworkKeeper()
-    # Progress is counted in cases, not in the windows of each.
-    quiet = FilteredReporter(report, lambda kind: kind == "warning")
     pairs = []
     for done, case in enumerate([dataset.case(name) for name in names]):
         report.progress("evaluate.segment", done, len(names))
         if case.label is None:
             raise InvresError(f"The case {case.name} has no label to be scored against.", hint="Restore its file.")
         output = run / FOLDER / f"{safe_name(case.name)}.nii.gz"
-        segment(package, _inputs(dataset, case), output, SegmentOptions(device), report=quiet, keeper=keeper)
+        # With the labels of the references.
+        segment(
+            package,
+            _inputs(dataset, case),
+            output,
+            SegmentOptions(device, sides=False),
+            report=_OfCase(report, case.name),
+            keeper=keeper,
+        )
         pairs.append((case.name, output, case.label))
     report.progress("evaluate.segment", len(names), len(names))
     return pairs
+
+
+class _OfCase(Reporter):
+    """Passes warnings on with the name of the case; progress is counted in cases, not in the windows of each."""
+
+    def __init__(self, report: Reporter, case: str):
+        super().__init__()
+        self._report, self._case = report, case
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["event"] == "warning":
+            self._report.emit({**event, "message": f"{self._case}: {event['message']}", "case": self._case})
 
 
 def _inputs(dataset: Dataset, case: Case) -> dict[str, Path]:

@@ -21,13 +21,16 @@ from .devices import device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
 from .memory import PeakResident
+from .midline import divided
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .prediction import Prediction, SegmentOptions, choose_device, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume
-from .volume import WRITABLE_ENDINGS, Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
+from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
+from .sides import sided_scheme
+from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
 
 __all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volumes"]
 
@@ -79,12 +82,15 @@ def segment_volumes(
     Raises OutOfMemory when none of that is enough.
     """
     found = _segment_case(package, network, volumes, options, report)
+    if options.roi_mm:
+        clear_outside(found.labels.array, found.labels.geometry, options.roi_mm)
     return found.labels, found.prediction.probabilities, found.prepared
 
 
 @dataclass(frozen=True)
 class _SegmentedCase:
-    """where: of the part in the whole image."""
+    """labels: also those around a region of interest, which help to tell left from right. where: of the part in the
+    whole image."""
 
     labels: Volume
     prepared: PreparedCase
@@ -178,8 +184,6 @@ def _segment_case(
     clock.lap("predict")
     report.progress("segment.restore", 0, 1)
     labels = restore_probabilities(prediction.probabilities, prepared.geometry, prepared.original, manifest.scheme)
-    if options.roi_mm:
-        clear_outside(labels, prepared.original, options.roi_mm)
     report.progress("segment.restore", 1, 1)
     clock.lap("restore")
     return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
@@ -199,19 +203,19 @@ def segment(
     """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
     Optional channels may be left out.
 
-    probabilities_path: a file ending for which one volume per label is written beside it, NAME_label.nii.gz.
+    probabilities_path: FILE.nii.gz (or another ending; none means .nii.gz): FILE_LABEL.nii.gz is written by label.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
     locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`).
     Warns where image or result are unlike what the model has seen in training.
+    Labels that have sides (`Manifest.sides`) are divided into left and right, unless `options` say otherwise or nobody
+    can tell; probabilities, confidence and what is expected are of both sides together.
     Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
     region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
-    Raises InvresError for inputs that do not fit the model.
+    Raises InvresError for inputs that do not fit the model, and for results that would overwrite one of them.
     """
     clock, resident = _Clock(), PeakResident()
     manifest = package.manifest
-    for path in (output, probabilities_path):
-        if path is not None:
-            _check_writable(path)
+    check_files(manifest, inputs, output, probabilities_path)
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
     missing = [c.name for c, volume in zip(manifest.plan.channels, volumes, strict=True) if volume is None]
@@ -222,6 +226,8 @@ def segment(
     arrays = [None if volume is None else volume.array for volume in volumes]
     for sentence in unlike_modality(manifest.plan.channels, arrays):
         report.warning(sentence)
+    if small := _small_window(options.window, manifest.patch):
+        report.warning(small)
     if network is None:
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
@@ -232,17 +238,23 @@ def segment(
     for part in parts:
         clock.add(part.seconds)
     roi_mm = options.roi_mm
-    labels = _joined(parts, next(volume.geometry for volume in volumes if volume is not None), roi_mm)
+    labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
+    if manifest.sides and options.sides:
+        both = divided(labels, scheme, manifest.sides, report=report)
+        if both is not None:
+            labels, scheme = both, sided_scheme(scheme, manifest.sides)
+        clock.lap("sides")
+    if roi_mm:
+        clear_outside(labels.array, labels.geometry, roi_mm)
     report.progress("segment.write", 0, 1)
-    write_segmentation(output, labels, manifest.scheme)
-    written = _write_probabilities(probabilities_path, parts, labels.geometry, manifest.scheme, roi_mm)
+    write_segmentation(output, labels, scheme)
+    maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
+    written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
     of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
-    if parts[0].where == WHOLE:
-        volumes_ml = of_parts[0]
-    elif manifest.scheme.regions:
-        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in manifest.scheme.names}
-    else:  # boxes may overlap, and a voxel counts once
-        volumes_ml = _label_volumes_ml(labels, manifest.scheme)
+    if scheme.regions:
+        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in scheme.names}
+    else:  # not the sum of parts: boxes may overlap, and a voxel counts once
+        volumes_ml = _label_volumes_ml(labels, scheme)
     confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
     if not roi_mm:
         said = (unlike_result(manifest.expected, *seen) for seen in zip(of_parts, confidences, strict=True))
@@ -274,10 +286,22 @@ def segment(
             "overlap": options.overlap,
             "mirror_axes": list(options.mirror_axes),
             "roi_mm": list(options.roi_mm),
+            "sides": options.sides,
             "boxes_mm": [list(box) for box in boxes],
         },
         "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _small_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:
+    """A sentence where the window is less than half as long as the model's own along an axis, else ""."""
+    if not any(0 < size < length / 2 for size, length in zip(window, own, strict=True)):
+        return ""
+    wanted, trained = ("x".join(map(str, sizes)) for sizes in (window, own))
+    return (
+        f"The window of {wanted} voxels is far below the {trained} that the model was trained with: it sees less "
+        "around each voxel, and the result may be worse."
+    )
 
 
 class _Clock:
@@ -303,7 +327,7 @@ class _Clock:
         return {stage: round(seconds, 2) for stage, seconds in {**self.seconds, "total": total}.items()}
 
 
-def _joined(parts: Sequence[_SegmentedCase], grid: Geometry, roi_mm: Bounds) -> Volume:
+def _joined(parts: Sequence[_SegmentedCase], grid: Geometry) -> Volume:
     """The labels of all parts on the grid of the whole image."""
     if parts[0].where == WHOLE:
         return parts[0].labels
@@ -311,20 +335,15 @@ def _joined(parts: Sequence[_SegmentedCase], grid: Geometry, roi_mm: Bounds) -> 
     for part in parts:
         inside = labels[part.where]
         np.copyto(inside, part.labels.array, where=part.labels.array != 0)
-    if roi_mm:
-        clear_outside(labels, grid, roi_mm)
     return Volume(labels, grid)
 
 
 def _write_probabilities(
-    path: Path | None, parts: Sequence[_SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
+    maps: Mapping[str, Path], parts: Sequence[_SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
 ) -> list[str]:
     """One map per label (and for the background where labels exclude one another); the paths."""
-    if path is None:
-        return []
     written = []
-    names_of_maps = scheme.names if scheme.regions else ("background", *scheme.names)
-    for place, name in enumerate(names_of_maps):
+    for place, (name, target) in enumerate(maps.items()):
         outside = 1.0 if name == "background" and not scheme.regions else 0.0
         whole = np.full(grid.shape, outside, np.float32)
         for part in parts:
@@ -332,7 +351,6 @@ def _write_probabilities(
             whole[part.where] = restore_volume(array, prepared.geometry, prepared.original, outside)
         if roi_mm:
             clear_outside(whole, grid, roi_mm, outside)
-        target = _beside(path, name)
         write_volume(target, Volume(whole, grid))
         written.append(os.fspath(target))
     return written
@@ -345,32 +363,21 @@ def _read_inputs(
 
     Names are matched whatever their case.
     """
-    names = [channel.name for channel in channels]
-    each = " ".join(f"--input {name}=FILE" for name in names)
-    if list(inputs) == [""]:
-        volumes = read_channels(inputs[""], report=report)
-        if len(volumes) != len(names):
-            raise InvresError(
-                f"The model {model} takes {_counted(names)}; {inputs['']} holds {len(volumes)} volume"
-                f"{'' if len(volumes) == 1 else 's'}.",
-                hint=f"Give each channel once: {each}." if len(names) > 1 else "Give a 3D volume.",
-            )
-        return volumes
-    given = {key.casefold(): path for key, path in inputs.items()}
-    needed = {channel.name.casefold() for channel in channels if not channel.optional}
-    if len(given) < len(inputs) or not needed <= given.keys() <= {name.casefold() for name in names}:
-        got = ", ".join(name or "a file without a channel name" for name in inputs)
-        optional = ", ".join(channel.name for channel in channels if channel.optional)
-        may_miss = f" It can do without some of {optional}." if optional else ""
+    found = files_of_channels(channels, inputs, model)
+    if not isinstance(found, Path):
+        return [None if path is None else read_volume(path, report=report) for path in found]
+    volumes = read_channels(found, report=report)
+    if len(volumes) != len(channels):
+        names = [channel.name for channel in channels]
+        hint = f"Give each channel once: {each_channel(channels)}."
+        if len(names) == 1:
+            hint = "Extract one volume of it, such as the first, into a file of its own, and give that."
         raise InvresError(
-            f"The model {model} takes {_counted(names)}; got {got}.", hint=f"Give each once: {each}.{may_miss}"
+            f"The model {model} takes {counted(names)}; {found} holds {len(volumes)} volume"
+            f"{'' if len(volumes) == 1 else 's'}.",
+            hint=hint,
         )
-    paths = [given.get(name.casefold()) for name in names]
-    return [None if path is None else read_volume(path, report=report) for path in paths]
-
-
-def _counted(names: list[str]) -> str:
-    return f"the channel {names[0]}" if len(names) == 1 else f"the {len(names)} channels {', '.join(names)}"
+    return volumes
 
 
 def _label_volumes_ml(labels: Volume, scheme: LabelScheme) -> dict[str, float]:
@@ -393,21 +400,3 @@ def _volumes_ml(found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> d
             clear_outside(inside, grid, roi_mm)
         volumes[label.name] = round(int(inside.sum()) * voxel_ml, 3)
     return volumes
-
-
-def _check_writable(path: Path) -> None:
-    """Refuses, before the work, a name that could not be written after it."""
-    if not path.name.lower().endswith(WRITABLE_ENDINGS):
-        raise InvresError(
-            f"{path.name} cannot be written: the allowed endings are {', '.join(WRITABLE_ENDINGS)} and .seg.nrrd.",
-            hint="Choose one of these endings.",
-        )
-    if path.is_dir():
-        raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
-
-
-def _beside(path: Path, name: str) -> Path:
-    """FOLDER/base_name.ending for FOLDER/base.ending, with the name made safe for file systems."""
-    ending = max((e for e in WRITABLE_ENDINGS if path.name.lower().endswith(e)), key=len)
-    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-    return path.with_name(f"{path.name[: -len(ending)]}_{safe}{ending}")

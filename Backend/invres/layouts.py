@@ -28,7 +28,9 @@ from .dataset_json import (
 )
 from .volume import read_channels, read_volume
 
-__all__ = ["FOLDER_READERS"]
+__all__ = ["FOLDER_PAIRS", "FOLDER_READERS"]
+
+FOLDER_PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 LABEL_STEMS = ("label", "labels", "seg", "segmentation")
 # Label values are looked up in this many label files where nothing states them.
@@ -157,8 +159,7 @@ def _bids_scheme(root: Path, cases: list[Case]) -> LabelScheme:
 
 def _folder_pair(root: Path) -> Dataset | None:
     """images/ + labels/, or imagesTr/ + labelsTr/ without a dataset.json: equal file names, one image file a case."""
-    pairs = [("images", "labels"), ("imagesTr", "labelsTr")]
-    present = [pair for pair in pairs if (root / pair[0]).is_dir()]
+    present = [pair for pair in FOLDER_PAIRS if (root / pair[0]).is_dir()]
     if not present:
         return None
     images, labels = present[0]

@@ -11,8 +11,17 @@ from . import InvresError
 from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, network_as_written, to_dict
 from .enhancementconfig import EnhancementPlan
 from .expectation import Expectation
+from .sides import Side, check_sides, sided_scheme
 
-__all__ = ["FORMAT_VERSION", "PATCHES", "Manifest", "TrainingSummary", "manifest_from_json", "manifest_to_json"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PATCHES",
+    "Manifest",
+    "TrainingSummary",
+    "check_name",
+    "manifest_from_json",
+    "manifest_to_json",
+]
 
 FORMAT_VERSION = 1
 PATCHES = "validation patches"
@@ -50,6 +59,7 @@ class Manifest:
     created: UTC, ISO 8601. patch: training window in voxels (D, H, W). sha256, weights_bytes: of model.safetensors.
     expected: what training cases were like, for a warning where an image is unlike them.
     metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
+    sides: labels of scheme that segmenting divides into left and right (see `midline`); older manifests have none.
     enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
@@ -68,6 +78,7 @@ class Manifest:
     training: TrainingSummary = field(default_factory=TrainingSummary)
     metrics: dict = field(default_factory=dict)
     expected: Expectation = field(default_factory=Expectation)
+    sides: tuple[Side, ...] = ()
     enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."
@@ -76,8 +87,7 @@ class Manifest:
     weights_bytes: int
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or not self.name.isprintable():
-            raise InvresError(f"name must be printable text that is not empty, got {self.name!r}.")
+        check_name(self.name)
         for key, digits in (("id", 32), ("parent", 32), ("sha256", 64)):
             value = getattr(self, key)
             if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value) and not (key == "parent" and value == ""):
@@ -104,6 +114,7 @@ class Manifest:
                 f"network.out_channels is {self.network.out_channels}, but the labels of scheme need "
                 f"{self.scheme.out_channels}."
             )
+        check_sides(self.scheme, self.sides)
         # Scores of single cases would carry the names of patients; scores by label cannot.
         known = (PATCHES,) if self.enhancement is not None else self.scheme.names
         strangers = [str(key) for key in self.metrics if key not in known]
@@ -113,6 +124,11 @@ class Manifest:
             if not isinstance(of_label, dict) or not all(isinstance(spread, dict) for spread in of_label.values()):
                 raise InvresError(f"metrics[{label!r}] must map each metric to its mean, sd, median, n and ci95.")
 
+    @property
+    def output_scheme(self) -> LabelScheme:
+        """The labels of what is written, where left and right could be told apart."""
+        return sided_scheme(self.scheme, self.sides)
+
     def _check_enhancement(self, plan: EnhancementPlan) -> None:
         if self.scheme.labels:
             raise InvresError("A model that enhances images has no labels, but scheme.labels has some.")
@@ -121,6 +137,12 @@ class Manifest:
                 f"enhancement has {plan.channels} channels, but the network {self.network.in_channels} in and "
                 f"{self.network.out_channels} out."
             )
+
+
+def check_name(name: str) -> None:
+    """Raises InvresError for what cannot be the name of a model."""
+    if not name.strip() or not name.isprintable():
+        raise InvresError(f"name must be printable text that is not empty, got {name!r}.")
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:

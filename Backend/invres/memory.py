@@ -66,6 +66,8 @@ class TrainingMemory:
     its padded copy, and target; state: the reversible engine's, and its gradient; recompute: maps that functions keep
     for backward (all of them under `stored`), recompute or work on; loss: head and loss.
     allocated_bytes, reserved_bytes: peaks of a CUDA card's allocator in the same step, workspaces included; else 0.
+    card_used_bytes: what the driver counts as used on the whole card after it: the allocator's, the CUDA context, and
+    other programs, if there are any; else 0.
     """
 
     peak_bytes: int
@@ -77,6 +79,7 @@ class TrainingMemory:
     by_role: dict[str, int] = field(default_factory=dict)
     allocated_bytes: int = 0
     reserved_bytes: int = 0
+    card_used_bytes: int = 0
 
 
 def predict_training(
@@ -211,7 +214,13 @@ def measure_step(
         probe.peak_by_role(),
         torch.cuda.max_memory_allocated(image.device) if on_card else 0,
         torch.cuda.max_memory_reserved(image.device) if on_card else 0,
+        _used_bytes(image.device) if on_card else 0,
     )
+
+
+def _used_bytes(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from . import InvresError
 from .config import to_dict
 from .console import package_named, say, spread, user_models_dir
 from .events import Reporter
+from .interruption import postponed
 from .lineage import active_members, read_active
 from .manifest import Manifest
 from .modelpackage import (
@@ -18,6 +20,7 @@ from .modelpackage import (
     bundled_models_dir,
     delete_package,
     export_package,
+    fitting,
     import_package,
     is_bundled,
     list_packages,
@@ -59,10 +62,15 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
     if options.action == "list":
         found = list_packages([bundled_models_dir(), folder], report)
         current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}
+        meant = {name: fitting(name, found, [bundled_models_dir(), folder]) for name in {p.name for p in found}}
         for package in found:
-            mark = "*" if package.id in current else " "
+            # What `-m NAME` takes; of unrelated models of one name it takes none.
+            mark = "*" if [package.id] == [fit.id for fit in meant[package.name]] else " "
             names = ", ".join(package.manifest.scheme.names) or "enhances images"
             say(report, f"{mark} {package.name} {package.manifest.version}  {names}  {package.path}")
+        for name, fits in sorted(meant.items()):
+            if len(fits) > 1:
+                report.note(f"{len(fits)} models have the name {name}, so `-m` needs {_one_of(fits)}.")
         if not found:
             say(report, f"There are no models yet in {bundled_models_dir()} and {folder}.")
         report.result(models=[{**_described(package), "active": package.id in current} for package in found])
@@ -72,6 +80,7 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
     if options.action == "import":
         package = import_package(options.model, folder)
         say(report, f"Imported: {package.path}")
+        _note_name(package, folder, report)
         report.result(path=str(package.path))
     elif options.action in ("history", "diff", "rollback"):
         _versions(options, folder, report)
@@ -99,6 +108,27 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         report.result(path=str(package.path), sha256=package.manifest.sha256, thorough=thorough)
 
 
+def _note_name(package: ModelPackage, folder: Path, report: Reporter) -> None:
+    """Says of a name that other models have too which of them it stands for."""
+    folders = [bundled_models_dir(), folder]
+    installed = list_packages(folders)
+    name = package.name
+    if not any(one.id != package.id and one.name.casefold() == name.casefold() for one in installed):
+        return
+    fits = fitting(name, installed, folders)
+    if len(fits) == 1:
+        report.note(
+            f"Other models have the name {name} too; `-m {name}` takes version {fits[0].manifest.version}, "
+            f"{fits[0].path}."
+        )
+    else:
+        report.note(f"Another model has the name {name} too, so `-m` needs {_one_of(fits)}.")
+
+
+def _one_of(packages: Sequence[ModelPackage]) -> str:
+    return " or ".join(f"{package.id[:8]} ({package.path})" for package in packages)
+
+
 def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
     from .versions import difference, difference_table, history, history_table, rollback
 
@@ -122,7 +152,8 @@ def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> No
 def _purpose(manifest: Manifest) -> list[str]:
     """What a model gives: its labels, or an image of finer voxels."""
     if manifest.enhancement is None:
-        return [f"  labels     {', '.join(f'{label.name} = {label.output_value}' for label in manifest.scheme.labels)}"]
+        labels = ", ".join(f"{label.name} = {label.output_value}" for label in manifest.output_scheme.labels)
+        return [f"  labels     {labels}"]
     what = "diffusion tensors" if manifest.enhancement.kind == "tensor" else "a plain image"
     finer = " x ".join(map(str, manifest.network.strides[0]))
     return [f"  enhances   {what}: {finer} times as many voxels (superior, anterior, right); no labels"]
@@ -134,7 +165,8 @@ def _described(package: ModelPackage) -> dict[str, Any]:
 
 def _importable(name: str) -> bool:
     try:
-        importlib.import_module(name)
+        with postponed():
+            importlib.import_module(name)
     except Exception:  # a half-installed package fails in many ways
         return False
     return True

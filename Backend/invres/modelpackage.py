@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,6 +38,7 @@ from .packagefiles import (
     stored_at,
     temporary_folder,
 )
+from .sides import Side
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ __all__ = [
     "delete_package",
     "export_package",
     "find_package",
+    "fitting",
     "import_package",
     "is_bundled",
     "list_packages",
@@ -107,6 +109,7 @@ def save_package(
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     expected: Expectation | None = None,
+    sides: Sequence[Side] = (),
     enhancement: EnhancementPlan | None = None,
     licence: str = "",
     intended_use: str = Manifest.intended_use,
@@ -116,6 +119,7 @@ def save_package(
     """Writes a package: one zip if `path` ends in `.invres`, else a folder. An older package there is replaced whole.
 
     state_dict: tensors on any device; they are stored in their own type. training: the fields of `TrainingSummary`.
+    sides: labels to be divided into left and right, for example `sides_of_recipe`.
     log: the epochs of the training, a JSON object a line (`metrics.jsonl` of its run), copied where it is there.
     Raises InvresError for weights that are not finite, contradicting fields, a folder there that is no package, and
     when the disk refuses; what stood there before then still stands.
@@ -158,6 +162,7 @@ def save_package(
             training=from_dict(TrainingSummary, dict(training or {}), "training"),
             metrics=dict(metrics or {}),
             expected=expected or Expectation(),
+            sides=tuple(sides),
             enhancement=enhancement,
             licence=licence,
             intended_use=intended_use,
@@ -182,6 +187,13 @@ def open_package(path: str | os.PathLike[str]) -> ModelPackage:
     stored = stored_at(path)
     if not stored.exists():
         raise InvresError(f"There is no model package {path}.", hint="`invres models list` shows what is installed.")
+    if _is_run(path):
+        made = next((name for name in ("model", "candidate") if (path / name / MANIFEST).is_file()), None)
+        raise InvresError(
+            f"{path.name} is the folder of a training; "
+            + (f"its model is {path / made}." if made else "it has no model yet."),
+            hint="Give that path." if made else "Let the training end, or go on with it by --resume.",
+        )
     if path.suffix.lower() in PICKLES and stored.is_file():
         raise InvresError(f"{path.name} is refused: such a file is a pickle, which could run code.", hint=EXPORT)
     if stored.is_file() and path.suffix.lower() != ENDING:
@@ -323,21 +335,11 @@ def find_package(
     """
     text = os.fspath(name_or_path)
     path = _absolute(text)
-    if path.suffix.lower() == ENDING or os.path.basename(text) != text or (path / MANIFEST).is_file():
+    if path.suffix.lower() == ENDING or os.path.basename(text) != text or (path / MANIFEST).is_file() or _is_run(path):
         return open_package(path)
     models_dirs = list(models_dirs)
     packages = list_packages(models_dirs, report)
-    wanted = text.casefold()
-    fits = [
-        package
-        for package in packages
-        if wanted in (package.name.casefold(), package.path.name.casefold().removesuffix(ENDING))
-        or (len(wanted) >= 8 and package.id.startswith(wanted))
-    ]
-    if len(fits) > 1:
-        manifests = [package.manifest for package in packages]
-        current = {manifest.id for manifest in active_members(manifests, read_active(map(_absolute, models_dirs)))}
-        fits = [package for package in fits if package.id in current] or fits
+    fits = fitting(text, packages, models_dirs)
     if len(fits) == 1:
         return fits[0]
     if fits:
@@ -350,6 +352,31 @@ def find_package(
         f"There is no model {text!r}; {installed}.",
         hint=f"Did you mean {near[0]!r}?" if near else "`invres models import FILE` adds one.",
     )
+
+
+def fitting(
+    text: str, packages: Sequence[ModelPackage], models_dirs: Iterable[str | os.PathLike[str]]
+) -> list[ModelPackage]:
+    """Those of the installed packages that a name, file name or id stands for: of versions of one model the active
+    one; several where unrelated models share the name.
+    """
+    wanted = text.casefold()
+    fits = [
+        package
+        for package in packages
+        if wanted in (package.name.casefold(), package.path.name.casefold().removesuffix(ENDING))
+        or (len(wanted) >= 8 and package.id.startswith(wanted))
+    ]
+    if len(fits) > 1:
+        manifests = [package.manifest for package in packages]
+        current = {manifest.id for manifest in active_members(manifests, read_active(map(_absolute, models_dirs)))}
+        fits = [package for package in fits if package.id in current] or fits
+    return fits
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is that of a training, which is named in place of its model."""
+    return (path / "run.json").is_file() and not (path / MANIFEST).is_file()
 
 
 def _make_active(package: ModelPackage, models_dir: Path) -> None:

@@ -17,7 +17,7 @@ from .events import SILENT, Reporter
 from .livebytes import LiveBytes
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
-from .region import Bounds
+from .segmentoptions import SegmentOptions
 
 __all__ = [
     "Prediction",
@@ -34,48 +34,22 @@ Triple = tuple[int, int, int]
 SMALLEST_WINDOW = 32
 
 
-@dataclass(frozen=True)
-class SegmentOptions:
-    """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average.
-    window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
-    roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume."""
-
-    device: str = "auto"
-    overlap: float = 0.5
-    mirror_axes: tuple[int, ...] = ()
-    window: Triple = (0, 0, 0)
-    roi_mm: Bounds = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise InvresError(f"The overlap must be at least 0 and below 1, got {self.overlap}.")
-        if any(axis not in (0, 1, 2) for axis in self.mirror_axes) or len({*self.mirror_axes}) < len(self.mirror_axes):
-            raise InvresError(f"Mirror axes are 0, 1 and 2 (D, H, W), each once; got {list(self.mirror_axes)}.")
-        if any(self.window) and min(self.window) < 1:
-            raise InvresError(f"The window must be three sizes of 1 voxel or more, got {list(self.window)}.")
-        if self.roi_mm and not (
-            len(self.roi_mm) == 6
-            and all(math.isfinite(end) for end in self.roi_mm)
-            and all(low < high for low, high in zip(self.roi_mm[::2], self.roi_mm[1::2], strict=True))
-        ):
-            raise InvresError(
-                "A region of interest has six ends in mm, each lower one below its upper one, "
-                f"got {list(self.roi_mm)}.",
-                hint="Give R0 R1 A0 A1 S0 S1.",
-            )
-
-
 def choose_device(name: str) -> torch.device:
     """ "auto" is the first CUDA card, else the CPU. Raises InvresError for a device that is not here."""
+    cards = torch.cuda.device_count()
+    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(cards))])
     try:
         device = torch.device(name if name != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InvresError(f"There is no device {name!r}; the devices are auto, cpu and cuda:0.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvresError(
-            f"The device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA cards.",
+            f"There is no device {name!r}; here are {there}.", hint="`invres devices` tells more of each."
+        )
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise InvresError(
+            f"The device {name} was asked for, but torch sees {cards} CUDA card{'' if cards == 1 else 's'}; here are "
+            f"{there}.",
             hint="Use --device cpu, or install a torch build with CUDA.",
         )
     return device

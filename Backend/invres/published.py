@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "INVRES_1",
     "INVRES_2",
     "INVRES_3",
     "INVRES_4",
@@ -48,6 +49,26 @@ _INVRES = {
 _INVRES_PAPER = "Yamazaki, Rathour and Le, arXiv 2103.09042"
 _TISSUES = ("CSF", "GM", "WM")
 _TUMOUR = {"WT": "whole_tumour", "ET": "enhancing_tumour", "TC": "tumour_core"}
+
+# How much larger than for 16 layers the printed complexity is for 64: L 4, sqrt L 2, log L 1.5, 1 1; for operations, of
+# each layer: L 1, L log L 1.5.
+INVRES_1 = PublishedTable(
+    title="Networks of L identical layers: memory of activations and operations",
+    source=f"{_INVRES_PAPER}, table 1",
+    columns=(Column("activations, 64 layers to 16", "memory"), Column("operations of a layer, 64 to 16", "operations")),
+    rows={
+        "stored": (4.0, 1.0),
+        "checkpoint": (2.0, 1.0),
+        "recursive": (1.5, 1.5),
+        "reversible": (1.0, 1.0),
+    },
+    names={
+        "stored": "Naive: O(L)",
+        "checkpoint": "Checkpointing: O(sqrt L)",
+        "recursive": "Recursive: O(log L)",
+        "reversible": "Invertible Networks: O(1)",
+    },
+)
 
 INVRES_2 = PublishedTable(
     title="iSeg-2019, patches of 64x64x64",
@@ -105,9 +126,14 @@ INVRES_4 = PublishedTable(
     },
 )
 
-PARAMETERS = {"unet3d": (19_069_955, "arXiv 1606.06650, section 2")}
-"""Numbers of parameters that the papers of the networks in table 4 state, with their source. None is known to us from
-those of No New-Net (arXiv 1809.10483) and the Autoencoder U-Net (arXiv 1810.11654)."""
+_SECOND_HAND = "second hand, from a table in the README of easthorse's group convolution code on GitHub"
+PARAMETERS = {
+    "unet3d": (19_069_955, "arXiv 1606.06650, section 2"),
+    "no_new_net": (12_430_000, _SECOND_HAND),
+    "autoencoder_unet": (40_060_000, _SECOND_HAND),
+}
+"""Numbers of parameters of the networks in table 4, with their source. The papers of No New-Net (arXiv 1809.10483) and
+the Autoencoder U-Net (arXiv 1810.11654) state none that is known to us."""
 
 MBCONV_CLAIMS = PublishedTable(
     title="What reversible mobile inverted bottlenecks make of a fixed amount of memory",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError, fixedbudget, furthertables, invrestables
-from .console import parse_bytes, say
+from .console import load_torch, parse_bytes, say
 from .events import Reporter, aligned
 from .reproduction import HEADINGS, Request, Table, cells, find_table, tables
 
@@ -31,8 +31,9 @@ def reproduce(options: argparse.Namespace, report: Reporter) -> None:
     metrics = _metrics(options.metrics, table)
     if options.vram and not table.takes_vram:
         raise InvresError(f"The table {table.name} does not depend on a card's memory.", hint="Leave --vram out.")
-    device = _device(options.device) if options.device else ""
     vram_bytes = parse_bytes(options.vram) if options.vram else 0
+    load_torch(report, "benchmark")
+    device = _device(options.device) if options.device else ""
     from .benchmark import describe_machine
     from .benchmark import table as markdown
 

@@ -266,6 +266,7 @@ class Trainer:
         elapsed, budget = self._elapsed(), self.config.time_s
         if budget > 0 and elapsed / budget >= self.iteration / total:
             done, of = int(min(elapsed, budget)), math.ceil(budget)
+            fields["unit"] = "s"
         else:
             done, of = self.iteration, total
         self.report.progress("train", done, of, iteration=self.iteration, **fields)

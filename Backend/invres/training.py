@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, network_as_written, to_dict
 from .curves import draw_curves
-from .events import SILENT, Reporter, format_bytes
+from .events import SILENT, Reporter, format_bytes, format_seconds
 from .expectation import of_volumes
 from .files import written_whole
 from .labelmapbatches import LabelMapBatches
@@ -39,7 +40,9 @@ from .preprocessing import (
     with_dropout,
     without_channel,
 )
+from .runfolder import held
 from .sampling import CaseBatches
+from .sides import sides_of_recipe
 from .trainer import METRICS, StopRequest, Trainer, TrainingResult, Validation
 
 __all__ = [
@@ -48,8 +51,11 @@ __all__ = [
     "TrainOptions",
     "WithCurves",
     "announce_memory",
+    "described",
     "differences",
     "held_out_names",
+    "model_name",
+    "note_budget",
     "run_folder",
     "software_versions",
     "started_recipe",
@@ -73,6 +79,7 @@ class TrainOptions:
     fold: which of `folds` is validated on, None to train on every case; validation_count > 0 takes that many cases
     instead of a fold. source: where the training data come from, in words, for the package.
     vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
+    name: of the model, "" takes the recipe's; remembered when the run is resumed.
     """
 
     device: str = "auto"
@@ -83,6 +90,7 @@ class TrainOptions:
     licence: str = ""
     source: str = ""
     vram_bytes: int = 0
+    name: str = ""
 
 
 def train(
@@ -95,10 +103,16 @@ def train(
 ) -> ModelPackage:
     """Trains `recipe` on `dataset` in the folder `output`: run.json, checkpoint.pt, metrics.jsonl, curves.png, model/.
 
-    Raises InvresError for a folder with another run, unlabelled data, or configuration that does not fit;
-    Cancelled after a stop was requested (everything is saved).
+    Raises InvresError for a folder with another run or another process at work, unlabelled data, or configuration that
+    does not fit; Cancelled after a stop was requested (everything is saved).
     """
-    run_folder(output, options.resume)
+    with run_folder(output, options.resume):
+        return _train(dataset, recipe, output, options, report, stop)
+
+
+def _train(
+    dataset: Dataset, recipe: Recipe, output: Path, options: TrainOptions, report: Reporter, stop: StopRequest | None
+) -> ModelPackage:
     device = choose_device(options.device)
     labelled = [case.name for case in dataset.cases if case.label is not None]
     if not labelled:
@@ -145,11 +159,12 @@ def train(
         validate = validator(validation_cases, scheme, config, device)
     if not options.resume:
         # Not before every case was read: after a mistake in the data the same command is given again.
-        write_run(output, recipe, plan, names, dataset.scheme)
+        write_run(output, recipe, plan, names, dataset.scheme, options.name)
     objective = Segmentation(scheme.regions, config.loss)
     trainer = Trainer(network, batches, config, output, objective, validate, WithCurves(report, output), stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
+        note_budget(config.time_s, trainer.elapsed_s, report)
     result = trainer.run()
     network.load_state_dict(result.weights)
     network.eval()
@@ -169,16 +184,17 @@ def train(
                 metrics[name] |= spread
     return save_package(
         output / MODEL,
-        name=recipe.name,
+        name=model_name(output, recipe, options),
         network=network.config,
         state_dict=result.weights,
         plan=plan,
         scheme=scheme,
         patch=recipe.window_or_patch,
-        description=recipe.description,
+        description=described(recipe, dataset.name, len(names[0])),
         training=training_summary(recipe, result, network.engine, len(names[0]), len(names[1]), options.source),
         metrics=metrics,
         expected=of_volumes(scheme.names, volumes, confidences),
+        sides=sides_of_recipe(recipe),
         licence=options.licence,
         log=output / METRICS,
     )
@@ -328,23 +344,62 @@ def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptio
     return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
 
 
-def run_folder(output: Path, resume: bool) -> None:
-    """Makes the folder of a run. Raises InvresError for a file, and for another training unless it is resumed."""
+@contextmanager
+def run_folder(output: Path, resume: bool) -> Iterator[None]:
+    """Makes the folder of a run, and keeps other processes out of it.
+
+    Raises InvresError for a file, where another process is at work (code `in_use`), and for another training unless it
+    is resumed.
+    """
     if output.exists() and not output.is_dir():
         raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
-    if not resume and (output / RUN).exists() and (output / CHECKPOINT).exists():
-        raise InvresError(
-            f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
-        )
+    with held(output):
+        # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
+        if not resume and (output / RUN).exists() and (output / CHECKPOINT).exists():
+            raise InvresError(
+                f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
+            )
+        yield
+
+
+def model_name(output: Path, recipe: Recipe, options: TrainOptions) -> str:
+    """What the model is called: as is asked now or was when the run in `output` was started, else as the recipe."""
+    asked = options.name
+    if not asked and options.resume:
+        asked = json.loads((output / RUN).read_text(encoding="utf-8")).get("name", "")
+    return asked or recipe.name
+
+
+def described(recipe: Recipe, data: str, cases: int) -> str:
+    """The model's description: a recipe that comes with its label maps says what is found, any other one cannot know.
+
+    data: name of the data set. cases: that were trained on.
+    """
+    if recipe.label_maps is not None:
+        return recipe.description
+    return f"Trained with the recipe {recipe.name} on {data} ({cases} case{'' if cases == 1 else 's'})."
+
+
+def note_budget(time_s: float, elapsed_s: float, report: Reporter) -> None:
+    """Says of a run that goes on what is left of the time that it was given."""
+    if time_s > 0:
+        left = format_seconds(max(0.0, time_s - elapsed_s))
+        report.note(f"Of the time budget of {format_seconds(time_s)} there are {left} left; --time gives another one.")
 
 
 def write_run(
-    output: Path, recipe: Recipe, plan: PreparationPlan, names: Split, scheme: LabelScheme, **more: Any
+    output: Path,
+    recipe: Recipe,
+    plan: PreparationPlan,
+    names: Split,
+    scheme: LabelScheme,
+    name: str = "",
+    **more: Any,
 ) -> None:
-    """run.json: what a training was started with. more: further entries, as configurations."""
+    """run.json: what a training was started with. name: asked for. more: further entries, as configurations."""
     content = {
+        "name": name,
         "recipe": to_dict(recipe),
         "plan": to_dict(plan),
         "scheme": to_dict(scheme),

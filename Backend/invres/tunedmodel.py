@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from .casecomparison import Contender
-from .config import to_dict
+from .config import LabelScheme, to_dict
 from .events import Reporter
 from .expectation import Expectation, merged
 from .files import written_whole
 from .manifest import Manifest
 from .modelpackage import ModelPackage, save_package
 from .networks import build
+from .sides import Side, possible_sides
+from .transfer import match_names
 from .tuningplan import TuningOptions, TuningPlan
 
 __all__ = ["RESULT", "contender_of", "finished_result", "save_tuned", "write_result"]
@@ -75,6 +77,7 @@ def save_tuned(
         training=training,
         metrics=metrics,
         expected=merged(base.expected, seen, plan.scheme.names),
+        sides=_kept_sides(base, plan.scheme),
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,
@@ -138,6 +141,16 @@ def finished_result(output: Path, promote: bool, report: Reporter) -> dict[str, 
 def _write(output: Path, result: Mapping[str, Any]) -> None:
     with written_whole(output / RESULT) as temporary:
         temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _kept_sides(base: Manifest, scheme: LabelScheme) -> tuple[Side, ...]:
+    """The base model's sides, for the labels that the tuned one has of it."""
+    sides = {side.label: side for side in base.sides}
+    wanted = []
+    for name, place in zip(scheme.names, match_names(scheme.names, base.scheme.names), strict=True):
+        if place is not None and (side := sides.get(base.scheme.names[place])) is not None:
+            wanted.append(dataclasses.replace(side, label=name))
+    return possible_sides(scheme, wanted)
 
 
 def _next_version(version: str) -> str:

@@ -44,6 +44,7 @@ __all__ = [
     "plan_tuning",
     "prepare_readable",
     "read_plan",
+    "started_labels",
     "write_plan",
 ]
 
@@ -76,6 +77,7 @@ class TuningOptions:
     spacing_mm: None keeps the base model's. normalisation: "data" takes CT figures anew from these cases.
     name, licence: of the tuned model; "" takes the base model's. promote: whatever the proof says.
     check_base: a data set of cases for the base model, to see what was forgotten.
+    new_labels: the data may have no label of the model's; without it such data are refused (see `labelmatching`).
     """
 
     device: str = "auto"
@@ -94,6 +96,7 @@ class TuningOptions:
     licence: str = ""
     promote: bool = False
     check_base: Path | None = None
+    new_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.freeze not in FROZEN_PARTS:
@@ -230,6 +233,15 @@ def write_plan(folder: Path, plan: TuningPlan) -> None:
     """run.json, whole or not at all. Raises OSError where the disk refuses."""
     with written_whole(folder / RUN) as temporary:
         temporary.write_text(json.dumps(to_dict(plan), indent=1), encoding="utf-8")
+
+
+def started_labels(folder: Path) -> tuple[str, ...]:
+    """The names of the labels that the run in `folder` was begun with; () where its run.json is damaged."""
+    try:
+        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return tuple(label["name"] for label in content["scheme"]["labels"])
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 def read_plan(

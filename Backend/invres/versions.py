@@ -107,7 +107,9 @@ def difference_table(found: dict[str, Any]) -> str:
     for name, (before, after) in found["metrics"].items():
         numbers = ["-" if value is None else f"{value:.4f}" for value in (before, after)]
         lines.append(f"  Dice {name}: {numbers[0]} -> {numbers[1]}")
-    lines += [f"  {key}: {before} -> {after}" for key, (before, after) in found["configuration"].items()]
+    for key, (before, after) in found["configuration"].items():
+        for place, (one, two) in _changes(_by_name(before), _by_name(after), key).items():
+            lines.append(f"  {place}: {_readable(one)} -> {_readable(two)}")
     changed = [one for one in found["tensors"] if one["change"] != 0]
     lines.append(f"  {len(changed)} of {len(found['tensors'])} tensors differ; most of all:")
     for one in changed[:SHOWN_TENSORS]:
@@ -153,6 +155,28 @@ def _changes(one: Any, other: Any, where: str) -> dict[str, list[Any]]:
             found |= _changes(one.get(key), other.get(key), f"{where}.{key}")
         return found
     return {} if one == other else {where: [one, other]}
+
+
+def _by_name(value: Any) -> Any:
+    """A list of things with names, such as channels, as what is known by name; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
+        return {one["name"]: {key: item for key, item in one.items() if key != "name"} for one in value}
+    return value
+
+
+def _readable(value: Any) -> str:
+    """A value of a manifest for a line of text."""
+    if value in (None, "", [], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ("; " if any(isinstance(item, (list, dict)) for item in value) else ", ").join(map(_readable, value))
+    return str(value)
 
 
 def _added_and_removed(one: Sequence[str], other: Sequence[str]) -> dict[str, list[str]]:

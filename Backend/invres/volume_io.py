@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from . import InvresError
 from .dicom_series import read_series, series_files, series_of
-from .files import written_whole
+from .files import WRITABLE_ENDINGS, written_whole
 from .image_header import (
     COPY_AGAIN,
     LPS_TO_RAS,
@@ -34,8 +34,6 @@ from .image_header import (
 from .nifti_file import nifti_chunks, read_nifti_header, read_nifti_voxels
 
 __all__ = ["WRITABLE_ENDINGS", "read_header", "read_voxels", "to_sitk", "write_image"]
-
-WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -23,6 +23,7 @@ from typing import IO, Any, NoReturn
 
 from . import Cancelled, InvresError, __version__
 from .events import JsonReporter, Reporter
+from .interruption import end_wanted
 
 __all__ = ["serve"]
 
@@ -67,6 +68,8 @@ class _Worker:
         while (request := self._queue.get()) is not None:
             exit_code = self._answer(request)
             self._events.emit({"event": "finished", "id": request.id, "exit_code": exit_code})
+            if end_wanted():
+                break
             _release_memory(thoroughly=exit_code != 0)
         # Taking torch down in good order takes seconds, and nobody is there who would wait for it.
         if self._leads_group:

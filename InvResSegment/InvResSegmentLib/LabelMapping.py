@@ -39,13 +39,16 @@ def plainName(name: str) -> str:
 def labelOf(name: str, labels: Sequence[str], choices: Mapping[str, str]) -> str | None:
     """The label that a segment of this name stands for; IGNORED, or None while nobody has decided.
 
-    labels: the model's. choices: segment name -> label, as decided by a person; they win.
+    labels: the model's. choices: segment name -> label, as decided by a person; they win. The left or right side of a
+    label that the model does not tell apart stands for that label.
     """
     wanted = plainName(name)
     for segment, label in choices.items():
         if plainName(segment) == wanted:
             return _known(label, labels)
-    return next((label for label in labels if plainName(label) == wanted), None)
+    both = wanted.removeprefix("left ").removeprefix("right ")
+    known = {plainName(label): label for label in reversed(labels)}
+    return known.get(wanted, known.get(both))
 
 
 def undecided(names: Iterable[str], labels: Sequence[str], choices: Mapping[str, str]) -> list[str]:

@@ -60,7 +60,8 @@ def _labels(model) -> str:
         if label.colour:
             red, green, blue = label.colour
             square = f'<font color="#{red:02x}{green:02x}{blue:02x}">\u25a0</font>&nbsp;'
-        shown.append(square + escape(label.name).replace(" ", "&nbsp;"))
+        name = _("{label} (left and right)").format(label=label.name) if label.sided else label.name
+        shown.append(square + escape(name).replace(" ", "&nbsp;"))
     return ", ".join(firstOf(shown, LABELS_SHOWN))
 
 

@@ -26,12 +26,16 @@ class ChannelInfo:
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """One segment that a model finds. colour: RGB 0..255, or None; terminology: Slicer's entry as text, or ""."""
+    """One segment that a model finds. colour: RGB 0..255, or None; terminology: Slicer's entry as text, or "".
+
+    sided: whether its results have it as two segments, left and right, where these can be told apart.
+    """
 
     name: str
     value: int
     colour: tuple[int, int, int] | None
     terminology: str
+    sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
     """
     manifest = description["manifest"]
     plan, scheme = manifest["plan"], manifest["scheme"]
+    sided = {side["label"] for side in manifest.get("sides") or ()}
     crop = plan.get("crop") or {}
     largest = [float(value) for value in crop.get("largest_mm") or ()]
     depth, height, width = (float(value) for value in plan["spacing_mm"])
@@ -94,7 +99,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         path=description["path"],
         description=manifest.get("description") or "",
         channels=tuple(_channel(each) for each in plan["channels"]),
-        labels=tuple(_label(each) for each in scheme["labels"]),
+        labels=tuple(_label(each, sided) for each in scheme["labels"]),
         spacingMm=(depth, height, width),
         licence=manifest.get("licence") or "",
         trainingData=_trainingData(manifest.get("training") or {}),
@@ -202,12 +207,13 @@ def _channel(described: dict) -> ChannelInfo:
     return ChannelInfo(described["name"], described.get("modality") or "", bool(described.get("optional")))
 
 
-def _label(label: dict[str, Any]) -> LabelInfo:
+def _label(label: dict[str, Any], sided: set[str]) -> LabelInfo:
     colour = None
     if label.get("colour"):
         red, green, blue = (int(part) for part in label["colour"])
         colour = (red, green, blue)
-    return LabelInfo(label["name"], int(label["output_value"]), colour, label.get("terminology") or "")
+    value, terminology = int(label["output_value"]), label.get("terminology") or ""
+    return LabelInfo(label["name"], value, colour, terminology, label["name"] in sided)
 
 
 def _trainingData(training: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -352,7 +353,9 @@ def _earlierSegment(
         segmentId, segment = segmentation.GetNthSegmentID(index), segmentation.GetNthSegment(index)
         model, _separator, rest = _tag(segment, ORIGIN_TAG).partition("/")
         value, _separator, digest = rest.partition("/")
-        if model == origin and value == str(label.value) and segmentId not in done.segmentIds:
+        # The same value may have stood for both sides of a structure then, and for the left one now.
+        same = re.fullmatch(rf"{re.escape(label.name)}( \d+)?", segment.GetName()) or digest != _digest(segment)
+        if model == origin and value == str(label.value) and same and segmentId not in done.segmentIds:
             if digest == _digest(segment):
                 return segmentId
             done.warnings.append(

@@ -173,7 +173,11 @@ class ReviewQueue:
             node = NodeFiles.emptySegmentation(name)
             loaded.append(node)
             labels = model.labels if model is not None and model.sha256 == case.model else ()
-            stated = [NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology) for one in labels]
+            stated = [
+                NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology)
+                for one in labels
+                if not one.sided  # of which side a value is, the file says
+            ]
             NodeConversion.importSegmentation(result, image, node, case.model, stated)
         SegmentationResult.placeBeside(node, image)
         SegmentationResult.showInSlices(node)

@@ -46,6 +46,8 @@ class RunOptions:
         """The backend's command line; the same one with --resume goes on with the run in `folder`."""
         words = ["finetune", "--model", str(model), "--data", str(data), "--output", str(folder)]
         words += ["--device", self.device, "--memory", self.memory, "--freeze", self.freeze]
+        # A person has said of every name what it stands for, so labels that are all new are meant.
+        words.append("--new-labels")
         if self.minutes:
             words += ["--time", f"{60 * self.minutes:.0f}s"]
         if self.epochs:

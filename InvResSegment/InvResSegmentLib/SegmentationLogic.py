@@ -416,6 +416,7 @@ class SegmentationLogic:
         labels = [
             NodeConversion.SegmentLabel(label.name, label.value, label.colour, label.terminology)
             for label in model.labels
+            if not label.sided  # of which side a value is, the file says
         ]
         origin = found.get("model_sha256") or model.sha256
         NodeConversion.importSegmentation(result, reference, node, origin, labels, change.segments)

@@ -193,6 +193,7 @@ def test_the_largest_cube_is_found_by_halving(monkeypatch):
     assert limits[0] == pytest.approx(8 * 2**30 - CONTEXT_BYTES), "what the plan for such a card leaves to the tensors"
     rows = cube.bench_cube(4, 4, "cuda:0", time.monotonic() - 1)
     assert not any(row["complete"] for row in rows)
+    assert all(row["side"] is None for row in rows), "nothing was tried, so nothing is known to fit"
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

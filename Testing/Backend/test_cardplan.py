@@ -51,6 +51,23 @@ def test_the_search_predicts_no_more_than_it_must(monkeypatch):
     assert plan.half in {patch for _, patch, _ in asked}, "what is said of a size was predicted at that size"
 
 
+@pytest.mark.parametrize(("name", "engine"), [("partially_invres", "stored"), ("fully_invres", "checkpoint")])
+def test_the_blocks_that_are_said_to_fit_are_predicted_to(name, engine):
+    """Under `stored` every block keeps maps, so there is room for far fewer of them."""
+    config = dataclasses.replace(SMALL, name=name, blocks=(1, 1), decoder_blocks=(1,))
+    plan = plan_for_card(config, 1000 * MIB, engine=engine)
+    count = plan.block_factor
+    assert 1 < count < plan_for_card(config, 1000 * MIB).block_factor
+    deeper = dataclasses.replace(config, blocks=(count, count), decoder_blocks=(count,))
+    assert card_bytes(predict_training(deeper, plan.half, engine=engine).peak_bytes) <= 1000 * MIB
+
+
+def test_networks_without_a_choice_of_blocks_or_memory_are_not_offered_one():
+    plan = plan_for_card(NetworkConfig("unet3d", channels=(8, 16)), 1100 * MIB)
+    assert plan.block_factor == 0 and list(plan.whole_volume_bytes) == ["low"]
+    assert "times the blocks" not in "\n".join(plan.sentences())
+
+
 def test_a_measurement_corrects_the_plan():
     predicted = predict_training(SMALL, (64, 64, 64))
     on_cpu = dataclasses.replace(predicted, peak_bytes=predicted.peak_bytes * 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -26,7 +29,9 @@ from tiny_datasets import (
 )
 
 from invres import __version__, commands
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, Recipe
+from invres.console import recipes_dir
+from invres.memory import predict_enhancement, predict_training
 from invres.modelpackage import save_package
 from invres.networks import build
 from invres.volume import Geometry, Volume, read_volume, write_volume
@@ -77,7 +82,7 @@ def refused(tmp_path):
     """Runs a command that must fail with one sentence and a next step, and must leave nothing; gives both."""
 
     def run(*arguments, code=2, output=tmp_path):
-        before = sorted(output.rglob("*"))
+        before = [path for path in sorted(output.rglob("*")) if path.name != "lock"]
         told = []
         for flags in ((), ("--json",)):
             outcome = invres(*arguments, *flags)
@@ -93,7 +98,8 @@ def refused(tmp_path):
         assert message.endswith(".") and "\n" not in message
         assert len(message) < 400
         assert not any(word in message for word in ("None", "NoneType", "object at 0x", "Errno", "dtype"))
-        assert sorted(output.rglob("*")) == before and leftovers(output) == []
+        # The lock of a run stays, empty.
+        assert [path for path in sorted(output.rglob("*")) if path.name != "lock"] == before and leftovers(output) == []
         return message, hint
 
     return run
@@ -168,6 +174,50 @@ def test_what_answers_at_once_imports_nothing_heavy(place, arguments):
     assert found.returncode == (2 if arguments[-1] == "-" else 0), found.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "-m", "MODEL", "-i", "T1=nowhere.nii.gz", "-i", "T2=nowhere.nii.gz", "-o", "o.nrrd"],
+        ["segment", "-m", "MODEL", "-i", "T1=T1", "-i", "FLAIR=T1", "-o", "o.nrrd"],
+        ["segment", "-m", "MODEL", "-i", "T1=T1", "-i", "T2=T1", "-o", "o.docx"],
+        ["segment", "-m", "MODEL", "-i", "T1=T1", "-i", "T2=T1", "-o", "o.nrrd", "--overlap", "1.5"],
+        ["train", "-d", "nowhere", "-o", "run"],
+        ["train", "-d", "nowhere", "-o", "run", "-r", "hippo"],
+        ["finetune", "-m", "MODEL", "-d", "nowhere", "-o", "run"],
+        ["plan", "-r", "hippo"],
+        ["plan", "--vram", "8"],
+    ],
+)
+def test_a_cheap_mistake_is_told_before_torch_is_imported(place, arguments):
+    places = {"MODEL": str(place / "model"), "T1=T1": f"T1={place}/t1.nii.gz", "T2=T1": f"T2={place}/t1.nii.gz"}
+    arguments = [places.get(argument, argument).replace("=T1", f"={place}/t1.nii.gz") for argument in arguments]
+    code = (
+        "import sys\nfrom invres.cli import main\n"
+        f"code = main({arguments!r})\nsys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    found = python(code)
+    assert found.returncode == 2, found.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_torch_is_imported_waits_for_its_end(place, tmp_path, number):
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\nhere = pathlib.Path(__file__).parent\n(here / 'begun').touch()\ntime.sleep(1)\n"
+        "(here / 'ended').touch()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(BACKEND)))}
+    inputs = ["-i", f"T1={place}/t1.nii.gz", "-o", str(tmp_path / "o.nrrd")]
+    command = [sys.executable, "-m", "invres", "segment", "-m", str(place / "single"), *inputs]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert (tmp_path / "ended").exists(), "nothing is raised in the middle of the import"
+
+
 def test_a_reader_that_goes_away_makes_no_traceback(place):
     command = [sys.executable, "-m", "invres", "describe", str(place / "model"), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
@@ -187,6 +237,7 @@ def test_a_reader_that_goes_away_makes_no_traceback(place):
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"), 3, "out_of_memory"),
         (OSError(28, "No space left on device", "/a/b"), 2, "disk_full"),
         (OSError(28, "No space left on device"), 2, "disk_full"),
+        (PermissionError(13, "Permission denied", "/a/b"), 2, "bad_input"),
         (OSError(30, "Read-only file system", "/a/b"), 2, "bad_input"),
         (FileExistsError(17, "File exists", "/a/b"), 2, "bad_input"),
     ],
@@ -201,6 +252,7 @@ def test_what_the_machine_refuses_is_no_fault_of_the_program(monkeypatch, error,
     (event,) = outcome.events
     assert event["code"] == name and event["message"].endswith(".") and "Errno" not in event["message"]
     assert name == "cancelled" or event["hint"]
+    assert not isinstance(error, PermissionError) or "Change its permissions" in event["hint"]
 
 
 def test_a_fault_of_the_program_is_exit_code_1_with_its_lines(monkeypatch):
@@ -285,7 +337,8 @@ def test_a_model_is_described_for_people(tmp_path):
         assert line in outcome.out.splitlines()
 
 
-def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path):
+def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "NOTHING_LEARNED", 0.99)  # phantoms are learned in a step
     recipe = write_recipe(tmp_path / "r.json", epochs=9, iterations_per_epoch=1)
     arguments = ["-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--validation-count", 1]
     outcome = invres("train", *arguments, "--epochs", 2, "--seed", 11, "--engine", "stored", "--licence", "CC0")
@@ -293,6 +346,30 @@ def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path):
     training = json.loads((tmp_path / "run/run.json").read_text())["recipe"]["training"]
     assert (training["epochs"], training["seed"], training["engine"], training["time_s"]) == (2, 11, "stored", 0)
     assert "Model: " in outcome.out and "in validation" in outcome.out
+    use = f"Use it: invres segment --model {tmp_path}/run/model --input T1=FILE --output FILE.seg.nrrd"
+    assert use in outcome.out.splitlines()
+    described = invres("describe", tmp_path / "run/model").out.splitlines()[0]
+    assert described == "tiny 1.0.0: Trained with the recipe tiny on Phantoms (1 case)."
+    assert "Warning: The mean Dice in validation is 0." in outcome.err and "too short to learn" in outcome.err
+
+
+def test_a_trained_model_has_the_name_that_was_asked_for_also_when_resumed(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1)
+    arguments = ["train", "-d", data, "-o", tmp_path / "run", "--device", "cpu", "--fold", "all"]
+    assert invres(*arguments, "-r", recipe, "--name", "Mine").code == 0
+    assert invres(*arguments, "--resume", "--epochs", 2).code == 0
+    assert invres("describe", tmp_path / "run/model").out.startswith("Mine 1.0.0: Trained with the recipe tiny on ")
+    outcome = invres(*arguments, "-r", recipe, "--name", " ")
+    assert outcome.code == 2 and "name must be printable text that is not empty" in outcome.err
+
+
+def test_a_resumed_run_keeps_its_time_budget_and_says_so(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1)
+    arguments = ["train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--fold", "all"]
+    assert invres(*arguments, "--time", "200s").code == 0
+    outcome = invres(*arguments, "--resume", "--json")
+    assert outcome.code == 0, outcome
+    assert any("Of the time budget of 3 min 20 s there are" in event["message"] for event in outcome.of("note"))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +448,8 @@ def test_an_input_that_is_no_volume_is_told(place, refused, tmp_path, kind, endi
     command = ["segment", "-m", place / "single", "-i", path, "-o", tmp_path / "out.seg.nrrd", "--device", "cpu"]
     message, hint = refused(*command)
     assert told in message
-    assert hint or kind == "4D"
+    assert hint
+    assert kind != "4D" or hint.startswith("Extract one volume")
     if kind not in ("one value",):
         assert path.name in message, "the file is named"
 
@@ -414,7 +492,7 @@ def test_channels_on_different_grids_are_told_with_the_difference(place, refused
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--device", "gpu"], "There is no device 'gpu'; the devices are auto, cpu and cuda:0."),
+        (["--device", "gpu"], "There is no device 'gpu'; here are auto, cpu"),
         (["--device", "cuda:7"], "torch sees"),
         (["--device", "meta"], "There is no device 'meta'"),
         (["--overlap", "1"], "The overlap must be at least 0 and below 1"),
@@ -424,7 +502,7 @@ def test_channels_on_different_grids_are_told_with_the_difference(place, refused
         (["--window", "0", "0", "9"], "The window must be three sizes of 1 voxel or more, got [0, 0, 9]."),
         (["--window", "2", "2", "2"], "shrink to a single voxel"),
         (["--output", "o.docx"], "the allowed endings are .nii, .nii.gz, .nrrd, .mha and .seg.nrrd"),
-        (["--probabilities", "p"], "p cannot be written: the allowed endings are"),
+        (["--probabilities", "p.png"], "p.png cannot be written: the allowed endings are"),
     ],
 )
 def test_wrong_wishes_for_segmenting_are_told(place, refused, tmp_path, flags, told):
@@ -441,6 +519,61 @@ def test_wrong_wishes_for_segmenting_are_told(place, refused, tmp_path, flags, t
     ]
     message, _ = refused(*command, *flags)
     assert told in message
+
+
+def test_an_input_is_never_overwritten(place, tmp_path):
+    """By its own name, another spelling of it, a link, a map of probabilities, or in a DICOM folder."""
+    (tmp_path / "dicom").mkdir()
+    scan, link = tmp_path / "x_core.nii.gz", tmp_path / "link.nii.gz"
+    scan.write_bytes((place / "t1.nii.gz").read_bytes())
+    link.symlink_to(scan)
+    before = scan.read_bytes()
+    for given, flags, told in (
+        (scan, ["-o", scan], "is an input and would be overwritten"),
+        (scan, ["-o", tmp_path / "dicom/../x_core.nii.gz"], "is an input and would be overwritten"),
+        (scan, ["-o", link], "is an input and would be overwritten"),
+        (scan, ["-o", tmp_path / "o.nrrd", "-p", scan], "is an input and would be overwritten"),
+        (scan, ["-o", tmp_path / "o.nrrd", "-p", tmp_path / "x"], "x_core.nii.gz is an input"),
+        (scan, ["-o", tmp_path / "y_core.nrrd", "-p", tmp_path / "y.nrrd"], "would be written twice"),
+        (tmp_path / "dicom", ["-o", tmp_path / "dicom/o.nrrd"], "would be written into the DICOM folder"),
+    ):
+        outcome = invres("segment", "-m", place / "single", "-i", f"T1={given}", *flags)
+        assert outcome.code == 2 and told in outcome.err and "Choose another" in outcome.err, outcome
+        assert scan.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dicom", "link.nii.gz", "x_core.nii.gz"]
+
+
+def test_probabilities_without_an_ending_are_a_base(place, tmp_path):
+    flags = ["-o", tmp_path / "o.nrrd", "-p", tmp_path / "p", "--device", "cpu", "--window", 16, 16, 7]
+    outcome = invres("segment", "-m", place / "single", "-i", place / "t1.nii.gz", *flags, "--json")
+    assert outcome.code == 0, outcome
+    assert sorted(path.name for path in tmp_path.glob("p_*")) == [
+        f"p_{name}.nii.gz" for name in ("background", "core", "lower", "upper")
+    ]
+    (warning,) = [event["message"] for event in outcome.of("warning") if "window" in event["message"]]
+    assert warning.startswith("The window of 16x16x7 voxels is far below the 16x16x16")
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # root may write everywhere
+    output = tmp_path / "below" / "o.seg.nrrd"
+    outcome = invres("segment", "-m", place / "single", "-i", place / "t1.nii.gz", "-o", output, "--json")
+    assert outcome.code == 2 and [event["event"] for event in outcome.events] == ["error"]
+    assert f"you may not write to the folder {tmp_path}" in outcome.events[0]["message"]
+
+
+def test_the_folder_of_a_training_is_no_model_but_has_one(place, refused, tmp_path, monkeypatch):
+    run = tmp_path / "R1"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for given in (run, "R1"):
+        message, _ = refused("describe", given)
+        assert message == "R1 is the folder of a training; it has no model yet."
+    save(run / "model")
+    for given in (run, "R1"):
+        message, _ = refused("describe", given)
+        assert message == f"R1 is the folder of a training; its model is {run}/model."
 
 
 def test_a_full_disk_while_the_segmentation_is_written_is_told(place, tmp_path):
@@ -538,9 +671,16 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
 @pytest.mark.parametrize(
     ("flags", "told", "hint"),
     [
-        (["-r", "hipocampus"], "There is no recipe 'hipocampus'; the recipes are brain-any-contrast, ", ""),
+        (
+            ["-r", "hipocampus"],
+            "There is no recipe 'hipocampus'; the recipes are brain-any-contrast, ",
+            "Did you mean 'hippocampus-t1'?",
+        ),
         (["-r", "missing.json"], "There is no recipe file missing.json", ""),
         (["-r", "UNKNOWN"], "training has the unknown key 'epoch'", "Did you mean 'epochs'?"),
+        (["-r", "SYNONYM"], "network has the unknown key 'widths'", "Did you mean 'channels'?"),
+        (["-r", "NETWORK"], "There is no network 'unet'; the networks are unet3d, ", "Did you mean 'unet3d'?"),
+        (["-n", "unet"], "invalid choice: 'unet'", "Did you mean 'unet3d'? See `invres train --help`."),
         (["-r", "BROKEN"], "is not readable JSON", ""),
         (["-n", "unet3d", "-r", "WIDTHS"], "fixes the widths of fully_invres and cannot serve unet3d", "network"),
         (["-n", "unet3d", "--engine", "reversible"], "unet3d does not run under the engine 'reversible'", ""),
@@ -565,9 +705,13 @@ def test_wrong_wishes_for_training_are_told(data, refused, tmp_path, flags, told
     recipes.mkdir()
     (recipes / "unknown.json").write_text('{"training": {"epoch": 3}}')
     (recipes / "broken.json").write_text("{")
+    (recipes / "synonym.json").write_text('{"network": {"widths": [4, 8]}}')
+    (recipes / "network.json").write_text('{"network": {"name": "unet"}}')
     places = {
         "UNKNOWN": recipes / "unknown.json",
         "BROKEN": recipes / "broken.json",
+        "SYNONYM": recipes / "synonym.json",
+        "NETWORK": recipes / "network.json",
         "WIDTHS": write_recipe(recipes / "widths.json"),
         "NOWHERE": tmp_path / "nowhere",
         "RECIPES": recipes,
@@ -577,6 +721,30 @@ def test_wrong_wishes_for_training_are_told(data, refused, tmp_path, flags, told
     run.mkdir()
     message, next_step = refused("train", "-d", data, "-o", run, *flags)
     assert told in message and hint in next_step
+
+
+def test_folders_that_are_nearly_a_data_set_are_told_what_they_are_for(place, refused, tmp_path):
+    for name in ("images", "labels", "maps"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.nii.gz").write_bytes((place / "t1.nii.gz").read_bytes())
+    message, hint = refused("check", "-d", tmp_path / "images")
+    assert message == f"{tmp_path / 'images'} is a part of a data set." and hint == f"Give its parent, {tmp_path}."
+    _, hint = refused("check", "-d", tmp_path / "maps")
+    assert "`invres train --recipe brain-any-contrast`" in hint and "`--recipe iqt`" in hint
+    (tmp_path / "labels" / "a.nii.gz").unlink()
+    outcome = invres("check", "-d", tmp_path)
+    assert outcome.code == 0 and ": 1 case, images and labels folders." in outcome.out
+    assert "Labels: none.\n" in outcome.out and "No case has a label. Label maps alone are for" in outcome.err
+
+
+def test_help_says_what_the_words_and_numbers_mean():
+    told = {verb: " ".join(invres(verb, "--help").out.split()) for verb in ("segment", "train", "models")}
+    for words in ("(default: the model's", "0 top to bottom, 1 front to back, 2 left to right", "FILE_LABEL.nii.gz"):
+        assert words in told["segment"]
+    assert "lower and upper end to the right, front, top" in told["segment"]
+    for words in ("end after so many", "drawn at random", "of the computation"):
+        assert words in told["train"]
+    assert "(default: ~/InvResSegment/Models)" in told["models"]
 
 
 def test_a_file_in_the_place_of_the_run_is_told(data, refused, tmp_path):
@@ -649,10 +817,14 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["plan", "-r", "iqt", "--vram", "8GB"], "--vram plans networks that segment; espcn_rn enhances images"),
+        (["plan", "-r", "brats", "-n", "unet3d"], "The recipe brats trains fully_invres, and --network asks for"),
         (["plan", "--channels", 0], "network.in_channels must be 1 or more"),
         (["plan", "--patch", 0, 64, 64], "--patch must be three sizes of 1 voxel or more"),
         (["plan", "--batch", 0], "--batch must be 1 or more"),
         (["plan", "--vram", "much"], "An amount of memory is given as 8GB or 500MB, got 'much'"),
+        (["plan", "--vram", "8"], "--vram needs a unit, as in 8GB"),
+        (["train", "-d", "nowhere", "-o", "run", "--vram", "8"], "--vram needs a unit, as in 8GB"),
         (["plan", "--spacing", 0, 1, 1], "--spacing must be three lengths above 0 mm"),
         (["plan", "--memory", "least"], "invalid choice: 'least'"),
         (["plan", "-n", "unet3d", "--engine", "memcnn"], "unet3d does not run under the engine 'memcnn'"),
@@ -664,6 +836,22 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
 def test_wrong_wishes_of_the_other_verbs_are_told(refused, arguments, told):
     message, _ = refused(*arguments)
     assert told in message
+
+
+@pytest.mark.parametrize("recipe", ["iqt", "brain-any-contrast"])
+def test_a_recipe_is_planned_as_it_will_be_trained(recipe):
+    """What the data will say (channels, classes) is known where they can only be of one kind."""
+    outcome = invres("plan", "-r", recipe, "--json")
+    assert outcome.code == 0, outcome
+    wanted = Recipe.read(recipes_dir() / f"{recipe}.json")
+    training, network = wanted.training, wanted.network
+    if network.enhances:
+        network = dataclasses.replace(network, in_channels=6, out_channels=6)
+        predicted = predict_enhancement(network, training.patch, training.batch_size)
+    else:
+        network = dataclasses.replace(network, out_channels=len(wanted.labels) + 1)
+        predicted = predict_training(network, training.patch, training.batch_size)
+    assert outcome.events[-1]["peak_bytes"] == predicted.peak_bytes
 
 
 def test_a_plan_says_what_it_consists_of_and_is_corrected_by_measuring():

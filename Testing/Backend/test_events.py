@@ -160,6 +160,14 @@ def test_without_a_terminal_there_are_sentences_and_few_lines_of_progress():
     assert not any(character in stream.getvalue() for character in "\r█")
 
 
+def test_a_stop_that_was_asked_for_is_no_error_and_a_time_budget_is_told_in_seconds():
+    stream = io.StringIO()
+    report = TerminalReporter(stream)
+    report.progress("train", 17, 40, unit="s")
+    report.error("cancelled", "Stopped after 3 of 9 iterations.", "Go on.")
+    assert stream.getvalue() == "train  17 of 40 s\nStopped after 3 of 9 iterations. Go on.\n"
+
+
 def test_an_epoch_is_a_line_with_loss_and_dice():
     stream = io.StringIO()
     dice = {"upper": 0.75, "lower": 0.5, "mean": 0.625}

@@ -35,6 +35,7 @@ from invres.runfolder import RecordingReporter, held
 from invres.stopfile import StopFile
 from invres.training import TrainOptions, train
 from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan
+from invres.volume import Volume, read_channels, read_volume, write_channels, write_volume
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
 
@@ -234,6 +235,50 @@ def test_a_label_that_the_base_lacks_is_shown_and_those_in_common_are_compared(b
     proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
     assert proof["labels"]["new"]["Dice"]["base"]["n"] == 0 and proof["labels"]["new"]["Dice"]["tuned"]["n"] == 2
     assert proof["labels"]["upper"]["Dice"]["difference"]["n"] == 2
+
+
+def unnamed(source, folder, values=(1, 2, 3)):
+    """The cases of `source` as folders of images and labels, which name nothing; with other values of the labels."""
+    for case in read_dataset(source).cases:
+        first, second = (read_channels(image)[0] for image in case.images)
+        write_channels(folder / "images" / f"{case.name}.nii.gz", [first, second])
+        label = read_volume(case.label, kind="labels")
+        array = np.array([0, *values], np.uint8)[label.array]
+        write_volume(folder / "labels" / f"{case.name}.nii.gz", Volume(array, label.geometry))
+    return folder
+
+
+def test_labels_without_names_are_the_models_of_the_same_values(base, phantoms, tmp_path):
+    data, report = unnamed(phantoms, tmp_path / "data"), Recorder()
+    assert read_dataset(data).scheme.names == ("label_1", "label_2", "label_3")
+    result = tune(base, data, tmp_path / "run", report, validation_count=1)
+    assert result["transfer"]["labels"] == {"reused": ["upper", "lower", "core"], "initialised": [], "dropped": []}
+    assert [text for text in told(report, "note") if "do not name their labels" in text] == [
+        "The data do not name their labels, so their values are taken as those of Phantom: 1 upper, 2 lower, 3 core."
+    ]
+    assert tune(base, data, tmp_path / "run", validation_count=1, resume=True) == result
+    meant = tune(base, data, tmp_path / "meant", validation_count=1, new_labels=True)
+    assert meant["transfer"]["labels"]["dropped"] == ["upper", "lower", "core"]
+    assert tune(base, data, tmp_path / "meant", validation_count=1, resume=True) == meant, "as it was begun"
+
+
+def test_labels_that_are_all_strangers_are_refused_unless_they_are_meant(base, phantoms, tmp_path):
+    data = unnamed(phantoms, tmp_path / "data", values=(1, 2, 7))
+    with pytest.raises(InvresError) as caught:
+        tune(base, data, tmp_path / "run")
+    assert caught.value.code == "other_labels" and not (tmp_path / "run" / "run.json").exists()
+    assert caught.value.message == (
+        "None of the labels of the data (label_1, label_2, label_7) is one of Phantom (upper, lower, core)."
+    )
+    assert '"labels": {"background": 0, "upper": 1, "lower": 2, "core": 3}' in caught.value.hint
+    assert "--new-labels" in caught.value.hint
+    outcome = invres(
+        *("finetune", "-m", base.path, "-d", data, "-o", tmp_path / "run", "--new-labels", "--epochs", 1),
+        *("--time", "1s", "--validation-count", 1, "--device", "cpu"),
+    )
+    assert outcome.code == 0, outcome
+    scheme = json.loads((tmp_path / "run/run.json").read_text())["scheme"]
+    assert [label["name"] for label in scheme["labels"]] == ["label_1", "label_2", "label_7"]
 
 
 def test_colours_and_codes_of_the_base_models_labels_are_kept(base, phantoms, tmp_path):

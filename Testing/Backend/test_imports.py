@@ -20,12 +20,15 @@ MODULE = REPOSITORY / "InvResSegment"
 # A new file gets a row here.
 ALLOWED = {
     "events": "",
+    "interruption": "",
     "synthesisconfig": "",
     "enhancementconfig": "",
     "config": "enhancementconfig synthesisconfig",
     "expectation": "config",
+    "sides": "config",
     "files": "",
     "faults": "",
+    "runfolder": "events faults",
     "probe": "",
     "devices": "",
     "randomness": "",
@@ -43,6 +46,7 @@ ALLOWED = {
     "nifti_file": "image_header",
     "dicom_series": "image_header",
     "volume_io": "dicom_series files image_header nifti_file",
+    "outputs": "files",
     "segmentation_file": "config events image_header volume_io",
     "volume": "events image_header segmentation_file volume_io",
     "dataset_json": "config events volume",
@@ -53,14 +57,16 @@ ALLOWED = {
     "casesplits": "cases",
     "preprocessing": "config events volume",
     "restoration": "config volume",
+    "midline": "config events preprocessing sides volume",
     "prepared": "cases config events preprocessing volume",
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
-    "manifest": "config enhancementconfig expectation",
-    "modelpackage": "config enhancementconfig events expectation lineage manifest networks packagefiles",
+    "manifest": "config enhancementconfig expectation sides",
+    "modelpackage": "config enhancementconfig events expectation lineage manifest networks packagefiles sides",
     "versions": "config events lineage modelpackage",
     "transfer": "config manifest networks",
+    "labelmatching": "config events transfer",
     "freezing": "networks transfer",
     "step": "config losses networks reversible",
     "objectives": "config losses networks step",
@@ -72,19 +78,26 @@ ALLOWED = {
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "enhancementscores": "events",
-    "imagepairs": "config enhancementconfig enhancementscores events files networks sampling scans",
+    "interpolation": "networks",
+    "enhancementscaling": "enhancementconfig interpolation networks",
+    "imagepairs": (
+        "config enhancementconfig enhancementscaling enhancementscores events files networks sampling scans"
+    ),
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
-    "prediction": "config events livebytes memory networks preprocessing region",
+    "segmentoptions": "",
+    "segmentfiles": "config manifest outputs",
+    "prediction": "config events livebytes memory networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation memory modelpackage networks prediction preprocessing region restoration "
-        "volume"
+        "config devices events expectation memory midline modelpackage networks prediction preprocessing region "
+        "restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region volume",
     "planning": "devices events manifest memory networks prediction region volume",
     "enhancement": (
-        "diffusion enhancementconfig enhancementscores events imagepairs modelpackage networks prediction scans volume"
+        "diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage networks "
+        "outputs prediction scans volume"
     ),
     "trainer": (
         "checkpoint config distributed events files guard livebytes losses memory networks objectives sampling step"
@@ -95,14 +108,15 @@ ALLOWED = {
     ),
     "training": (
         "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
-        "losses memory metrics modelpackage networks objectives prediction prepared preprocessing sampling step trainer"
+        "losses memory metrics modelpackage networks objectives prediction prepared preprocessing runfolder "
+        "sampling sides step trainer"
     ),
     "enhancementtraining": (
-        "checkpoint config diffusion events imagepairs manifest memory modelpackage networks objectives prediction "
-        "scans trainer training volume"
+        "checkpoint config diffusion enhancementconfig events imagepairs manifest memory modelpackage networks "
+        "objectives prediction scans trainer training volume"
     ),
     "heldout": "cases events files inference modelpackage prediction training",
-    "worker": "events",
+    "worker": "events interruption",
     "peers": "",
     "operations": "",
     "depth": "config events hollow livebytes networks operations reversible",
@@ -110,7 +124,6 @@ ALLOWED = {
     "benchmark": "config events hollow losses memory networks operations peers step",
     "fcn_table": "config events memory networks",
     "stopfile": "files trainer",
-    "runfolder": "events faults",
     "reduction": "checkpoint config networks",
     "casecomparison": (
         "cases config events files inference manifest metrics modelpackage networks prediction preprocessing transfer "
@@ -125,32 +138,36 @@ ALLOWED = {
         "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training transfer "
         "tuningplan"
     ),
-    "tunedmodel": "casecomparison config events expectation files manifest modelpackage networks tuningplan",
+    "tunedmodel": (
+        "casecomparison config events expectation files manifest modelpackage networks sides transfer tuningplan"
+    ),
     "cropping": "cases config events files inference locating region volume",
     "finetuning": (
-        "casecomparison cases casesplits checkpoint comparison config cropping events files modelpackage parttraining "
-        "prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
+        "casecomparison cases casesplits checkpoint comparison config cropping events files labelmatching modelpackage "
+        "parttraining prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
     "published": "",
     "reproduction": "events",
-    "invrestables": "config memory published reproduction",
+    "invrestables": "config depth memory published reproduction",
     "fixedbudget": "config events memory networks published reproduction",
     "furthertables": "fcn_table iqt_figures published reproduction",
-    "console": "events modelpackage",
-    "model_commands": "config console events lineage manifest modelpackage versions",
+    "console": "config events interruption modelpackage",
+    "model_commands": "config console events interruption lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth events files",
     "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
     "enhance_command": (
         "config console enhancement enhancementconfig enhancementscores enhancementtraining events files modelpackage "
-        "scans trainer training"
+        "outputs scans trainer training"
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout",
+    "plan_command": "cardplan config console enhancementconfig events locating memory planning prediction tuningmemory",
     "commands": (
-        "bench_command cardplan cases config console demo devices doctor enhance_command evaluate_command events "
-        "finetuning inference labelmaps locating memory model_commands modelpackage networks planning prediction "
-        "preprocessing reproduce_command stopfile trainer training tuningmemory tuningplan volume worker"
+        "bench_command cases config console demo devices doctor enhance_command evaluate_command events "
+        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networks "
+        "plan_command planning prediction preprocessing reproduce_command segmentfiles segmentoptions stopfile trainer "
+        "training tuningplan volume worker"
     ),
     "cli": "commands config events faults",
     "__main__": "cli",

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from tiny_datasets import invres, leftovers
-from tiny_layouts import brats, hcp, iseg, iseg_nifti, task01, task04
+from tiny_datasets import invres, leftovers, write_dataset
+from tiny_layouts import brats, hcp, iseg, iseg_nifti, kits19, task01, task04
 
+from invres import heldout
 from invres.cases import read_dataset, split_by_count, split_cases
 from invres.config import Recipe
+from invres.events import Recorder
 
 RECIPES = Path(__file__).resolve().parents[2] / "Resources" / "Recipes"
 TUMOUR = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -20,6 +22,7 @@ LAYOUTS = {
     "iSeg, Analyze": (iseg, "iseg", ("T1", "T2"), ("CSF", "GM", "WM")),
     "iSeg, NIfTI": (iseg_nifti, "iseg", ("T1", "T2"), ("CSF", "GM", "WM")),
     "BraTS 2020": (brats, "brats", ("T1", "T1ce", "T2", "FLAIR"), TUMOUR),
+    "KiTS19": (kits19, "kits19", ("CT",), ("kidney", "tumour")),
     "HCP": (hcp, "default", ("T1", "T2"), ("left white matter", "left cortex", "right white matter", "right cortex")),
     "Decathlon, Task01": (
         task01,
@@ -195,3 +198,20 @@ def test_real_t1_and_t2_in_the_layout_of_iseg_are_trained_on(data_dir, tmp_path)
     recipe = shrunk("iseg", tmp_path / "recipe.json", 4.0, patch=[32, 32, 32])
     manifest, summary = train_and_score(data, recipe, tmp_path)
     assert manifest["training"]["iterations"] == 2 and tuple(summary) == ("CSF", "GM", "WM")
+
+
+def test_a_warning_of_a_held_out_case_names_it(tmp_path, monkeypatch):
+    dataset, report = read_dataset(write_dataset(tmp_path / "data", cases=2)), Recorder()
+
+    def segmented(*_, report, **__):
+        report.progress("segment.tiles", 1, 1)
+        report.warning("Unusual volumes: core 9 mL.")
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(heldout, "held_out_names", lambda _: ("patient01",))
+    monkeypatch.setattr(heldout, "open_package", lambda _: None)
+    monkeypatch.setattr(heldout, "segment", segmented)
+    heldout.segment_held_out(tmp_path, dataset, "cpu", report)
+    (warning,) = [event for event in report.events if event["event"] == "warning"]
+    assert warning["message"] == "patient01: Unusual volumes: core 9 mL." and warning["case"] == "patient01"
+    assert {event["stage"] for event in report.events if event["event"] == "progress"} == {"evaluate.segment"}

@@ -16,7 +16,7 @@ from invres.fixedbudget import Holding, holdings, largest
 from invres.memory import predict_training
 from invres.reproduction import Comparison, Row, cells, find_table, table, tables
 
-TABLES = {"fcn-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}
+TABLES = {"fcn-1", "invres-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}
 TISSUES = {"CSF": 0.81, "GM": 0.72, "WM": 0.63}
 
 
@@ -58,6 +58,17 @@ def test_a_published_table_has_a_value_for_every_column_and_a_name_for_every_row
     printed = getattr(published, name)
     assert printed.title and printed.source and printed.rows.keys() == printed.names.keys()
     assert all(len(values) == len(printed.columns) for values in printed.rows.values())
+
+
+def test_growth_with_depth_has_the_order_that_is_printed():
+    rows = invres("reproduce", "invres-1", "--json").events[-1]["rows"]
+    memory = {row["of"]: row for row in rows if row["figure"].startswith("activations")}
+    assert [row["published"] for row in memory.values()] == [4, 2, 1.5, 1]
+    assert list(memory) == sorted(memory, key=lambda name: -memory[name]["ours"])
+    assert all(row["ours"] <= row["published"] + 1e-9 for row in memory.values())
+    assert memory["Invertible Networks: O(1)"]["ours"] == 1 and memory["Naive: O(L)"]["ours"] > 3.5
+    operations = {row["of"]: row["ours"] for row in rows if row["figure"].startswith("operations")}
+    assert operations["Recursive: O(log L)"] > 1.15 > operations["Checkpointing: O(sqrt L)"] > 0.95
 
 
 def test_memory_is_what_the_network_is_predicted_to_need(iseg):
@@ -120,7 +131,9 @@ def test_literature_stands_beside_our_parameters(monkeypatch):
     parameters = {row["of"]: row for row in rows if row["figure"] == "parameters"}
     assert len(parameters) == 5 and all(row["ours"] > 1e6 for row in parameters.values())
     assert parameters["3D U-Net"]["published"] == 19_069_955 and "1606.06650" in parameters["3D U-Net"]["remark"]
-    assert parameters["No New-Net"]["published"] is None and parameters["No New-Net"]["ratio"] is None
+    second_hand = parameters["No New-Net"]
+    assert second_hand["published"] == 12_430_000 and "second hand" in second_hand["remark"]
+    assert parameters["Fully-InvRes"]["published"] is None and parameters["Fully-InvRes"]["ratio"] is None
 
 
 @pytest.mark.parametrize(

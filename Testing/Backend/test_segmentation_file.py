@@ -10,6 +10,7 @@ from invres import InvresError
 from invres.config import Label, LabelScheme
 from invres.events import Recorder
 from invres.segmentation_file import DEFAULT_TERMINOLOGY, PALETTE
+from invres.sides import Side, sided_scheme
 from invres.volume import Geometry, Volume, read_geometry, read_volume, write_segmentation
 
 COSINE, SINE = np.cos(0.4), np.sin(0.4)
@@ -207,6 +208,19 @@ def test_slicer_reads_names_colours_terminology_and_voxels(slicer, scene, tmp_pa
         assert len(drawn) == len(expected)
         world = np.c_[drawn, np.ones(len(drawn))] @ affine.T
         assert np.allclose(world, np.c_[expected, np.ones(len(expected))] @ volume.geometry.affine.T, atol=1e-6)
+
+
+def test_slicer_reads_the_side_of_a_label_that_was_divided(slicer):
+    term = (
+        "Segmentation category and type - DICOM master list~SCT^123037004^Anatomical Structure~SCT^5366008^Hippocampus"
+    )
+    term += "~^^~Anatomic codes - DICOM master list~^^~^^"
+    scheme = LabelScheme((Label("hippocampus", (17, 53), 17, terminology=term),))
+    for label, word in zip(sided_scheme(scheme, [Side("hippocampus", 17, 53)]).labels, ("Left", "Right"), strict=True):
+        entry = slicer.vtkSlicerTerminologyEntry()
+        assert slicer.vtkSlicerTerminologiesModuleLogic().DeserializeTerminologyEntry(label.terminology, entry)
+        assert entry.GetTypeObject().GetCodeMeaning() == "Hippocampus"
+        assert entry.GetTypeModifierObject().GetCodeMeaning() == word
 
 
 def test_slicer_takes_the_reference_geometry(slicer, scene, tmp_path):

@@ -33,6 +33,7 @@ from invres.inference import load_network
 from invres.modelpackage import open_package, verify_package
 from invres.networks import NetworkOutput
 from invres.preprocessing import PreparedCase
+from invres.runfolder import held
 from invres.trainer import StopRequest
 from invres.training import TrainOptions, started_recipe, train, validator
 from invres.volume import Geometry, read_volume
@@ -59,6 +60,22 @@ def test_a_recipes_clip_for_ct_is_what_the_model_clips_to(tmp_path):
     recipe = dataclasses.replace(tiny_recipe(**QUICK), clip_hu=(60.0, 200.0))
     package = train(read_dataset(tmp_path / "data"), recipe, tmp_path / "run", TrainOptions(device="cpu"))
     assert [channel.clip for channel in package.manifest.plan.channels] == [(60.0, 200.0)]
+
+
+def test_two_processes_never_train_in_one_folder(phantoms, tmp_path):
+    arguments = [read_dataset(phantoms), tiny_recipe(**QUICK), tmp_path, TrainOptions(device="cpu", fold=None)]
+    for resume in (False, True):
+        again = dataclasses.replace(arguments[3], resume=resume)
+        with held(tmp_path), pytest.raises(InvresError, match=r"Another process .* is at work") as caught:
+            train(*arguments[:3], again)
+        assert caught.value.code == "in_use"
+    (tmp_path / "lock").write_text("99999999\n1.00\n")  # as a killed process leaves it
+    package = train(*arguments)
+    assert (tmp_path / "lock").read_text() == "" and verify_package(package.path)
+    with pytest.raises(InvresError, match="already a training"):
+        train(*arguments)
+    with held(tmp_path):  # it was let go of after the refusal, too
+        pass
 
 
 # --- what a training leaves ----------------------------------------------------------------------------------------
@@ -91,7 +108,7 @@ def test_a_training_leaves_a_package_that_opens_with_all_there_is_to_know(traine
 def test_a_training_leaves_its_metrics_curves_and_checkpoint_and_nothing_half_written(trained):
     run, _, report = trained
     names = {"run.json", "metrics.jsonl", "checkpoint.pt", "model", "prepared"}
-    assert names <= set(os.listdir(run)) <= names | {"curves.png"}
+    assert names <= set(os.listdir(run)) <= names | {"curves.png", "lock"}
     assert leftovers(run) == []
     entries = metrics_of(run)
     assert [entry["epoch"] for entry in entries] == [1, 2] and entries[1]["loss"] < entries[0]["loss"]
@@ -428,7 +445,7 @@ def test_after_a_mistake_in_the_data_is_mended_the_same_command_trains(tmp_path)
     recipe = tiny_recipe(**QUICK)
     with pytest.raises(InvresError, match="damaged"):
         train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu"))
-    assert set(os.listdir(tmp_path / "run")) <= {"prepared"} and leftovers(tmp_path / "run") == []
+    assert set(os.listdir(tmp_path / "run")) <= {"lock", "prepared"} and leftovers(tmp_path / "run") == []
     label.write_bytes(whole)
     assert train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu")).path.is_dir()
 
@@ -477,7 +494,7 @@ def test_a_full_disk_while_preparing_leaves_nothing_of_the_case(phantoms, tmp_pa
         outcome = invres("train", "-d", phantoms, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
     assert outcome.code == 2 and outcome.events[-1]["code"] == "write_failed"
     assert "patient" in outcome.events[-1]["message"] and "space" in outcome.events[-1]["hint"]
-    assert os.listdir(tmp_path / "run") == ["prepared"] and leftovers(tmp_path / "run") == []
+    assert sorted(os.listdir(tmp_path / "run")) == ["lock", "prepared"] and leftovers(tmp_path / "run") == []
 
 
 def test_a_full_disk_while_training_loses_no_weights(phantoms, tmp_path):

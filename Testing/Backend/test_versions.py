@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from test_transfer import model
+from tiny_datasets import invres
 
 from invres import InvresError
 from invres.lineage import ACTIVE, active_members
@@ -79,6 +80,26 @@ def test_two_models_of_one_name_that_have_nothing_to_do_with_one_another_stay_am
         save(tmp_path / name)
     with pytest.raises(InvresError, match="2 models fit"):
         find_package("Base", [tmp_path])
+    outcome = invres("models", "list", "--models-dir", tmp_path)
+    starred = [line.split()[1] for line in outcome.out.splitlines() if line.startswith("*")]
+    assert outcome.code == 0 and starred and "Base" not in starred, "its name stands for neither"
+    assert "2 models have the name Base, so `-m` needs " in outcome.err and str(tmp_path / "b") in outcome.err
+
+
+def test_an_import_says_what_a_name_that_is_taken_stands_for(tmp_path):
+    base, mine = save(tmp_path / "base"), tmp_path / "mine"
+
+    def told(package):
+        return invres("models", "import", package.path, "--models-dir", mine).err
+
+    assert told(base) == ""
+    tuned = save(tmp_path / "tuned", base.id, "1.1.0")
+    assert "`-m Base` takes version 1.1.0, " in told(tuned)
+    listed = invres("models", "list", "--models-dir", mine).out.splitlines()
+    assert [line.split()[2] for line in listed if line.startswith("* Base")] == ["1.1.0"]
+    stranger = save(tmp_path / "stranger")
+    err = told(stranger)
+    assert err.startswith("Another model has the name Base too, so `-m` needs ") and stranger.id[:8] in err
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"1": 2}', "{"])
@@ -122,6 +143,7 @@ def test_a_difference_shows_configuration_labels_channels_and_how_far_each_tenso
     assert next(one for one in found["tensors"] if one["name"] == "stem.weight")["change"] is None
     text = difference_table(found)
     assert "labels added: core" in text and "channels removed: T2" in text
+    assert "  plan.channels.T2: " in text and not set("{}'[") & set(text.split("tensors differ")[0])
     json.dumps(found, allow_nan=False)
 
 

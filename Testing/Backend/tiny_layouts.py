@@ -70,6 +70,18 @@ def brats(folder: Path, cases: int = 3) -> Path:
     return root
 
 
+def kits19(folder: Path) -> Path:
+    """kits19/data, as its own script puts the images into the repository; the cases from 210 on have no label."""
+    root = folder / "data"
+    for number in (0, 1, 2, 210):
+        (image,), label = case(1, (1, 2, 0), number)
+        write_volume(root / f"case_{number:05d}" / "imaging.nii.gz", image)
+        if number < 210:
+            write_volume(root / f"case_{number:05d}" / "segmentation.nii.gz", label)
+    (root / "kits.json").write_text("[]\n")
+    return root
+
+
 def hcp(folder: Path) -> Path:
     """HCP Young Adult, Structural Preprocessed, as unpacked: a folder a subject, of which we read T1w."""
     root = folder / "HCP"

@@ -10,8 +10,9 @@ scored on the cases of the fold that was left out, in the file's own voxels; not
 finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
 is so far. One thread.
 
-With --bundle PATH the recipe's network is at last trained longer, for --bundle-seconds, on the cases of the first fold,
-scored on those left out, and written as a package: the figures on its card are of these very weights.
+--folds takes only the first ones. With --bundle PATH the recipe's network is at last trained longer, for
+--bundle-seconds, on the cases of the first fold, scored on those left out, and written as a package: the figures on its
+card are of these very weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ from invres.training import TrainOptions, train
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"
 FOLDS = 5
-ABLATION = "fully_invres with shuffle"  # only where --networks names it
+# Only where --networks names them:
+ABLATION = "fully_invres with shuffle"
+BUNDLED = "fully_invres of the recipe"
 EPOCHS = 10  # of a training; what an epoch is makes no difference, but for the curves
 SOURCE = "Medical Segmentation Decathlon, Task04 (hippocampus in T1-weighted MR), CC BY-SA 4.0."
 _HIPPOCAMPUS = (
@@ -79,14 +82,14 @@ def main() -> None:
     data = read_dataset(options.data)
     recipe = Recipe.read(RECIPE)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=options.precision))
-    networks = _networks(recipe)
+    networks = _networks()
     known = options.output / "steps.json"
     steps = _read(known) if known.is_file() else {}
-    wanted = {*options.networks, *([recipe.network.name] if options.bundle else [])}
+    wanted = {*options.networks, *([BUNDLED] if options.bundle else [])}
     if missing := {name: network for name, network in networks.items() if name in wanted and name not in steps}:
         steps |= _step_seconds(missing, recipe, data)
         _write(known, steps)
-    for fold in range(FOLDS):
+    for fold in range(options.folds):
         for name in options.networks:
             engine, seconds = min(steps[name].items(), key=lambda found: found[1])
             count = EPOCHS * max(1, round(options.seconds / seconds / EPOCHS))
@@ -95,11 +98,11 @@ def main() -> None:
                 _write(kept, _fold(networks[name], recipe, engine, data, run, count, fold))
             print(_markdown(options, data, steps, networks), flush=True)
     if options.bundle:
-        engine, seconds = min(steps[recipe.network.name].items(), key=lambda found: found[1])
+        engine, seconds = min(steps[BUNDLED].items(), key=lambda found: found[1])
         count = EPOCHS * max(1, round(options.bundle_seconds / seconds / EPOCHS))
         run, kept = options.output / "long", options.output / "long.json"
         if not kept.is_file():
-            _write(kept, _fold(recipe.network, recipe, engine, data, run, count, 0))
+            _write(kept, _fold(networks[BUNDLED], recipe, engine, data, run, count, 0))
         package = _bundle(data, run, _read(kept), options.bundle)
         print(f"{package.path}: {count} steps")
         for name, values in package.manifest.metrics.items():
@@ -109,14 +112,15 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
-    names = [*_networks(Recipe.read(RECIPE))]
+    names = [*_networks()]
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="of training steps, for each fold of each network")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--bundle", type=Path, help="where the package is written")
     parser.add_argument("--bundle-seconds", type=float, default=2400, help="of training steps, for the package")
-    usual = [name for name in names if name != ABLATION]
+    usual = [name for name in names if name not in (ABLATION, BUNDLED)]
+    parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five, from the first one on")
     parser.add_argument("--networks", nargs="*", choices=names, default=usual)
     return parser.parse_args()
 
@@ -131,13 +135,15 @@ def _keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _networks(recipe: Recipe) -> dict[str, NetworkConfig]:
-    """The recipe's Fully-InvRes and, of about its size, Partially-InvRes and the baseline; last the ablation."""
+def _networks() -> dict[str, NetworkConfig]:
+    """Fully-InvRes with its default widths and, of about its size, the baseline and Partially-InvRes; then variants."""
+    default = NetworkConfig(name="fully_invres", levels=4)
     return {
-        "fully_invres": recipe.network,
+        "fully_invres": default,
         "unet3d": NetworkConfig(name="unet3d", levels=4),
         "partially_invres": NetworkConfig(name="partially_invres", levels=4),
-        ABLATION: dataclasses.replace(recipe.network, resampling="shuffle"),
+        ABLATION: dataclasses.replace(default, resampling="shuffle"),
+        BUNDLED: Recipe.read(RECIPE).network,
     }
 
 
@@ -256,7 +262,7 @@ def _markdown(
 ) -> str:
     lines = [
         f"`python Testing/Benchmarks/crossvalidation.py --seconds {options.seconds:g} "
-        f"--precision {options.precision} --output FOLDER`, {os.cpu_count()}-core CPU "
+        f"--precision {options.precision} --folds {options.folds} --output FOLDER`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
         "| network | parameters | memory of a step | step, s | steps | folds | n | label "

@@ -91,7 +91,13 @@ def model_info(package):
             SimpleNamespace(name=c.name, modality=c.modality, optional=c.optional) for c in manifest.plan.channels
         ),
         labels=tuple(
-            SimpleNamespace(name=one.name, value=one.output_value, colour=one.colour, terminology=one.terminology)
+            SimpleNamespace(
+                name=one.name,
+                value=one.output_value,
+                colour=one.colour,
+                terminology=one.terminology,
+                sided=one.name in {side.label for side in manifest.sides},
+            )
             for one in manifest.scheme.labels
         ),
         cropAround=() if manifest.plan.crop is None else manifest.plan.crop.around,

@@ -23,7 +23,7 @@ from small_models import ONE, TWO, example, trained_package  # noqa: E402
 from invres.demo import template  # noqa: E402
 
 KEPT = {"brain_ready": "panel_segment.png", "brain_done": "panel_result.png", "models_bundled": "panel_models.png"}
-KEPT |= {"hippocampus_ready": "panel_hippocampus.png"}
+KEPT |= {"hippocampus_done": "panel_hippocampus.png"}
 KEPT |= {"finetune_running": "panel_finetune.png", "promoted": "panel_proof.png", "batch": "panel_batch.png"}
 SCREENSHOTS = HERE.parents[1] / "Resources" / "Screenshots"
 

@@ -43,6 +43,7 @@ def test_the_options_are_a_command_line_that_the_backend_takes(tmp_path):
     assert (parsed.synthetic, parsed.vae, parsed.lr, parsed.name) == (0.5, False, 3e-4, "mine")
     assert (parsed.check_base, parsed.device, parsed.resume) == (tmp_path, "cpu", False)
     assert (parsed.patience, parsed.channel_dropout) == (7, DROPOUT)
+    assert parsed.new_labels, "a person has said what each name stands for"
     assert tuningplan.DEFAULTS.early_stop_epochs == PATIENCE, "what the panel shows is what is done"
     plain = cli._parser().parse_args(RunOptions(minutes=0).arguments("model", "data", "run"))
     assert (plain.patience, plain.channel_dropout) == (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ standins.install()
 
 from InvResSegmentLib import Paths  # noqa: E402
 from InvResSegmentLib.BackendProcess import BackendProcess, Outcome  # noqa: E402
+from InvResSegmentLib.ModelCard import cardText  # noqa: E402
 from InvResSegmentLib.Models import (  # noqa: E402
     ChannelInfo,
     LabelInfo,
@@ -99,6 +101,15 @@ def test_what_a_package_says_is_read(catalogue, package):
     assert model.trainingData == "40 cases, validated on 12 others (recipe default)"
     assert model.predictedBytes is None and model.manifest["patch"] == [16, 16, 16]
     assert Path(model.path).parent == Path(catalogue.modelsFolder) and (Path(model.path) / "manifest.json").is_file()
+
+
+def test_labels_with_two_sides_are_known_and_shown(package):
+    manifest = json.loads((package / "manifest.json").read_text(encoding="utf-8"))
+    manifest["sides"] = [{"label": "cyst", "left_value": 7, "right_value": 8}]
+    model = modelFromDescription({"path": str(package), "bundled": False, "manifest": manifest})
+    assert [label.sided for label in model.labels] == [False, True] and model.finds(["cyst"])
+    text = cardText(model).replace("&nbsp;", " ")
+    assert "cyst (left and right)" in text and "liver (left" not in text
 
 
 def test_a_model_goes_out_as_one_file_and_comes_back(catalogue, package, tmp_path):

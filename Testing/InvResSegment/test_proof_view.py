@@ -80,7 +80,7 @@ def names_of(catalogue):
     waitUntil(lambda: found, 60)
     models, error = found[0]
     assert not error
-    return {model.version: model for model in models}
+    return {model.version: model for model in models if model.name == "balls"}
 
 
 # ---------------------------------------------------------------- words and figures

@@ -18,6 +18,7 @@ from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRe
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
 
 from invres.modelpackage import save_package
+from invres.sides import Side
 
 SHAPE = (22, 24, 26)
 
@@ -178,6 +179,28 @@ def test_two_channels_make_two_segments(scene, panel, two_channel_package):
     entry = vtk.reference("")
     assert inside.GetNthSegment(0).GetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), entry)
     assert "12738006^Brain" in str(entry)
+
+
+def test_a_structure_with_two_sides_becomes_two_segments(scene, panel, one_channel_package, tmp_path):
+    known = one_channel_package.manifest
+    package = save_package(
+        tmp_path / "sided",
+        name="sided",
+        network=known.network,
+        state_dict=one_channel_package.load_weights(),
+        plan=known.plan,
+        scheme=known.scheme,
+        patch=known.patch,
+        sides=[Side("ball", 3, 5)],
+    )
+    request, _, classes = one_request(scene, model_info(package), matrix(origin=(30, 20, 5)))
+    outcome = panel.run(request)
+    inside = outcome.segmentationNode.GetSegmentation()
+    names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]
+    assert outcome.state == "done" and names == ["left ball", "right ball"]
+    masks = [NodeConversion.segmentMask(outcome.segmentationNode, inside.GetNthSegmentID(n))[0] for n in range(2)]
+    assert not masks[0].any() and dice(masks[1], classes > 0) > 0.6
+    assert any("scanner's axis" in warning for warning in outcome.warnings)
 
 
 def test_channels_in_the_same_place_through_different_transforms_are_segmented(scene, panel, two_channel_package):

@@ -94,6 +94,8 @@ def exported(export, cases, base, into=None):
 def test_a_segment_is_the_label_of_its_name_whatever_its_spelling_and_a_person_wins():
     labels = ["Left Hippocampus", "tumour"]
     assert labelOf("left-hippocampus", labels, {}) == "Left Hippocampus"
+    assert labelOf("left tumour", labels, {}) == labelOf("Right Tumour", labels, {}) == "tumour", "not told apart"
+    assert labelOf("right hippocampus", labels, {}) is None
     assert labelOf("Segment_1", labels, {}) is None
     assert labelOf("segment 1", labels, {"Segment_1": "TUMOUR"}) == "tumour"
     assert labelOf("tumour", labels, {"tumour": ""}) == ""

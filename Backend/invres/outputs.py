@@ -1,0 +1,81 @@
+"""The files that a verb is to write: refused before any work where that could not, or must not, be done after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import InvresError
+from .files import WRITABLE_ENDINGS
+
+__all__ = ["beside", "check_outputs", "with_ending"]
+
+ANOTHER = "Choose another name."
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = " and .seg.nrrd") -> None:
+    """Raises InvresError for a volume file that cannot be written, that is one of `inputs`, or is named twice.
+
+    inputs: files and DICOM folders; nothing is written into the latter. also: said of the allowed endings.
+    """
+    read = list(inputs)
+    for number, path in enumerate(outputs):
+        _check_name(path, also)
+        for given in read:
+            if _same(path, given):
+                raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
+            if given.is_dir() and path.resolve().parent == given.resolve():
+                raise InvresError(
+                    f"{path} would be written into the DICOM folder {given}, which is an input.",
+                    hint="Choose another folder.",
+                    code="output_is_input",
+                )
+        if any(_same(path, other) for other in outputs[:number]):
+            raise InvresError(f"{path} would be written twice, with different content.", hint=ANOTHER)
+        _check_folder(path)
+
+
+def with_ending(path: Path) -> Path:
+    """A name without any ending is the base of one with .nii.gz."""
+    return path if path.suffix else path.with_name(f"{path.name}.nii.gz")
+
+
+def beside(path: Path, name: str) -> Path:
+    """FOLDER/base_name.ending for FOLDER/base.ending, with the name made safe for file systems."""
+    ending = max((e for e in WRITABLE_ENDINGS if path.name.lower().endswith(e)), key=len)
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return path.with_name(f"{path.name[: -len(ending)]}_{safe}{ending}")
+
+
+def _check_name(path: Path, also: str) -> None:
+    if not path.name.lower().endswith(WRITABLE_ENDINGS):
+        raise InvresError(
+            f"{path.name} cannot be written: the allowed endings are {', '.join(WRITABLE_ENDINGS)}{also}.",
+            hint="Choose one of these endings.",
+        )
+    if path.is_dir():
+        raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
+
+
+def _check_folder(path: Path) -> None:
+    """The nearest folder that is there must take new files; the ones below it are made when the file is written."""
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InvresError(f"{path} cannot be written, for {folder} is a file.", hint=ANOTHER)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvresError(
+            f"{path} cannot be written: you may not write to the folder {folder}.",
+            hint="Choose another folder, or change its permissions.",
+            code="write_failed",
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are one file: links and other spellings of a folder count, and case where the disk says so."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return one.resolve() == other.resolve()

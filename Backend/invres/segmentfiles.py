@@ -1,0 +1,91 @@
+"""The files of a segmentation: which is which channel of the model, and where the results may go; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import InvresError
+from .config import ChannelPlan
+from .manifest import Manifest
+from .outputs import beside, check_outputs, with_ending
+
+__all__ = ["check_files", "counted", "each_channel", "files_of_channels", "maps_of", "named_inputs"]
+
+
+def named_inputs(texts: Sequence[str], channels: Sequence[ChannelPlan]) -> dict[str, Path]:
+    """Channel -> file from CHANNEL=FILE; "" for a file without a channel. Raises InvresError for one given twice."""
+    inputs: dict[str, Path] = {}
+    for text in texts:
+        channel, separator, path = text.partition("=")
+        # A path may hold "=" itself.
+        if not separator or Path(text).exists():
+            channel, path = "", text
+        if channel in inputs:
+            raise InvresError(
+                f"The channel {channel} is given twice." if channel else "Two inputs have no channel name.",
+                hint=f"Give each channel once, with its name: {each_channel(channels)}.",
+            )
+        inputs[channel] = Path(path)
+    return inputs
+
+
+def files_of_channels(
+    channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str
+) -> Sequence[Path | None] | Path:
+    """A file for each of the model's channels, in its order, None for an optional one that is not given; or the one
+    file that has them all.
+
+    Names are matched whatever their case. Raises InvresError for other channels than the model's, and for a file that
+    is not there.
+    """
+    for path in inputs.values():
+        if not path.exists():
+            raise InvresError(f"There is no file {path}.", hint="Check the spelling and the folder.")
+    if list(inputs) == [""]:
+        return inputs[""]
+    names = [channel.name for channel in channels]
+    given = {key.casefold(): path for key, path in inputs.items()}
+    needed = {channel.name.casefold() for channel in channels if not channel.optional}
+    if len(given) < len(inputs) or not needed <= given.keys() <= {name.casefold() for name in names}:
+        got = ", ".join(name or "a file without a channel name" for name in inputs)
+        optional = ", ".join(channel.name for channel in channels if channel.optional)
+        may_miss = f" It can do without some of {optional}." if optional else ""
+        raise InvresError(
+            f"The model {model} takes {counted(names)}; got {got}.",
+            hint=f"Give each once: {each_channel(channels)}.{may_miss}",
+        )
+    return [given.get(name.casefold()) for name in names]
+
+
+def check_files(manifest: Manifest, inputs: Mapping[str, Path], output: Path, probabilities: Path | None) -> None:
+    """Raises InvresError, before any work, for inputs that are not the model's or not there, and for results that
+    could not be written or would take the place of an input.
+    """
+    outputs = [output]
+    if probabilities is not None:
+        check_outputs([with_ending(probabilities)], inputs.values())
+        outputs += maps_of(probabilities, manifest).values()
+    check_outputs(outputs, inputs.values())
+    files_of_channels(manifest.plan.channels, inputs, manifest.name)
+
+
+def maps_of(probabilities: Path, manifest: Manifest) -> dict[str, Path]:
+    """Label -> file of its probabilities; the background too, where labels exclude one another.
+
+    probabilities: FILE of FILE_LABEL.nii.gz, with an ending that can be written, or none.
+    """
+    scheme = manifest.scheme
+    names = scheme.names if scheme.regions else ("background", *scheme.names)
+    path = with_ending(probabilities)
+    return {name: beside(path, name) for name in names}
+
+
+def each_channel(channels: Sequence[ChannelPlan]) -> str:
+    """How the inputs are given on the command line."""
+    return " ".join(f"--input {channel.name}=FILE" for channel in channels)
+
+
+def counted(names: Sequence[str]) -> str:
+    """The channels for a sentence."""
+    return f"the channel {names[0]}" if len(names) == 1 else f"the {len(names)} channels {', '.join(names)}"
