@@ -25,6 +25,7 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
     from .cube import bench_cube
     from .depth import bench_depth, draw_depth
+    from .variants import bench_variants
 
     deadline = time.monotonic() + BENCH_SECONDS
     patch = tuple(options.patch)
@@ -59,15 +60,22 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
     words = f"{'x'.join(map(str, patch))}, {options.channels} channels, {options.classes} classes, batch 1"
     kind = "measured" if options.measure or on_card else "predicted on hollow tensors"
     row = ["network", "engine", "memory", "precision"]
+    peaks = ["peak_bytes", "ratio", "activation_bytes", "activation_ratio"]
     section(
         "memory",
         f"Peak live tensor bytes of a training step ({kind}; {words})",
         lambda: bench_memory(*size, device, options.measure, report),
         [
             *row,
-            *("parameter_bytes", "peak_bytes", "ratio", "activation_bytes", "activation_ratio", "flops_ratio"),
+            *("parameter_bytes", *peaks, "flops_ratio"),
             *("allocated_bytes", "reserved_bytes", "card_used_bytes", "error"),
         ],
+    )
+    section(
+        "variants",
+        f"VAE branch, classes, depth and whole volumes: peak live tensor bytes of a training step (predicted; {words})",
+        lambda: bench_variants(*size, report),
+        ["network", "variant", "patch", "memory", "precision", *peaks],
     )
     section(
         "time",

@@ -14,7 +14,7 @@ import torch
 from . import InvresError
 from .config import MEMORY_SETTINGS, NetworkConfig, Recipe, TrainingConfig
 from .events import Reporter, format_bytes
-from .memory import CONTEXT_BYTES, ROUNDING, TrainingMemory, card_bytes, predict_training
+from .memory import CONTEXT_BYTES, ROUNDING, TrainingMemory, card_bytes, predict_for, predict_training
 from .networks import build
 
 __all__ = ["CardPlan", "correction", "fit_recipe", "plan_for_card"]
@@ -77,6 +77,7 @@ def plan_for_card(
     engine: str = "auto",
     precision: str = "fp32",
     memory: str = "low",
+    optimizer: str = "adam",
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     correction: float = 1.0,
     known: Mapping[Triple, TrainingMemory] = MappingProxyType({}),
@@ -92,7 +93,9 @@ def plan_for_card(
         if network is config and setting == memory and patch in known:
             found = known[patch]
         else:
-            found = predict_training(network, patch, batch_size, engine, precision=precision, memory=setting)
+            found = predict_training(
+                network, patch, batch_size, engine, precision=precision, memory=setting, optimizer=optimizer
+            )
         return dataclasses.replace(found, peak_bytes=round(found.peak_bytes * correction))
 
     def needed(*what: Any) -> int:
@@ -137,9 +140,8 @@ def fit_recipe(recipe: Recipe, vram_bytes: int, regions: bool, report: Reporter)
 
     @functools.cache
     def predicted(memory: str, patch: Triple) -> TrainingMemory:
-        return predict_training(
-            network, patch, training.batch_size, training.engine, regions, training.precision, memory
-        )
+        changed = dataclasses.replace(training, patch=patch, memory=memory)
+        return predict_for(network, changed, training.engine, regions)
 
     def needed(memory: str, patch: Triple) -> int:
         return card_bytes(predicted(memory, patch).peak_bytes)

@@ -30,6 +30,10 @@ _MEMORY = (
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+OPTIMIZERS = ("adam", "muon")
+
+_OPTIMIZER = "muon learns faster than adam in most trainings and takes half of its memory"
+
 _MIRROR = "average predictions mirrored along these axes: 0 top to bottom, 1 front to back, 2 left to right"
 
 _DROPOUT = "blank each channel so often in training, as 0.25, so that the model can do without some of them"
@@ -168,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default: the recipe's)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default: the recipe's)")
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (default: as the recipe has it)"
@@ -227,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--engine", choices=ENGINES, help="(auto)")
     one.add_argument("--precision", choices=PRECISIONS, help="(fp32)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=f"(low) {_MEMORY}")
+    one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"(adam) {_OPTIMIZER}")
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (a model: default as it has it)"
     )
@@ -262,10 +268,10 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "bench",
-        "Measures memory, time, gradients and depth of all networks and engines, and of installed peers.",
+        "Measures memory, variants, time, gradients and depth of all networks and engines, and of installed peers.",
         "bench",
     )
-    one.add_argument("what", choices=("memory", "time", "gradients", "depth", "all"))
+    one.add_argument("what", choices=("memory", "variants", "time", "gradients", "depth", "all"))
     one.add_argument("--measure", action="store_true", help="memory: run the steps instead of predicting")
     one.add_argument("--rounds", type=int, default=5, help="time: counted rounds (default 5)")
     one.add_argument("-o", "--output", type=Path, help="folder for JSON, Markdown and the picture of depth")
@@ -328,6 +334,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default fp32)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
+    one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default adam)")
     one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
     one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
     one.add_argument("--new-labels", action="store_true", help="the cases may have no label of the model's")

@@ -192,6 +192,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
             ("engine", options.engine),
             ("precision", options.precision),
             ("memory", options.memory),
+            ("optimizer", options.optimizer),
             ("time_s", _seconds(options.time) if options.time else None),
         )
         if value is not None
@@ -303,7 +304,7 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         network = dataclasses.replace(network, vae=VAEConfig() if options.vae else None)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("epochs", "seed", "engine", "precision", "memory")
+        for key in ("epochs", "seed", "engine", "precision", "memory", "optimizer")
         if getattr(options, key) is not None
     }
     if options.time:

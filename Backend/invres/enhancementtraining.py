@@ -96,7 +96,13 @@ def _train(
         # The biases are 0 already, so the training starts at the interpolation itself.
         torch.nn.init.zeros_(net.layers[-1].weight)  # type: ignore[arg-type]
     predicted = predict_enhancement(
-        recipe.network, config.patch, config.batch_size, net.engine, config.precision, config.memory
+        recipe.network,
+        config.patch,
+        config.batch_size,
+        net.engine,
+        config.precision,
+        config.memory,
+        config.optimizer,
     )
     announce_memory(recipe.network.name, net.engine, predicted.peak_bytes, report)
     factor = net.config.strides[0]

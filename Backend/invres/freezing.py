@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from . import InvresError
-from .networks import SegmentationNetwork
-from .transfer import is_head
+from .networks import SegmentationNetwork, is_head
 
 __all__ = ["FROZEN_PARTS", "freeze"]
 

@@ -59,7 +59,7 @@ def has_room(peak_bytes: int, free_bytes: int | None) -> bool:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a training step. activation_bytes = peak_bytes less parameters, their gradients and Adam's state.
+    """Bytes of a training step. activation_bytes: peak_bytes less parameters, gradients and the optimizer's state.
 
     by_role: what is alive at the peak, by what it is for (`reversible.ROLES`); the sum is peak_bytes. Gradients and the
     optimizer's temporaries that are not there at that moment are not in it. gradients: of the parameters; input: image,
@@ -90,6 +90,7 @@ def predict_training(
     regions: bool = False,
     precision: str = "fp32",
     memory: str = "low",
+    optimizer: str = "adam",
 ) -> TrainingMemory:
     """The peak of one training step, by running it on hollow tensors: no memory is allocated, nothing is computed.
 
@@ -98,14 +99,25 @@ def predict_training(
 
     def step() -> TrainingMemory:
         with abridged():
-            return measure_training(config, patch, batch_size, engine, regions, precision, memory=memory)
+            return measure_training(
+                config, patch, batch_size, engine, regions, precision, memory=memory, optimizer=optimizer
+            )
 
     return run_without_values(step)
 
 
 def predict_for(network: NetworkConfig, config: TrainingConfig, engine: str, regions: bool) -> TrainingMemory:
     """`predict_training` of a network with the patch, batch, precision and memory setting of a training."""
-    return predict_training(network, config.patch, config.batch_size, engine, regions, config.precision, config.memory)
+    return predict_training(
+        network,
+        config.patch,
+        config.batch_size,
+        engine,
+        regions,
+        config.precision,
+        config.memory,
+        config.optimizer,
+    )
 
 
 def measure_training(
@@ -118,8 +130,9 @@ def measure_training(
     device: str = "cpu",
     memory: str = "low",
     steps: int = 1,
+    optimizer: str = "adam",
 ) -> TrainingMemory:
-    """The peak of training steps with Adam's state in place, on made-up data, in live tensor bytes."""
+    """The peak of training steps with the optimizer's state in place, on made-up data, in live tensor bytes."""
     with torch.device(device):
         network = build(with_patch(config, patch), engine, memory).train()
     image = torch.zeros(batch_size, config.in_channels, *patch, device=device)
@@ -127,11 +140,11 @@ def measure_training(
     target = torch.zeros(shape, dtype=torch.bool if regions else torch.int16, device=device)
     weights = LossWeights()
 
-    def step(optimizer: torch.optim.Optimizer) -> None:
+    def step(adapt: torch.optim.Optimizer) -> None:
         for _ in range(steps):
-            training_step(network, optimizer, image, target, regions, weights, precision, check_finite=False)
+            training_step(network, adapt, image, target, regions, weights, precision, check_finite=False)
 
-    return measure_step(network, image, target, step)
+    return measure_step(network, image, target, step, optimizer)
 
 
 def predict_enhancement(
@@ -141,12 +154,13 @@ def predict_enhancement(
     engine: str = "auto",
     precision: str = "fp32",
     memory: str = "low",
+    optimizer: str = "adam",
 ) -> TrainingMemory:
     """`predict_training` for a network of image quality transfer."""
 
     def step() -> TrainingMemory:
         with abridged():
-            return measure_enhancement(config, patch, batch_size, engine, precision, memory=memory)
+            return measure_enhancement(config, patch, batch_size, engine, precision, memory=memory, optimizer=optimizer)
 
     return run_without_values(step)
 
@@ -160,6 +174,7 @@ def measure_enhancement(
     device: str = "cpu",
     memory: str = "low",
     steps: int = 1,
+    optimizer: str = "adam",
 ) -> TrainingMemory:
     """`measure_training` for a network of image quality transfer. patch: of the input, (D, H, W)."""
     with torch.device(device):
@@ -168,11 +183,11 @@ def measure_enhancement(
     channels = config.out_channels * math.prod(network.config.strides[0])
     target = torch.zeros(batch_size, channels, *(size - 2 * BORDER for size in patch), device=device)
 
-    def step(optimizer: torch.optim.Optimizer) -> None:
+    def step(adapt: torch.optim.Optimizer) -> None:
         for _ in range(steps):
-            enhancement_step(network, optimizer, image, target, precision, check_finite=False)
+            enhancement_step(network, adapt, image, target, precision, check_finite=False)
 
-    return measure_step(network, image, target, step)
+    return measure_step(network, image, target, step, optimizer)
 
 
 def measure_step(
@@ -180,15 +195,16 @@ def measure_step(
     image: torch.Tensor,
     target: torch.Tensor,
     step: Callable[[torch.optim.Optimizer], None],
+    kind: str = "adam",
 ) -> TrainingMemory:
-    """The peak of `step(optimizer)` with Adam's state in place, for any network, on real or hollow tensors."""
+    """The peak of `step(optimizer)` with the optimizer's state in place, for any network, on real or hollow tensors."""
     on_card = image.is_cuda
-    optimizer = make_optimizer(network, learning_rate=1e-4)
+    optimizer = make_optimizer(network, learning_rate=1e-4, kind=kind)
     probe = LiveBytes()
     probe.watch([image, target], "input")
     probe.watch([*network.parameters(), *network.buffers()], "parameters")
     with probe:
-        # A step of zero gradients makes Adam's state; a whole training step for that would double the time.
+        # A step of zero gradients makes the state; a whole training step for that would double the time.
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with role("optimizer"):

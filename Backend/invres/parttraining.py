@@ -24,7 +24,7 @@ from .files import written_whole
 from .freezing import freeze
 from .memory import has_room, predict_for
 from .modelpackage import ModelPackage
-from .networks import SegmentationNetwork, build, with_patch
+from .networks import STEMS, SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
 from .prediction import is_out_of_memory
 from .preprocessing import PreparedCase, case_volumes_ml
@@ -33,7 +33,7 @@ from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
 from .training import announce_memory, validator
-from .transfer import STEMS, Transfer, transfer_weights
+from .transfer import Transfer, transfer_weights
 from .tuningplan import TuningPlan, prepare_readable, write_plan
 
 __all__ = ["NOTHING_TO_KEEP", "TRANSFER", "PartTrainer"]

@@ -24,7 +24,7 @@ _ROLES = {
     "recompute": "maps kept or recomputed",
     "loss": "head and loss",
 }
-_CHOICES = ("engine", "precision", "memory")
+_CHOICES = ("engine", "precision", "memory", "optimizer")
 CHANNELS = CLASSES = 4  # unless the recipe tells; as the networks are compared here
 TENSOR = 6  # components
 PATCHES = {False: (128, 128, 128), True: (11, 11, 11)}  # whether the network enhances; the second is published

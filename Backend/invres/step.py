@@ -9,7 +9,8 @@ import torch
 
 from .config import LossWeights
 from .losses import EnhancementLosses, Losses, check_target, root_mean_square_error, sums_of_boxes, total_loss
-from .networks import Network, SegmentationNetwork
+from .muon import Muon
+from .networks import STEMS, Network, SegmentationNetwork, is_head
 from .reversible import role
 
 __all__ = ["AUTOCAST_DTYPES", "autocast", "enhancement_step", "make_optimizer", "training_step"]
@@ -25,10 +26,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def make_optimizer(
-    network: torch.nn.Module, learning_rate: float = 2e-4, weight_decay: float = 0.0
+    network: torch.nn.Module, learning_rate: float = 2e-4, weight_decay: float = 0.0, kind: str = "adam"
 ) -> torch.optim.Optimizer:
-    """Adam with the paper's learning rate (section 3.3); weight decay, where wanted, is decoupled (AdamW)."""
+    """Adam with the paper's learning rate (section 3.3); weight decay, where wanted, is decoupled (AdamW).
+
+    kind: "muon" for Muon on the convolutions between the first one and the head, and Adam for the rest.
+    """
     trainable = [p for p in network.parameters() if p.requires_grad]
+    if kind == "muon":
+        return Muon(trainable, _between_channels(network), learning_rate, weight_decay)
     # foreach=False updates one tensor after the other: the fused form holds copies of all gradients at once.
     return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay, foreach=False)
 
@@ -113,6 +119,16 @@ def _optimize(
         else:
             optimizer.step()
     return detached
+
+
+def _between_channels(network: torch.nn.Module) -> list[torch.Tensor]:
+    """Weights of convolutions that map channels to channels: not the first one, the head, or depthwise ones."""
+    inner = getattr(network, "module", network)
+    return [
+        weight
+        for name, weight in inner.named_parameters()
+        if weight.ndim == 5 and weight.shape[1] > 1 and name not in STEMS and not is_head(name)
+    ]
 
 
 def _classes(network: torch.nn.Module) -> int:

@@ -130,7 +130,7 @@ class Trainer:
         self.guard = DriftGuard(network, report)
         self.keep_best = keep_best
         self.device = next(network.parameters()).device
-        self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
+        self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay, config.optimizer)
         scaled = config.precision == "fp16" and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda") if scaled else None
         self.iteration = 0

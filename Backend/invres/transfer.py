@@ -12,14 +12,12 @@ from torch import Tensor
 
 from .config import LabelScheme
 from .manifest import Manifest
-from .networks import SegmentationNetwork
+from .networks import STEMS, SegmentationNetwork, is_head
 
-__all__ = ["STEMS", "TensorOutcome", "Transfer", "is_head", "match_names", "transfer_weights"]
+__all__ = ["TensorOutcome", "Transfer", "match_names", "transfer_weights"]
 
 Outcome = Literal["reused", "adapted", "initialised", "dropped"]
 
-STEMS = ("stem.weight", "encoder.0.layers.0.weight")
-"""The first convolution's weights, by network; their second axis is the input channels."""
 _VAE_HEAD = "vae.head."
 
 
@@ -101,11 +99,6 @@ def match_names(wanted: Sequence[str], known: Sequence[str], alone: bool = False
         return [0]
     places = {_plain(name): place for place, name in reversed(list(enumerate(known)))}
     return [places.get(_plain(name)) for name in wanted]
-
-
-def is_head(name: str) -> bool:
-    """Whether a parameter of this name belongs to the layer that makes the logits."""
-    return name.startswith(("head.", "heads."))
 
 
 def transfer_weights(

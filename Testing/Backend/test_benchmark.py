@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from invres import benchmark, cube
+from invres import benchmark, cube, variants
 from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
-from invres.config import NETWORKS
+from invres.config import NETWORKS, NetworkConfig
 from invres.events import Recorder
-from invres.memory import CONTEXT_BYTES
+from invres.memory import CONTEXT_BYTES, predict_training
 from invres.networks import build
 from invres.operations import Operations
 from invres.peers import PEERS, build_peer
@@ -206,3 +206,26 @@ def test_a_convolution_in_groups_counts_a_groups_share_forward_and_twice_that_ba
         output.sum().backward()
     assert forward.total == 2 * (8 * 8 // groups) * 3**3 * (2 * 5 * 6 * 7)
     assert backward.total == 2 * forward.total
+
+
+def test_variants_stand_beside_what_they_are_variants_of(monkeypatch):
+    """Small patches, but the networks as they are: the figures themselves are the command's."""
+    monkeypatch.setattr(variants, "WHOLE_VOLUME", (48, 48, 32))
+    recorder = Recorder()
+    rows = variants.bench_variants((32, 32, 32), 4, 4, recorder)
+    assert_progress_is_complete(recorder)
+        *range(len(rows)),
+        len(rows),
+    ]
+    by_key = {(row["network"], row["variant"], row["memory"]): row for row in rows}
+    assert len(by_key) == len(rows) == 13
+    for name in variants.INVERTIBLE:
+        config = NetworkConfig(name=name, in_channels=4, out_channels=4)
+        assert by_key[name, "plain", "low"]["peak_bytes"] == predict_training(config, (32, 32, 32)).peak_bytes
+        deep, single = (by_key[name, f"{count} block{'s' * (count > 1)} a level", "low"] for count in (16, 1))
+        assert deep["activation_ratio"] == deep["activation_bytes"] / single["activation_bytes"] < 1.02
+        assert deep["ratio"] > 1.5, "parameters grow with depth, maps do not"
+        many = by_key[name, "104 classes", "low"]
+        assert many["ratio"] == many["peak_bytes"] / by_key[name, "plain", "low"]["peak_bytes"]
+    baseline, *ours = [row for row in rows if row["variant"] == "whole volume"]
+    assert baseline["network"] == "unet3d" and baseline["ratio"] == 1 and all(row["ratio"] < 1 for row in ours)

@@ -68,7 +68,8 @@ ALLOWED = {
     "transfer": "config manifest networks",
     "labelmatching": "config events transfer",
     "freezing": "networks transfer",
-    "step": "config losses networks reversible",
+    "muon": "",
+    "step": "config losses muon networks reversible",
     "objectives": "config losses networks step",
     "memory": "config hollow livebytes losses networks reversible step",
     "iqt_figures": "config memory networks step",
@@ -119,6 +120,7 @@ ALLOWED = {
     "worker": "events interruption",
     "peers": "",
     "operations": "",
+    "variants": "config events memory networks",
     "depth": "config events hollow livebytes networks operations reversible",
     "cube": "config events memory",
     "benchmark": "config events hollow losses memory networks operations peers step",
@@ -155,7 +157,7 @@ ALLOWED = {
     "furthertables": "fcn_table iqt_figures published reproduction",
     "console": "config events interruption modelpackage",
     "model_commands": "config console events interruption lineage manifest modelpackage versions",
-    "bench_command": "benchmark console cube depth events files",
+    "bench_command": "benchmark console cube depth events files variants",
     "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
     "enhance_command": (
         "config console enhancement enhancementconfig enhancementscores enhancementtraining events files modelpackage "

@@ -10,9 +10,8 @@ scored on the cases of the fold that was left out, in the file's own voxels; not
 finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
 is so far. One thread.
 
---folds takes only the first ones. With --bundle PATH the recipe's network is at last trained longer, for
---bundle-seconds, on the cases of the first fold, scored on those left out, and written as a package: the figures on its
-card are of these very weights.
+--folds takes only the first ones, --optimizer another optimizer than the recipe's. With --bundle PATH the recipe's
+network as trained for the first fold is written as a package: the figures on its card are of these very weights.
 """
 
 from __future__ import annotations
@@ -81,30 +80,29 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     data = read_dataset(options.data)
     recipe = Recipe.read(RECIPE)
-    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=options.precision))
+    training = dataclasses.replace(recipe.training, precision=options.precision)
+    if options.optimizer:
+        training = dataclasses.replace(training, optimizer=options.optimizer)
+    recipe = dataclasses.replace(recipe, training=training)
     networks = _networks()
     known = options.output / "steps.json"
     steps = _read(known) if known.is_file() else {}
-    wanted = {*options.networks, *([BUNDLED] if options.bundle else [])}
-    if missing := {name: network for name, network in networks.items() if name in wanted and name not in steps}:
+    if missing := {name: networks[name] for name in options.networks if name not in steps}:
         steps |= _step_seconds(missing, recipe, data)
         _write(known, steps)
     for fold in range(options.folds):
         for name in options.networks:
             engine, seconds = min(steps[name].items(), key=lambda found: found[1])
             count = EPOCHS * max(1, round(options.seconds / seconds / EPOCHS))
-            run, kept = options.output / f"{name}_{fold}", options.output / "folds" / f"{name}_{fold}.json"
+            run, kept = options.output / f"{name}_{fold}", _kept(options.output, name, fold)
             if not kept.is_file():
                 _write(kept, _fold(networks[name], recipe, engine, data, run, count, fold))
             print(_markdown(options, data, steps, networks), flush=True)
     if options.bundle:
-        engine, seconds = min(steps[BUNDLED].items(), key=lambda found: found[1])
-        count = EPOCHS * max(1, round(options.bundle_seconds / seconds / EPOCHS))
-        run, kept = options.output / "long", options.output / "long.json"
-        if not kept.is_file():
-            _write(kept, _fold(networks[BUNDLED], recipe, engine, data, run, count, 0))
-        package = _bundle(data, run, _read(kept), options.bundle)
-        print(f"{package.path}: {count} steps")
+        package = _bundle(
+            data, options.output / f"{BUNDLED}_0", _read(_kept(options.output, BUNDLED, 0)), options.bundle
+        )
+        print(package.path)
         for name, values in package.manifest.metrics.items():
             print(f"  {name}: " + ", ".join(f"{key} {spread(value)}" for key, value in values.items()))
 
@@ -117,12 +115,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="of training steps, for each fold of each network")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--bundle", type=Path, help="where the package is written")
-    parser.add_argument("--bundle-seconds", type=float, default=2400, help="of training steps, for the package")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), help="default: the recipe's")
+    parser.add_argument("--bundle", type=Path, help="where the package is written; adds its network to --networks")
     usual = [name for name in names if name not in (ABLATION, BUNDLED)]
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five, from the first one on")
     parser.add_argument("--networks", nargs="*", choices=names, default=usual)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.bundle and BUNDLED not in options.networks:
+        options.networks.append(BUNDLED)
+    return options
 
 
 def _keep_freed_memory() -> None:
@@ -162,7 +163,7 @@ def _step_seconds(networks: dict[str, NetworkConfig], recipe: Recipe, data: Data
         for engine in ("stored", "reversible")
         if engine in ENGINE_TABLE[network.name]
     }
-    optimizers = {key: make_optimizer(network) for key, network in built.items()}
+    optimizers = {key: make_optimizer(network, kind=config.optimizer) for key, network in built.items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in built}
     for _ in range(8):
         for key, network in built.items():
@@ -247,6 +248,11 @@ def _scores(package: ModelPackage, data: Dataset, names: list[str]) -> tuple[dic
     return scores, confidences
 
 
+def _kept(output: Path, name: str, fold: int) -> Path:
+    """Where the scores of a finished fold are."""
+    return output / "folds" / f"{name}_{fold}.json"
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as temporary:
@@ -262,7 +268,10 @@ def _markdown(
 ) -> str:
     lines = [
         f"`python Testing/Benchmarks/crossvalidation.py --seconds {options.seconds:g} "
-        f"--precision {options.precision} --folds {options.folds} --output FOLDER`, {os.cpu_count()}-core CPU "
+        f"--precision {options.precision} --folds {options.folds} --networks "
+        + " ".join(f'"{name}"' for name in options.networks)
+        + (f" --optimizer {options.optimizer}" if options.optimizer else "")
+        + f" --output FOLDER`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
         "| network | parameters | memory of a step | step, s | steps | folds | n | label "
@@ -271,6 +280,7 @@ def _markdown(
         "|" + "---|" * (9 + len(METRICS)),
     ]
     training = Recipe.read(RECIPE).training
+    optimizer = options.optimizer or training.optimizer
     folds = {
         name: [_read(path) for path in sorted((options.output / "folds").glob(f"{name}_?.json"))] for name in networks
     }
@@ -282,7 +292,9 @@ def _markdown(
             continue
         network = _sized(networks[name], data)
         parameters = sum(p.numel() for p in build(network).parameters())
-        memory = predict_training(network, training.patch, training.batch_size, precision=options.precision).peak_bytes
+        memory = predict_training(
+            network, training.patch, training.batch_size, precision=options.precision, optimizer=optimizer
+        ).peak_bytes
         head = [name, f"{parameters:,}", format_bytes(memory), f"{min(steps[name].values()):.2f}"]
         head += [str(folds[name][0]["steps"]), str(len(folds[name])), str(len(of_cases))]
         labels = list(next(iter(of_cases.values())))

@@ -12,6 +12,7 @@ from .compact_fcn import CompactFCN
 from .espcn import BORDER, ESPCN, ElongatedESPCN, shuffle, unshuffle
 from .fully_invres import FullyInvRes
 from .mbconv_unet import MBConvUNet
+from .naming import STEMS, is_head
 from .no_new_net import NoNewNet
 from .partially_invres import PartiallyInvRes
 from .unet3d import UNet3D
@@ -19,12 +20,14 @@ from .unet3d import UNet3D
 __all__ = [
     "BORDER",
     "ESPCN",
+    "STEMS",
     "Network",
     "NetworkOutput",
     "SegmentationNetwork",
     "build",
     "build_any",
     "build_enhancer",
+    "is_head",
     "shuffle",
     "unshuffle",
     "with_patch",
