@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .config import NETWORKS, LossWeights, NetworkConfig
+from .config import LossWeights
 from .events import SILENT, Reporter, format_bytes
 from .hollow import without_values
 from .losses import segmentation_loss
 from .memory import TrainingMemory, measure_step, measure_training, predict_training
+from .networkconfig import NETWORKS, NetworkConfig
 from .networks import SegmentationNetwork, build
 from .operations import Operations
 from .peers import PEERS, Peer, build_peer

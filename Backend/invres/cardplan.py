@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from . import InvresError
-from .config import MEMORY_SETTINGS, NetworkConfig, Recipe, TrainingConfig
+from .config import MEMORY_SETTINGS, Recipe, TrainingConfig
 from .events import Reporter, format_bytes
 from .memory import CONTEXT_BYTES, ROUNDING, TrainingMemory, card_bytes, predict_for, predict_training
+from .networkconfig import NetworkConfig
 from .networks import build
 
 __all__ = ["CardPlan", "correction", "fit_recipe", "plan_for_card"]

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, ENHANCEMENT_NETWORKS, MEMORY_SETTINGS, NETWORKS, nearest
+from .config import ENGINES, MEMORY_SETTINGS
+from .configjson import nearest
 from .events import JsonReporter, Reporter, TerminalReporter
 from .faults import fault_of
+from .networkconfig import ENHANCEMENT_NETWORKS, NETWORKS
 
 __all__ = ["main"]
 

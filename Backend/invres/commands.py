@@ -11,7 +11,8 @@ from typing import Any
 
 from . import InvresError
 from .bench_command import bench
-from .config import Recipe, VAEConfig, to_dict
+from .config import Recipe
+from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
@@ -20,6 +21,7 @@ from .interruption import postponed
 from .manifest import check_name
 from .model_commands import describe, models
 from .modelpackage import ModelPackage
+from .networkconfig import VAEConfig
 from .plan_command import plan
 from .reproduce_command import reproduce
 

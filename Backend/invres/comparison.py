@@ -12,7 +12,8 @@ from scipy import stats
 
 from . import InvresError
 from .casecomparison import CaseComparison
-from .config import LabelScheme, to_dict
+from .config import LabelScheme
+from .configjson import to_dict
 from .evaluation import bootstrap_interval
 from .events import aligned
 from .files import written_whole

@@ -1,155 +1,38 @@
-"""Every configuration as one frozen dataclass, and the way of each to and from JSON."""
+"""A recipe and its parts, each a frozen dataclass: training, augmentation, preparation, labels."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from . import InvresError
+from .configjson import from_dict
 from .enhancementconfig import EnhancementConfig
+from .networkconfig import ENHANCEMENT_NETWORKS, NetworkConfig
 from .synthesisconfig import LabelMapConfig
 
 __all__ = [
     "DARKEST",
     "ENGINES",
-    "ENHANCEMENT_NETWORKS",
     "MEMORY_SETTINGS",
-    "NETWORKS",
     "AugmentationConfig",
     "ChannelPlan",
     "Label",
     "LabelScheme",
     "LossWeights",
-    "NetworkConfig",
     "PreparationPlan",
     "Recipe",
     "TrainingConfig",
-    "VAEConfig",
-    "from_dict",
-    "nearest",
-    "network_as_written",
-    "to_dict",
 ]
 
-NETWORKS = (
-    "unet3d",
-    "partially_invres",
-    "fully_invres",
-    "mbconv_unet",
-    "no_new_net",
-    "autoencoder_unet",
-    "compact_fcn",
-)
-ENHANCEMENT_NETWORKS = ("espcn", "espcn_rn")
-"""They give images, not labels, and are trained and used by verbs of their own."""
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
 DARKEST = -4.0
 """Of empty background, in standard deviations. It keeps the darkness that scaling gives it, but an image of little
 contrast must not push it so far that it dominates the network's statistics."""
 Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The variational branch (Myronenko, arXiv 1810.11654): it reconstructs the input while training.
-
-    patch: (D, H, W) of the training input; the dense layers fix it. (0, 0, 0) is filled in from the recipe's patch.
-    latent: length of mean and of log-variance each; published value.
-    reduced_channels: width in front of the dense layer; published value.
-    """
-
-    patch: Triple = (0, 0, 0)
-    latent: int = 128
-    reduced_channels: int = 16
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """One network. Empty tuples mean the architecture's own default.
-
-    levels: how many levels of the default to take, finest first; 0 = all. Ignored where channels are given.
-    channels: width of the full state at each level, finest first.
-    blocks, decoder_blocks: couplings (unet3d: convolution pairs) per level; decoder_blocks has one entry less.
-    strides: shrink factor (1 or 2 per axis, D H W) between neighbouring levels.
-    convolutions: norm-activation-convolution units in each of N1 and N2 (eq. 1 of the paper).
-    norm: "auto" is the one that the architecture was published with.
-    resampling: fully_invres: "shuffle" squeezes by pixel shuffle (the paper's); "haar" also turns the voxels that it
-        makes of one into their mean and differences; "auto" is "haar".
-    learnable_resampling: fully_invres: an orthogonal matrix behind each squeeze is learned.
-    expansion: mbconv_unet: how much wider its functions are inside than outside.
-    block, bottleneck_ratio: compact_fcn: what stands for the two convolutions of a level; how much narrower (K)
-        it is inside.
-    inplace_norm: compact_fcn, unet3d, no_new_net: norm and leaky ReLU overwrite their input, so that one map is kept
-        for backward and not two.
-    For the enhancement networks see `networks.espcn`: blocks are those of each stack, strides the upsampling.
-    """
-
-    name: str = "fully_invres"
-    in_channels: int = 1
-    out_channels: int = 2
-    levels: int = 0
-    channels: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-    decoder_blocks: tuple[int, ...] = ()
-    strides: tuple[Triple, ...] = ()
-    convolutions: int = 1
-    kernel: int = 3
-    norm: Literal["auto", "instance", "group", "batch", "none"] = "auto"
-    negative_slope: float = 0.01
-    dropout: float = 0.0
-    resampling: Literal["auto", "shuffle", "haar"] = "auto"
-    learnable_resampling: bool = False
-    expansion: int = 6
-    block: Literal["plain", "bottleneck", "separable", "ccblock"] = "ccblock"
-    bottleneck_ratio: int = 3
-    inplace_norm: bool = False
-    vae: VAEConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in NETWORKS and not self.enhances:
-            known = NETWORKS + ENHANCEMENT_NETWORKS
-            raise InvresError(
-                f"There is no network {self.name!r}; the networks are {', '.join(known)}.",
-                hint=nearest(self.name, known),
-            )
-        for key in ("in_channels", "out_channels", "convolutions", "expansion", "bottleneck_ratio"):
-            if getattr(self, key) < 1:
-                raise InvresError(f"network.{key} must be 1 or more, got {getattr(self, key)}.")
-        if self.levels < 0 or self.levels == 1:
-            raise InvresError(f"network.levels must be 2 or more (or 0 for the default), got {self.levels}.")
-        if self.kernel % 2 == 0 or self.kernel < 1:
-            raise InvresError(f"network.kernel must be odd, got {self.kernel}.")
-        if self.inplace_norm and (self.norm == "none" or not self.negative_slope > 0):
-            raise InvresError(
-                "network.inplace_norm needs a norm and a negative_slope above 0, "
-                f"got {self.norm} and {self.negative_slope}.",
-                hint="Backward recovers what was overwritten by the inverse of the leaky ReLU.",
-            )
-        if not 0 <= self.dropout < 1:
-            raise InvresError(f"network.dropout must be 0 or more and below 1, got {self.dropout}.")
-
-    @property
-    def enhances(self) -> bool:
-        """Whether it makes an image of higher resolution, and no segmentation."""
-        return self.name in ENHANCEMENT_NETWORKS
-
-
-def network_as_written(values: dict[str, Any]) -> dict[str, Any]:
-    """A network's JSON with what has been added since it was written, at the value that was in force then.
-
-    "auto" would mean what is the default today, and the same weights would give another result without a word.
-    """
-    if values.get("name") == "fully_invres":
-        return {"resampling": "shuffle"} | values
-    return values
 
 
 @dataclass(frozen=True)
@@ -413,77 +296,3 @@ class Recipe:
         except (OSError, ValueError) as error:
             raise InvresError(f"The recipe {path} is not readable JSON: {error}.") from None
         return from_dict(Recipe, data, f"recipe {Path(path).name}")
-
-
-T = TypeVar("T")
-
-_SYNONYMS = {
-    **dict.fromkeys(("width", "widths", "features", "filters"), "channels"),
-    **{"lr": "learning_rate", "batch": "batch_size", "patch_size": "patch", "spacing": "spacing_mm"},
-}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question for the known word that one may have meant; "" where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"Did you mean {near[0]!r}?" if near else ""
-
-
-def to_dict(config: Any) -> Any:
-    """A configuration as plain JSON values (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """Builds a configuration from plain JSON values.
-
-    Raises InvresError naming the unknown key (with the nearest known one) or the value of a wrong type.
-    """
-    where = where or cls.__name__
-    if not isinstance(data, dict):
-        raise InvresError(f"{where} must be a JSON object, got {type(data).__name__}.")
-    known = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            other = _SYNONYMS.get(str(key).lower(), "")
-            hint = f"Did you mean {other!r}?" if other in known else nearest(str(key), known)
-            hint = hint or f"Known keys: {', '.join(known)}."
-            raise InvresError(f"{where} has the unknown key {key!r}.", hint=hint)
-        values[key] = _convert(known[key], value, f"{where}: {key}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise InvresError(f"{where} is incomplete: {error}.") from None
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or an InvresError that says what was wanted."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise InvresError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}.")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InvresError(f"{where} must be a list, got {value!r}.")
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, where) for item in value)
-        if len(value) != len(arguments):
-            raise InvresError(f"{where} must have {len(arguments)} entries, got {len(value)}.")
-        return tuple(_convert(a, item, where) for a, item in zip(arguments, value, strict=True))
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
-    wrong_bool = isinstance(value, bool) and kind is not bool
-    if kind is float and isinstance(value, int) and not wrong_bool:
-        return float(value)
-    if not isinstance(value, kind) or wrong_bool:
-        raise InvresError(f"{where} must be {_WORDS.get(kind, kind.__name__)}, got {value!r}.")
-    return value
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

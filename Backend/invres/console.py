@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError
-from .config import Recipe, nearest
+from .config import Recipe
+from .configjson import nearest
 from .events import JsonReporter, Reporter
 from .interruption import postponed
 from .modelpackage import ModelPackage, bundled_models_dir, find_package

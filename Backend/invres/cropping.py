@@ -13,7 +13,8 @@ import numpy as np
 
 from . import Cancelled, InvresError
 from .cases import SPLITS, Case, Dataset, read_splits
-from .config import CropPlan, to_dict
+from .config import CropPlan
+from .configjson import to_dict
 from .events import SILENT, Reporter
 from .files import written_whole
 from .inference import is_crop

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .config import NetworkConfig
 from .events import SILENT, Reporter
 from .memory import CONTEXT_BYTES, measure_training
+from .networkconfig import NetworkConfig
 
 __all__ = ["CARDS_GIB", "bench_cube"]
 

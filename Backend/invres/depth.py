@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .config import NetworkConfig
 from .events import SILENT, Reporter
 from .hollow import without_values
 from .livebytes import LiveBytes
+from .networkconfig import NetworkConfig
 from .networks.blocks import CouplingFunction
 from .operations import Operations
 from .reversible import Couple, Program

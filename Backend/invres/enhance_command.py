@@ -9,7 +9,8 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from . import InvresError
-from .config import Recipe, to_dict
+from .config import Recipe
+from .configjson import to_dict
 from .console import load_torch, package_named, say
 from .events import Reporter, format_seconds
 from .files import written_whole

@@ -12,7 +12,8 @@ import torch
 
 from . import InvresError
 from .checkpoint import CHECKPOINT
-from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe, to_dict
+from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe
+from .configjson import to_dict
 from .diffusion import COMPONENTS
 from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .config import NetworkConfig
 from .events import SILENT, Reporter
 from .memory import predict_training
+from .networkconfig import NetworkConfig
 from .networks import build
 
 __all__ = ["SIZES", "VARIANTS", "Variant", "compare_table"]

@@ -16,7 +16,8 @@ from .cases import Dataset
 from .casesplits import Part
 from .checkpoint import CHECKPOINT
 from .comparison import summarise, write_comparison
-from .config import Recipe, from_dict, to_dict
+from .config import Recipe
+from .configjson import from_dict, to_dict
 from .cropping import cropped
 from .events import SILENT, Reporter
 from .files import written_whole

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import InvresError
-from .config import NetworkConfig
 from .events import SILENT, Reporter, format_bytes
+from .networkconfig import NetworkConfig
 from .published import MBCONV_CLAIMS
 from .reproduction import Comparison, Request, Row, table
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import InvresError
-from .config import NetworkConfig, VAEConfig
+from .networkconfig import NetworkConfig, VAEConfig
 from .published import INVRES_1, INVRES_2, INVRES_3, INVRES_4, PARAMETERS, Column, PublishedTable
 from .reproduction import Comparison, Request, Row, table
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .config import NetworkConfig
 from .memory import TrainingMemory, predict_enhancement
+from .networkconfig import NetworkConfig
 from .networks import build_enhancer, unshuffle
 from .step import enhancement_step, make_optimizer
 

@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass, field
 
 from . import InvresError
-from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict, network_as_written, to_dict
+from .config import LabelScheme, PreparationPlan
+from .configjson import from_dict, to_dict
 from .enhancementconfig import EnhancementPlan
 from .expectation import Expectation
+from .networkconfig import NetworkConfig, network_as_written
 from .sides import Side, check_sides, sided_scheme
 
 __all__ = [

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._pytree import tree_iter
 
-from .config import LossWeights, NetworkConfig, TrainingConfig
+from .config import LossWeights, TrainingConfig
 from .hollow import run_without_values
 from .livebytes import LiveBytes
+from .networkconfig import NetworkConfig
 from .networks import BORDER, build, build_enhancer, with_patch
 from .reversible import abridged, role
 from .step import enhancement_step, make_optimizer, training_step

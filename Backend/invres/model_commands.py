@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError
-from .config import to_dict
+from .configjson import to_dict
 from .console import package_named, say, spread, user_models_dir
 from .events import Reporter
 from .interruption import postponed

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import InvresError
-from .config import LabelScheme, NetworkConfig, PreparationPlan, from_dict
+from .config import LabelScheme, PreparationPlan
+from .configjson import from_dict
 from .enhancementconfig import EnhancementPlan
 from .events import SILENT, Reporter
 from .expectation import Expectation
 from .lineage import active_members, family_of, read_active, set_active
 from .manifest import Manifest, TrainingSummary, manifest_from_json, manifest_to_json
+from .networkconfig import NetworkConfig
 from .packagefiles import (
     AGAIN,
     ENDING,

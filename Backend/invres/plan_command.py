@@ -7,10 +7,11 @@ import dataclasses
 from typing import Any
 
 from . import InvresError
-from .config import NetworkConfig, Recipe, TrainingConfig, VAEConfig
+from .config import Recipe, TrainingConfig
 from .console import check_sizes, load_torch, parse_bytes, recipe_named, say, segmenter_named
 from .enhancementconfig import EnhancementConfig
 from .events import Reporter, format_bytes
+from .networkconfig import NetworkConfig, VAEConfig
 
 __all__ = ["plan"]
 

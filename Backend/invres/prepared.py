@@ -14,7 +14,8 @@ import numpy as np
 
 from . import Cancelled, InvresError
 from .cases import Case, Dataset
-from .config import PreparationPlan, to_dict
+from .config import PreparationPlan
+from .configjson import to_dict
 from .events import SILENT, Reporter
 from .preprocessing import PreparedCase, prepare
 from .volume import Geometry

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainingConfig, to_dict
+from .config import TrainingConfig
+from .configjson import to_dict
 from .networks import SegmentationNetwork
 
 __all__ = ["adapt_checkpoint", "lighter"]

@@ -17,11 +17,13 @@ import torch
 
 from . import Cancelled, InvresError
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
-from .config import NetworkConfig, TrainingConfig, to_dict
+from .config import TrainingConfig
+from .configjson import to_dict
 from .events import SCORES, SILENT, Reporter
 from .files import written_whole
 from .guard import DriftGuard
 from .livebytes import LiveBytes
+from .networkconfig import NetworkConfig
 from .networks import Network
 from .objectives import Objective
 from .sampling import BatchSource

@@ -18,7 +18,8 @@ from . import InvresError, __version__
 from .cardplan import fit_recipe
 from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
-from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, from_dict, network_as_written, to_dict
+from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig
+from .configjson import from_dict, to_dict
 from .curves import draw_curves
 from .events import SILENT, Reporter, format_bytes, format_seconds
 from .expectation import of_volumes
@@ -28,6 +29,7 @@ from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_for
 from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
+from .networkconfig import network_as_written
 from .networks import SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
 from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities

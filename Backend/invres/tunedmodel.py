@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .casecomparison import Contender
-from .config import LabelScheme, to_dict
+from .config import LabelScheme
+from .configjson import to_dict
 from .events import Reporter
 from .expectation import Expectation, merged
 from .files import written_whole

@@ -14,22 +14,13 @@ import numpy as np
 from . import InvresError
 from .cases import SPLITS, Dataset, case_problems, read_splits, report_missing_channels
 from .casesplits import Part, parts_of_splits, plan_parts
-from .config import (
-    AugmentationConfig,
-    ChannelPlan,
-    LabelScheme,
-    NetworkConfig,
-    PreparationPlan,
-    Recipe,
-    TrainingConfig,
-    VAEConfig,
-    from_dict,
-    to_dict,
-)
+from .config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, Recipe, TrainingConfig
+from .configjson import from_dict, to_dict
 from .events import SILENT, FilteredReporter, Reporter
 from .files import written_whole
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
+from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, with_dropout

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .config import NetworkConfig, VAEConfig
 from .events import SILENT, Reporter
 from .memory import predict_training
+from .networkconfig import NetworkConfig, VAEConfig
 from .networks import build
 
 __all__ = ["WHOLE_VOLUME", "bench_variants"]

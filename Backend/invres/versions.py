@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError
-from .config import to_dict
+from .configjson import to_dict
 from .events import aligned
 from .lineage import active_members, ancestors, family_of, read_active, set_active
 from .modelpackage import ModelPackage

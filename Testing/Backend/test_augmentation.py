@@ -22,7 +22,8 @@ from invres.augmentation import (
     sample_labels,
     sampling_grid,
 )
-from invres.config import AugmentationConfig, from_dict
+from invres.config import AugmentationConfig
+from invres.configjson import from_dict
 from invres.randomness import smooth_field
 
 SWITCHES = ("spatial", "elastic", "gamma", "noise", "bias_field", "brightness", "low_resolution")

@@ -10,9 +10,9 @@ import torch
 
 from invres import benchmark, cube, variants
 from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
-from invres.config import NETWORKS, NetworkConfig
 from invres.events import Recorder
 from invres.memory import CONTEXT_BYTES, predict_training
+from invres.networkconfig import NETWORKS, NetworkConfig
 from invres.networks import build
 from invres.operations import Operations
 from invres.peers import PEERS, build_peer

@@ -8,9 +8,10 @@ import pytest
 
 from invres import InvresError, cardplan
 from invres.cardplan import correction, fit_recipe, plan_for_card
-from invres.config import NetworkConfig, Recipe, TrainingConfig
+from invres.config import Recipe, TrainingConfig
 from invres.events import Recorder
 from invres.memory import CONTEXT_BYTES, card_bytes, predict_training
+from invres.networkconfig import NetworkConfig
 
 SMALL = NetworkConfig(in_channels=2, out_channels=3, channels=(8, 16))
 MIB = 2**20

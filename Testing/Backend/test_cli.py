@@ -29,10 +29,11 @@ from tiny_datasets import (
 )
 
 from invres import __version__, commands
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, Recipe
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe
 from invres.console import recipes_dir
 from invres.memory import predict_enhancement, predict_training
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.volume import Geometry, Volume, read_volume, write_volume
 

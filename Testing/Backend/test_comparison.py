@@ -15,9 +15,10 @@ from invres import InvresError, casecomparison
 from invres.casecomparison import CaseComparison, Contender, channels_for, compare_case
 from invres.cases import Case, Dataset
 from invres.comparison import comparison_table, interval, summarise, write_comparison
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.manifest import Manifest
 from invres.modelpackage import ModelPackage
+from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput
 from invres.volume import Geometry, Volume, write_volume
 

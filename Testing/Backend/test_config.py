@@ -15,14 +15,12 @@ from invres.config import (
     Label,
     LabelScheme,
     LossWeights,
-    NetworkConfig,
     PreparationPlan,
     Recipe,
     TrainingConfig,
-    VAEConfig,
-    from_dict,
-    to_dict,
 )
+from invres.configjson import from_dict, to_dict
+from invres.networkconfig import NetworkConfig, VAEConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "Resources" / "Recipes").glob("*.json"))
 CONFIGS = [

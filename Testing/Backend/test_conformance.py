@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from invres import InvresError
-from invres.config import NetworkConfig
+from invres.networkconfig import NetworkConfig
 from invres.networks.resampling import Interpolate, Pool
 from invres.reversible import AddFromBelow, Branch, Couple, Program
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from invres.config import NetworkConfig, VAEConfig
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import build
 
 RANKS = 2

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from invres import InvresError
-from invres.config import ENHANCEMENT_NETWORKS, NetworkConfig, VAEConfig
 from invres.events import Recorder
 from invres.guard import FIRST_CHECK, DriftGuard
 from invres.iqt_figures import PUBLISHED, figure_6, map_bytes
 from invres.memory import measure_enhancement, predict_enhancement
+from invres.networkconfig import ENHANCEMENT_NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import BORDER, build, build_any, build_enhancer, shuffle, unshuffle
 from invres.reversible import Program
 

@@ -22,12 +22,13 @@ from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_re
 from invres import Cancelled, InvresError, OutOfMemory, finetuning, objectives, parttraining, proof, tuningplan
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
-from invres.config import VAEConfig, to_dict
+from invres.configjson import to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
 from invres.inference import load_network, segment
 from invres.memory import has_room
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
+from invres.networkconfig import VAEConfig
 from invres.networks import build, with_patch
 from invres.preprocessing import make_plan
 from invres.reduction import lighter

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from invres import hollow
 from invres.benchmark import ENGINE_TABLE
-from invres.config import NetworkConfig, VAEConfig
 from invres.hollow import HollowTensors
 from invres.memory import measure_training, predict_training
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.reversible import abridged, same_memory
 
 RUNS = [

@@ -23,7 +23,9 @@ ALLOWED = {
     "interruption": "",
     "synthesisconfig": "",
     "enhancementconfig": "",
-    "config": "enhancementconfig synthesisconfig",
+    "configjson": "",
+    "networkconfig": "configjson",
+    "config": "configjson enhancementconfig networkconfig synthesisconfig",
     "expectation": "config",
     "sides": "config",
     "files": "",
@@ -39,7 +41,7 @@ ALLOWED = {
     "augmentation": "config randomness",
     "synthesis": "augmentation config randomness synthesisconfig",
     "reversible": "",
-    "networks": "config reversible",
+    "networks": "networkconfig reversible",
     "hollow": "",
     "livebytes": "hollow reversible",
     "image_header": "events",
@@ -53,37 +55,38 @@ ALLOWED = {
     "layouts": "config dataset_json events volume",
     "diffusion": "volume",
     "scans": "dataset_json diffusion enhancementconfig events volume",
-    "cases": "config dataset_json events files layouts volume",
+    "cases": "dataset_json events files layouts volume",
     "casesplits": "cases",
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
-    "prepared": "cases config events preprocessing volume",
+    "prepared": "cases config configjson events preprocessing volume",
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics volume",
     "packagefiles": "events",
-    "manifest": "config enhancementconfig expectation sides",
-    "modelpackage": "config enhancementconfig events expectation lineage manifest networks packagefiles sides",
-    "versions": "config events lineage modelpackage",
+    "manifest": "config configjson enhancementconfig expectation networkconfig sides",
+    "modelpackage": (
+        "config configjson enhancementconfig events expectation lineage manifest networkconfig networks packagefiles "
+        "sides"
+    ),
+    "versions": "configjson events lineage modelpackage",
     "transfer": "config manifest networks",
     "labelmatching": "config events transfer",
     "freezing": "networks transfer",
     "muon": "",
     "step": "config losses muon networks reversible",
     "objectives": "config losses networks step",
-    "memory": "config hollow livebytes losses networks reversible step",
-    "iqt_figures": "config memory networks step",
-    "cardplan": "config events memory networks",
+    "memory": "config hollow livebytes losses networkconfig networks reversible step",
+    "iqt_figures": "memory networkconfig networks step",
+    "cardplan": "config events memory networkconfig networks",
     "guard": "events reversible",
-    "checkpoint": "config events",
+    "checkpoint": "events",
     "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "enhancementscores": "events",
     "interpolation": "networks",
     "enhancementscaling": "enhancementconfig interpolation networks",
-    "imagepairs": (
-        "config enhancementconfig enhancementscaling enhancementscores events files networks sampling scans"
-    ),
+    "imagepairs": "config enhancementconfig enhancementscaling enhancementscores events files networks sampling scans",
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
@@ -101,39 +104,43 @@ ALLOWED = {
         "outputs prediction scans volume"
     ),
     "trainer": (
-        "checkpoint config distributed events files guard livebytes losses memory networks objectives sampling step"
+        "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
+        "objectives sampling step"
     ),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
     "training": (
-        "cardplan cases checkpoint config curves distributed events expectation files labelmapbatches labelmaps "
-        "losses memory metrics modelpackage networks objectives prediction prepared preprocessing runfolder "
-        "sampling sides step trainer"
+        "cardplan cases checkpoint config configjson curves distributed events expectation files labelmapbatches "
+        "labelmaps losses memory metrics modelpackage networkconfig networks objectives prediction prepared "
+        "preprocessing runfolder sampling sides step trainer"
     ),
     "enhancementtraining": (
-        "checkpoint config diffusion enhancementconfig events imagepairs manifest memory modelpackage networks "
-        "objectives prediction scans trainer training volume"
+        "checkpoint config configjson diffusion enhancementconfig events imagepairs manifest memory modelpackage "
+        "networks objectives prediction scans trainer training volume"
     ),
     "heldout": "cases events files inference modelpackage prediction training",
     "worker": "events interruption",
     "peers": "",
     "operations": "",
-    "variants": "config events memory networks",
-    "depth": "config events hollow livebytes networks operations reversible",
-    "cube": "config events memory",
-    "benchmark": "config events hollow losses memory networks operations peers step",
-    "fcn_table": "config events memory networks",
+    "variants": "events memory networkconfig networks",
+    "depth": "events hollow livebytes networkconfig networks operations reversible",
+    "cube": "events memory networkconfig",
+    "benchmark": "config events hollow losses memory networkconfig networks operations peers step",
+    "fcn_table": "events memory networkconfig networks",
     "stopfile": "files trainer",
-    "reduction": "checkpoint config networks",
+    "reduction": "checkpoint config configjson networks",
     "casecomparison": (
-        "cases config events files inference manifest metrics modelpackage networks prediction preprocessing transfer "
-        "volume"
+        "cases config events files inference manifest metrics modelpackage networks prediction preprocessing "
+        "transfer volume"
     ),
-    "comparison": "casecomparison config evaluation events files",
-    "tuningplan": "cases casesplits config events files freezing manifest networks prepared preprocessing transfer",
-    "tuningmemory": "config devices events manifest memory networks reduction tuningplan",
+    "comparison": "casecomparison config configjson evaluation events files",
+    "tuningplan": (
+        "cases casesplits config configjson events files freezing manifest networkconfig networks prepared "
+        "preprocessing transfer"
+    ),
+    "tuningmemory": "devices events manifest memory networks reduction tuningplan",
     "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
@@ -141,37 +148,41 @@ ALLOWED = {
         "tuningplan"
     ),
     "tunedmodel": (
-        "casecomparison config events expectation files manifest modelpackage networks sides transfer tuningplan"
+        "casecomparison config configjson events expectation files manifest modelpackage networks sides transfer "
+        "tuningplan"
     ),
-    "cropping": "cases config events files inference locating region volume",
+    "cropping": "cases config configjson events files inference locating region volume",
     "finetuning": (
-        "casecomparison cases casesplits checkpoint comparison config cropping events files labelmatching modelpackage "
-        "parttraining prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
+        "casecomparison cases casesplits checkpoint comparison config configjson cropping events files labelmatching "
+        "modelpackage parttraining prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
     "published": "",
     "reproduction": "events",
-    "invrestables": "config depth memory published reproduction",
-    "fixedbudget": "config events memory networks published reproduction",
+    "invrestables": "depth memory networkconfig published reproduction",
+    "fixedbudget": "events memory networkconfig networks published reproduction",
     "furthertables": "fcn_table iqt_figures published reproduction",
-    "console": "config events interruption modelpackage",
-    "model_commands": "config console events interruption lineage manifest modelpackage versions",
+    "console": "config configjson events interruption modelpackage",
+    "model_commands": "configjson console events interruption lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth events files variants",
     "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
     "enhance_command": (
-        "config console enhancement enhancementconfig enhancementscores enhancementtraining events files modelpackage "
-        "outputs scans trainer training"
+        "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
+        "modelpackage outputs scans trainer training"
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout",
-    "plan_command": "cardplan config console enhancementconfig events locating memory planning prediction tuningmemory",
-    "commands": (
-        "bench_command cases config console demo devices doctor enhance_command evaluate_command events "
-        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networks "
-        "plan_command planning prediction preprocessing reproduce_command segmentfiles segmentoptions stopfile trainer "
-        "training tuningplan volume worker"
+    "plan_command": (
+        "cardplan config console enhancementconfig events locating memory networkconfig planning prediction "
+        "tuningmemory"
     ),
-    "cli": "commands config events faults",
+    "commands": (
+        "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
+        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig "
+        "networks plan_command planning prediction preprocessing reproduce_command segmentfiles segmentoptions "
+        "stopfile trainer training tuningplan volume worker"
+    ),
+    "cli": "commands config configjson events faults networkconfig",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))
@@ -273,8 +284,10 @@ def test_no_file_imports_itself_by_a_detour():
 
 
 def test_imports_are_read_from_the_syntax_tree_as_meant():
-    assert _own_imports(PACKAGE / "networks" / "__init__.py") >= {("config",), ("networks", "base")}
-    assert _own_imports(PACKAGE / "networks" / "base.py") >= {("__init__",), ("config",), ("reversible", "__init__")}
+    assert _own_imports(PACKAGE / "networks" / "__init__.py") >= {("networkconfig",), ("networks", "base")}
+    assert _own_imports(PACKAGE / "networks" / "base.py") >= {
+        *(("__init__",), ("networkconfig",), ("reversible", "__init__"))
+    }
     assert _own_imports(PACKAGE / "modelpackage.py") >= {("networks", "__init__"), ("manifest",), ("packagefiles",)}
 
 

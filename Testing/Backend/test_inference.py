@@ -15,10 +15,11 @@ from tiny_datasets import GRIDS as PHANTOM_GRIDS
 from tiny_datasets import files_up_to, leftovers, phantom
 
 from invres import InvresError, OutOfMemory
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, VAEConfig
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.events import Recorder
 from invres.inference import load_network, segment, segment_volumes
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import NetworkOutput, build
 from invres.prediction import SegmentOptions, choose_device, predict_probabilities
 from invres.volume import Geometry, Volume, read_volume, write_volume

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from invres import InvresError
-from invres.config import NetworkConfig
 from invres.hollow import HollowTensors
 from invres.livebytes import LiveBytes
 from invres.memory import measure_training, predict_training
+from invres.networkconfig import NetworkConfig
 from invres.networks import build, inplace_norm
 from invres.networks.blocks import make_norm, normed
 from invres.networks.inplace_norm import SMALLEST_SCALE, InPlaceBatchNorm, InPlaceGroupNorm

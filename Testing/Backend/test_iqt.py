@@ -14,7 +14,8 @@ from tiny_datasets import GRIDS, invres, leftovers, phantom, write_recipe
 
 from invres import Cancelled, InvresError
 from invres.checkpoint import CHECKPOINT, load_checkpoint
-from invres.config import NetworkConfig, Recipe, TrainingConfig, from_dict, to_dict
+from invres.config import Recipe, TrainingConfig
+from invres.configjson import from_dict, to_dict
 from invres.diffusion import file_frame, turned
 from invres.enhancement import compared, enhanced, finer, loaded_enhancer, stitch
 from invres.enhancementconfig import EnhancementConfig, EnhancementPlan
@@ -23,6 +24,7 @@ from invres.enhancementtraining import train_enhancer
 from invres.events import Recorder
 from invres.imagepairs import ImagePair, PatchPairs, choose_centres, plan_of, prepare_pairs
 from invres.modelpackage import open_package, verify_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import shuffle
 from invres.scans import find_scans, read_scan, scan_of
 from invres.trainer import StopRequest

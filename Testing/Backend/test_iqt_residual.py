@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_iqt import TWICE, pair_of, recipe_of, striped_scan, write_scan
 
-from invres.config import NetworkConfig, Recipe, TrainingConfig, from_dict, to_dict
+from invres.config import Recipe, TrainingConfig
+from invres.configjson import from_dict, to_dict
 from invres.enhancement import EnhanceOptions, enhanced, loaded_enhancer
 from invres.enhancementconfig import EnhancementConfig, EnhancementPlan
 from invres.enhancementscaling import restored, scaled_input, scaled_target
@@ -18,6 +19,7 @@ from invres.enhancementtraining import train_enhancer
 from invres.events import Recorder
 from invres.imagepairs import PatchPairs, plan_of
 from invres.interpolation import interpolated
+from invres.networkconfig import NetworkConfig
 from invres.networks import build_enhancer
 from invres.scans import find_scans, read_scan
 from invres.training import TrainOptions

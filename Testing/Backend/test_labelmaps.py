@@ -11,10 +11,12 @@ import torch
 from tiny_datasets import invres
 
 from invres import InvresError
-from invres.config import Label, LabelScheme, NetworkConfig, Recipe, TrainingConfig, from_dict, to_dict
+from invres.config import Label, LabelScheme, Recipe, TrainingConfig
+from invres.configjson import from_dict, to_dict
 from invres.labelmapbatches import LabelMapBatches
 from invres.labelmaps import read_label_maps
 from invres.modelpackage import open_package
+from invres.networkconfig import NetworkConfig
 from invres.sides import Side
 from invres.synthesisconfig import LabelMapConfig, SynthesisConfig
 from invres.training import TrainOptions, train

@@ -12,11 +12,12 @@ from test_inference import Known
 from tiny_datasets import GRIDS, invres
 
 from invres import InvresError
-from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, PreparationPlan
 from invres.events import Recorder
 from invres.inference import load_network, segment
 from invres.locating import boxes_around, can_locate, locate
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.prediction import SegmentOptions
 from invres.region import cut_out

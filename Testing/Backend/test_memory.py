@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from invres import InvresError
 from invres.benchmark import ENGINE_TABLE
-from invres.config import MEMORY_SETTINGS, NETWORKS, NetworkConfig, VAEConfig
+from invres.config import MEMORY_SETTINGS
 from invres.hollow import HollowTensors
 from invres.livebytes import LiveBytes
 from invres.memory import measure_training, predict_training
+from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build
 from invres.reversible import SETTINGS, readout
 from invres.reversible.roles import ROLES, role, tell

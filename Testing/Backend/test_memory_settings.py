@@ -10,8 +10,9 @@ from tiny_programs import ODD, PROGRAMS, assert_same_run, bottlenecks, couple, g
 from torch import nn
 
 from invres import InvresError
-from invres.config import MEMORY_SETTINGS, NETWORKS, LossWeights, NetworkConfig, VAEConfig
+from invres.config import MEMORY_SETTINGS, LossWeights
 from invres.losses import sums_of_boxes, total_loss
+from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build
 from invres.networks.blocks import CouplingFunction, MobileFunction
 from invres.reversible import SETTINGS, Couple, Program

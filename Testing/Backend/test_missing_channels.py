@@ -18,7 +18,8 @@ from invres.augmentation import blank_channels, draw_presence
 from invres.casecomparison import Contender, can_segment, compare_case
 from invres.cases import case_problems, read_dataset, write_dataset_json
 from invres.checkpoint import load_checkpoint
-from invres.config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, TrainingConfig, to_dict
+from invres.config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, TrainingConfig
+from invres.configjson import to_dict
 from invres.dataset_json import plain_scheme
 from invres.events import Recorder, Reporter
 from invres.finetuning import finetune

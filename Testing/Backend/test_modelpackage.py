@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from invres import InvresError, modelpackage
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, VAEConfig
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.events import Recorder
 from invres.manifest import Manifest
 from invres.modelpackage import (
@@ -31,6 +31,7 @@ from invres.modelpackage import (
     save_package,
     verify_package,
 )
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import build
 
 SCHEMA = json.loads(Path(modelpackage.__file__).with_name("manifest.schema.json").read_text(encoding="utf-8"))

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from invres import InvresError
-from invres.config import LossWeights, NetworkConfig, TrainingConfig, from_dict
+from invres.config import LossWeights, TrainingConfig
+from invres.configjson import from_dict
 from invres.memory import measure_training, predict_training
 from invres.muon import Muon, orthogonalised
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.step import make_optimizer, training_step
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from invres import InvresError
-from invres.config import NETWORKS, NetworkConfig, VAEConfig
 from invres.memory import predict_training
+from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build, with_patch
 
 INVERTIBLE = ("partially_invres", "fully_invres", "mbconv_unet")

@@ -12,11 +12,12 @@ from grids import REGIONS
 from tiny_datasets import GRIDS, invres, phantom
 
 from invres import InvresError, __version__, devices
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.devices import DeviceInfo
 from invres.inference import load_network, segment, segment_volumes
 from invres.memory import PeakResident, predict_forward
 from invres.modelpackage import delete_package, open_package, save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput, build
 from invres.planning import plan_segmentation, remember_speed
 from invres.prediction import SegmentOptions

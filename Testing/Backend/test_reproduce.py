@@ -11,9 +11,9 @@ import pytest
 from tiny_datasets import BACKEND, invres
 
 from invres import InvresError, cli, fixedbudget, invrestables, published, reproduction
-from invres.config import NetworkConfig, VAEConfig
 from invres.fixedbudget import Holding, holdings, largest
 from invres.memory import predict_training
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.reproduction import Comparison, Row, cells, find_table, table, tables
 
 TABLES = {"fcn-1", "invres-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}

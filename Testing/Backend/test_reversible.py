@@ -19,7 +19,7 @@ from tiny_programs import (
 )
 from torch import nn
 
-from invres.config import NetworkConfig
+from invres.networkconfig import NetworkConfig
 from invres.networks.resampling import Interpolate, Mix, Pool, SqueezeDown, SqueezeUp, squeeze, unsqueeze
 from invres.reversible import AddFromBelow, Branch, Couple, Program, Step
 

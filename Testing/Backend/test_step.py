@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from invres.config import NETWORKS, LossWeights, NetworkConfig, VAEConfig
+from invres.config import LossWeights
 from invres.losses import total_loss
+from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build, with_patch
 from invres.step import autocast, make_optimizer, training_step
 

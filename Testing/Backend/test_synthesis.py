@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from invres import InvresError
-from invres.config import from_dict, to_dict
+from invres.configjson import from_dict, to_dict
 from invres.synthesis import (
     MASK_MARGIN_VOXELS,
     background_clusters,

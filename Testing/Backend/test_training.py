@@ -27,7 +27,8 @@ from tiny_datasets import (
 from invres import Cancelled, InvresError
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from invres.config import Label, LabelScheme, TrainingConfig, to_dict
+from invres.config import Label, LabelScheme, TrainingConfig
+from invres.configjson import to_dict
 from invres.events import Recorder
 from invres.inference import load_network
 from invres.modelpackage import open_package, verify_package

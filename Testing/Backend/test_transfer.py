@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, VAEConfig
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.freezing import freeze
 from invres.manifest import Manifest
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import build
 from invres.transfer import match_names, transfer_weights
 

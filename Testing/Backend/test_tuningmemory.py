@@ -9,10 +9,11 @@ import torch
 from tiny_datasets import invres
 
 from invres import InvresError, tuningmemory
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan, VAEConfig
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.devices import DeviceInfo
 from invres.memory import measure_training
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import build, with_patch
 from invres.tuningmemory import plan_tuning_memory
 from invres.tuningplan import DEFAULTS

@@ -17,8 +17,9 @@ import torch
 from tiny_datasets import BACKEND, GRIDS, leftovers, phantom
 
 from invres import __version__
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.volume import read_geometry, write_volume
 

@@ -19,7 +19,8 @@ from grids import RAS, rotation
 
 from invres.cases import read_dataset
 from invres.cli import main
-from invres.config import Recipe, from_dict, to_dict
+from invres.config import Recipe
+from invres.configjson import from_dict, to_dict
 from invres.volume import Geometry, Volume, write_volume
 
 BACKEND = Path(__file__).resolve().parents[2] / "Backend"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from invres.config import NetworkConfig
+from invres.networkconfig import NetworkConfig
 from invres.networks.blocks import CouplingFunction, MobileFunction
 from invres.networks.resampling import Interpolate, Mix, Pool, SqueezeDown, SqueezeUp
 from invres.reversible import AddFromBelow, Branch, Couple, Program

@@ -26,7 +26,8 @@ import torch
 from monai import transforms as mt
 
 from invres.augmentation import augment, input_patch
-from invres.config import AugmentationConfig, NetworkConfig, TrainingConfig
+from invres.config import AugmentationConfig, TrainingConfig
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.step import make_optimizer, training_step
 

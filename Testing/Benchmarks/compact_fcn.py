@@ -35,12 +35,13 @@ import torch
 
 from invres import InvresError
 from invres.cases import Dataset, read_dataset
-from invres.config import AugmentationConfig, LossWeights, NetworkConfig, Recipe, TrainingConfig
+from invres.config import AugmentationConfig, LossWeights, Recipe, TrainingConfig
 from invres.events import TerminalReporter, format_bytes
 from invres.fcn_table import compare_table
 from invres.files import written_whole
 from invres.inference import load_network, segment_volumes
 from invres.metrics import score_case
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.step import make_optimizer, training_step
 from invres.training import TrainOptions, train

@@ -40,7 +40,7 @@ import torch
 from invres.benchmark import ENGINE_TABLE
 from invres.cases import Dataset, read_dataset
 from invres.comparison import interval
-from invres.config import Label, LabelScheme, NetworkConfig, Recipe
+from invres.config import Label, LabelScheme, Recipe
 from invres.console import spread
 from invres.events import TerminalReporter, format_bytes
 from invres.expectation import Expectation
@@ -49,6 +49,7 @@ from invres.inference import load_network, segment_volumes
 from invres.memory import predict_training
 from invres.metrics import score_case
 from invres.modelpackage import ModelPackage, open_package, save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.prediction import confidence_of
 from invres.step import make_optimizer, training_step

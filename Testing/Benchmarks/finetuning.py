@@ -35,12 +35,13 @@ import torch
 from invres.casecomparison import Contender, compare_case
 from invres.cases import Dataset, read_dataset
 from invres.comparison import interval
-from invres.config import LabelScheme, NetworkConfig, PreparationPlan, Recipe
+from invres.config import LabelScheme, PreparationPlan, Recipe
 from invres.events import Reporter, TerminalReporter
 from invres.files import written_whole
 from invres.finetuning import finetune
 from invres.inference import load_network
 from invres.modelpackage import ModelPackage, open_package, save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.training import TrainOptions, train
 from invres.tuningplan import TuningOptions
@@ -112,6 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning and of each training from scratch")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), help="of these (default: that of `invres finetune`)")
     parser.add_argument("--spacing", type=float, default=1.5, help="mm, of all models; labels are scored at their 1 mm")
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 32, 24])
     parser.add_argument("--seed", type=int, default=0)
@@ -202,6 +204,7 @@ def _cell(
     shutil.rmtree(folder, ignore_errors=True)  # of a cell that was killed
     wishes = {"epochs": max(1, options.steps // 25), "seed": options.seed}
     wishes |= {"learning_rate": cell.rate} if cell.rate else {}
+    wishes |= {"optimizer": options.optimizer} if options.optimizer else {}
     began = time.monotonic()
     found = finetune(start, data, folder, TuningOptions(device="cpu", wishes=wishes, promote=True), report)
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["training"]
@@ -256,7 +259,8 @@ def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str
     patch = " ".join(map(str, options.patch))
     lines = [
         f"`python Testing/Benchmarks/finetuning.py --base-steps {options.base_steps} --steps {options.steps} "
-        f"--spacing {options.spacing:g} --patch {patch} --seed {options.seed}`, {os.cpu_count()}-core CPU "
+        f"--spacing {options.spacing:g} --patch {patch} --seed {options.seed}"
+        f"{f' --optimizer {options.optimizer}' if options.optimizer else ''}`, {os.cpu_count()}-core CPU "
         f"({platform.machine()}), one thread, {date.today()}, torch {torch.__version__.split('+')[0]}.",
         "",
         f"Base model: {base_cases} cases ({CHOOSING_CASES} of them choose its epoch), {options.base_steps} steps; Dice "

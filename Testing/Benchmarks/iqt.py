@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from invres.config import NetworkConfig, Recipe
+from invres.config import Recipe
 from invres.diffusion import mean_diffusivity
 from invres.enhancement import compared, enhanced, loaded_enhancer
 from invres.enhancementscores import cubic
@@ -38,6 +38,7 @@ from invres.events import TerminalReporter, format_bytes
 from invres.iqt_figures import BATCH, PATCH, figure_6, map_bytes
 from invres.memory import predict_enhancement
 from invres.modelpackage import ModelPackage, open_package
+from invres.networkconfig import NetworkConfig
 from invres.scans import ScanFiles, find_scans, read_scan
 from invres.training import TrainOptions
 from invres.volume import Geometry, Volume, read_channels, write_channels, write_volume

@@ -11,8 +11,9 @@ import vtk
 from scipy.spatial.transform import Rotation
 from vtk.util.numpy_support import numpy_to_vtk
 
-from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, PreparationPlan
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 
 BRAIN = (

@@ -35,8 +35,9 @@ METRICS = {
 def save(path, name="Liver ä日"):
     import torch
 
-    from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+    from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
     from invres.modelpackage import save_package
+    from invres.networkconfig import NetworkConfig
     from invres.networks import build
 
     torch.manual_seed(0)

@@ -12,7 +12,8 @@ import numpy as np
 import SimpleITK as sitk
 from small_models import example
 
-from invres.config import Recipe, from_dict
+from invres.config import Recipe
+from invres.configjson import from_dict
 
 __all__ = ["SHAPE", "at_work", "tuned", "write_balls"]
 

@@ -20,8 +20,9 @@ import slicer  # noqa: E402
 from panel_driver import addSegmentation, loadedPanel, waitUntil  # noqa: E402
 from small_models import add_volume  # noqa: E402
 
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan  # noqa: E402
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan  # noqa: E402
 from invres.modelpackage import open_package, save_package  # noqa: E402
+from invres.networkconfig import NetworkConfig  # noqa: E402
 from invres.volume import read_volume  # noqa: E402
 
 pytestmark = pytest.mark.slow

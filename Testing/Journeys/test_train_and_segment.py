@@ -11,7 +11,8 @@ import pytest
 import SimpleITK as sitk
 from tiny_datasets import invres_process, leftovers, phantom, write_dataset, write_recipe
 
-from invres.config import Recipe, to_dict
+from invres.config import Recipe
+from invres.configjson import to_dict
 from invres.volume import Geometry, read_volume, write_volume
 
 RECIPES = Path(__file__).resolve().parents[2] / "Resources" / "Recipes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .. import InvresError
-from ..config import NETWORKS, NetworkConfig
+from ..networkconfig import NETWORKS, NetworkConfig
 from .autoencoder_unet import AutoencoderUNet
 from .base import Network, NetworkOutput, SegmentationNetwork
 from .compact_fcn import CompactFCN

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .. import InvresError
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from ..reversible import SETTINGS, Program, Readout, Step, role
 from ..reversible.recompute import frozen_statistics
 from .vae import VAEBranch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from ..reversible import Bottleneck, Unit
 from .inplace_norm import InPlaceBatchNorm, InPlaceGroupNorm
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from .base import complete_config
 from .blocks import normed
 from .levels import LevelNetwork

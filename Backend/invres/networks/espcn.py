@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import InvresError
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from ..reversible import Couple, Program, role
 from .base import Network
 from .blocks import CouplingFunction

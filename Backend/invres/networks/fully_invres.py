@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from .. import InvresError
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from ..reversible import Couple, Step
 from .base import ProgramNetwork, complete_config
 from .blocks import CouplingFunction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from .blocks import MobileFunction
 from .partially_invres import PartiallyInvRes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from .unet3d import UNet3D
 
 __all__ = ["NoNewNet"]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from .. import InvresError
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from ..reversible import AddFromBelow, Branch, Couple, Step
 from .base import ProgramNetwork, complete_config
 from .blocks import CouplingFunction

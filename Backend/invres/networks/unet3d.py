@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..config import NetworkConfig
+from ..networkconfig import NetworkConfig
 from .base import complete_config
 from .blocks import DoubleConv
 from .levels import LevelNetwork

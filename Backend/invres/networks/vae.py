@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from .. import InvresError
-from ..config import VAEConfig
+from ..networkconfig import VAEConfig
 from .resampling import unsqueeze
 
 __all__ = ["VAEBranch", "VAEOutput"]

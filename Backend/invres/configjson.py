@@ -1,0 +1,89 @@
+"""Configurations to and from JSON, with the nearest known word where one is unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
+
+from . import InvresError
+
+__all__ = ["from_dict", "nearest", "to_dict"]
+
+T = TypeVar("T")
+
+
+_SYNONYMS = {
+    **dict.fromkeys(("width", "widths", "features", "filters"), "channels"),
+    **{"lr": "learning_rate", "batch": "batch_size", "patch_size": "patch", "spacing": "spacing_mm"},
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question for the known word that one may have meant; "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds a configuration from plain JSON values.
+
+    Raises InvresError naming the unknown key (with the nearest known one) or the value of a wrong type.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise InvresError(f"{where} must be a JSON object, got {type(data).__name__}.")
+    known = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            other = _SYNONYMS.get(str(key).lower(), "")
+            hint = f"Did you mean {other!r}?" if other in known else nearest(str(key), known)
+            hint = hint or f"Known keys: {', '.join(known)}."
+            raise InvresError(f"{where} has the unknown key {key!r}.", hint=hint)
+        values[key] = _convert(known[key], value, f"{where}: {key}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InvresError(f"{where} is incomplete: {error}.") from None
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, or an InvresError that says what was wanted."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise InvresError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InvresError(f"{where} must be a list, got {value!r}.")
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, where) for item in value)
+        if len(value) != len(arguments):
+            raise InvresError(f"{where} must have {len(arguments)} entries, got {len(value)}.")
+        return tuple(_convert(a, item, where) for a, item in zip(arguments, value, strict=True))
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if kind is float and isinstance(value, int) and not wrong_bool:
+        return float(value)
+    if not isinstance(value, kind) or wrong_bool:
+        raise InvresError(f"{where} must be {_WORDS.get(kind, kind.__name__)}, got {value!r}.")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
