@@ -93,7 +93,8 @@ class TrainingConfig:
     """One training. Sizes in voxels (D, H, W), times in seconds.
 
     learning_rate: 2e-4 with Adam is the paper's (section 3.3); the schedule and the rest are chosen.
-    optimizer: "muon" needs about half as many steps and half of Adam's memory, at about Adam's learning rates.
+    optimizer: "muon" needs about half as many steps and half of Adam's memory, at about Adam's learning rates; in long
+    trainings it wants a weight_decay of about 0.1, which concerns the weights that it turns (with Adam: all).
     epochs counts `iterations_per_epoch` optimizer steps each; `time_s` (0 = none) ends the training earlier.
     memory: how far the reversible engine goes to save memory. "low" is right for most: little memory at hardly any cost
     in time. "lower" works on fewer channels at a time, and under bf16 or fp16 keeps gradients in 16 bits. "lowest" also

@@ -37,13 +37,15 @@ class Muon(torch.optim.AdamW):
     """Orthogonalised Nesterov momentum for `matrices`, AdamW for all other parameters, at one learning rate.
 
     matrices: those of `parameters` that map channels to channels; (O, I, d, h, w) is a matrix of O rows. They keep one
-    tensor of state where Adam keeps two. weight_decay: decoupled.
+    tensor of state where Adam keeps two. weight_decay: decoupled, of the matrices only; it bounds them, as steps of one
+    length would let them, and with them the state of an invertible network, grow without end (Liu et al. 2025).
     """
 
     def __init__(self, parameters: Iterable[Tensor], matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
         # foreach=False updates one tensor after the other: the fused form holds copies of all gradients at once.
-        super().__init__(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+        super().__init__(parameters, lr=lr, weight_decay=0.0, foreach=False)
         self._matrices = {id(matrix) for matrix in matrices}
+        self._decay = weight_decay
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,14 +53,14 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in self._matrices and parameter.grad is not None:
-                    self._turn(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                    self._turn(parameter, parameter.grad, group["lr"])
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
         super().step()
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
-    def _turn(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    def _turn(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # Adam looks for it when a state is loaded
@@ -67,5 +69,5 @@ class Muon(torch.optim.AdamW):
         momentum = state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM)
         turned = orthogonalised(gradient.lerp(momentum, _MOMENTUM))
         rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
-        parameter.mul_(1 - lr * weight_decay)
+        parameter.mul_(1 - lr * self._decay)
         parameter.add_(turned, alpha=-lr * _RMS * math.sqrt(max(rows, columns)))

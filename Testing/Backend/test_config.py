@@ -43,7 +43,7 @@ CONFIGS = [
     PreparationPlan((ChannelPlan("T1"), ChannelPlan("Größe 海馬")), (2.5, 0.9, 1.1), False),
     Label("tumour", (1, 3, 4), 7, (255, 0, 7), "category~type"),
     LabelScheme((Label("a", (1,), 1),), regions=True, ignore_value=9),
-    Recipe(spacing_mm=(1, 1, 3), clip_hu=(79.0, 304.0), description="Ünï"),
+    Recipe(spacing_mm=(1, 1, 3), clip_hu=(-79.0, 304.0), description="Ünï"),
     Recipe(),
 ]
 
@@ -173,7 +173,7 @@ def test_there_is_a_default_recipe():
 def test_the_recipe_for_kits19_has_the_papers_figures_in_our_order_of_axes():
     recipe = Recipe.read(next(path for path in RECIPES if path.stem == "kits19"))
     assert recipe.spacing_mm == (3.22, 1.62, 1.62), "(D, H, W): the thick slices come first"
-    assert recipe.clip_hu == (79.0, 304.0)
+    assert recipe.clip_hu == (-79.0, 304.0)
     assert (recipe.training.patch, recipe.training.learning_rate) == ((96, 96, 96), 4e-4)
     with pytest.raises(InvresError, match="clip_hu must be a lower and a higher number"):
         dataclasses.replace(recipe, clip_hu=(304.0, 79.0))

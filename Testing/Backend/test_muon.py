@@ -46,13 +46,13 @@ def test_a_step_is_as_long_as_one_of_adam():
     assert float(weight.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.15)
 
 
-def test_the_rest_takes_the_steps_of_adam_and_the_weight_decay_is_decoupled():
+def test_the_rest_takes_the_steps_of_adam_and_only_matrices_decay():
     torch.manual_seed(0)
     both = [[torch.nn.Parameter(torch.randn(6, 5)) for _ in range(2)] for _ in range(2)]
     for one, other in zip(*both, strict=True):
         other.data.copy_(one.data)
     muon = Muon(both[0], [both[0][1]], lr=0.1, weight_decay=0.5)
-    adam = torch.optim.AdamW(both[1], lr=0.1, weight_decay=0.5)
+    adam = torch.optim.AdamW(both[1], lr=0.1, weight_decay=0.0)
     for _ in range(3):
         for one, other in zip(*both, strict=True):
             one.grad = torch.randn(6, 5)

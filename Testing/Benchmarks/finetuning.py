@@ -206,7 +206,8 @@ def _cell(
     wishes |= {"learning_rate": cell.rate} if cell.rate else {}
     wishes |= {"optimizer": options.optimizer} if options.optimizer else {}
     began = time.monotonic()
-    found = finetune(start, data, folder, TuningOptions(device="cpu", wishes=wishes, promote=True), report)
+    choices = TuningOptions(device="cpu", wishes=wishes, promote=True, new_labels=True)
+    found = finetune(start, data, folder, choices, report)
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["training"]
     record = {
         "training": {key: found["training"][key] for key in ("iterations", "seconds", "training_cases")},
