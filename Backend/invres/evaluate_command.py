@@ -8,6 +8,7 @@ from . import InvresError
 from .console import load_torch, say
 from .enhance_command import evaluate_enhancement
 from .events import Reporter
+from .outputs import check_report
 
 __all__ = ["evaluate"]
 
@@ -22,6 +23,7 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
             "and scans as --data.",
             code="usage",
         )
+    check_report(options.output, [path for path in (*files, options.data) if path is not None])
     if options.model is not None:
         evaluate_enhancement(options, report)
         return

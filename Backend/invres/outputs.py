@@ -9,7 +9,7 @@ from pathlib import Path
 from . import InvresError
 from .files import WRITABLE_ENDINGS
 
-__all__ = ["beside", "check_outputs", "with_ending"]
+__all__ = ["beside", "check_outputs", "check_report", "with_ending"]
 
 ANOTHER = "Choose another name."
 
@@ -34,6 +34,15 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = "
         if any(_same(path, other) for other in outputs[:number]):
             raise InvresError(f"{path} would be written twice, with different content.", hint=ANOTHER)
         _check_folder(path)
+
+
+def check_report(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises InvresError for a text file that cannot be written, or that is one of `inputs`."""
+    if path.is_dir():
+        raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
+    if any(_same(path, given) for given in inputs):
+        raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
+    _check_folder(path)
 
 
 def with_ending(path: Path) -> Path:

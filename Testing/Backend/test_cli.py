@@ -31,7 +31,7 @@ from tiny_datasets import (
 from invres import __version__, commands
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe
 from invres.console import recipes_dir
-from invres.memory import predict_enhancement, predict_training
+from invres.memory import predict_enhancement, predict_for
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
@@ -832,6 +832,9 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
         (["check", "-d", "nowhere"], "There is no data set at nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "m.json"], "nowhere"),
+        (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "."], "is a folder, not a file"),
+        (["evaluate", "-p", "p.nii", "-r", "r.nii", "-o", "r.nii"], "r.nii is an input and would be overwritten"),
+        (["train", "-d", "nowhere", "-o", "run", "--optimizer", "lion"], "invalid choice: 'lion'"),
     ],
 )
 def test_wrong_wishes_of_the_other_verbs_are_told(refused, arguments, told):
@@ -851,7 +854,7 @@ def test_a_recipe_is_planned_as_it_will_be_trained(recipe):
         predicted = predict_enhancement(network, training.patch, training.batch_size)
     else:
         network = dataclasses.replace(network, out_channels=len(wanted.labels) + 1)
-        predicted = predict_training(network, training.patch, training.batch_size)
+        predicted = predict_for(network, training, training.engine, regions=False)
     assert outcome.events[-1]["peak_bytes"] == predicted.peak_bytes
 
 

@@ -171,7 +171,7 @@ ALLOWED = {
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
         "modelpackage outputs scans trainer training"
     ),
-    "evaluate_command": "cases console enhance_command evaluation events heldout",
+    "evaluate_command": "cases console enhance_command evaluation events heldout outputs",
     "plan_command": (
         "cardplan config console enhancementconfig events locating memory networkconfig planning prediction "
         "tuningmemory"
