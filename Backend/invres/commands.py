@@ -130,8 +130,8 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .labelmaps import read_label_maps
     from .segmentfiles import each_channel
     from .trainer import StopRequest
-    from .training import TrainOptions, started_recipe
     from .training import train as run
+    from .trainingrun import TrainOptions, started_recipe
 
     if options.resume:
         started = started_recipe(options.output)

@@ -72,7 +72,7 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
     from .enhancementtraining import train_enhancer
     from .scans import find_scans
     from .trainer import StopRequest
-    from .training import TrainOptions
+    from .trainingrun import TrainOptions
 
     assert recipe.enhancement is not None  # the caller has looked
     scans = find_scans(options.data, recipe.enhancement.kind)

@@ -26,7 +26,7 @@ from .objectives import Enhancement
 from .prediction import choose_device
 from .scans import ScanFiles
 from .trainer import METRICS, StopRequest, Trainer
-from .training import (
+from .trainingrun import (
     MODEL,
     TrainOptions,
     WithCurves,

@@ -29,7 +29,7 @@ from .proof import Proof, manifest_metrics, read_reference
 from .runfolder import RecordingReporter, held
 from .stopfile import StopFile
 from .trainer import METRICS, StopRequest
-from .training import training_summary
+from .trainingrun import training_summary
 from .tunedmodel import RESULT, contender_of, finished_result, save_tuned, write_result
 from .tuningplan import (
     RUN,

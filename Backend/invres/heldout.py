@@ -12,7 +12,7 @@ from .files import safe_name
 from .inference import NetworkKeeper, segment
 from .modelpackage import open_package
 from .prediction import SegmentOptions
-from .training import MODEL, held_out_names
+from .trainingrun import MODEL, held_out_names
 
 __all__ = ["segment_held_out"]
 

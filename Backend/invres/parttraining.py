@@ -32,7 +32,8 @@ from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
-from .training import announce_memory, validator
+from .training import validator
+from .trainingrun import announce_memory
 from .transfer import Transfer, transfer_weights
 from .tuningplan import TuningPlan, prepare_readable, write_plan
 

@@ -34,7 +34,8 @@ from invres.preprocessing import make_plan
 from invres.reduction import lighter
 from invres.runfolder import RecordingReporter, held
 from invres.stopfile import StopFile
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan
 from invres.volume import Volume, read_channels, read_volume, write_channels, write_volume
 

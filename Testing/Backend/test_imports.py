@@ -111,16 +111,16 @@ ALLOWED = {
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
+    "trainingrun": "checkpoint config configjson curves events files networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson curves distributed events expectation files labelmapbatches "
-        "labelmaps losses memory metrics modelpackage networkconfig networks objectives prediction prepared "
-        "preprocessing runfolder sampling sides step trainer"
+        "cardplan cases checkpoint config configjson events expectation labelmapbatches labelmaps memory metrics "
+        "modelpackage networks objectives prediction prepared preprocessing sampling sides trainer trainingrun"
     ),
     "enhancementtraining": (
         "checkpoint config configjson diffusion enhancementconfig events imagepairs manifest memory modelpackage "
-        "networks objectives prediction scans trainer training volume"
+        "networks objectives prediction scans trainer trainingrun volume"
     ),
-    "heldout": "cases events files inference modelpackage prediction training",
+    "heldout": "cases events files inference modelpackage prediction trainingrun",
     "worker": "events interruption",
     "peers": "",
     "operations": "",
@@ -144,8 +144,8 @@ ALLOWED = {
     "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
-        "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training transfer "
-        "tuningplan"
+        "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training "
+        "trainingrun transfer tuningplan"
     ),
     "tunedmodel": (
         "casecomparison config configjson events expectation files manifest modelpackage networks sides transfer "
@@ -154,7 +154,7 @@ ALLOWED = {
     "cropping": "cases config configjson events files inference locating region volume",
     "finetuning": (
         "casecomparison cases casesplits checkpoint comparison config configjson cropping events files labelmatching "
-        "modelpackage parttraining prediction proof runfolder stopfile trainer training tunedmodel tuningplan"
+        "modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
     "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
@@ -169,7 +169,7 @@ ALLOWED = {
     "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
     "enhance_command": (
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
-        "modelpackage outputs scans trainer training"
+        "modelpackage outputs scans trainer trainingrun"
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs",
     "plan_command": (
@@ -179,8 +179,8 @@ ALLOWED = {
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
         "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig "
-        "networks plan_command planning prediction preprocessing reproduce_command segmentfiles segmentoptions "
-        "stopfile trainer training tuningplan volume worker"
+        "plan_command planning prediction reproduce_command segmentfiles segmentoptions stopfile trainer training "
+        "trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults networkconfig",
     "__main__": "cli",

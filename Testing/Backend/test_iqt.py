@@ -28,7 +28,7 @@ from invres.networkconfig import NetworkConfig
 from invres.networks import shuffle
 from invres.scans import find_scans, read_scan, scan_of
 from invres.trainer import StopRequest
-from invres.training import TrainOptions
+from invres.trainingrun import TrainOptions
 from invres.volume import Geometry, Volume, read_channels, read_volume, write_channels, write_volume
 
 TWICE = (2, 2, 2)

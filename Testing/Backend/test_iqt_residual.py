@@ -22,7 +22,7 @@ from invres.interpolation import interpolated
 from invres.networkconfig import NetworkConfig
 from invres.networks import build_enhancer
 from invres.scans import find_scans, read_scan
-from invres.training import TrainOptions
+from invres.trainingrun import TrainOptions
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,8 @@ from invres.modelpackage import open_package
 from invres.networkconfig import NetworkConfig
 from invres.sides import Side
 from invres.synthesisconfig import LabelMapConfig, SynthesisConfig
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.volume import Geometry, Volume, write_volume
 
 LEFT, RIGHT, MIDDLE, SKULL = 2, 41, 16, 507

@@ -32,7 +32,8 @@ from invres.preprocessing import PreparedCase, make_plan, prepare, with_dropout
 from invres.sampling import CaseBatches
 from invres.syntheticbatches import SyntheticBatches
 from invres.trainer import StopRequest
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.tuningplan import TuningOptions
 from invres.volume import Geometry
 

@@ -36,7 +36,8 @@ from invres.networks import NetworkOutput
 from invres.preprocessing import PreparedCase
 from invres.runfolder import held
 from invres.trainer import StopRequest
-from invres.training import TrainOptions, started_recipe, train, validator
+from invres.training import train, validator
+from invres.trainingrun import TrainOptions, started_recipe
 from invres.volume import Geometry, read_volume
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 1}

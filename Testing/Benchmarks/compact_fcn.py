@@ -44,7 +44,8 @@ from invres.metrics import score_case
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.step import make_optimizer, training_step
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.volume import Volume, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]

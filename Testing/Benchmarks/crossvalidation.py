@@ -53,7 +53,8 @@ from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.prediction import confidence_of
 from invres.step import make_optimizer, training_step
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "Resources" / "Recipes" / "hippocampus-t1.json"

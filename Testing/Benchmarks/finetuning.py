@@ -43,7 +43,8 @@ from invres.inference import load_network
 from invres.modelpackage import ModelPackage, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
-from invres.training import TrainOptions, train
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.tuningplan import TuningOptions
 from invres.volume import Volume, read_volume, write_volume
 

@@ -40,7 +40,7 @@ from invres.memory import predict_enhancement
 from invres.modelpackage import ModelPackage, open_package
 from invres.networkconfig import NetworkConfig
 from invres.scans import ScanFiles, find_scans, read_scan
-from invres.training import TrainOptions
+from invres.trainingrun import TrainOptions
 from invres.volume import Geometry, Volume, read_channels, write_channels, write_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,0 +1,223 @@
+"""What every `invres train` has, whatever it trains: options, a folder with a record of how it began, and its words."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import InvresError, __version__
+from .checkpoint import CHECKPOINT
+from .config import LabelScheme, PreparationPlan, Recipe
+from .configjson import from_dict, to_dict
+from .curves import draw_curves
+from .events import Reporter, format_bytes, format_seconds
+from .files import written_whole
+from .networkconfig import network_as_written
+from .runfolder import held
+from .trainer import TrainingResult
+
+__all__ = [
+    "MODEL",
+    "RUN",
+    "Split",
+    "TrainOptions",
+    "WithCurves",
+    "announce_memory",
+    "described",
+    "differences",
+    "held_out_names",
+    "model_name",
+    "note_budget",
+    "run_folder",
+    "software_versions",
+    "started_recipe",
+    "started_run",
+    "training_summary",
+    "write_run",
+]
+
+Split = tuple[tuple[str, ...], tuple[str, ...]]
+RUN = "run.json"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What belongs to one run and not to a recipe.
+
+    fold: which of `folds` is validated on, None to train on every case; validation_count > 0 takes that many cases
+    instead of a fold. source: where the training data come from, in words, for the package.
+    vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
+    name: of the model, "" takes the recipe's; remembered when the run is resumed.
+    """
+
+    device: str = "auto"
+    resume: bool = False
+    fold: int | None = 0
+    folds: int = 5
+    validation_count: int = 0
+    licence: str = ""
+    source: str = ""
+    vram_bytes: int = 0
+    name: str = ""
+
+
+class WithCurves(Reporter):
+    """Passes events on and redraws the curves after each epoch."""
+
+    def __init__(self, report: Reporter, folder: Path):
+        super().__init__()
+        self._report, self._folder = report, folder
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self._report.emit(event)
+        if event["event"] == "epoch":
+            try:
+                draw_curves(self._folder)
+            except OSError as error:
+                self._report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+
+
+@contextmanager
+def run_folder(output: Path, resume: bool) -> Iterator[None]:
+    """Makes the folder of a run, and keeps other processes out of it.
+
+    Raises InvresError for a file, where another process is at work (code `in_use`), and for another training unless it
+    is resumed.
+    """
+    if output.exists() and not output.is_dir():
+        raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    with held(output):
+        # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
+        if not resume and (output / RUN).exists() and (output / CHECKPOINT).exists():
+            raise InvresError(
+                f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
+            )
+        yield
+
+
+def model_name(output: Path, recipe: Recipe, options: TrainOptions) -> str:
+    """What the model is called: as is asked now or was when the run in `output` was started, else as the recipe."""
+    asked = options.name
+    if not asked and options.resume:
+        asked = json.loads((output / RUN).read_text(encoding="utf-8")).get("name", "")
+    return asked or recipe.name
+
+
+def described(recipe: Recipe, data: str, cases: int) -> str:
+    """The model's description: a recipe that comes with its label maps says what is found, any other one cannot know.
+
+    data: name of the data set. cases: that were trained on.
+    """
+    if recipe.label_maps is not None:
+        return recipe.description
+    return f"Trained with the recipe {recipe.name} on {data} ({cases} case{'' if cases == 1 else 's'})."
+
+
+def note_budget(time_s: float, elapsed_s: float, report: Reporter) -> None:
+    """Says of a run that goes on what is left of the time that it was given."""
+    if time_s > 0:
+        left = format_seconds(max(0.0, time_s - elapsed_s))
+        report.note(f"Of the time budget of {format_seconds(time_s)} there are {left} left; --time gives another one.")
+
+
+def announce_memory(network: str, engine: str, predicted_bytes: int, report: Reporter) -> None:
+    """Says what a training step is predicted to need. network: its name."""
+    report.emit({"event": "memory", "predicted_bytes": predicted_bytes})
+    report.note(
+        f"{network} under the {engine} engine: a training step is predicted to need {format_bytes(predicted_bytes)}."
+    )
+
+
+def training_summary(
+    recipe: Recipe, result: TrainingResult, engine: str, training_cases: int, validation_cases: int, data: str = ""
+) -> dict[str, Any]:
+    """The manifest's training fields."""
+    return {
+        "recipe": recipe.name,
+        "data": data,
+        "epochs": result.epochs,
+        "iterations": result.iterations,
+        "seconds": round(result.seconds, 1),
+        "training_cases": training_cases,
+        "validation_cases": validation_cases,
+        "engine": engine,
+        "memory": recipe.training.memory,
+        "precision": recipe.training.precision,
+        "seed": recipe.training.seed,
+        "channel_dropout": recipe.augmentation.channel_dropout,
+        "software": software_versions(),
+    }
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_run(
+    output: Path,
+    recipe: Recipe,
+    plan: PreparationPlan,
+    names: Split,
+    scheme: LabelScheme,
+    name: str = "",
+    **more: Any,
+) -> None:
+    """run.json: what a training was started with. name: asked for. more: further entries, as configurations."""
+    content = {
+        "name": name,
+        "recipe": to_dict(recipe),
+        "plan": to_dict(plan),
+        "scheme": to_dict(scheme),
+        "split": {"train": list(names[0]), "validation": list(names[1])},
+        **{key: to_dict(value) for key, value in more.items()},
+    }
+    with written_whole(output / RUN) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def started_recipe(output: Path) -> Recipe:
+    """What the training in `output` was started with. Raises InvresError where there is none, and for a damaged one."""
+    return started_run(output)[0]
+
+
+def held_out_names(output: Path) -> tuple[str, ...]:
+    """The cases that the training in `output` was validated on. Raises InvresError as `started_recipe` does."""
+    if not (output / RUN).is_file():
+        raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
+    return started_run(output)[3][1]
+
+
+def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:
+    """run.json: recipe, plan, scheme as JSON, and split. Raises InvresError as `started_recipe`."""
+    if not (output / RUN).is_file():
+        raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
+    try:
+        content = json.loads((output / RUN).read_text(encoding="utf-8"))
+        network = network_as_written(content["recipe"]["network"])
+        recipe = from_dict(Recipe, content["recipe"] | {"network": network}, "run.json: recipe")
+        plan = from_dict(PreparationPlan, content["plan"], "run.json: plan")
+        scheme, names = content["scheme"], (tuple(content["split"]["train"]), tuple(content["split"]["validation"]))
+    except (ValueError, KeyError, TypeError):
+        raise InvresError(f"{output / RUN} is damaged.", hint="Train again in a new folder.") from None
+    return recipe, plan, scheme, names
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
+    """The keys, as "training.patch", whose values differ; names and descriptions do not count."""
+    found = []
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other.get(key), dict):
+            found += differences(value, other[key], f"{where}{key}.")
+        elif value != other.get(key) and key not in ("name", "description"):
+            found.append(f"{where}{key}")
+    return found
