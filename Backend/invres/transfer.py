@@ -111,8 +111,8 @@ def transfer_weights(
     """Loads into `network`, freshly initialised, all of `weights` that fits, and says what became of each tensor.
 
     weights, base: of the model begun with. channels, scheme: what `network` takes and gives.
-    Rows of the head go by label name, the background's too; a label that the base does not know begins at zero, as
-    what a fresh row makes of a trained state are logits in the tens, which a short training spends its time on undoing.
+    Rows of the head go by label name, the background's too; a label that the base does not know keeps its fresh row
+    (rows of zeros learn more slowly).
     Input channels of the first convolution go by name; a channel that the base does not know gets the average over
     all of the base's, and where the number of channels changes all are scaled by old over new, so that the sum over
     channels stays of the same size (as Carreira and Zisserman inflate filters, arXiv 1705.07750).
@@ -175,7 +175,7 @@ def _head_rows(old: LabelScheme, new: LabelScheme) -> tuple[list[int | None], li
 def _head(old: Tensor, fresh: Tensor, rows: list[int | None], names: list[str]) -> tuple[Tensor, Outcome, str]:
     if old.shape[1:] != fresh.shape[1:]:
         return fresh, "initialised", f"the base model's has the shape {list(old.shape)}"
-    tensor = torch.zeros_like(fresh)
+    tensor = fresh.clone()
     for target, source in enumerate(rows):
         if source is not None:
             tensor[target] = old[source].to(tensor)

@@ -51,7 +51,7 @@ DEFAULTS = TrainingConfig(
 )
 """Half the learning rate of a training from the start (chosen), for weights that are good already."""
 NEW_LABELS_LEARNING_RATE = 1e-3
-"""Where the head begins anew for some label: at the rate above it hardly moves in a short training."""
+"""Where the head begins anew for some label: at the rate above its random rows hardly move in a short training."""
 _LENGTHS = ("epochs", "time_s")
 
 

@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "Backend")]
 
 from panel_driver import addSegmentation, addVolume, loadedPanel, picture, tunedManifest, waitUntil  # noqa: E402
+from pictures_of_hippocampi import takeHippocampi  # noqa: E402
 from pictures_of_results import takeBatch, takeProof  # noqa: E402
 from small_models import ONE, TWO, example, trained_package  # noqa: E402
 
@@ -24,7 +25,8 @@ from invres.demo import template  # noqa: E402
 
 KEPT = {"brain_ready": "panel_segment.png", "brain_done": "panel_result.png", "models_bundled": "panel_models.png"}
 KEPT |= {"hippocampus_done": "panel_hippocampus.png"}
-KEPT |= {"finetune_running": "panel_finetune.png", "promoted": "panel_proof.png", "batch": "panel_batch.png"}
+KEPT |= {"hippocampus_training": "panel_finetune.png", "hippocampus_proof": "panel_proof.png"}
+KEPT |= {"hippocampus_batch": "panel_batch.png"}
 SCREENSHOTS = HERE.parents[1] / "Resources" / "Screenshots"
 
 
@@ -192,6 +194,7 @@ def keep(folder: Path) -> None:
 
 PARTS = {
     "bundled": takeBundled,
+    "hippocampi": takeHippocampi,
     "segment": takeSegmenting,
     "finetune": takeFineTuning,
     "proof": takeProof,
