@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import InvresError
-from .published import IQT_4
+from .published import FCN_4, IQT_4, IQT_TESTS
 from .reproduction import Comparison, Request, Row, table
 
 __all__: list[str] = []  # importing this module registers its tables
@@ -38,6 +38,24 @@ def fcn_1(request: Request) -> Comparison:
         (
             "Theirs is nvidia-smi's figure for the whole process; ours are predicted live tensors of a training step.",
             "The last network is this project's own and not in the paper.",
+        ),
+    )
+
+
+@table("fcn-4", FCN_4.title, f"{_FCN}, {FCN_4.source}", tuple(FCN_4.rows))
+def fcn_4(request: Request) -> Comparison:
+    ours = {name: _mean_dice(name, content) for name, content in request.metrics.items()}
+    large, small = FCN_4.rows
+    gained = ours[large] - ours[small] if len(ours) == len(FCN_4.rows) else None
+    rows = [Row(FCN_4.names[name], "Dice, %", None, ours.get(name)) for name in FCN_4.rows]
+    return Comparison(
+        [*rows, Row("gained by large patches", "Dice, %", FCN_4.rows[large][0], gained)],
+        (
+            "The figure has curves without values, of KiTS19, which was not at hand; what it shows besides is that compact "
+            "blocks and in-place norms keep the baseline's Dice.",
+            "Fill the column with: invres train --recipe kits19 --data FOLDER --output RUN, once with the recipe's patch "
+            'and once with "patch": [152, 256, 256]; invres evaluate --run RUN --data FOLDER --output metrics.json; '
+            f"invres reproduce fcn-4 --metrics {small}=small.json --metrics {large}=large.json.",
         ),
     )
 
@@ -82,7 +100,11 @@ def iqt_4(request: Request) -> Comparison:
     for name, published in IQT_4.rows.items():
         ours = _errors(name, request.metrics[name]) if name in request.metrics else {}
         for column, value in zip(IQT_4.columns, published, strict=True):
-            rows.append(Row(IQT_4.names[name], column.title, value, ours.get(column.of)))
+            rows.append(Row(IQT_4.names[name], column.title, value, ours.get((column.of, column.quantity))))
+    for pair, values in IQT_TESTS.items():
+        found = _tested(*(request.metrics[name] for name in pair)) if set(pair) <= set(request.metrics) else {}
+        of = f"{IQT_4.names[pair[0]]}, against {IQT_4.names[pair[1]]}"
+        rows += [Row(of, f"Wilcoxon's {key}", value, found.get(key)) for key, value in zip("Wp", values, strict=True)]
     return Comparison(
         rows,
         (
@@ -94,15 +116,37 @@ def iqt_4(request: Request) -> Comparison:
     )
 
 
-def _errors(name: str, content: Mapping[str, Any]) -> dict[str, float]:
-    """Region -> mean RMSE of what `invres evaluate --model` wrote, in 10^-3 mm2/s."""
+def _errors(name: str, content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """(region, "mean" or "sd") -> RMSE of what `invres evaluate --model` wrote, in 10^-3 mm2/s."""
     try:
-        means = {region: content["summary"]["network"][region]["mean"] for region in ("interior", "exterior", "total")}
-        return {region: 1000 * float(mean) for region, mean in means.items() if mean is not None}
+        regions = content["summary"]["network"]
+        values = {(column.of, column.quantity): regions[column.of].get(column.quantity) for column in IQT_4.columns}
+        return {key: 1000 * float(value) for key, value in values.items() if value is not None}
     except (KeyError, TypeError, ValueError):
         raise InvresError(
             f"The metrics of {name} are none of a model that enhances.",
             hint="`invres evaluate --model M --data SCANS --output errors.json` writes them.",
+        ) from None
+
+
+def _tested(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+    """W and p of the totals of the scans that both were scored on, in the paper's way; nothing for fewer than two."""
+    from .enhancementscores import paired_test
+
+    totals = [{scan["name"]: scan["network"]["total"] for scan in content.get("scans", ())} for content in (one, other)]
+    both = [name for name in totals[0] if name in totals[1]]
+    found = paired_test(*([total[name] for name in both] for total in totals))
+    return {} if found["W"] is None else {"W": found["W"], "p": found["p_normal"]}
+
+
+def _mean_dice(name: str, content: Mapping[str, Any]) -> float:
+    """In per cent, over the labels of what `invres evaluate` wrote."""
+    try:
+        means = [100 * float(label["Dice"]["mean"]) for label in content["summary"].values()]
+        return sum(means) / len(means)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise InvresError(
+            f"The metrics of {name} hold no Dice.", hint="`invres evaluate --output metrics.json` writes them."
         ) from None
 
 

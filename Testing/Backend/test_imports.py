@@ -162,7 +162,7 @@ ALLOWED = {
     "reproduction": "events",
     "invrestables": "depth memory networkconfig published reproduction",
     "fixedbudget": "events memory networkconfig networks published reproduction",
-    "furthertables": "fcn_table iqt_figures published reproduction",
+    "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
     "model_commands": "configjson console events interruption lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth events files variants",

@@ -16,7 +16,7 @@ from invres.memory import predict_training
 from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.reproduction import Comparison, Row, cells, find_table, table, tables
 
-TABLES = {"fcn-1", "invres-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}
+TABLES = {"fcn-1", "fcn-4", "invres-1", "invres-2", "invres-3", "invres-4", "iqt-4", "iqt-6", "mbconv-claims"}
 TISSUES = {"CSF": 0.81, "GM": 0.72, "WM": 0.63}
 
 
@@ -53,7 +53,9 @@ def test_the_list_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode == 0
 
 
-@pytest.mark.parametrize("name", [name for name in published.__all__ if name.isupper() and name != "PARAMETERS"])
+@pytest.mark.parametrize(
+    "name", [name for name in published.__all__ if isinstance(getattr(published, name), published.PublishedTable)]
+)
 def test_a_published_table_has_a_value_for_every_column_and_a_name_for_every_row(name):
     printed = getattr(published, name)
     assert printed.title and printed.source and printed.rows.keys() == printed.names.keys()
@@ -239,18 +241,51 @@ def test_the_claims_are_ratios_of_what_both_hold(monkeypatch):
 
 
 def test_errors_of_an_enhancing_model_stand_beside_the_papers(tmp_path):
-    errors = {
-        "summary": {"network": {r: {"mean": m} for r, m in (("interior", None), ("exterior", 3e-4), ("total", 2e-4))}}
-    }
+    means = (("interior", None), ("exterior", 3e-4), ("total", 2e-4))
+    errors = {"summary": {"network": {region: {"mean": mean, "sd": None} for region, mean in means}}}
     (tmp_path / "errors.json").write_text(json.dumps(errors), encoding="utf-8")
     given = ("--metrics", f"espcn_rn4-8={tmp_path / 'errors.json'}")
     found = invres("reproduce", "iqt-4", *given, "--json").events[-1]
     ours = {row["figure"]: row["ours"] for row in found["rows"] if row["of"] == "ESPCN-RN4, 8 subjects"}
-    assert ours == {"RMSE interior": None, "RMSE exterior": pytest.approx(0.3), "RMSE total": pytest.approx(0.2)}
+    filled = {figure: value for figure, value in ours.items() if value is not None}
+    assert filled == {"RMSE exterior, mean": pytest.approx(0.3), "RMSE total, mean": pytest.approx(0.2)}
+    assert len(ours) == 6
     assert all(row["ours"] is None for row in found["rows"] if row["of"] != "ESPCN-RN4, 8 subjects")
     evaluated(tmp_path / "other.json", TISSUES.items())
     outcome = invres("reproduce", "iqt-4", "--metrics", f"espcn-8={tmp_path / 'other.json'}")
     assert outcome.code == 2 and "model that enhances" in outcome.err
+
+
+def test_the_test_of_the_paper_is_made_on_the_scans_that_both_models_were_scored_on(tmp_path):
+    def scored(name, errors):
+        scans = [{"name": f"scan{n}", "network": {"total": error}} for n, error in enumerate(errors)]
+        regions = {region: {"mean": 1e-3, "sd": 1e-4} for region in ("interior", "exterior", "total")}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"scans": scans, "summary": {"network": regions}}), encoding="utf-8")
+        return ["--metrics", f"{name}={path}"]
+
+    better, worse = [1e-3 * (n + 1) for n in range(8)], [1.1e-3 * (n + 1) for n in range(9)]
+    given = scored("espcn_rn4-32", better) + scored("espcn-32", worse)
+    rows = invres("reproduce", "iqt-4", *given, "--json").events[-1]["rows"]
+    tests = [row for row in rows if row["figure"].startswith("Wilcoxon")]
+    assert [row["published"] for row in tests] == [0, 0.0117] * 2
+    of_best, of_32 = tests[:2], tests[2:]
+    assert [row["ours"] for row in of_best] == [None, None]
+    assert of_32[0]["ours"] == 0 and of_32[1]["ours"] == pytest.approx(0.0117, abs=1e-4), "8 subjects, all better"
+    spreads = {row["figure"]: row["ours"] for row in rows if row["of"] == "ESPCN, 32 subjects"}
+    assert spreads["RMSE total, sd"] == pytest.approx(0.1)
+
+
+def test_the_gain_by_large_patches_needs_both_evaluations(tmp_path):
+    small = ("--metrics", f"96x96x96={evaluated(tmp_path / 'small.json', {'kidney': 0.90, 'tumour': 0.70}.items())}")
+    large = ("--metrics", f"256x256x152={evaluated(tmp_path / 'large.json', {'kidney': 0.94, 'tumour': 0.80}.items())}")
+    for given, ours in ((small, [None, 80.0, None]), (small + large, [87.0, 80.0, 7.0])):
+        rows = invres("reproduce", "fcn-4", *given, "--json").events[-1]["rows"]
+        assert [row["ours"] for row in rows] == [one if one is None else pytest.approx(one) for one in ours]
+        assert rows[-1]["published"] == 5.0
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    outcome = invres("reproduce", "fcn-4", "--metrics", f"96x96x96={tmp_path / 'other.json'}")
+    assert outcome.code == 2 and "The metrics of 96x96x96 hold no Dice." in outcome.err
 
 
 def test_the_figure_of_image_quality_transfer_has_memory_and_time_beside_the_papers():
