@@ -51,11 +51,11 @@ def fcn_4(request: Request) -> Comparison:
     return Comparison(
         [*rows, Row("gained by large patches", "Dice, %", FCN_4.rows[large][0], gained)],
         (
-            "The figure has curves without values, of KiTS19, which was not at hand; what it shows besides is that compact "
-            "blocks and in-place norms keep the baseline's Dice.",
-            "Fill the column with: invres train --recipe kits19 --data FOLDER --output RUN, once with the recipe's patch "
-            'and once with "patch": [152, 256, 256]; invres evaluate --run RUN --data FOLDER --output metrics.json; '
-            f"invres reproduce fcn-4 --metrics {small}=small.json --metrics {large}=large.json.",
+            "The figure has curves without values, of KiTS19, which was not at hand; what it shows besides is that "
+            "compact blocks and in-place norms keep the baseline's Dice.",
+            "Fill the column with: invres train --recipe kits19 --data FOLDER --output RUN, once with the recipe's "
+            'patch and once with "patch": [152, 256, 256]; invres evaluate --run RUN --data FOLDER --output M.json; '
+            f"invres reproduce fcn-4 --metrics {small}=SMALL.json --metrics {large}=LARGE.json.",
         ),
     )
 
