@@ -72,12 +72,6 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         ],
     )
     section(
-        "variants",
-        f"VAE branch, classes, depth and whole volumes: peak live tensor bytes of a training step (predicted; {words})",
-        lambda: bench_variants(*size, report),
-        ["network", "variant", "patch", "memory", "precision", *peaks],
-    )
-    section(
         "time",
         f"Median seconds of a training step ({words})",
         lambda: bench_time(*size, device, options.rounds, report),
@@ -105,6 +99,12 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         "Peak memory and operations against depth, by strategy",
         lambda: bench_depth(report=report),
         ["strategy", "blocks", "peak_states", "flops_ratio"],
+    )
+    section(
+        "variants",
+        f"VAE branch, classes, depth and whole volumes: peak live tensor bytes of a training step (predicted; {words})",
+        lambda: bench_variants(*size, report),
+        ["network", "variant", "patch", "memory", "precision", *peaks, "error"],
     )
     if options.output and isinstance(results.get("depth"), list):
         draw_depth(results["depth"], options.output / "depth.png")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import InvresError, __version__
-from .config import ENGINES, MEMORY_SETTINGS
+from .config import ENGINES, MEMORY_SETTINGS, OPTIMIZERS
 from .configjson import nearest
 from .events import JsonReporter, Reporter, TerminalReporter
 from .faults import fault_of
@@ -32,9 +32,7 @@ _MEMORY = (
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-OPTIMIZERS = ("adam", "muon")
-
-_OPTIMIZER = "muon learns faster than adam in most trainings and takes half of its memory"
+_OPTIMIZER = "muon needs fewer steps than adam, and keeps half the state that adam keeps beside the weights"
 
 _MIRROR = "average predictions mirrored along these axes: 0 top to bottom, 1 front to back, 2 left to right"
 
@@ -336,7 +334,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default fp32)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
-    one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default adam)")
+    one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default: the recipe's, or adam)")
     one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
     one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
     one.add_argument("--new-labels", action="store_true", help="the cases may have no label of the model's")

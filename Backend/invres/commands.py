@@ -306,7 +306,7 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         network = dataclasses.replace(network, vae=VAEConfig() if options.vae else None)
     wishes: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("epochs", "seed", "engine", "precision", "memory", "optimizer")
+        for key in ("epochs", "seed", "engine", "precision", "memory")
         if getattr(options, key) is not None
     }
     if options.time:
@@ -315,6 +315,8 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     if options.channel_dropout is not None:
         augmentation = dataclasses.replace(augmentation, channel_dropout=options.channel_dropout)
     training = dataclasses.replace(training, **wishes)
+    if options.optimizer:
+        training = training.with_optimizer(options.optimizer)
     return dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "DARKEST",
     "ENGINES",
     "MEMORY_SETTINGS",
+    "OPTIMIZERS",
     "AugmentationConfig",
     "ChannelPlan",
     "Label",
@@ -29,6 +31,8 @@ __all__ = [
 
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
 MEMORY_SETTINGS = ("low", "lower", "lowest")
+OPTIMIZERS = {"adam": 0.0, "muon": 0.1}
+"""With the weight decay that goes with each. Muon's concerns only the weights that it turns."""
 DARKEST = -4.0
 """Of empty background, in standard deviations. It keeps the darkness that scaling gives it, but an image of little
 contrast must not push it so far that it dominates the network's statistics."""
@@ -93,8 +97,8 @@ class TrainingConfig:
     """One training. Sizes in voxels (D, H, W), times in seconds.
 
     learning_rate: 2e-4 with Adam is the paper's (section 3.3); the schedule and the rest are chosen.
-    optimizer: "muon" needs about half as many steps and half of Adam's memory, at about Adam's learning rates; in long
-    trainings it wants a weight_decay of about 0.1, which concerns the weights that it turns (with Adam: all).
+    optimizer: "muon" needs about half as many steps as "adam" at about the same learning rates, and keeps half the
+    state; in long trainings it wants a weight_decay of about 0.1.
     epochs counts `iterations_per_epoch` optimizer steps each; `time_s` (0 = none) ends the training earlier.
     memory: how far the reversible engine goes to save memory. "low" is right for most: little memory at hardly any cost
     in time. "lower" works on fewer channels at a time, and under bf16 or fp16 keeps gradients in 16 bits. "lowest" also
@@ -123,7 +127,17 @@ class TrainingConfig:
     seed: int = 0
     loss: LossWeights = field(default_factory=LossWeights)
 
+    def with_optimizer(self, name: str) -> TrainingConfig:
+        """The same with another optimizer and the weight decay that goes with that; itself where it is the same one."""
+        if name == self.optimizer:
+            return self
+        return dataclasses.replace(self, optimizer=name, weight_decay=OPTIMIZERS.get(name, 0.0))  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InvresError(
+                f"There is no optimizer {self.optimizer!r}; the optimizers are {' and '.join(OPTIMIZERS)}."
+            )
         if self.engine not in ENGINES:
             raise InvresError(f"There is no engine {self.engine!r}; the engines are {', '.join(ENGINES)}.")
         if self.memory not in MEMORY_SETTINGS:

@@ -23,7 +23,7 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
             "and scans as --data.",
             code="usage",
         )
-    check_report(options.output, [path for path in (*files, options.data) if path is not None])
+    check_report(options.output)
     if options.model is not None:
         evaluate_enhancement(options, report)
         return

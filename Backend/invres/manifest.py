@@ -48,6 +48,7 @@ class TrainingSummary:
     engine: str = ""
     memory: str = ""
     precision: str = ""
+    optimizer: str = ""
     seed: int = 0
     channel_dropout: float = 0.0
     software: dict = field(default_factory=dict)

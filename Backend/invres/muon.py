@@ -36,9 +36,10 @@ def orthogonalised(gradient: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Orthogonalised Nesterov momentum for `matrices`, AdamW for all other parameters, at one learning rate.
 
-    matrices: those of `parameters` that map channels to channels; (O, I, d, h, w) is a matrix of O rows. They keep one
-    tensor of state where Adam keeps two. weight_decay: decoupled, of the matrices only; it bounds them, as steps of one
-    length would let them, and with them the state of an invertible network, grow without end (Liu et al. 2025).
+    matrices: those of `parameters` that map channels to channels; (O, I, d, h, w) is a matrix of O rows, and of a
+    transposed convolution (I, O, d, h, w) one of I rows. They keep one tensor of state where Adam keeps two.
+    weight_decay: decoupled, of the matrices only; it bounds them, as steps of one length would let them, and with them
+    the state of an invertible network, grow without end (Liu et al. 2025).
     """
 
     def __init__(self, parameters: Iterable[Tensor], matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,13 +37,26 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = "
         _check_folder(path)
 
 
-def check_report(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises InvresError for a text file that cannot be written, or that is one of `inputs`."""
+def check_report(path: Path) -> None:
+    """Raises InvresError for a JSON file that cannot be written, and for a file there that is no earlier report."""
     if path.is_dir():
         raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
-    if any(_same(path, given) for given in inputs):
-        raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
+    if path.exists() and not _is_report(path):
+        raise InvresError(
+            f"{path} is there already, holds something else than scores, and would be overwritten.",
+            hint=ANOTHER,
+            code="output_is_input",
+        )
     _check_folder(path)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether it is what `invres evaluate` writes."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "summary" in content
 
 
 def with_ending(path: Path) -> Path:

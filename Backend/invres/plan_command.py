@@ -64,7 +64,7 @@ def _plan_training(options: argparse.Namespace, report: Reporter) -> None:
     lines = [
         f"{config.name}, {config.in_channels} channel{'' if config.in_channels == 1 else 's'}, "
         f"{'' if config.enhances else f'{config.out_channels} classes, '}patch {'x'.join(map(str, size))}, "
-        f"batch {training.batch_size}, {training.precision}, memory {training.memory}: "
+        f"batch {training.batch_size}, {training.precision}, memory {training.memory}, {training.optimizer}: "
         f"a training step needs {format_bytes(found.peak_bytes)}",
         "  at its peak: " + ", ".join(f"{_ROLES[role]} {format_bytes(size)}" for role, size in found.by_role.items()),
         "  plus the CUDA context and cuDNN's workspaces on a GPU",
@@ -92,7 +92,7 @@ def _plan_training(options: argparse.Namespace, report: Reporter) -> None:
         extra["card"] = dataclasses.asdict(fitting)
         lines += fitting.sentences()
     say(report, "\n".join(lines))
-    report.result(**dataclasses.asdict(found), **extra)
+    report.result(**dataclasses.asdict(found), optimizer=training.optimizer, **extra)
 
 
 def _wanted(options: argparse.Namespace) -> tuple[NetworkConfig, TrainingConfig]:

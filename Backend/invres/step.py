@@ -10,7 +10,7 @@ import torch
 from .config import LossWeights
 from .losses import EnhancementLosses, Losses, check_target, root_mean_square_error, sums_of_boxes, total_loss
 from .muon import Muon
-from .networks import STEMS, Network, SegmentationNetwork, is_head
+from .networks import Network, SegmentationNetwork, is_rim
 from .reversible import role
 
 __all__ = ["AUTOCAST_DTYPES", "autocast", "enhancement_step", "make_optimizer", "training_step"]
@@ -122,12 +122,12 @@ def _optimize(
 
 
 def _between_channels(network: torch.nn.Module) -> list[torch.Tensor]:
-    """Weights of convolutions that map channels to channels: not the first one, the head, or depthwise ones."""
+    """Weights of convolutions that map channels to channels: not of the first and last layers, or depthwise ones."""
     inner = getattr(network, "module", network)
     return [
         weight
         for name, weight in inner.named_parameters()
-        if weight.ndim == 5 and weight.shape[1] > 1 and name not in STEMS and not is_head(name)
+        if weight.ndim == 5 and weight.shape[1] > 1 and not is_rim(name)
     ]
 
 

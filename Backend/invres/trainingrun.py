@@ -152,6 +152,7 @@ def training_summary(
         "engine": engine,
         "memory": recipe.training.memory,
         "precision": recipe.training.precision,
+        "optimizer": recipe.training.optimizer,
         "seed": recipe.training.seed,
         "channel_dropout": recipe.augmentation.channel_dropout,
         "software": software_versions(),

@@ -196,6 +196,7 @@ def plan_tuning(
             hint="Leave --vae out, or freeze less.",
         )
     training = options.recipe.training if options.recipe else _defaults(base, dataset.scheme)
+    training = training.with_optimizer(options.wishes.get("optimizer", training.optimizer))
     training = dataclasses.replace(training, **options.wishes)
     cases = [case for case in dataset.cases if case.name in names]
     file = dataset.root / SPLITS

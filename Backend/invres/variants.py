@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import InvresError
 from .events import SILENT, Reporter
 from .memory import predict_training
 from .networkconfig import NetworkConfig, VAEConfig
@@ -25,6 +26,7 @@ def bench_variants(patch: Triple, channels: int, classes: int, report: Reporter 
     """One row for each variant, on hollow tensors: nothing is allocated. Batch 1.
 
     ratio, activation_ratio: to the first row of its group: the plain network, one block a level, the baseline.
+    A row that cannot be has an `error` and no figures.
     """
     groups: list[list[tuple[NetworkConfig, str, Triple, dict[str, Any]]]] = []
     for name in INVERTIBLE:
@@ -52,23 +54,26 @@ def bench_variants(patch: Triple, channels: int, classes: int, report: Reporter 
     rows: list[dict[str, Any]] = []
     total = sum(len(group) for group in groups)
     for group in groups:
-        first: dict[str, Any] = {}
+        first: dict[str, int] = {}
         for network, variant, size, options in group:
             report.progress("bench.variants", len(rows), total)
-            found = predict_training(network, size, **options)
             row: dict[str, Any] = {
                 "network": network.name,
                 "variant": variant,
                 "patch": "x".join(map(str, size)),
                 "precision": options.get("precision", "fp32"),
                 "memory": options.get("memory", "low"),
-                "peak_bytes": found.peak_bytes,
-                "activation_bytes": found.activation_bytes,
             }
-            first = first or row
-            row["ratio"] = row["peak_bytes"] / first["peak_bytes"]
-            row["activation_ratio"] = row["activation_bytes"] / first["activation_bytes"]
             rows.append(row)
+            try:
+                found = predict_training(network, size, **options)
+            except InvresError as error:  # such as a patch too small for the VAE branch
+                row["error"] = str(error)
+                continue
+            first = first or {"peak": found.peak_bytes, "activation": found.activation_bytes}
+            row |= {"peak_bytes": found.peak_bytes, "ratio": found.peak_bytes / first["peak"]}
+            row |= {"activation_bytes": found.activation_bytes}
+            row |= {"activation_ratio": found.activation_bytes / first["activation"]}
     report.progress("bench.variants", total, total)
     return rows
 

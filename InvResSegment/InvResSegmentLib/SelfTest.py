@@ -14,8 +14,9 @@ __all__ = ["SelfTest"]
 TIMEOUT = 300  # seconds, for a machine that imports torch for the first time
 PROGRAM = """
 import sys, torch
-from invres.config import ChannelPlan, Label, LabelScheme, NetworkConfig, PreparationPlan
+from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.modelpackage import save_package
+from invres.networkconfig import NetworkConfig
 from invres.networks import build
 torch.manual_seed(0)
 scheme = LabelScheme((Label("ball", (1,), 1, (250, 20, 40)),))

@@ -29,6 +29,7 @@ from tiny_datasets import (
 )
 
 from invres import __version__, commands
+from invres.checkpoint import load_checkpoint
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe
 from invres.console import recipes_dir
 from invres.memory import predict_enhancement, predict_for
@@ -352,6 +353,35 @@ def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path, mon
     described = invres("describe", tmp_path / "run/model").out.splitlines()[0]
     assert described == "tiny 1.0.0: Trained with the recipe tiny on Phantoms (1 case)."
     assert "Warning: The mean Dice in validation is 0." in outcome.err and "too short to learn" in outcome.err
+
+
+def test_the_optimizer_of_the_command_line_trains_with_the_decay_that_goes_with_it(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1, optimizer="muon", weight_decay=0.3)
+    for name, wanted, decay in (("", "muon", 0.3), ("adam", "adam", 0.0), ("muon", "muon", 0.3)):
+        run = tmp_path / f"run {name}"
+        asked = ["--optimizer", name] if name else []
+        outcome = invres("train", "-d", data, "-r", recipe, "-o", run, "--device", "cpu", "--fold", "all", *asked)
+        assert outcome.code == 0, outcome.err
+        training = json.loads((run / "run.json").read_text())["recipe"]["training"]
+        assert (training["optimizer"], training["weight_decay"]) == (wanted, decay)
+        of_parameters = load_checkpoint(run)["optimizer"]["state"].values()
+        assert any("exp_avg_sq" not in state for state in of_parameters) == (wanted == "muon")
+        manifest = json.loads((run / "model" / "manifest.json").read_text())
+        assert manifest["training"]["optimizer"] == wanted
+
+
+def test_scores_never_overwrite_what_is_no_earlier_report(tmp_path):
+    label = Volume(np.ones((4, 4, 4), np.uint8), Geometry((4, 4, 4), (1, 1, 1), (0, 0, 0), np.eye(3)))
+    for kind in ("p", "r"):
+        (tmp_path / kind).mkdir()
+        write_volume(tmp_path / kind / "a.nii.gz", label)
+    before = (tmp_path / "r/a.nii.gz").read_bytes()
+    arguments = ["evaluate", "-p", tmp_path / "p", "-r", tmp_path / "r", "-o"]
+    refused = invres(*arguments, tmp_path / "r/a.nii.gz")
+    assert refused.code == 2 and "holds something else than scores" in refused.err
+    assert (tmp_path / "r/a.nii.gz").read_bytes() == before
+    for _ in range(2):  # an earlier report gives way
+        assert invres(*arguments, tmp_path / "r/metrics.json").code == 0
 
 
 def test_a_trained_model_has_the_name_that_was_asked_for_also_when_resumed(data, tmp_path):
@@ -833,7 +863,6 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["check", "-d", "nowhere"], "There is no data set at nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "m.json"], "nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "."], "is a folder, not a file"),
-        (["evaluate", "-p", "p.nii", "-r", "r.nii", "-o", "r.nii"], "r.nii is an input and would be overwritten"),
         (["train", "-d", "nowhere", "-o", "run", "--optimizer", "lion"], "invalid choice: 'lion'"),
     ],
 )

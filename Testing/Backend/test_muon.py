@@ -13,8 +13,8 @@ from invres.config import LossWeights, TrainingConfig
 from invres.configjson import from_dict
 from invres.memory import measure_training, predict_training
 from invres.muon import Muon, orthogonalised
-from invres.networkconfig import NetworkConfig
-from invres.networks import build
+from invres.networkconfig import ENHANCEMENT_NETWORKS, NETWORKS, NetworkConfig, VAEConfig
+from invres.networks import build, build_any, with_patch
 from invres.step import make_optimizer, training_step
 
 CONFIG = NetworkConfig(name="fully_invres", channels=(8, 16), levels=2, in_channels=2, out_channels=3)
@@ -76,6 +76,25 @@ def test_convolutions_between_the_first_and_the_head_are_turned():
     turned = {name for name, p in network.named_parameters() if "exp_avg_sq" not in optimizer.state[p]}
     weights = {name for name, p in network.named_parameters() if p.ndim == 5}
     assert turned == weights - {"stem.weight", "heads.0.weight", "heads.1.weight"} and len(turned) > 4
+
+
+@pytest.mark.parametrize("name", NETWORKS + ENHANCEMENT_NETWORKS)
+@pytest.mark.parametrize("block", ["plain", "ccblock"])
+def test_what_the_channels_of_the_data_fix_is_left_to_adam(name, block):
+    """Channels of a number that occurs nowhere else tell the layers that are at the rim of the network."""
+    inside, outside = 7, 11
+    config = NetworkConfig(name=name, in_channels=inside, out_channels=outside, vae=VAEConfig(), block=block)
+    if config.enhances:
+        config = dataclasses.replace(config, vae=None)
+    config = with_patch(config, (32, 32, 32))
+    with torch.device("meta"):
+        network = build_any(config)
+    turned = make_optimizer(network, kind="muon")._matrices
+    rim = {inside, outside, 8 * inside, 8 * outside}  # the VAE's head and an enhancer's last layer are shuffled up
+    for parameter_name, parameter in network.named_parameters():
+        if parameter.ndim == 5 and parameter.shape[1] > 1:
+            at_rim = bool(rim & set(parameter.shape[:2]))
+            assert (id(parameter) in turned) is not at_rim, parameter_name
 
 
 def test_depthwise_convolutions_are_left_to_adam():

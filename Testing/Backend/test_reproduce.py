@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny_datasets import BACKEND, invres
 
-from invres import InvresError, cli, fixedbudget, invrestables, published, reproduction
+from invres import InvresError, cli, fixedbudget, furthertables, invrestables, published, reproduction
 from invres.fixedbudget import Holding, holdings, largest
 from invres.memory import predict_training
 from invres.networkconfig import NetworkConfig, VAEConfig
@@ -274,6 +274,9 @@ def test_the_test_of_the_paper_is_made_on_the_scans_that_both_models_were_scored
     assert of_32[0]["ours"] == 0 and of_32[1]["ours"] == pytest.approx(0.0117, abs=1e-4), "8 subjects, all better"
     spreads = {row["figure"]: row["ours"] for row in rows if row["of"] == "ESPCN, 32 subjects"}
     assert spreads["RMSE total, sd"] == pytest.approx(0.1)
+    # A scan without brain has no error, and a file may lack its scans: no test then, but the rest.
+    broken = {"scans": [{"name": "a", "network": {"total": None}}]}
+    assert furthertables._tested(broken, broken) == furthertables._tested(broken, {"scans": [{"name": "a"}]}) == {}
 
 
 def test_the_gain_by_large_patches_needs_both_evaluations(tmp_path):

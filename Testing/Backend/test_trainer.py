@@ -81,9 +81,14 @@ def equal(one, other):
 # --- interruption --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_a_training_stopped_anywhere_and_resumed_ends_bit_equal(cases, tmp_path, network):
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [*((network, "adam") for network in NETWORKS.values()), (NETWORKS["plain"], "muon")],
+    ids=[*NETWORKS, "Muon"],
+)
+def test_a_training_stopped_anywhere_and_resumed_ends_bit_equal(cases, tmp_path, network, optimizer):
     kind = {"network": network, "epochs": 3, "iterations_per_epoch": 3, "validate": weight_sum}
+    kind |= {"optimizer": optimizer, "weight_decay": 0.1}
     whole = trainer_of(cases, tmp_path / "whole", **kind)
     wanted = whole.run()
     for stop_at in (1, 4, 5):  # within an epoch and at its end

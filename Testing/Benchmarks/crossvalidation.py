@@ -83,10 +83,16 @@ def main() -> None:
     data = read_dataset(options.data)
     recipe = Recipe.read(RECIPE)
     training = dataclasses.replace(recipe.training, precision=options.precision)
-    if options.optimizer:
-        training = dataclasses.replace(training, optimizer=options.optimizer)
+    training = training.with_optimizer(options.optimizer or training.optimizer)
     recipe = dataclasses.replace(recipe, training=training)
     networks = _networks()
+    settings = {"seconds": options.seconds, "precision": options.precision, "optimizer": training.optimizer}
+    begun = options.output / "settings.json"
+    if begun.is_file() and _read(begun) != settings:
+        raise SystemExit(
+            f"{options.output} was begun with {_read(begun)}, and now it is {settings}: take another folder."
+        )
+    _write(begun, settings)
     known = options.output / "steps.json"
     steps = _read(known) if known.is_file() else {}
     if missing := {name: networks[name] for name in options.networks if name not in steps}:

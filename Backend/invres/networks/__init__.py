@@ -12,7 +12,7 @@ from .compact_fcn import CompactFCN
 from .espcn import BORDER, ESPCN, ElongatedESPCN, shuffle, unshuffle
 from .fully_invres import FullyInvRes
 from .mbconv_unet import MBConvUNet
-from .naming import STEMS, is_head
+from .naming import STEMS, is_head, is_rim
 from .no_new_net import NoNewNet
 from .partially_invres import PartiallyInvRes
 from .unet3d import UNet3D
@@ -28,6 +28,7 @@ __all__ = [
     "build_any",
     "build_enhancer",
     "is_head",
+    "is_rim",
     "shuffle",
     "unshuffle",
     "with_patch",
