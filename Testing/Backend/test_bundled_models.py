@@ -55,7 +55,7 @@ def test_the_brain_model_finds_grey_and_white_matter_in_a_real_t1(packages, head
     labels = read_volume(tmp_path / "out.nii.gz", kind="labels")
     found = demo.tissues_of(labels.array, packages[NAMES[0]].manifest.output_scheme)
     dice = [2 * ((found == t) & (tissues == t)).sum() / ((found == t).sum() + (tissues == t).sum()) for t in (2, 3)]
-    assert dice[0] > 0.82 and dice[1] > 0.81, "as in RESULTS.md, less rounding"
+    assert dice[0] > 0.86 and dice[1] > 0.88, "as in RESULTS.md, less rounding"
     across = labels.canonical().array
     for left, right in ((17, 53), (10, 49), (12, 51)):
         places = [np.argwhere(across == value)[:, 2] for value in (left, right)]
