@@ -63,6 +63,7 @@ TRAINING = {
     "engine": "reversible",
     "memory": "low",
     "precision": "fp32",
+    "optimizer": "muon",
     "seed": 7,
     "channel_dropout": 0.25,
     "software": {"torch": "2.13.0"},
