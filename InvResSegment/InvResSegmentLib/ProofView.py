@@ -34,9 +34,9 @@ class ProofView:
         self._overlayProblems = Notice(ui, "overlayNotice")
         self._overlay = CaseOverlay()
         self._decision = RunDecision(ui, catalogue, onDecided)
-        setUpTable(ui.proofTable, [_("Segment"), "", _("Base"), _("Tuned"), _("Difference")], stretched=(4,))
+        setUpTable(ui.proofTable, [_("Segment"), "", _("Base"), _("Tuned"), _("Difference")], stretched=(0, 4))
         setUpTable(
-            ui.casesTable, [_("Case"), _("Base"), _("Tuned"), _("Difference"), _("Worst segment")], stretched=(0,)
+            ui.casesTable, [_("Case"), _("Base"), _("Tuned"), _("Difference"), _("Worst segment")], stretched=(0, 4)
         )
         ui.legendText.text = _legend()
         ui.casesTable.connect("itemSelectionChanged()", self._onCase)
