@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from . import InvresError
+from .cardplan import WHOLE_VOLUME
 from .events import SILENT, Reporter
 from .memory import predict_training
 from .networkconfig import NetworkConfig, VAEConfig
 from .networks import build
 
-__all__ = ["WHOLE_VOLUME", "bench_variants"]
+__all__ = ["bench_variants"]
 
 Triple = tuple[int, int, int]
-WHOLE_VOLUME = (240, 240, 155)  # a BraTS case
 MANY_CLASSES = 104  # of a whole body
 DEEP = 16  # blocks a level
 INVERTIBLE = ("partially_invres", "fully_invres")

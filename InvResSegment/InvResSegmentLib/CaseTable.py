@@ -9,7 +9,7 @@ from .CaseChannels import channelsOf
 from .CaseFindings import labelNames
 from .LabelMapping import labelOf
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, levelIcon
-from .Table import setUpTable
+from .Table import fitRows, setUpTable
 from .Text import bullets
 from .TrainingCases import LEFT_OUT, TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
@@ -137,14 +137,7 @@ class CaseTable:
 
     def _fit(self) -> None:
         """As high as its rows, so that a short list takes little room."""
-        table = self._table
-        table.resizeRowsToContents()
-        shown = min(table.rowCount, ROWS_SHOWN)
-        height = table.horizontalHeader().sizeHint.height() + 2 * table.frameWidth + 2
-        height += sum(table.rowHeight(index) for index in range(shown))
-        if table.minimumHeight != height:
-            table.setMinimumHeight(height)
-            table.setMaximumHeight(height)
+        fitRows(self._table, ROWS_SHOWN)
 
 
 def _roles() -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from .CaseOverlay import COLOURS, CaseOverlay, titles
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .RunDecision import RunDecision
 from .RunRecord import RunRecord
-from .Table import setUpTable
+from .Table import fitRows, setUpTable
 from .Text import escape, paragraphs
 
 __all__ = ["ProofView"]
@@ -38,6 +38,8 @@ class ProofView:
         setUpTable(
             ui.casesTable, [_("Case"), _("Base"), _("Tuned"), _("Difference"), _("Worst segment")], stretched=(0, 4)
         )
+        for table in (ui.proofTable, ui.casesTable):  # what is wrapped needs other heights at other widths
+            table.horizontalHeader().connect("sectionResized(int,int,int)", self._fit)
         ui.legendText.text = _legend()
         ui.casesTable.connect("itemSelectionChanged()", self._onCase)
         ui.hideCaseButton.connect("clicked()", self._onHide)
@@ -103,6 +105,10 @@ class ProofView:
 
     # ---------------------------------------------------------------- tables
 
+    def _fit(self) -> None:
+        for table in (self._ui.proofTable, self._ui.casesTable):
+            fitRows(table, ROWS_SHOWN)
+
     def _fillProof(self, comparison: dict[str, Any]) -> None:
         table, labels = self._ui.proofTable, comparison.get("labels") or {}
         table.setRowCount(len(labels) * len(METRICS))
@@ -116,7 +122,7 @@ class ProofView:
                     _setCell(table, row, column, _number(spread.get("mean"), digits), _spreadText(spread, digits))
                 self._setDifference(row, values, digits)
         table.visible = bool(labels)
-        _fitRows(table)
+        fitRows(table, ROWS_SHOWN)
 
     def _setDifference(self, row: int, values: dict[str, Any], digits: int) -> None:
         found = values.get("difference") or {}
@@ -149,7 +155,7 @@ class ProofView:
         table.clearSelection()
         for widget in (table, self._ui.casesText):
             widget.visible = bool(self._cases)
-        _fitRows(table)
+        fitRows(table, ROWS_SHOWN)
 
     # ---------------------------------------------------------------- the case in the views
 
@@ -179,16 +185,6 @@ def _setCell(table, row: int, column: int, text: str, toolTip: str = ""):
     item.setToolTip(toolTip or text)
     table.setItem(row, column, item)
     return item
-
-
-def _fitRows(table) -> None:
-    """As high as its rows, up to a number of them."""
-    table.resizeRowsToContents()
-    rows = min(table.rowCount, ROWS_SHOWN)
-    height = sum(table.rowHeight(row) for row in range(rows))
-    height += table.horizontalHeader().sizeHint.height() + 2 * table.frameWidth
-    table.setMinimumHeight(height)
-    table.setMaximumHeight(height)
 
 
 def _number(value: Any, digits: int, sign: str = "") -> str:

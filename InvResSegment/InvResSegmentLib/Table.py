@@ -2,7 +2,7 @@
 
 import qt
 
-__all__ = ["setUpTable"]
+__all__ = ["fitRows", "setUpTable"]
 
 
 def setUpTable(table, titles: list[str], stretched: tuple[int, ...]) -> None:
@@ -14,3 +14,13 @@ def setUpTable(table, titles: list[str], stretched: tuple[int, ...]) -> None:
     for column in range(len(titles)):
         resize = qt.QHeaderView.Stretch if column in stretched else qt.QHeaderView.ResizeToContents
         header.setSectionResizeMode(column, resize)
+
+
+def fitRows(table, most: int) -> None:
+    """Makes rows as high as their words at the present widths, and the table as high as `most` of its rows."""
+    table.resizeRowsToContents()
+    height = table.horizontalHeader().sizeHint.height() + 2 * table.frameWidth + 2
+    height += sum(table.rowHeight(row) for row in range(min(table.rowCount, most)))
+    if table.minimumHeight != height:
+        table.setMinimumHeight(height)
+        table.setMaximumHeight(height)

@@ -124,7 +124,7 @@ ALLOWED = {
     "worker": "events interruption",
     "peers": "",
     "operations": "",
-    "variants": "events memory networkconfig networks",
+    "variants": "cardplan events memory networkconfig networks",
     "depth": "events hollow livebytes networkconfig networks operations reversible",
     "cube": "events memory networkconfig",
     "benchmark": "config events hollow losses memory networkconfig networks operations peers step",

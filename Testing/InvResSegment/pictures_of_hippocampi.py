@@ -49,8 +49,7 @@ def _tune(folder: Path, data: Path, place: Path) -> None:
         tab = panel.fineTuneTab
         waitUntil(lambda: not panel.setup.checking and panel.segmentTab.models, 120)
         panel.ui.tabs.setCurrentWidget(tab.widget)
-        names = [tab.ui.baseBox.itemText(row) for row in range(tab.ui.baseBox.count)]
-        tab.ui.baseBox.currentIndex = next(row for row, name in enumerate(names) if name.startswith(MODEL))
+        _choose(tab.ui.baseBox)
         for number, path in enumerate(_files(data), start=1):
             volume = addVolume(f"Patient {number} T1", voxels=read_volume(path).array)
             labels = read_volume(data / "labels" / path.name, kind="labels").array
@@ -86,8 +85,7 @@ def _batch(folder: Path, data: Path, place: Path) -> None:
         tab = panel.batchTab
         waitUntil(lambda: not panel.setup.checking and panel.segmentTab.models, 120)
         panel.ui.tabs.setCurrentWidget(tab.widget)
-        names = [tab.ui.modelBox.itemText(row) for row in range(tab.ui.modelBox.count)]
-        tab.ui.modelBox.currentIndex = next(row for row, name in enumerate(names) if name.startswith(MODEL))
+        _choose(tab.ui.modelBox)
         qtclasses.answers.append(str(images))
         tab.ui.datasetButton.click()
         waitUntil(lambda: tab.ui.casesTable.rowCount == CASES, 60)
@@ -100,6 +98,11 @@ def _batch(folder: Path, data: Path, place: Path) -> None:
         tab.ui.acceptButton.click()
         tab.ui.nextButton.click()
         print(picture(panel.widget, folder / "hippocampus_batch.png"))
+
+
+def _choose(box) -> None:
+    names = [box.itemText(row) for row in range(box.count)]
+    box.currentIndex = next(row for row, name in enumerate(names) if name.startswith(MODEL))
 
 
 def _files(data: Path) -> list[Path]:
