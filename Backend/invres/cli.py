@@ -141,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave left and right of a structure in one label, as the network has them",
     )
+    one.add_argument(
+        "--keep-pieces",
+        dest="one_piece",
+        action="store_false",
+        help="keep small pieces that hang loose, which a model of one connected structure leaves out",
+    )
     _device(one)
 
     one = add("enhance", "Gives a scan at finer voxels, with a model of image quality transfer.", "enhance")

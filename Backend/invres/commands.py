@@ -62,6 +62,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         tuple(options.window),
         tuple(options.roi or ()),
         options.sides,
+        options.one_piece,
     )
     check_files(manifest, inputs, options.output, options.probabilities)
     other = _other_model(package, options.locate) if options.locate else None

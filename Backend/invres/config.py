@@ -27,6 +27,7 @@ __all__ = [
     "PreparationPlan",
     "Recipe",
     "TrainingConfig",
+    "check_one_piece",
 ]
 
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
@@ -253,6 +254,12 @@ class LabelScheme:
         return tuple(label.name for label in self.labels)
 
 
+def check_one_piece(scheme: LabelScheme, one_piece: bool) -> None:
+    """Raises InvresError for regions, of which each is counted on its own and not in the label map."""
+    if one_piece and scheme.regions:
+        raise InvresError("one_piece is for labels that exclude one another, but scheme.regions is true.")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named training configuration: what `Resources/Recipes/*.json` holds.
@@ -263,6 +270,7 @@ class Recipe:
     crop: what the data set's images were cut out around, if they do not show all.
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
     labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
+    one_piece: all labels together are one connected structure; the model leaves out pieces that hang loose.
     enhancement: image quality transfer instead of segmentation; the data are then scans without labels.
     """
 
@@ -277,6 +285,7 @@ class Recipe:
     crop: CropPlan | None = None
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
+    one_piece: bool = False
     enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:

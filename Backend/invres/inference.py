@@ -24,6 +24,7 @@ from .memory import PeakResident
 from .midline import divided
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
+from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, choose_device, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
@@ -36,6 +37,7 @@ __all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volum
 
 Locate = Callable[[Sequence[Volume | None], Reporter], Sequence[Bounds]]
 WHOLE: Box = (slice(None), slice(None), slice(None))
+WORTH_TELLING_ML = 1.0  # of loose pieces
 SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
 
@@ -184,9 +186,20 @@ def _segment_case(
     clock.lap("predict")
     report.progress("segment.restore", 0, 1)
     labels = restore_probabilities(prediction.probabilities, prepared.geometry, prepared.original, manifest.scheme)
+    if manifest.one_piece and options.one_piece:
+        _leave_out_pieces(labels, prepared.original, report)
     report.progress("segment.restore", 1, 1)
     clock.lap("restore")
     return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
+
+
+def _leave_out_pieces(labels: np.ndarray, grid: Geometry, report: Reporter) -> None:
+    """In place; says so where it may matter."""
+    count, voxels = clear_loose_pieces(labels)
+    millilitres = voxels * float(np.prod(grid.spacing_mm)) / 1000
+    if millilitres >= WORTH_TELLING_ML:
+        pieces = f"{count} loose piece{'' if count == 1 else 's'}"
+        report.note(f"Left out: {millilitres:.1f} mL in {pieces}, which did not hang together with the rest.")
 
 
 def segment(
@@ -287,6 +300,7 @@ def segment(
             "mirror_axes": list(options.mirror_axes),
             "roi_mm": list(options.roi_mm),
             "sides": options.sides,
+            "one_piece": options.one_piece,
             "boxes_mm": [list(box) for box in boxes],
         },
         "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from . import InvresError
-from .config import LabelScheme, PreparationPlan
+from .config import LabelScheme, PreparationPlan, check_one_piece
 from .configjson import from_dict, to_dict
 from .enhancementconfig import EnhancementPlan
 from .expectation import Expectation
@@ -63,6 +63,7 @@ class Manifest:
     expected: what training cases were like, for a warning where an image is unlike them.
     metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
     sides: labels of scheme that segmenting divides into left and right (see `midline`); older manifests have none.
+    one_piece: all labels together are one connected structure, so that segmenting leaves out loose pieces (`pieces`).
     enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
@@ -82,6 +83,7 @@ class Manifest:
     metrics: dict = field(default_factory=dict)
     expected: Expectation = field(default_factory=Expectation)
     sides: tuple[Side, ...] = ()
+    one_piece: bool = False
     enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."
@@ -118,6 +120,7 @@ class Manifest:
                 f"{self.scheme.out_channels}."
             )
         check_sides(self.scheme, self.sides)
+        check_one_piece(self.scheme, self.one_piece)
         # Scores of single cases would carry the names of patients; scores by label cannot.
         known = (PATCHES,) if self.enhancement is not None else self.scheme.names
         strangers = [str(key) for key in self.metrics if key not in known]

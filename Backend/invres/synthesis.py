@@ -20,6 +20,7 @@ from .augmentation import (
 )
 from .augmentation import input_patch as augmentation_input_patch
 from .config import DARKEST, AugmentationConfig
+from .pieces import largest_piece
 from .randomness import happens, normal_noise, uniform
 from .synthesisconfig import SynthesisConfig
 
@@ -316,11 +317,9 @@ def _as_probability(array: np.ndarray) -> np.ndarray:
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest connected component."""
-    components, count = ndimage.label(mask)
-    if count == 0:
+    if not mask.any():
         raise InvresError("The maps are empty: no voxel stands out.")
-    return components == np.bincount(components.ravel())[1:].argmax() + 1
+    return largest_piece(mask)
 
 
 def _closed(mask: np.ndarray, radius_voxels: int) -> np.ndarray:

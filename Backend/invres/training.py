@@ -14,7 +14,7 @@ from . import InvresError
 from .cardplan import fit_recipe
 from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
-from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig
+from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, check_one_piece
 from .configjson import to_dict
 from .events import SILENT, Reporter
 from .expectation import of_volumes
@@ -80,6 +80,7 @@ def _train(
     dataset: Dataset, recipe: Recipe, output: Path, options: TrainOptions, report: Reporter, stop: StopRequest | None
 ) -> ModelPackage:
     device = choose_device(options.device)
+    check_one_piece(dataset.scheme, recipe.one_piece)
     labelled = [case.name for case in dataset.cases if case.label is not None]
     if not labelled:
         raise InvresError(f"The data set {dataset.name} has no labelled case.", hint="Training needs label files.")
@@ -161,6 +162,7 @@ def _train(
         metrics=metrics,
         expected=of_volumes(scheme.names, volumes, confidences),
         sides=sides_of_recipe(recipe),
+        one_piece=recipe.one_piece,
         licence=options.licence,
         log=output / METRICS,
     )

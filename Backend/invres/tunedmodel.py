@@ -79,6 +79,7 @@ def save_tuned(
         metrics=metrics,
         expected=merged(base.expected, seen, plan.scheme.names),
         sides=_kept_sides(base, plan.scheme),
+        one_piece=_stays_one_piece(base, plan.scheme),
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,
@@ -152,6 +153,11 @@ def _kept_sides(base: Manifest, scheme: LabelScheme) -> tuple[Side, ...]:
         if place is not None and (side := sides.get(base.scheme.names[place])) is not None:
             wanted.append(dataclasses.replace(side, label=name))
     return possible_sides(scheme, wanted)
+
+
+def _stays_one_piece(base: Manifest, scheme: LabelScheme) -> bool:
+    """Of a new label nobody knows whether it hangs together with the others."""
+    return base.one_piece and None not in match_names(scheme.names, base.scheme.names)
 
 
 def _next_version(version: str) -> str:

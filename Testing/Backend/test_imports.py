@@ -39,7 +39,8 @@ ALLOWED = {
     "metrics": "config",
     "losses": "config",
     "augmentation": "config randomness",
-    "synthesis": "augmentation config randomness synthesisconfig",
+    "pieces": "",
+    "synthesis": "augmentation config pieces randomness synthesisconfig",
     "reversible": "",
     "networks": "networkconfig reversible",
     "hollow": "",
@@ -94,7 +95,7 @@ ALLOWED = {
     "segmentfiles": "config manifest outputs",
     "prediction": "config events livebytes memory networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation memory midline modelpackage networks prediction preprocessing region "
+        "config devices events expectation memory midline modelpackage networks pieces prediction preprocessing region "
         "restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region volume",

@@ -10,7 +10,8 @@ scored on the cases of the fold that was left out, in the file's own voxels; not
 finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
 is so far. One thread.
 
---folds takes only the first ones, --optimizer another optimizer than the recipe's. With --bundle PATH the recipe's
+--folds takes only the first ones, --optimizer another optimizer than the recipe's. Once the step times are measured,
+several processes may work in one FOLDER, each on its own fold (--only). With --bundle PATH the recipe's
 network as trained for the first fold is written as a package: the figures on its card are of these very weights.
 """
 
@@ -98,7 +99,7 @@ def main() -> None:
     if missing := {name: networks[name] for name in options.networks if name not in steps}:
         steps |= _step_seconds(missing, recipe, data)
         _write(known, steps)
-    for fold in range(options.folds):
+    for fold in range(options.folds) if options.only is None else [options.only]:
         for name in options.networks:
             engine, seconds = min(steps[name].items(), key=lambda found: found[1])
             count = EPOCHS * max(1, round(options.seconds / seconds / EPOCHS))
@@ -127,6 +128,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="where the package is written; adds its network to --networks")
     usual = [name for name in names if name not in (ABLATION, BUNDLED)]
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five, from the first one on")
+    parser.add_argument("--only", type=int, choices=range(FOLDS), help="only this fold, beside others in FOLDER")
     parser.add_argument("--networks", nargs="*", choices=names, default=usual)
     options = parser.parse_args()
     if options.bundle and BUNDLED not in options.networks:
@@ -210,6 +212,7 @@ def _bundle(data: Dataset, run: Path, fold: dict[str, Any], target: Path) -> Mod
         training=dataclasses.asdict(manifest.training),
         metrics=metrics,
         expected=Expectation(ranges, min(fold["confidences"])),
+        one_piece=manifest.one_piece,
         licence="CC-BY-SA-4.0",
         log=run / "metrics.jsonl",
     )
