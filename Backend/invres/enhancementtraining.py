@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ import torch
 from . import InvresError
 from .checkpoint import CHECKPOINT
 from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe
-from .configjson import to_dict
 from .diffusion import COMPONENTS
 from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter
@@ -32,7 +30,7 @@ from .trainingrun import (
     WithCurves,
     announce_memory,
     described,
-    differences,
+    lengthened,
     model_name,
     note_budget,
     run_folder,
@@ -151,27 +149,12 @@ def _preparation(scans: Sequence[ScanFiles], channels: int, factor: tuple[int, i
 
 
 def _resumed(output: Path, asked: Recipe, names: tuple[str, ...], report: Reporter) -> Recipe:
-    """The recipe as the run was started. `asked` may only lengthen it; other wishes give a warning."""
-    recipe, _, _, (known, _) = started_run(output)
-    if recipe.enhancement is None or recipe.network.name != asked.network.name:
-        raise InvresError(
-            f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
-            hint="Resume with the recipe it was started with, or train in a new folder.",
-        )
+    """The recipe as the run was started, but for its length (see `lengthened`)."""
+    started, _, _, (known, _) = started_run(output)
+    recipe = lengthened(started, asked, output, report)
     if known != names:
         raise InvresError(
             f"The scans differ from those that the training in {output} was started with.",
             hint="Resume with the data it was started with.",
         )
-    training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
-    recipe = dataclasses.replace(recipe, training=training)
-    if other := differences(_plain(recipe), _plain(asked)):
-        report.warning(
-            f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
-        )
     return recipe
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    found: dict[str, Any] = to_dict(recipe)
-    return found

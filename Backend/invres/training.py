@@ -45,7 +45,7 @@ from .trainingrun import (
     WithCurves,
     announce_memory,
     described,
-    differences,
+    lengthened,
     model_name,
     note_budget,
     run_folder,
@@ -263,22 +263,12 @@ def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptio
 
 
 def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
-    """The run as it was started. `asked` may only lengthen it (epochs, time); other wishes give a warning."""
+    """The run as it was started, but for its length (see `lengthened`)."""
     recipe, plan, scheme, names = started_run(output)
-    if asked.network.name != recipe.network.name:
-        raise InvresError(
-            f"The training in {output} is of {recipe.network.name}, the recipe asks for {asked.network.name}.",
-            hint="Resume with the recipe it was started with, or train in a new folder.",
-        )
+    recipe = lengthened(recipe, _fitted(asked, dataset, plan), output, report)
     if scheme != to_dict(dataset.scheme):
         raise InvresError(
             f"The labels of {dataset.name} differ from those that the training in {output} was started with.",
             hint="Resume with the data set it was started with.",
-        )
-    training = dataclasses.replace(recipe.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
-    recipe = dataclasses.replace(recipe, training=training)
-    if other := differences(to_dict(recipe), to_dict(_fitted(asked, dataset, plan))):
-        report.warning(
-            f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
         )
     return recipe, plan, names

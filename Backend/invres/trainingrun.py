@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ __all__ = [
     "WithCurves",
     "announce_memory",
     "described",
-    "differences",
     "held_out_names",
+    "lengthened",
     "model_name",
     "note_budget",
     "run_folder",
@@ -213,12 +214,29 @@ def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], 
     return recipe, plan, scheme, names
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
+def lengthened(started: Recipe, asked: Recipe, output: Path, report: Reporter) -> Recipe:
+    """The recipe that the training in `output` was started with. `asked` may only lengthen it (epochs, time); other
+    wishes give a warning. Raises InvresError where it is of another network."""
+    if asked.network.name != started.network.name:
+        raise InvresError(
+            f"The training in {output} is of {started.network.name}, the recipe asks for {asked.network.name}.",
+            hint="Resume with the recipe it was started with, or train in a new folder.",
+        )
+    training = dataclasses.replace(started.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
+    recipe = dataclasses.replace(started, training=training)
+    if other := _differences(to_dict(recipe), to_dict(asked)):
+        report.warning(
+            f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
+        )
+    return recipe
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
     """The keys, as "training.patch", whose values differ; names and descriptions do not count."""
     found = []
     for key, value in one.items():
         if isinstance(value, dict) and isinstance(other.get(key), dict):
-            found += differences(value, other[key], f"{where}{key}.")
+            found += _differences(value, other[key], f"{where}{key}.")
         elif value != other.get(key) and key not in ("name", "description"):
             found.append(f"{where}{key}")
     return found
