@@ -19,6 +19,7 @@ from .events import SILENT, Reporter
 from .files import written_whole
 from .inference import is_crop
 from .locating import boxes_around
+from .preprocessing import on_one_grid
 from .region import cut_out
 from .volume import Volume, write_volume
 
@@ -37,10 +38,10 @@ def cropped(
 ) -> Dataset:
     """The data set with every labelled case that shows more than a crop replaced by crops around its labels.
 
-    Their files are written into `folder`, once: a run that goes on finds them there, and reads no image
-    again of a case whose files are as they were. They keep the patient, and are called NAME-1, NAME-2 from left to
-    right, also in the split that lies with the data set. A case that cannot be
-    read, or has no labelled voxel, stays as it is.
+    Their files are written into `folder`, in canonical orientation; a run that goes on finds them there, and reads no
+    image again of a case whose files are as they were. They keep the patient, and are called NAME-1, NAME-2 from left
+    to right, also in the split that lies with the data set. A case that cannot be read, has no labelled voxel, or a
+    label on another grid than its image, stays as it is.
     Raises InvresError where the disk refuses; Cancelled between two cases once `stopped` says so.
     """
     replaced: dict[str, list[Case]] = {}
@@ -148,12 +149,16 @@ def _parts(dataset: Dataset, case: Case, crop: CropPlan, folder: Path) -> list[C
     if label is None or is_crop(crop, volumes):
         return []
     values = [value for one in dataset.scheme.labels for value in one.values]
-    grid = next(volume.geometry for volume in volumes if volume is not None)
-    # The label lies on the image's grid, or the case is refused when it is prepared.
-    boxes = boxes_around(np.isin(label.array, values), Volume(label.array, grid), crop.margin_mm)
+    names = [name for name, volume in zip(dataset.channel_names, volumes, strict=True) if volume is not None]
+    given, label = on_one_grid([volume for volume in volumes if volume is not None], label, names, case.name)
+    assert label is not None
+    drawn = Volume(label.array, given[0].geometry)  # a label may lie a hundredth of a millimetre beside
+    left = iter(given)
+    volumes = [None if volume is None else next(left) for volume in volumes]
+    boxes = boxes_around(np.isin(drawn.array, values), drawn, crop.margin_mm)
     parts = []
     for number, box in enumerate(boxes, start=1):
-        (*images, truth), _ = cut_out([*volumes, Volume(label.array, grid)], box)
+        (*images, truth), _ = cut_out([*volumes, drawn], box)
         name = f"{case.name}-{number}"
         files = [
             None if image is None else _written(folder / f"{name}_{channel:04d}.nii.gz", image)
@@ -165,6 +170,5 @@ def _parts(dataset: Dataset, case: Case, crop: CropPlan, folder: Path) -> list[C
 
 
 def _written(path: Path, volume: Volume) -> Path:
-    if not path.is_file():
-        write_volume(path, volume)
+    write_volume(path, volume)
     return path

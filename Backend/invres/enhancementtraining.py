@@ -30,9 +30,10 @@ from .trainingrun import (
     WithCurves,
     announce_memory,
     described,
+    finished_package,
     lengthened,
-    model_name,
     note_budget,
+    remembered,
     run_folder,
     started_run,
     training_summary,
@@ -81,6 +82,7 @@ def _train(
     recipe = dataclasses.replace(recipe, network=network)
     if options.resume:
         recipe = _resumed(output, recipe, names, report)
+        options = remembered(output, options)
         assert recipe.enhancement is not None  # `_resumed` has looked
         settings = recipe.enhancement
     config = recipe.training
@@ -112,20 +114,23 @@ def _train(
     batches, held_out = (PatchPairs(pairs, part, plan, factor, config, device) for part in chosen)
     scores = PatchScores(held_out)
     preparation = _preparation(scans, channels, factor)
-    if not options.resume:
-        write_run(output, recipe, preparation, (names, ()), LabelScheme(), options.name, enhancement=plan)
+    write_run(output, recipe, preparation, (names, ()), LabelScheme(), options, enhancement=plan)
     reporter = WithCurves(report, output)
     trainer = Trainer(net, batches, config, output, Enhancement(), scores.validate, reporter, stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
         note_budget(config.time_s, trainer.elapsed_s, report)
+    begun = trainer.iteration
     result = trainer.run()
+    name = options.name or recipe.name
+    if result.iterations == begun and (finished := finished_package(output, name, begun)) is not None:
+        return finished
     net.load_state_dict(result.weights)
     count = len(held_out.centres)
     compared = scores.compared(net.eval())
     return save_package(
         output / MODEL,
-        name=model_name(output, recipe, options),
+        name=name,
         network=net.config,
         state_dict=result.weights,
         plan=preparation,

@@ -26,13 +26,12 @@ from .modelpackage import ModelPackage
 from .parttraining import NOTHING_TO_KEEP, TRANSFER, PartTrainer
 from .prediction import choose_device
 from .proof import Proof, manifest_metrics, read_reference
-from .runfolder import RecordingReporter, held
+from .runfolder import RUN, RecordingReporter, held, kind_of_run
 from .stopfile import StopFile
 from .trainer import METRICS, StopRequest
-from .trainingrun import training_summary
+from .trainingrun import MODEL, training_summary
 from .tunedmodel import RESULT, contender_of, finished_result, save_tuned, write_result
 from .tuningplan import (
-    RUN,
     TuningOptions,
     TuningPlan,
     merged_scheme,
@@ -89,6 +88,11 @@ def _held(
         stop.clear(also_keep_best=False)
     device = choose_device(options.device)
     started = (output / RUN).exists()
+    if kind_of_run(output) == "training":
+        raise InvresError(
+            f"{output} is the folder of a training, not of a fine-tuning.",
+            hint=f"Give another --output; to fine-tune what was trained there, give --model {output / MODEL}.",
+        )
     known, scheme = base.manifest.scheme, dataset.scheme
     # A run goes on with the names that it was begun with; where they were meant as they are, they are so again.
     as_begun = started and options.resume and started_labels(output) == scheme.names
@@ -112,9 +116,9 @@ def _held(
     if started and (output / RESULT).is_file():
         return finished_result(output, options.promote, report)
     # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
-    reference = read_reference(options.check_base, base, plan.plan) if options.check_base else None
-    if not started:
-        write_plan(output, plan)
+    options = plan.remembered(options)
+    reference = read_reference(options.check_base, base, plan.plan, report) if options.check_base else None
+    write_plan(output, plan)
     run = _Run(base, dataset, plan, reference, output, options, device, report, stop)
     try:
         result = run.whole()

@@ -9,7 +9,7 @@ from .config import LabelScheme
 from .events import SILENT, Reporter
 from .transfer import match_names
 
-__all__ = ["check_known", "named_by_value"]
+__all__ = ["check_known", "named_by_value", "shared_labels"]
 
 
 def named_by_value(scheme: LabelScheme, base: LabelScheme, model: str, report: Reporter = SILENT) -> LabelScheme:
@@ -19,7 +19,7 @@ def named_by_value(scheme: LabelScheme, base: LabelScheme, model: str, report: R
     """
     names = {label.output_value: label.name for label in base.labels}
     invented = all(label.name == f"label_{label.output_value}" for label in scheme.labels)
-    if not invented or base.regions or _shared(scheme, base):
+    if not invented or base.regions or shared_labels(scheme, base):
         return scheme
     if not names or {label.output_value for label in scheme.labels} != names.keys():
         return scheme
@@ -31,7 +31,7 @@ def named_by_value(scheme: LabelScheme, base: LabelScheme, model: str, report: R
 
 def check_known(scheme: LabelScheme, base: LabelScheme, model: str) -> None:
     """Raises InvresError, code `other_labels`, for data of which no label is one of the model's."""
-    if not scheme.labels or not base.labels or _shared(scheme, base):
+    if not scheme.labels or not base.labels or shared_labels(scheme, base):
         return
     written = ", ".join(f'"{label.name}": {label.output_value}' for label in base.labels)
     raise InvresError(
@@ -42,5 +42,6 @@ def check_known(scheme: LabelScheme, base: LabelScheme, model: str) -> None:
     )
 
 
-def _shared(scheme: LabelScheme, base: LabelScheme) -> bool:
+def shared_labels(scheme: LabelScheme, base: LabelScheme) -> bool:
+    """Whether any label of the one is a label of the other."""
     return any(place is not None for place in match_names(scheme.names, base.names))

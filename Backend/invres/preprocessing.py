@@ -30,6 +30,7 @@ __all__ = [
     "inside_values",
     "make_plan",
     "nonzero_box",
+    "on_one_grid",
     "prepare",
     "scheme_targets",
     "target_table",
@@ -197,9 +198,7 @@ def prepare(
         )
     original = given[0].geometry
     names = [plan.channels[place].name for place in places]
-    given = [_snapped(volume, original, IMAGE_TOLERANCE_MM) for volume in given]
-    label = None if label is None else _snapped(label, original, LABEL_TOLERANCE_MM)
-    check_grids(given, label, names, name)
+    given, label = on_one_grid(given, label, names, name)
     for channel, volume in zip(names, given, strict=True):
         lowest, highest = volume.array.min(), volume.array.max()
         if lowest == highest:
@@ -233,6 +232,20 @@ def without_channel(case: PreparedCase, channel: int) -> PreparedCase | None:
     image = np.array(case.image)
     image[channel] = 0
     return dataclasses.replace(case, image=image, absent=absent)
+
+
+def on_one_grid(
+    volumes: Sequence[Volume], label: Volume | None, names: Sequence[str], case: str = ""
+) -> tuple[list[Volume], Volume | None]:
+    """The volumes and the label of a case in canonical orientation, so that an index is the same place in all of them.
+
+    However each is stored: in another order of axes or backwards. Raises InvresError as `check_grids` does.
+    """
+    first = volumes[0].geometry
+    images = [_snapped(volume, first, IMAGE_TOLERANCE_MM) for volume in volumes]
+    label = None if label is None else _snapped(label, first, LABEL_TOLERANCE_MM)
+    check_grids(images, label, names, case)
+    return images, label
 
 
 def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence[str], case: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from .casecomparison import CaseComparison, Contender, can_segment, channels_for
 from .cases import Case, Dataset, read_dataset
 from .comparison import interval, spread, summarise
 from .config import PreparationPlan
-from .events import FilteredReporter, Reporter
+from .events import SILENT, FilteredReporter, Reporter
 from .inference import load_network
+from .labelmatching import named_by_value, shared_labels
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .trainer import StopRequest
@@ -82,10 +84,11 @@ class Proof:
         return Contender(self._model, self._network.to(self._device))
 
 
-def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan) -> Dataset:
+def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan, report: Reporter = SILENT) -> Dataset:
     """Cases of the base model's own kind, which it and a model of this plan must be able to segment.
 
-    Raises InvresError where they lack a channel of one of the two.
+    Labels without names are taken as the base model's, as those of the run's own data are.
+    Raises InvresError where they lack a channel of one of the two, have no label, or none that the base model has.
     """
     partial = all(channel.optional for channel in (*base.manifest.plan.channels, *plan.channels))
     reference = read_dataset(path, partial=partial)
@@ -96,6 +99,15 @@ def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan) -> Dat
                 f"{', '.join(channel.name for channel in channels)}.",
                 hint="Give other cases to --check-base, or leave it out.",
             )
+    known = base.manifest.scheme
+    reference = dataclasses.replace(reference, scheme=named_by_value(reference.scheme, known, base.name, report))
+    if not reference.labelled_cases or not shared_labels(reference.scheme, known):
+        names = ", ".join(reference.scheme.names)
+        what = f"its labels are {names}" if reference.labelled_cases else "no case there has a label"
+        raise InvresError(
+            f"The cases in {path} cannot tell what {base.name} ({', '.join(known.names)}) knew: {what}.",
+            hint="Name its labels in dataset.json as the model does, or give other cases to --check-base.",
+        )
     return reference
 
 

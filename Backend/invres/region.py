@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import InvresError
-from .preprocessing import PreparedCase
+from .preprocessing import IMAGE_TOLERANCE_MM, PreparedCase
 from .volume import Geometry, Volume
 
 __all__ = ["Bounds", "clear_outside", "crop_to_region", "cut_out", "region_shape"]
@@ -49,7 +49,8 @@ def crop_to_region(prepared: PreparedCase, bounds: Bounds, window: Triple) -> Pr
 def cut_out(volumes: Sequence[Volume | None], bounds: Bounds) -> tuple[list[Volume | None], Box]:
     """The volumes as if only the box had been acquired, and where in them it lies (slices).
 
-    volumes: on one grid; None stays None. Raises InvresError where the box lies outside.
+    volumes: on one grid, which each may have in an order of axes of its own; None stays None. The slices are of the
+    first. Raises InvresError where the box lies outside.
     """
     grid = next(volume.geometry for volume in volumes if volume is not None)
     first, last = _index_box(grid, bounds)
@@ -59,12 +60,14 @@ def cut_out(volumes: Sequence[Volume | None], bounds: Bounds) -> tuple[list[Volu
             hint="Move the region over the part to segment, or switch it off.",
             code="empty_region",
         )
-    d, h, w = (slice(max(int(a), 0), min(int(b) + 1, size)) for a, b, size in zip(first, last, grid.shape, strict=True))
+    boxes = [None if volume is None else _slices(volume.geometry, grid, bounds) for volume in volumes]
     parts: list[Volume | None] = [
-        None if volume is None else Volume(np.ascontiguousarray(volume.array[d, h, w]), volume.geometry.crop((d, h, w)))
-        for volume in volumes
+        None
+        if volume is None or box is None
+        else Volume(np.ascontiguousarray(volume.array[box]), volume.geometry.crop(box))
+        for volume, box in zip(volumes, boxes, strict=True)
     ]
-    return parts, (d, h, w)
+    return parts, _slices(grid, grid, bounds)
 
 
 def region_shape(box: Triple, whole: Triple, window: Triple) -> Triple:
@@ -89,6 +92,14 @@ def clear_outside(array: np.ndarray, geometry: Geometry, bounds: Bounds, value: 
             low, high = bounds[2 * axis] - slack_mm, bounds[2 * axis + 1] + slack_mm
             outside |= (position < low) | (position > high)
         array[index][outside] = value
+
+
+def _slices(geometry: Geometry, first: Geometry, bounds: Bounds) -> Box:
+    """Of the voxels in a box; of a grid that is the first one but for rounding, the same ones as there."""
+    grid = first if first.same_as(geometry, tolerance_mm=IMAGE_TOLERANCE_MM) else geometry
+    low, high = _index_box(grid, bounds)
+    d, h, w = (slice(max(int(a), 0), min(int(b) + 1, size)) for a, b, size in zip(low, high, grid.shape, strict=True))
+    return d, h, w
 
 
 def _index_box(geometry: Geometry, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import psutil
 
@@ -20,15 +20,27 @@ from . import InvresError
 from .events import Reporter
 from .faults import fault_of
 
-__all__ = ["EVENTS", "RecordingReporter", "held"]
+__all__ = ["EVENTS", "RUN", "RecordingReporter", "held", "kind_of_run"]
 
 EVENTS = "events.jsonl"
+RUN = "run.json"
 _LOCK = "lock"
 _PROGRESS_EVERY_S = 1.0
 # Names that `files.written_whole`, model packages, checkpoints and prepared cases give to what is not whole yet.
 _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}(\..*)?|\..+\.[0-9a-f]{12}\.tmp|checkpoint\.pt\.tmp|.+-[0-9a-f]{16}\.tmp")
 # Windows lets nobody read what is locked: the byte that is locked lies behind the number.
 _BEYOND = 1024
+
+
+def kind_of_run(folder: Path) -> Literal["training", "fine-tuning", ""]:
+    """What was begun in a folder, by its run.json; "" where nothing was, and where nobody can tell."""
+    try:
+        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(content, dict):
+        return ""
+    return "fine-tuning" if "base_id" in content else "training" if "recipe" in content else ""
 
 
 @contextlib.contextmanager

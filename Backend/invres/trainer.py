@@ -146,6 +146,7 @@ class Trainer:
         self.best_weights: dict[str, torch.Tensor] | None = None
         self._started = 0.0
         self._saved = 0.0
+        self._kept: int | None = None  # the iteration of the checkpoint on disk
 
     # --- interruption ---------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class Trainer:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"], self.device)
-        self.iteration = state["iteration"]
+        self.iteration = self._kept = state["iteration"]
         self.elapsed_s = state["elapsed_s"]
         self.history = state["history"]
         self.epoch_losses = state["epoch_losses"]
@@ -174,8 +175,8 @@ class Trainer:
         self.peak_bytes = state["peak_bytes"]
         self._write_metrics()
 
-    def save(self) -> None:
-        """Writes a checkpoint; if the disk refuses, says so and goes on with the older one kept."""
+    def save(self) -> bool:
+        """Writes a checkpoint. If the disk refuses, says so, keeps the older one and returns False."""
         state = {
             "network": to_dict(self.network.config),
             "weights": self.network.state_dict(),
@@ -194,8 +195,13 @@ class Trainer:
         try:
             save_checkpoint(self.folder, state)
         except OSError as error:
-            self.report.warning(f"The checkpoint could not be saved ({error}); the one before it is kept.")
-        self._saved = time.monotonic()
+            kept = "there is none before it" if self._kept is None else "the one before it is kept"
+            self.report.warning(f"The checkpoint could not be saved ({error.strerror or error}); {kept}.")
+            return False
+        finally:
+            self._saved = time.monotonic()
+        self._kept = self.iteration
+        return True
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -217,7 +223,8 @@ class Trainer:
                 self._end_epoch()
                 early = self._impatient()
             if self.stop.requested:
-                self.save()
+                if not self.save():
+                    raise self._unsaved(total)
                 raise Cancelled(
                     f"Stopped after {self.iteration} of {total} iterations; everything is saved in {self.folder}.",
                     hint="Go on with the same command and --resume.",
@@ -239,6 +246,16 @@ class Trainer:
             stopped_early=early,
             cut_short=cut_short,
             history=self.history,
+        )
+
+    def _unsaved(self, total: int) -> InvresError:
+        """Of a training that was stopped when the disk was full."""
+        kept = "nothing is saved" if self._kept is None else f"what is saved is of iteration {self._kept}"
+        return InvresError(
+            f"Stopped after {self.iteration} of {total} iterations, but the checkpoint could not be written to "
+            f"{self.folder}: {kept}.",
+            hint="Free some space, and go on with the same command and --resume.",
+            code="write_failed",
         )
 
     def _one_step(self) -> None:
@@ -326,9 +343,12 @@ class Trainer:
 
     def _impatient(self) -> bool:
         patience = self.config.early_stop_epochs
-        if not patience or self.best_score is None or len(self.history) - self.best_epoch < patience:
-            return False
         name = self.objective.score
+        # Epochs in which nobody looked are no reason to end: patience is over when a look was in vain.
+        if not patience or self.best_score is None or name not in self.history[-1]:
+            return False
+        if len(self.history) - self.best_epoch < patience:
+            return False
         self.report.note(f"Stopped early: no better {SCORES.get(name, name)} in the last {patience} epochs.")
         return True
 

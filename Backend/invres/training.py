@@ -45,9 +45,10 @@ from .trainingrun import (
     WithCurves,
     announce_memory,
     described,
+    finished_package,
     lengthened,
-    model_name,
     note_budget,
+    remembered,
     run_folder,
     started_run,
     training_summary,
@@ -85,7 +86,8 @@ def _train(
     if not labelled:
         raise InvresError(f"The data set {dataset.name} has no labelled case.", hint="Training needs label files.")
     if options.resume:
-        recipe, plan, names = _read_run(output, recipe, dataset, report)
+        recipe, plan, names = _read_run(output, recipe, dataset, options, report)
+        options = remembered(output, options)
     else:
         names = _split(dataset, labelled, recipe.training.seed, options)
         if recipe.label_maps is not None:
@@ -93,7 +95,7 @@ def _train(
         else:
             report_missing_channels(dataset, names[0], report)
             plan = make_plan(dataset, names[0], recipe.spacing_mm, report, recipe.clip_hu)
-            plan = with_dropout(plan, recipe.augmentation.channel_dropout)
+        plan = with_dropout(plan, recipe.augmentation.channel_dropout)
         plan = dataclasses.replace(plan, crop=recipe.crop)
         recipe = _fitted(recipe, dataset, plan)
         if options.vram_bytes:
@@ -124,15 +126,18 @@ def _train(
         batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
         _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
         validate = validator(validation_cases, scheme, config, device)
-    if not options.resume:
-        # Not before every case was read: after a mistake in the data the same command is given again.
-        write_run(output, recipe, plan, names, dataset.scheme, options.name)
+    # Not before every case was read: after a mistake in the data the same command is given again.
+    write_run(output, recipe, plan, names, dataset.scheme, options)
     objective = Segmentation(scheme.regions, config.loss)
     trainer = Trainer(network, batches, config, output, objective, validate, WithCurves(report, output), stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
         note_budget(config.time_s, trainer.elapsed_s, report)
+    begun = trainer.iteration
     result = trainer.run()
+    name = options.name or recipe.name
+    if result.iterations == begun and (finished := finished_package(output, name, begun)) is not None:
+        return finished
     network.load_state_dict(result.weights)
     network.eval()
     if isinstance(batches, LabelMapBatches):
@@ -151,7 +156,7 @@ def _train(
                 metrics[name] |= spread
     return save_package(
         output / MODEL,
-        name=model_name(output, recipe, options),
+        name=name,
         network=network.config,
         state_dict=result.weights,
         plan=plan,
@@ -262,7 +267,9 @@ def _split(dataset: Dataset, labelled: list[str], seed: int, options: TrainOptio
     return split_cases(dataset, seed=seed, folds=options.folds, fold=options.fold)
 
 
-def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -> tuple[Recipe, PreparationPlan, Split]:
+def _read_run(
+    output: Path, asked: Recipe, dataset: Dataset, options: TrainOptions, report: Reporter
+) -> tuple[Recipe, PreparationPlan, Split]:
     """The run as it was started, but for its length (see `lengthened`)."""
     recipe, plan, scheme, names = started_run(output)
     recipe = lengthened(recipe, _fitted(asked, dataset, plan), output, report)
@@ -271,4 +278,11 @@ def _read_run(output: Path, asked: Recipe, dataset: Dataset, report: Reporter) -
             f"The labels of {dataset.name} differ from those that the training in {output} was started with.",
             hint="Resume with the data set it was started with.",
         )
+    usual = TrainOptions()
+    if (options.fold, options.validation_count) != (usual.fold, usual.validation_count):
+        labelled = [case.name for case in dataset.cases if case.label is not None]
+        if _split(dataset, labelled, recipe.training.seed, options) != names:
+            report.warning(
+                "The training goes on with the split that it was started with; --fold and the like are left out."
+            )
     return recipe, plan, names

@@ -20,8 +20,9 @@ from .configjson import from_dict, to_dict
 from .curves import draw_curves
 from .events import Reporter, format_bytes, format_seconds
 from .files import written_whole
+from .modelpackage import ModelPackage, open_package
 from .networkconfig import network_as_written
-from .runfolder import held
+from .runfolder import RUN, held, kind_of_run
 from .trainer import TrainingResult
 
 __all__ = [
@@ -32,10 +33,11 @@ __all__ = [
     "WithCurves",
     "announce_memory",
     "described",
+    "finished_package",
     "held_out_names",
     "lengthened",
-    "model_name",
     "note_budget",
+    "remembered",
     "run_folder",
     "software_versions",
     "started_recipe",
@@ -44,8 +46,8 @@ __all__ = [
     "write_run",
 ]
 
+_WORDS = ("name", "licence", "source")
 Split = tuple[tuple[str, ...], tuple[str, ...]]
-RUN = "run.json"
 MODEL = "model"
 
 
@@ -56,7 +58,7 @@ class TrainOptions:
     fold: which of `folds` is validated on, None to train on every case; validation_count > 0 takes that many cases
     instead of a fold. source: where the training data come from, in words, for the package.
     vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
-    name: of the model, "" takes the recipe's; remembered when the run is resumed.
+    name: of the model, "" takes the recipe's. Name, licence and source are remembered when the run is resumed.
     """
 
     device: str = "auto"
@@ -90,13 +92,14 @@ class WithCurves(Reporter):
 def run_folder(output: Path, resume: bool) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes out of it.
 
-    Raises InvresError for a file, where another process is at work (code `in_use`), and for another training unless it
-    is resumed.
+    Raises InvresError for a file, for the folder of a fine-tuning, where another process is at work (code `in_use`),
+    and for another training unless it is resumed.
     """
     if output.exists() and not output.is_dir():
         raise InvresError(f"{output} is a file, but training needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
     with held(output):
+        _check_kind(output)
         # Without a checkpoint nothing was trained: a first step that memory did not suffice for may be tried again.
         if not resume and (output / RUN).exists() and (output / CHECKPOINT).exists():
             raise InvresError(
@@ -105,12 +108,24 @@ def run_folder(output: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def model_name(output: Path, recipe: Recipe, options: TrainOptions) -> str:
-    """What the model is called: as is asked now or was when the run in `output` was started, else as the recipe."""
-    asked = options.name
-    if not asked and options.resume:
-        asked = json.loads((output / RUN).read_text(encoding="utf-8")).get("name", "")
-    return asked or recipe.name
+def remembered(output: Path, options: TrainOptions) -> TrainOptions:
+    """The options with what the package says of itself as it was asked for when the run in `output` was started."""
+    content = json.loads((output / RUN).read_text(encoding="utf-8"))
+    kept: dict[str, Any] = {key: getattr(options, key) or str(content.get(key) or "") for key in _WORDS}
+    return dataclasses.replace(options, **kept)
+
+
+def finished_package(output: Path, name: str, iterations: int) -> ModelPackage | None:
+    """The package that the run in `output` has written already, of this name and after so many steps; else None.
+
+    A run that is complete and resumed again keeps it, because a new one would be another model to all that came of it.
+    """
+    try:
+        package = open_package(output / MODEL)
+    except InvresError:
+        return None
+    manifest = package.manifest
+    return package if (manifest.name, manifest.training.iterations) == (name, iterations) else None
 
 
 def described(recipe: Recipe, data: str, cases: int) -> str:
@@ -171,12 +186,12 @@ def write_run(
     plan: PreparationPlan,
     names: Split,
     scheme: LabelScheme,
-    name: str = "",
+    options: TrainOptions,
     **more: Any,
 ) -> None:
-    """run.json: what a training was started with. name: asked for. more: further entries, as configurations."""
+    """run.json: what a training was started with, and its length by now. more: further entries, as configurations."""
     content = {
-        "name": name,
+        **{key: getattr(options, key) for key in _WORDS},
         "recipe": to_dict(recipe),
         "plan": to_dict(plan),
         "scheme": to_dict(scheme),
@@ -203,6 +218,7 @@ def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], 
     """run.json: recipe, plan, scheme as JSON, and split. Raises InvresError as `started_recipe`."""
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output} to resume.", hint="Leave --resume out to start one.")
+    _check_kind(output)
     try:
         content = json.loads((output / RUN).read_text(encoding="utf-8"))
         network = network_as_written(content["recipe"]["network"])
@@ -212,6 +228,14 @@ def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], 
     except (ValueError, KeyError, TypeError):
         raise InvresError(f"{output / RUN} is damaged.", hint="Train again in a new folder.") from None
     return recipe, plan, scheme, names
+
+
+def _check_kind(output: Path) -> None:
+    if kind_of_run(output) == "fine-tuning":
+        raise InvresError(
+            f"{output} is the folder of a fine-tuning, not of a training.",
+            hint="`invres finetune --resume` goes on with it, and its comparison.txt has the scores.",
+        )
 
 
 def lengthened(started: Recipe, asked: Recipe, output: Path, report: Reporter) -> Recipe:

@@ -41,6 +41,7 @@ def contender_of(
         plan=plan.plan,
         scheme=plan.scheme,
         patch=plan.training.patch,
+        one_piece=_stays_one_piece(base, plan.scheme),
         sha256="0" * 64,
         weights_bytes=0,
     )

@@ -24,10 +24,10 @@ from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, with_dropout
+from .runfolder import RUN
 from .transfer import match_names
 
 __all__ = [
-    "RUN",
     "SkippedCase",
     "TuningOptions",
     "TuningPlan",
@@ -39,7 +39,6 @@ __all__ = [
     "write_plan",
 ]
 
-RUN = "run.json"
 DEFAULTS = TrainingConfig(
     iterations_per_epoch=25,
     epochs=40,
@@ -117,7 +116,10 @@ class SkippedCase:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """A run. training.time_s is for one part. reductions: what was given up for want of memory, in words."""
+    """A run. training.time_s is for one part. reductions: what was given up for want of memory, in words.
+
+    folds to check_base: as asked for at the start (`TuningOptions`).
+    """
 
     base_id: str
     base_name: str
@@ -132,6 +134,21 @@ class TuningPlan:
     synthetic: float = 0.0
     skipped: tuple[SkippedCase, ...] = ()
     reductions: tuple[str, ...] = ()
+    folds: int = 0
+    validation_count: int = 0
+    normalisation: str = "base"
+    name: str = ""
+    licence: str = ""
+    check_base: str = ""
+
+    def remembered(self, options: TuningOptions) -> TuningOptions:
+        """The options with what was asked for at the start and is not asked again."""
+        return dataclasses.replace(
+            options,
+            name=options.name or self.name,
+            licence=options.licence or self.licence,
+            check_base=options.check_base or (Path(self.check_base) if self.check_base else None),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,6 +235,12 @@ def plan_tuning(
         freeze=options.freeze,
         synthetic=options.synthetic,
         skipped=tuple(skipped),
+        folds=options.folds,
+        validation_count=options.validation_count,
+        normalisation=options.normalisation,
+        name=options.name,
+        licence=options.licence,
+        check_base=str(options.check_base.absolute()) if options.check_base else "",
     )
 
 
@@ -239,7 +262,8 @@ def started_labels(folder: Path) -> tuple[str, ...]:
 def read_plan(
     folder: Path, base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter = SILENT
 ) -> TuningPlan:
-    """The run as it was started; what is asked now may only change its length, other wishes give a warning.
+    """The run as it was started; what is asked now may only change its length, other wishes give a warning (but for the
+    recipe, which only says where a run begins).
 
     Raises InvresError for a damaged run.json, another base model, or data with other labels.
     """
@@ -265,7 +289,9 @@ def read_plan(
     lengths = {key: wishes.pop(key) for key in _LENGTHS if key in wishes}
     ignored = [key for key, value in wishes.items() if value != getattr(plan.training, key)]
     ignored += [
-        key for key in ("freeze", "synthetic") if getattr(options, key) not in (getattr(plan, key), _unset(key))
+        key
+        for key in ("freeze", "synthetic", "folds", "validation_count", "normalisation")
+        if getattr(options, key) not in (getattr(plan, key), _unset(key))
     ]
     for key, wish, chosen in (
         ("channel_dropout", options.channel_dropout, plan.augmentation.channel_dropout),

@@ -106,10 +106,16 @@ class _Worker:
     # --- the thread that reads -------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a pipe that breaks has ended
-            for line in self._requests:
-                if line.strip():
-                    self._take(line)
+        try:
+            with contextlib.suppress(OSError, ValueError):  # a pipe that breaks has ended
+                for line in self._requests:
+                    if line.strip():
+                        self._take(line)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Whatever ended the reading: a worker that hears nothing any more must not stay."""
         with self._lock:
             self._ended = True
             busy = self._current is not None
@@ -131,7 +137,7 @@ class _Worker:
             request = _Request(int(message["id"]), list(message["arguments"]))
             if not all(isinstance(argument, str) for argument in request.arguments):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             self._events.error(
                 "protocol",
                 f"A request was not understood: {line[:80].decode('utf-8', 'replace').strip()!r}.",

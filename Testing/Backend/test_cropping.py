@@ -18,7 +18,7 @@ from invres.events import Recorder
 from invres.finetuning import finetune
 from invres.inference import is_crop
 from invres.tuningplan import TuningOptions
-from invres.volume import Volume, read_volume, resample, write_volume
+from invres.volume import Geometry, Volume, read_volume, resample, write_volume
 
 LABELS = {"background": 0, "upper": 1, "lower": 2, "core": 3}
 CROP = CropPlan(("ball",), (2.0, 2.0, 2.0), (8.0, 8.0, 8.0))
@@ -88,6 +88,56 @@ def test_going_on_reads_only_what_has_changed_and_tells_how_far_it_is(data, tmp_
     read.clear()
     (tmp_path / "crops" / "crops.json").write_text('{"patient00": {"stamp": 5}, "patient01": []}', encoding="utf-8")
     assert cropped(dataset, CROP, tmp_path / "crops") == first and len(read) == 3
+
+
+def test_however_a_label_is_stored_the_crop_shows_what_is_labelled(data, tmp_path):
+    """Backwards and in another order of axes than the image, as some tools write labels."""
+    wanted = cropped(read_dataset(data), CROP, tmp_path / "wanted")
+    for path in (data / "labelsTr").iterdir():
+        label = read_volume(path, kind="labels").canonical()
+        turned = np.ascontiguousarray(np.flip(label.array, 2).transpose(1, 0, 2))
+        affine = label.geometry.affine
+        affine[:3, 3] += affine[:3, 2] * (label.geometry.shape[2] - 1)
+        affine[:3, 2] *= -1
+        affine[:3, [0, 1]] = affine[:3, [1, 0]]
+        write_volume(path, Volume(turned, Geometry.from_affine(affine, turned.shape)))
+    second = data / "imagesTr" / "patient00_0001.nii.gz"
+    image = read_volume(second)
+    flipped = image.geometry.affine
+    flipped[:3, 3] += flipped[:3, 1] * (image.geometry.shape[1] - 1)
+    flipped[:3, 1] *= -1
+    write_volume(second, Volume(np.flip(image.array, 1).copy(), Geometry.from_affine(flipped, image.array.shape)))
+    found = cropped(read_dataset(data), CROP, tmp_path / "found")
+    assert [case.name for case in found.cases] == [case.name for case in wanted.cases] and len(found.cases) == 5
+    for one, other in zip(found.cases[:4], wanted.cases[:4], strict=True):
+        (*images, label), (*expected, truth) = ([*case[0], case[1]] for case in (found.load(one), wanted.load(other)))
+        for part, whole in zip((*images, label), (*expected, truth), strict=True):
+            assert part.geometry.same_as(whole.geometry, tolerance_mm=1e-3) and np.array_equal(part.array, whole.array)
+
+
+def test_a_label_beside_its_image_is_not_cropped_but_refused_later(data, tmp_path):
+    path = data / "labelsTr" / "patient00.nii.gz"
+    label = read_volume(path, kind="labels")
+    affine = label.geometry.affine
+    affine[:3, 3] += 15
+    write_volume(path, Volume(label.array, Geometry.from_affine(affine, label.array.shape)))
+    names = [case.name for case in cropped(read_dataset(data, checked=False), CROP, tmp_path / "crops").cases]
+    assert names == ["patient00", "patient01-1", "patient01-2", "patient02"]
+
+
+def test_a_corrected_label_is_cut_out_anew(data, tmp_path):
+    first = cropped(read_dataset(data), CROP, tmp_path / "crops")
+    before = {case.name: first.load(case)[1] for case in first.cases if case.patient == "patient00"}
+    path = data / "labelsTr" / "patient00.nii.gz"
+    label = read_volume(path, kind="labels")
+    changed = np.where(label.array == 2, 0, label.array)
+    write_volume(path, Volume(changed, label.geometry))
+    again = cropped(read_dataset(data), CROP, tmp_path / "crops")
+    for case in (case for case in again.cases if case.patient == "patient00"):
+        _, found = again.load(case)
+        back = resample(found, label.geometry, interpolation="label").array
+        assert ((back == 0) | (back == changed)).all() and back.any()
+        assert not found.geometry.same_as(before[case.name].geometry) or (found.array != before[case.name].array).any()
 
 
 def test_cropping_stops_between_two_cases(data, tmp_path):

@@ -34,6 +34,7 @@ from invres.preprocessing import make_plan
 from invres.reduction import lighter
 from invres.runfolder import RecordingReporter, held
 from invres.stopfile import StopFile
+from invres.trainer import StopRequest
 from invres.training import train
 from invres.trainingrun import TrainOptions
 from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan
@@ -345,6 +346,63 @@ def test_a_forgetting_check_can_forbid_the_promotion(base, phantoms, tmp_path, m
     monkeypatch.setattr("invres.proof.summarise", forgotten)
     result = tune(base, phantoms, tmp_path / "again", report, validation_count=1, check_base=phantoms)
     assert not result["promoted"] and any("forgotten" in message for message in told(report))
+
+
+def test_check_base_takes_labels_without_names_by_their_values(base, tmp_path):
+    numbers = write_dataset(tmp_path / "numbers", labels={"background": 0, "label_1": 1, "label_2": 2, "label_3": 3})
+    report = Recorder()
+    reference = proof.read_reference(numbers, base, base.manifest.plan, report)
+    assert reference.scheme.names == ("upper", "lower", "core")
+    assert any("their values are taken as those of Phantom" in message for message in told(report, "note"))
+
+
+def test_a_run_that_goes_on_keeps_its_check_name_and_length(base, phantoms, tmp_path, monkeypatch):
+    run, first = tmp_path / "run", StopRequest()
+    first.requested = True
+    wishes = {
+        "validation_count": 1,
+        "check_base": phantoms,
+        "name": "Mine",
+        "licence": "CC0-1.0",
+        "wishes": {"epochs": 2},
+    }
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=first, **wishes)
+    again = StopRequest()
+    again.requested = True
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=again, resume=True, wishes={"epochs": 3})
+    report = Recorder()
+    result = tune(base, phantoms, run, report, resume=True, validation_count=2)
+    manifest = open_package(result["model"]).manifest
+    assert (manifest.name, manifest.licence, manifest.training.epochs) == ("Mine", "CC0-1.0", 3)
+    assert result["base_check"] is not None
+    assert any("left out: validation_count" in message for message in told(report))
+
+
+def test_a_training_and_a_fine_tuning_leave_each_others_folders_alone(base, phantoms, tuned):
+    run, result, _ = tuned
+    before = (run / "run.json").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(InvresError, match="the folder of a fine-tuning, not of a training"):
+            train(read_dataset(phantoms), tiny_recipe(**QUICK), run, TrainOptions(device="cpu", resume=resume))
+        with pytest.raises(InvresError, match="the folder of a training, not of a fine-tuning"):
+            tune(base, phantoms, base.path.parent, resume=resume)
+    outcome = invres("evaluate", "--run", run, "--data", phantoms, "--output", run.parent / "metrics.json")
+    assert outcome.code == 2 and "folder of a fine-tuning" in outcome.err and "damaged" not in outcome.err
+    assert (run / "run.json").read_bytes() == before and open_package(result["model"]).id == result["model_id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"labels": {"background": 0, "nose": 1, "ear": 2, "eye": 4}}, "its labels are nose"),
+        ({"unlabelled": 3}, "no case there"),
+    ],
+)
+def test_check_base_without_a_label_of_the_model_is_refused(base, tmp_path, change, sentence):
+    with pytest.raises(InvresError, match=sentence):
+        proof.read_reference(write_dataset(tmp_path / "data", **change), base, base.manifest.plan)
 
 
 def test_check_base_wants_the_channels_of_both(base, phantoms, tmp_path):

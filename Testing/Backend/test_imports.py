@@ -112,7 +112,7 @@ ALLOWED = {
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
-    "trainingrun": "checkpoint config configjson curves events files networkconfig runfolder trainer",
+    "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
         "cardplan cases checkpoint config configjson events expectation labelmapbatches labelmaps memory metrics "
         "modelpackage networks objectives prediction prepared preprocessing sampling sides trainer trainingrun"
@@ -139,10 +139,10 @@ ALLOWED = {
     "comparison": "casecomparison config configjson evaluation events files",
     "tuningplan": (
         "cases casesplits config configjson events files freezing manifest networkconfig networks prepared "
-        "preprocessing transfer"
+        "preprocessing runfolder transfer"
     ),
     "tuningmemory": "devices events manifest memory networks reduction tuningplan",
-    "proof": "casecomparison cases comparison config events inference modelpackage networks trainer",
+    "proof": "casecomparison cases comparison config events inference labelmatching modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
         "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training "
@@ -152,7 +152,7 @@ ALLOWED = {
         "casecomparison config configjson events expectation files manifest modelpackage networks sides transfer "
         "tuningplan"
     ),
-    "cropping": "cases config configjson events files inference locating region volume",
+    "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "finetuning": (
         "casecomparison cases casesplits checkpoint comparison config configjson cropping events files labelmatching "
         "modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun tunedmodel tuningplan"

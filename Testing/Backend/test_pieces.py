@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_inference import SCHEME, Known, package_of
 from tiny_datasets import tiny_recipe, write_dataset
 
@@ -22,7 +24,7 @@ from invres.pieces import LOOSE, clear_loose_pieces, largest_piece
 from invres.prediction import SegmentOptions
 from invres.training import train
 from invres.trainingrun import TrainOptions
-from invres.tunedmodel import _stays_one_piece
+from invres.tunedmodel import _stays_one_piece, contender_of
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 BRAIN = Path(__file__).resolve().parents[2] / "Resources" / "Recipes" / "brain-any-contrast.json"
@@ -130,6 +132,19 @@ def test_a_tuned_model_stays_in_one_piece_until_it_has_a_label_of_its_own(tmp_pa
     assert _stays_one_piece(base, fewer)
     assert not _stays_one_piece(base, LabelScheme((*fewer.labels, Label("lesion", (7,), 7))))
     assert not _stays_one_piece(dataclasses.replace(base, one_piece=False), fewer)
+
+
+@pytest.mark.parametrize("one_piece", [False, True])
+def test_a_tuned_model_is_proved_as_it_will_segment(tmp_path, one_piece):
+    """With or without loose pieces as the base model beside it, or the same network would score differently."""
+    base = package_of(tmp_path / "model")
+    manifest = dataclasses.replace(base.manifest, one_piece=one_piece)
+    plan = SimpleNamespace(
+        network=manifest.network, plan=manifest.plan, scheme=SCHEME, training=SimpleNamespace(patch=manifest.patch)
+    )
+    options = SimpleNamespace(name="")
+    tuned = contender_of(manifest, plan, options, base.load_weights(), torch.device("cpu"))
+    assert tuned.package.manifest.one_piece == one_piece
 
 
 def test_the_bundled_brain_model_is_one_piece_as_its_recipe_says():

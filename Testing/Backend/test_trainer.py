@@ -201,6 +201,33 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_does_not_wait(number):
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
+def test_a_stop_while_the_disk_is_full_does_not_say_that_all_is_saved(cases, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    def stopped(report, **more):
+        trainer = trainer_of(cases, tmp_path, epochs=3, iterations_per_epoch=2, report=report, **more)
+        if (tmp_path / CHECKPOINT).exists():
+            trainer.resume()
+        with pytest.raises(InvresError) as caught:
+            trainer.run()
+        return caught.value
+
+    report = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr("invres.trainer.save_checkpoint", refuse)
+        error = stopped(report, stop_at=1)
+    assert not isinstance(error, Cancelled) and error.code == "write_failed"
+    assert "Stopped after 2 of 6 iterations" in error.message and "nothing is saved" in error.message
+    assert any("there is none before it" in event.get("message", "") for event in report.events)
+    assert isinstance(stopped(Recorder(), stop_at=1), Cancelled)
+    with monkeypatch.context() as patch:
+        patch.setattr("invres.trainer.save_checkpoint", refuse)
+        error = stopped(Recorder(), stop_at=3)
+    assert "what is saved is of iteration 2" in error.message
+    assert load_checkpoint(tmp_path)["iteration"] == 2
+
+
 def test_a_full_disk_at_a_checkpoint_warns_and_the_training_goes_on(cases, tmp_path):
     whole = trainer_of(cases, tmp_path / "whole").run()
     with pytest.raises(Cancelled):
@@ -292,6 +319,17 @@ def test_a_training_without_progress_stops_early(cases, tmp_path):
     result = trainer_of(cases, tmp_path, epochs=6, early_stop_epochs=3, validate=scores, report=report).run()
     assert result.stopped_early and result.epochs == 5 and result.best_epoch == 2
     assert any("no better Dice in the last 3 epochs" in event.get("message", "") for event in report.events)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 10), (3, 10), (5, 10), (6, 15)])
+def test_patience_ends_when_a_look_was_in_vain_and_not_between_two_looks(cases, tmp_path, patience, epochs):
+    """A fine-tuning validates every fifth epoch: waiting for 3 epochs is to look once more."""
+    config = {"epochs": 30, "iterations_per_epoch": 1, "validate_every": 5, "early_stop_epochs": patience}
+    result = trainer_of(cases, tmp_path / "worse", validate=Scores(0.5, 0.4, 0.3, 0.2), **config).run()
+    assert result.stopped_early and result.epochs == epochs and result.best_epoch == 5
+    better = Scores(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    result = trainer_of(cases, tmp_path / "better", validate=better, **config).run()
+    assert not result.stopped_early and result.epochs == 30
 
 
 def test_validation_happens_every_so_often_and_at_the_end(cases, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -269,6 +270,35 @@ def test_a_training_begun_before_there_were_wavelets_goes_on_without_them(phanto
     assert content["recipe"]["network"].pop("resampling") == "shuffle"
     (tmp_path / "run.json").write_text(json.dumps(content), encoding="utf-8")
     assert started_recipe(tmp_path).network.resampling == "shuffle"
+
+
+def test_a_run_that_goes_on_remembers_what_its_package_says_and_how_long_it_is(phantoms, tmp_path):
+    recipe, dataset = tiny_recipe(**QUICK), read_dataset(phantoms)
+    train(dataset, recipe, tmp_path, TrainOptions(device="cpu", licence="CC0-1.0", source="Phantoms.", name="Mine"))
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, epochs=3))
+    manifest = train(dataset, longer, tmp_path, TrainOptions(device="cpu", resume=True)).manifest
+    assert (manifest.licence, manifest.training.data, manifest.name) == ("CC0-1.0", "Phantoms.", "Mine")
+    assert manifest.training.epochs == 3 and started_recipe(tmp_path).training.epochs == 3
+
+
+def test_a_finished_training_that_is_resumed_keeps_its_model(phantoms, tmp_path):
+    recipe, dataset = tiny_recipe(**QUICK), read_dataset(phantoms)
+    first = train(dataset, recipe, tmp_path, TrainOptions(device="cpu"))
+    again = train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True))
+    assert again.id == first.id
+    shutil.rmtree(first.path)
+    assert train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True)).id != first.id
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, epochs=2))
+    assert train(dataset, longer, tmp_path, TrainOptions(device="cpu", resume=True)).id != first.id
+
+
+def test_another_split_on_resuming_is_left_out_with_a_word(phantoms, tmp_path):
+    recipe, dataset = tiny_recipe(**QUICK), read_dataset(phantoms)
+    train(dataset, recipe, tmp_path, TrainOptions(device="cpu", folds=3, fold=1))
+    for fold, told in ((1, 0), (2, 1)):
+        report = Recorder()
+        train(dataset, recipe, tmp_path, TrainOptions(device="cpu", folds=3, fold=fold, resume=True), report)
+        assert sum("--fold and the like" in message for message in warnings_of(report)) == told
 
 
 def test_a_stop_while_the_cases_are_prepared_comes_at_the_next_case_and_the_same_command_goes_on(phantoms, tmp_path):

@@ -174,6 +174,8 @@ def test_what_is_no_request_is_told_and_survived(start):
         b"{}",
         b'{"id": "x", "arguments": []}',
         b'{"id": 1, "arguments": [1]}',
+        b'{"id": Infinity, "arguments": ["devices"]}',
+        b'{"cancel": 1e400}',
         b"\xff",
     ):
         worker.write(line)
