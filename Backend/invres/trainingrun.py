@@ -189,7 +189,10 @@ def write_run(
     options: TrainOptions,
     **more: Any,
 ) -> None:
-    """run.json: what a training was started with, and its length by now. more: further entries, as configurations."""
+    """run.json: what a training was started with, and its length by now. more: further entries, as configurations.
+
+    Raises InvresError where the disk refuses.
+    """
     content = {
         **{key: getattr(options, key) for key in _WORDS},
         "recipe": to_dict(recipe),
@@ -198,8 +201,19 @@ def write_run(
         "split": {"train": list(names[0]), "validation": list(names[1])},
         **{key: to_dict(value) for key, value in more.items()},
     }
-    with written_whole(output / RUN) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    text = json.dumps(content, indent=1)
+    # A run that goes on as it was needs no room on the disk for this.
+    if (output / RUN).is_file() and (output / RUN).read_text(encoding="utf-8") == text:
+        return
+    try:
+        with written_whole(output / RUN) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvresError(
+            f"{output / RUN} cannot be written: {error.strerror or error}.",
+            hint="Free some space, and give the same command again.",
+            code="write_failed",
+        ) from None
 
 
 def started_recipe(output: Path) -> Recipe:

@@ -143,6 +143,7 @@ def test_the_package_is_made_of_the_best_weights_and_not_of_the_last(phantoms, t
     state = load_checkpoint(tmp_path)
     state["best_weights"] = {key: torch.full_like(tensor, 0.25) for key, tensor in state["best_weights"].items()}
     save_checkpoint(tmp_path, state)
+    shutil.rmtree(tmp_path / "model")
     package = train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True))
     assert all(bool((tensor == 0.25).all()) for tensor in package.load_weights().values())
 
