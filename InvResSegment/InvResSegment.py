@@ -133,11 +133,18 @@ class InvResSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 class InvResSegmentLogic(ScriptedLoadableModuleLogic):
     """The module's parameter node; what segments is `InvResSegmentLib.SegmentationLogic`, usable without the panel."""
 
+    def __init__(self) -> None:
+        ScriptedLoadableModuleLogic.__init__(self)
+        self._parameters = None
+
     def getParameterNode(self):
-        """The choices of the scene, as an `InvResSegmentParameterNode`."""
+        """The choices of the scene, as an `InvResSegmentParameterNode`; the same object as long as the node is."""
         from InvResSegmentLib.ParameterNode import InvResSegmentParameterNode
 
-        return InvResSegmentParameterNode(super().getParameterNode())
+        node = super().getParameterNode()
+        if self._parameters is None or self._parameters.parameterNode is not node:
+            self._parameters = InvResSegmentParameterNode(node)
+        return self._parameters
 
 
 class InvResSegmentTest(ScriptedLoadableModuleTest):

@@ -169,6 +169,11 @@ class Dependencies:
 
         self._run(("-m", "invres.probe"), onOutput, onEnd)
 
+    @property
+    def planned(self) -> list[str]:
+        """What `install` would do now, a line a step; [] before the first check."""
+        return [] if self.preflight is None else [f"\u2022 {s.text}" for s in installationSteps(self.preflight, False)]
+
     def install(self, onDone: Callable[[InstallOutcome], None]) -> None:
         """Does what the last `check` calls for, then checks again.
 

@@ -49,6 +49,10 @@ class DeviceChooser:
             self._box.addItem(text)
         self._names = [name for name, _text in entries]
         wanted = Settings.device()
+        if devices and wanted not in self._names:
+            # It is gone: what the box says must be what every tab computes on.
+            wanted = AUTOMATIC
+            Settings.setDevice(wanted)
         self._box.currentIndex = self._names.index(wanted) if wanted in self._names else 0
         self._filling = False
 

@@ -101,6 +101,9 @@ class FineTuneTab(VTKObservationMixin):
 
     def setParameterNode(self, parameters) -> None:
         """Show the choices of a scene; None while a scene is being closed."""
+        if parameters is None:
+            # Not later: what the views showed before is given back by ids, and another scene uses them again.
+            self.run.view.leave()
         self._parameters = parameters
         self.cases.setNode(None if parameters is None else parameters.parameterNode)
         self._message.clear()

@@ -27,16 +27,22 @@ class LabelDialog:
         text = qt.QLabel(_("What does each segment stand for? This holds for all cases that have a segment so called."))
         text.wordWrap = True
         layout.addWidget(text)
-        grid = qt.QGridLayout()
+        rows = qt.QWidget()
+        grid = qt.QGridLayout(rows)
         grid.setColumnStretch(1, 1)
-        layout.addLayout(grid)
+        scroll = qt.QScrollArea()  # the buttons must stay on the screen, however many segments there are
+        scroll.widgetResizable = True
+        scroll.frameShape = qt.QFrame.NoFrame
+        scroll.setWidget(rows)
+        layout.addWidget(scroll)
         for row, name in enumerate(names):
             grid.addWidget(qt.QLabel(name), row, 0)
             grid.addWidget(self._makeBox(name, labels, choices), row, 1)
-        buttons = qt.QDialogButtonBox(qt.QDialogButtonBox.Ok | qt.QDialogButtonBox.Cancel)
-        layout.addWidget(buttons)
-        buttons.connect("accepted()", self.dialog.accept)
-        buttons.connect("rejected()", self.dialog.reject)
+        self.buttons = qt.QDialogButtonBox()  # given here, PythonQt takes the buttons for an orientation
+        self.buttons.setStandardButtons(qt.QDialogButtonBox.Ok | qt.QDialogButtonBox.Cancel)
+        layout.addWidget(self.buttons)
+        self.buttons.connect("accepted()", self.dialog.accept)
+        self.buttons.connect("rejected()", self.dialog.reject)
         self.dialog.connect("accepted()", self._onOk)
         self.dialog.open()
 

@@ -353,16 +353,17 @@ def _earlierSegment(
         segmentId, segment = segmentation.GetNthSegmentID(index), segmentation.GetNthSegment(index)
         model, _separator, rest = _tag(segment, ORIGIN_TAG).partition("/")
         value, _separator, digest = rest.partition("/")
-        # The same value may have stood for both sides of a structure then, and for the left one now.
-        same = re.fullmatch(rf"{re.escape(label.name)}( \d+)?", segment.GetName()) or digest != _digest(segment)
-        if model == origin and value == str(label.value) and same and segmentId not in done.segmentIds:
-            if digest == _digest(segment):
-                return segmentId
+        if model != origin or value != str(label.value) or segmentId in done.segmentIds:
+            continue
+        if digest != _digest(segment):  # costs milliseconds a segment
             done.warnings.append(
                 _("The segment {name} was edited after an earlier run and is kept as it is.").format(
                     name=segment.GetName()
                 )
             )
+        # The same value may have stood for both sides of a structure then, and for the left one now.
+        elif re.fullmatch(rf"{re.escape(label.name)}( \d+)?", segment.GetName()):
+            return segmentId
     return ""
 
 

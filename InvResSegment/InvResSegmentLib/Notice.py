@@ -21,6 +21,7 @@ class Notice:
         self._frame = getattr(ui, name)
         self._icon = getattr(ui, name + "Icon")
         self._text = getattr(ui, name + "Text")
+        self._text.textFormat = qt.Qt.RichText  # else a sentence without a tag shows its escapes
         self.clear()
 
     @property

@@ -75,6 +75,10 @@ class RunView:
         self._proof.clear()
         self.widget.visible = False
 
+    def leave(self) -> None:
+        """Nobody looks any more, or the scene is about to be emptied: a case of the proof goes out of it."""
+        self._proof.leave()
+
     def poll(self) -> None:
         """Read what is new in the folder and show it, now."""
         if self.record is None:
@@ -94,7 +98,7 @@ class RunView:
         if self.widget.visible:
             self.poll()
         else:
-            self._proof.leave()
+            self.leave()
 
     # ---------------------------------------------------------------- what is shown
 

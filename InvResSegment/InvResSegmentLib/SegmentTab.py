@@ -39,7 +39,7 @@ class SegmentTab(VTKObservationMixin):
         self.ui = slicer.util.childWidgetVariables(self.widget)
         self.widget.setMRMLScene(slicer.mrmlScene)
         self._parameters = None
-        self._guiTag = None
+        self._connected, self._guiTag = None, None  # whose values the selectors show
         self._running = self._closed = False
         self._request = None  # of the run or the last one
         self._plan = None
@@ -97,9 +97,12 @@ class SegmentTab(VTKObservationMixin):
 
     def setParameterNode(self, parameters) -> None:
         """Show the choices of a scene; None while a scene is being closed."""
-        if self._parameters is not None and self._guiTag is not None:
-            self._parameters.disconnectGui(self._guiTag)
-        self._parameters, self._guiTag = None, None
+        # Slicer's disconnectGui leaves an observer behind, so what is connected stays so while the scene does.
+        same = parameters is not None and parameters is self._connected
+        if not same and self._connected is not None:
+            self._connected.disconnectGui(self._guiTag)
+            self._connected, self._guiTag = None, None
+        self._parameters = None
         self._observe([])
         if parameters is None:
             self._result.clear()
@@ -107,9 +110,11 @@ class SegmentTab(VTKObservationMixin):
             return
         self._models.choose(parameters.model)
         self._showChannels(parameters)
-        # Not connectGui, which tells no tag to disconnect by: every visit would leave one more connection behind.
-        bound = {widget.property("SlicerParameterName"): widget for widget in vars(self.ui).values()}
-        self._guiTag = parameters.connectParametersToGui({name: widget for name, widget in bound.items() if name})
+        if not same:
+            # Not connectGui, which tells no tag to disconnect by.
+            bound = {widget.property("SlicerParameterName"): widget for widget in vars(self.ui).values()}
+            self._guiTag = parameters.connectParametersToGui({name: widget for name, widget in bound.items() if name})
+            self._connected = parameters
         self._parameters = parameters
         self._chooseUsualModel()
         self._update()

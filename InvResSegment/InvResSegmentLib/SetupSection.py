@@ -72,6 +72,8 @@ class SetupSection:
 
     def _onChecked(self, preflight) -> None:
         self.checking = False
+        if preflight.ready:  # an installation that was begun has come to its end, whoever saw it
+            self._dependencies.installPending = False
         self._show(preflight)
         self._onChanged(False)
         if self._dependencies.installPending and not preflight.ready and not preflight.blockers:
@@ -107,11 +109,14 @@ class SetupSection:
     # ---------------------------------------------------------------- installing
 
     def _onInstall(self) -> None:
-        if separatePython():  # inside Slicer its own installer asks
-            question = _("Install the missing packages into this Python? It may download some gigabytes.\n\n{path}")
-            if not slicer.util.confirmOkCancelDisplay(question.format(path=separatePython()), _("Install")):
-                return
-        self._install()
+        if path := separatePython():
+            question = _("Install the missing packages into this Python? It may download some gigabytes.")
+            details = [path]
+        else:  # Slicer's own installers ask, too, but not before what stands in the way is removed
+            question = _("Change the packages of Slicer's Python, which other modules use as well?")
+            details = self._dependencies.planned
+        if slicer.util.confirmOkCancelDisplay("\n".join([question, "", *details]).strip(), _("Install")):
+            self._install()
 
     def _install(self) -> None:
         self.installing = True

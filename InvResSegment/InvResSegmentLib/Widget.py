@@ -88,6 +88,8 @@ class Panel:
         """Show the choices of a scene."""
         for tab in self.tabs:
             tab.setParameterNode(parameters)
+        if parameters is not None:
+            self._askAgain()
 
     def enter(self) -> None:
         """The module is shown; the first time, the setup is checked and models and devices are asked for."""
@@ -95,7 +97,7 @@ class Panel:
             self._entered = True
             self.refresh()
             self.setup.check()
-        elif self.setup.ready:
+        elif self.setup.ready and not self._askAgain():
             self.refreshDevices()
         for tab in self.tabs:
             tab.enter()
@@ -133,6 +135,13 @@ class Panel:
 
     # ---------------------------------------------------------------- models, devices, setup
 
+    def _askAgain(self) -> bool:
+        """Whether models and devices had to be asked for once more: closing a scene may have cut the answer off."""
+        asks = self._entered and self.setup.ready and not self._listed
+        if asks:
+            self.refresh()
+        return asks
+
     def refresh(self) -> None:
         """Ask the backend for its models and devices."""
         self._listed = True  # asked; `_onModels` takes it back
@@ -154,9 +163,11 @@ class Panel:
         self.refreshModels()
 
     def _onModels(self, models: list, error: str) -> None:
-        self._models, self._listed = models, not error
+        self._listed = not error
+        if not error:  # else those that were known before still are there
+            self._models = models
         wanted, self._pathToUse = self._pathToUse, ""
-        if model := next((model for model in models if wanted and model.path == wanted), None):
+        if model := next((model for model in self._models if wanted and model.path == wanted), None):
             self.segmentTab.chooseModel(model.sha256)
             self.fineTuneTab.chooseModel(model.sha256)
         self._showModels(

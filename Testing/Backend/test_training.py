@@ -535,7 +535,11 @@ def test_a_full_disk_while_training_loses_no_weights(phantoms, tmp_path):
     train(dataset, tiny_recipe(epochs=1), tmp_path / "run", TrainOptions(device="cpu"))
     report, older = Recorder(), open_package(tmp_path / "run" / "model").manifest
     options = TrainOptions(device="cpu", resume=True)
-    with files_up_to(1000), pytest.raises(InvresError, match="cannot be written"):
+    record = (tmp_path / "run" / "run.json").stat().st_size
+    with files_up_to(record - 1), pytest.raises(InvresError, match=r"run\.json cannot be written"):
+        train(dataset, recipe, tmp_path / "run", options, report)
+    assert started_recipe(tmp_path / "run").training.epochs == 1
+    with files_up_to(2 * record), pytest.raises(InvresError, match="cannot be written"):
         train(dataset, recipe, tmp_path / "run", options, report)
     assert any("checkpoint could not be saved" in text for text in warnings_of(report))
     assert open_package(tmp_path / "run" / "model").manifest == older

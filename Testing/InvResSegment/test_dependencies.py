@@ -182,6 +182,14 @@ def test_from_nothing_torch_comes_first_and_slicers_own_never():
     assert not {"numpy", "SimpleITK"} & {name for step in installationSteps(wanted) for name in step.names}
 
 
+def test_what_installing_will_do_can_be_read_beforehand():
+    dependencies = Dependencies()
+    assert dependencies.planned == []
+    dependencies.preflight = judge(report(torch={"version": "2.9.1"}), 0)
+    assert [line[:2] for line in dependencies.planned] == ["\u2022 "] * len(installationSteps(dependencies.preflight))
+    assert any("torch" in line for line in dependencies.planned)
+
+
 @pytest.mark.parametrize("torch", [{"version": "2.9.1"}, {"imports": False, "error": "OSError: x"}])
 def test_a_wrong_torch_goes_before_another_comes(torch):
     broken = {"imports": False, "needs": "torch"}

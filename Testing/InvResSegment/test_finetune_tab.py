@@ -15,6 +15,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
+from InvResSegmentLib.LabelDialog import LabelDialog
 from InvResSegmentLib.RunHolder import isHeld
 from panel_driver import addSegmentation, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
@@ -83,6 +84,14 @@ def cells(tab, row):
     return [table.item(row, column).text() for column in range(table.columnCount)]
 
 
+def test_the_labels_of_many_segments_fit_on_a_screen_and_can_be_left_as_they_are(scene):
+    names, chosen = [f"structure {number}" for number in range(60)], []
+    dialog = LabelDialog(None, names, names[:30], {}, chosen.append)
+    assert dialog.dialog.minimumSizeHint.height() < 400
+    dialog.buttons.button(qt.QDialogButtonBox.Cancel).click()
+    assert not dialog.dialog.visible and not chosen
+
+
 def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
     tab, looked = panel.fineTuneTab, []
     assert "Add at least one case" in tab.ui.startButton.toolTip and not tab.ui.startButton.enabled
@@ -105,7 +114,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
         "leave it out",
     ]
     box.currentIndex = 2
-    tab.labelDialog.dialog.accept()
+    tab.labelDialog.buttons.button(qt.QDialogButtonBox.Ok).click()
     settled(tab)
     assert tab.ui.startButton.enabled and "New to it: Segment_1" in said(tab, "casesNotice")
     assert "3 trainings share the time" in said(tab, "proofNotice")

@@ -312,6 +312,18 @@ def test_another_models_segments_and_a_persons_keep_their_names(scene, tmp_path)
     assert names_of(segmentation) == ["core", "Ödem", "core 2"]
 
 
+def test_no_segment_is_compared_without_need(scene, tmp_path, monkeypatch):
+    """Comparing means looking at all voxels: with thirty segments, each with each, that would be seconds."""
+    node, looked = add_volume(scene, np.zeros(SHAPE, np.int16)), []
+    real = NodeConversion._digest
+    monkeypatch.setattr(NodeConversion, "_digest", lambda segment: looked.append(segment.GetName()) or real(segment))
+    segmentation, _ = imported(scene, tmp_path, node)
+    assert sorted(looked) == ["core", "Ödem"], "each once, when it is written"
+    looked.clear()
+    imported(scene, tmp_path, node, target=segmentation)
+    assert sorted(looked) == ["core", "core", "Ödem", "Ödem"]
+
+
 def test_a_segment_that_was_corrected_by_hand_is_kept(scene, tmp_path):
     node = add_volume(scene, np.zeros(SHAPE, np.int16))
     segmentation, first = imported(scene, tmp_path, node)

@@ -21,6 +21,7 @@ if importlib.util.find_spec("PySide6") is None:  # asked for without importing i
 import qt
 import slicer
 import standins
+from InvResSegmentLib import Settings
 from InvResSegmentLib.BatchCase import BatchCase
 from InvResSegmentLib.NrrdFile import writeNrrd
 from InvResSegmentLib.SegmentationLogic import MemoryPlan, SegmentationOutcome
@@ -414,6 +415,89 @@ def test_a_card_is_shown_with_its_number(tab):
         "GPU 1: NVIDIA X, 1.0 GiB free",
         "CPU",
     ]
+
+
+def test_a_card_that_is_gone_is_chosen_nowhere(tab, panel):
+    waitUntil(lambda: tab.ui.deviceBox.count >= 2, 60)
+    qt.QSettings().setValue("InvResSegment/Device", "cuda:0")
+    tab.setDevices([], "")
+    assert Settings.device() == "cuda:0", "nothing is known yet"
+    tab.setDevices([{"name": "cpu", "title": "CPU"}], "cpu")
+    assert tab.ui.deviceBox.currentIndex == 0 and Settings.device() == "auto"
+    assert panel.fineTuneTab._form.options.device == "auto"
+
+
+def test_a_sentence_shows_no_escapes(tab):
+    tab._message.show("error", "scipy 1.9 does not fit; >=1.11 is needed, & soon.")
+    shown = tab.ui.messageNoticeText
+    assert shown.text == "scipy 1.9 does not fit; &gt;=1.11 is needed, &amp; soon."
+    assert shown.textFormat == qt.Qt.RichText
+    for name in ("modelCard", "progressText"):
+        assert getattr(tab.ui, name).textFormat == qt.Qt.RichText
+
+
+def test_entering_again_binds_the_selectors_once(module, tab, monkeypatch):
+    logic = module.widgetRepresentation().self().logic
+    parameters, bound = logic.getParameterNode(), []
+    assert logic.getParameterNode() is parameters
+    real = type(parameters).connectParametersToGui
+    monkeypatch.setattr(
+        type(parameters), "connectParametersToGui", lambda self, gui: bound.append(self) or real(self, gui)
+    )
+    for _ in range(3):
+        module.exit()
+        module.enter()
+    assert bound == []
+    slicer.mrmlScene.Clear()
+    assert bound == [parameters], "the node outlives its scene"
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "box")
+    tab.ui.roiSelector.setCurrentNode(roi)
+    assert logic.getParameterNode().roi is roi
+
+
+def test_models_stay_when_closing_a_scene_cuts_their_list_off(panel, tab):
+    known = [model.name for model in tab.models]
+    assert known
+    panel.refreshModels()
+    slicer.mrmlScene.Clear()
+    assert [model.name for model in tab.models] == known
+    waitUntil(lambda: panel._listed and tab.ui.deviceBox.count >= 2 and not panel.backend.busy, 60)
+    assert [model.name for model in tab.models] == known
+
+
+def test_a_case_of_the_proof_goes_before_its_scene_does(panel, monkeypatch):
+    """Its way back is by ids, which the next scene gives to other nodes."""
+    seen = []
+    monkeypatch.setattr(
+        panel.fineTuneTab.run.view._proof, "leave", lambda: seen.append(slicer.mrmlScene.GetNumberOfNodes())
+    )
+    addVolume("T1")
+    before = slicer.mrmlScene.GetNumberOfNodes()
+    slicer.mrmlScene.Clear()
+    assert seen and seen[0] == before
+
+
+def test_installing_into_slicers_python_asks_with_what_it_changes(panel, monkeypatch):
+    steps, begun = ["\u2022 Remove torch 1.9", "\u2022 Install torch"], []
+    monkeypatch.setattr("InvResSegmentLib.SetupSection.separatePython", lambda: "")
+    monkeypatch.setattr(type(panel.dependencies), "planned", property(lambda _self: steps))
+    monkeypatch.setattr(panel.setup, "_install", lambda: begun.append(True))
+    asked = []
+    for answer in (False, True):
+        monkeypatch.setattr(
+            slicer.util, "confirmOkCancelDisplay", lambda text, title, answer=answer: asked.append(text) or answer
+        )
+        panel.setup._onInstall()
+    assert len(asked) == 2 and all(step in asked[0] for step in steps) and begun == [True]
+
+
+def test_an_installation_that_has_come_to_its_end_is_not_begun_again(panel, monkeypatch):
+    panel.dependencies.installPending = True
+    begun = []
+    monkeypatch.setattr(panel.setup, "_install", lambda: begun.append(True))
+    panel.setup.check()
+    waitUntil(lambda: not panel.setup.checking, 120)
+    assert panel.setup.ready and not panel.dependencies.installPending and begun == []
 
 
 def test_a_long_path_does_not_widen_the_panel(scene, tmp_path):

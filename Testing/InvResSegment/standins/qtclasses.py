@@ -43,6 +43,7 @@ def fill(module) -> None:
                 setattr(module, name, getattr(source, name))
     module.QUiLoader = UiLoader
     module.QMessageBox = MessageBox
+    module.QDialogButtonBox = DialogButtonBox
     module.QFileDialog = FileDialog
     module.QInputDialog = _Refused
     module.QTimer = _timerClass()
@@ -70,6 +71,17 @@ class MessageBox(QtWidgets.QMessageBox):
     def exec_(self):
         MessageBox.shown.append(self.text)
         return _answer(f"The message box {self.text!r}")
+
+
+class DialogButtonBox(QtWidgets.QDialogButtonBox):
+    """Refuses buttons given alone: to PythonQt they are a number, which it takes for the orientation."""
+
+    _standsFor = "QDialogButtonBox"
+
+    def __init__(self, *arguments):
+        if len(arguments) == 1 and isinstance(arguments[0], int):
+            raise TypeError("PythonQt would take this for an orientation; call setStandardButtons.")
+        super().__init__(*arguments)
 
 
 class FileDialog:

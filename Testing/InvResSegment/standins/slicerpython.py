@@ -134,7 +134,7 @@ def parameterNodeWrapper(cls):
 
 def _initialise(self, parameterNode, prefix=None):
     self.parameterNode = parameterNode
-    self._guis, self._updating = {}, False
+    self._guis, self._nextTag, self._updating = {}, 0, False
 
 
 def _isNode(kind):
@@ -231,8 +231,11 @@ def _connectParametersToGui(self, mapping):
         signal.connect(target)
         connections.append((signal, target))
 
+    tag = self._nextTag
+    self._nextTag += 1
+
     def toGui(_caller, _event):
-        if self._updating:
+        if self._updating or tag not in self._guis:
             return
         self._updating = True
         try:
@@ -241,8 +244,8 @@ def _connectParametersToGui(self, mapping):
         finally:
             self._updating = False
 
-    tag = len(self._guis)
-    self._guis[tag] = (connections, self.parameterNode.AddObserver(vtk.vtkCommand.ModifiedEvent, toGui))
+    self._guis[tag] = connections
+    self.parameterNode.AddObserver(vtk.vtkCommand.ModifiedEvent, toGui)  # which nothing in Slicer removes
     return tag
 
 
@@ -255,7 +258,5 @@ def _toNode(self, name, get):
 
 
 def _disconnectGui(self, tag):
-    connections, observer = self._guis.pop(tag)
-    self.parameterNode.RemoveObserver(observer)
-    for signal, target in connections:
+    for signal, target in self._guis.pop(tag):
         signal.disconnect(target)
