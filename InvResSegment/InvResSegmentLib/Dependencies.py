@@ -121,6 +121,8 @@ def backendEnvironment() -> dict[str, str]:
             environment.pop(name, None)
     else:
         environment = dict(os.environ)
+    for name in ("ITK_AUTOLOAD_PATH", "SITK_AUTOLOAD_PATH"):
+        environment.pop(name, None)  # Slicer's readers of its own scene, which would only warn of every file there
     paths = [str(Paths.backendFolder()), environment.get("PYTHONPATH") or ""]
     environment.update(
         PYTHONPATH=os.pathsep.join(filter(None, paths)),

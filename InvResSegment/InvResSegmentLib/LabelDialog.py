@@ -35,7 +35,8 @@ class LabelDialog:
         scroll.frameShape = qt.QFrame.NoFrame
         scroll.setWidget(rows)
         layout.addWidget(scroll)
-        for row, name in enumerate(names):
+        # What has to be decided stands first: the rest may be below the end of the window.
+        for row, name in enumerate(sorted(names, key=lambda name: labelOf(name, labels, choices) is not None)):
             grid.addWidget(qt.QLabel(name), row, 0)
             grid.addWidget(self._makeBox(name, labels, choices), row, 1)
         self.buttons = qt.QDialogButtonBox()  # given here, PythonQt takes the buttons for an orientation

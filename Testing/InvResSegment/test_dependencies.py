@@ -368,7 +368,9 @@ def test_slicers_python_is_found_on_the_path_or_beside_slicer(monkeypatch, calls
 def test_the_environment_is_slicers_for_its_own_python_and_the_startup_one_for_another(monkeypatch, calls):
     monkeypatch.setenv("PYTHONHOME", "/opt/Slicer/lib/Python")
     monkeypatch.setenv("PYTHONPATH", "/opt/Slicer/bin/Python")
+    monkeypatch.setenv("ITK_AUTOLOAD_PATH", "/opt/Slicer/lib/ITKFactories")
     own = backendEnvironment()
+    assert "ITK_AUTOLOAD_PATH" not in own
     assert own["PYTHONHOME"] == "/opt/Slicer/lib/Python" and own["PYTHONUTF8"] == own["PYTHONUNBUFFERED"] == "1"
     assert own["PYTHONPATH"].split(os.pathsep) == [str(Paths.backendFolder()), "/opt/Slicer/bin/Python"]
     monkeypatch.setattr(slicer.util, "startupEnvironment", lambda: {"PATH": "/bin", "PYTHONHOME": "/left over"})

@@ -88,6 +88,7 @@ def test_the_labels_of_many_segments_fit_on_a_screen_and_can_be_left_as_they_are
     names, chosen = [f"structure {number}" for number in range(60)], []
     dialog = LabelDialog(None, names, names[:30], {}, chosen.append)
     assert dialog.dialog.minimumSizeHint.height() < 400
+    assert list(dialog._boxes)[:30] == names[30:], "those to be decided come first"
     dialog.buttons.button(qt.QDialogButtonBox.Cancel).click()
     assert not dialog.dialog.visible and not chosen
 
