@@ -298,7 +298,8 @@ def split_by_count(dataset: Dataset, validation_count: int, seed: int = 0) -> Sp
 
 
 def read_splits(path: Path | str, dataset: Dataset) -> list[Split]:
-    """All folds of an nnU-Net splits_final.json. Raises InvresError for a wrong form and for unknown case names."""
+    """All folds of an nnU-Net splits_final.json. Raises InvresError for a wrong form, for unknown case names, and
+    for a patient on both sides of a split."""
     content = read_json(Path(path))
     if not isinstance(content, list) or not content or not all(_is_fold(fold) for fold in content):
         raise InvresError(
@@ -312,6 +313,13 @@ def read_splits(path: Path | str, dataset: Dataset) -> list[Split]:
             f"{path} names {min(unknown)!r}, which is no labelled case of the data set ({len(unknown)} such names).",
             hint="Correct the file, or remove it to have the cases split anew.",
         )
+    patients = {case.name: case.patient for case in dataset.labelled_cases}
+    for fold in content:
+        if both := {patients[name] for name in fold["train"]} & {patients[name] for name in fold["val"]}:
+            raise InvresError(
+                f"A split of {path} has cases of the patient {min(both)} on both sides.",
+                hint="Put all cases of a patient on one side, or remove the file to have the cases split anew.",
+            )
     return [(tuple(fold["train"]), tuple(fold["val"])) for fold in content]
 
 

@@ -69,7 +69,7 @@ def parts_of_splits(splits: Sequence[Split], cases: Sequence[Case], seed: int) -
 
     Names that are not among `cases` are passed over. One split gives one training, of whose cases some may choose the
     best epoch as in `plan_parts`; after several a training on all cases follows.
-    Raises InvresError where one side of a split has no case left, or both sides cases of one patient.
+    Raises InvresError where one side of a split has no case left.
     """
     usable = {case.name for case in cases}
     sides = [tuple(tuple(sorted(name for name in side if name in usable)) for side in split) for split in splits]
@@ -78,13 +78,6 @@ def parts_of_splits(splits: Sequence[Split], cases: Sequence[Case], seed: int) -
             "A split of splits_final.json has no usable case to train on, or none to hold out.",
             hint="Correct it, or remove it to have the cases split anew.",
         )
-    patients = {case.name: case.patient for case in cases}
-    for train, held in sides:
-        if both := {patients[name] for name in train} & {patients[name] for name in held}:
-            raise InvresError(
-                f"A split of splits_final.json has cases of the patient {min(both)} on both sides.",
-                hint="Put all cases of a patient on one side.",
-            )
     if len(sides) > 1:
         return (*(Part(train, (), held) for train, held in sides), Part(tuple(sorted(usable))))
     ((train, held),) = sides

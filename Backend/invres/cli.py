@@ -187,8 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--fold",
         type=_fold,
-        default=0,
-        help="validated on, of 5 or of splits_final.json; all: train on every case",
+        help="validated on, of 5 or of splits_final.json (default: 0); all: train on every case",
     )
     one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
     one.add_argument("--name", default="", help="of the trained model (default: the recipe's)")
@@ -351,10 +350,10 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     _device(one)
 
 
-def _fold(text: str) -> int | None:
-    """The number of a fold; None for "all"."""
+def _fold(text: str) -> int | str:
+    """The number of a fold, or "all"."""
     if text == "all":
-        return None
+        return text
     try:
         return int(text)
     except ValueError:

@@ -121,6 +121,10 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     vram_bytes = parse_bytes(options.vram) if options.vram else 0
     if options.name:
         check_name(options.name)
+    if options.fold is not None and options.validation_count:
+        raise InvresError(
+            "--fold and --validation-count both say which cases are held out.", hint="Give one of them.", code="usage"
+        )
     from .cases import read_dataset
 
     dataset = None
@@ -148,7 +152,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     choices = TrainOptions(
         device=options.device,
         resume=options.resume,
-        fold=options.fold,
+        fold={None: 0, "all": None}.get(options.fold, options.fold),
         validation_count=options.validation_count,
         licence=options.licence,
         source=options.source,

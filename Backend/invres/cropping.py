@@ -23,10 +23,12 @@ from .preprocessing import on_one_grid
 from .region import cut_out
 from .volume import Volume, write_volume
 
-__all__ = ["cropped"]
+__all__ = ["CROPS", "cropped"]
 
 
 KNOWN = "crops.json"
+CROPS = "crops"
+"""The folder of a run that crops are written into."""
 
 
 def cropped(

@@ -19,8 +19,11 @@ from .image_header import (
     itk_information,
     repaired_axes,
 )
+from .multiframe import frame_grid
 
 __all__ = ["read_series", "series_files", "series_of"]
+
+PARALLEL = 1e-3  # of direction cosines
 
 
 def series_files(folder: Path) -> tuple[str, ...]:
@@ -61,6 +64,8 @@ def read_series(files: tuple[str, ...]) -> Header:
     except RuntimeError:
         raise InvresError(f"A DICOM file in {folder} has a damaged header.", hint=COPY_AGAIN) from None
     size, components = checked_layout(folder, readers[0])
+    if len(files) == 1 and size[2] > 1:
+        return _read_frames(Path(files[0]), size, components)
     affine = itk_affine(folder, readers[0])
     if len(files) == 1:
         affine, sentence = repaired_axes(folder, affine, size[2::-1])
@@ -71,26 +76,52 @@ def read_series(files: tuple[str, ...]) -> Header:
             hint="Remove the slices that do not belong to it (a localizer, for example).",
         )
     origins = np.array([reader.GetOrigin() for reader in readers]) @ LPS_TO_RAS
+    if np.ptp([reader.GetDirection() for reader in readers], axis=0).max() > PARALLEL:
+        raise InvresError(
+            f"The slices of the DICOM series in {folder} do not lie parallel, so they are not one volume.",
+            hint="Export each stack of parallel slices as a volume of its own (dcm2niix does, and 3D Slicer).",
+        )
     positions = origins @ affine[:3, 0] / np.linalg.norm(affine[:3, 0])
     order = np.argsort(positions, kind="stable")  # GDCM falls back to file names where positions repeat
-    gaps = np.diff(positions[order])
-    if gaps.min() < 1e-3:
-        raise InvresError(
-            f"The DICOM series in {folder} has several slices at one position, so it is not one 3D volume.",
-            hint="Export one volume of it (a time series or a diffusion series has many).",
-        )
+    warnings = _checked_gaps(f"The DICOM series in {folder}", positions[order])
     affine[:3, 0] = (origins[order[-1]] - origins[order[0]]) / (len(files) - 1)
     affine[:3, 3] = origins[order[0]]
-    warnings = []
-    if np.ptp(gaps) > 0.02 * gaps.mean():
-        warnings.append(
-            f"The slices of the DICOM series in {folder} are not evenly spaced ({gaps.min():.3g} to "
-            f"{gaps.max():.3g} mm); a slice may be missing, and positions inside are not right."
-        )
     size = (size[0], size[1], len(files))
     affine, sentence = repaired_axes(folder, affine, size[::-1])
     warnings += [sentence] if sentence else []
-    return Header(tuple(files[i] for i in order), size, affine, components, warnings=tuple(warnings))
+    # ITK takes the type of the first slice for all, and what another one's scale makes of its values may not fit it.
+    mixed = len({reader.GetPixelID() for reader in readers}) > 1
+    return Header(tuple(files[i] for i in order), size, affine, components, warnings=tuple(warnings), mixed_types=mixed)
+
+
+def _read_frames(path: Path, size: tuple[int, ...], components: int) -> Header:
+    """The header of one file that holds all slices."""
+    order, positions, affine = frame_grid(path)
+    if len(order) != size[2]:
+        raise InvresError(f"{path} is damaged: it has {size[2]} frames and says of {len(order)} where they lie.")
+    warnings = _checked_gaps(f"The DICOM file {path}", positions)
+    affine, sentence = repaired_axes(path, affine, size[2::-1])
+    warnings += [sentence] if sentence else []
+    return Header((str(path),), size, affine, components, warnings=tuple(warnings), frames=order)
+
+
+def _checked_gaps(what: str, positions: np.ndarray) -> list[str]:
+    """A warning where slices at these places in mm, in order, are not evenly spaced.
+
+    Raises InvresError where several lie at one place.
+    """
+    gaps = np.diff(positions)
+    if gaps.min() < 1e-3:
+        raise InvresError(
+            f"{what} has several slices at one position, so it is not one 3D volume.",
+            hint="Export one volume of it (a time series or a diffusion series has many).",
+        )
+    if np.ptp(gaps) <= 0.02 * gaps.mean():
+        return []
+    return [
+        f"{what} has slices that are not evenly spaced ({gaps.min():.3g} to {gaps.max():.3g} mm); a slice may be "
+        "missing, and positions inside are not right."
+    ]
 
 
 def _files_of(folder: Path, uid: str) -> tuple[str, ...]:

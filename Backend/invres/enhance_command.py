@@ -64,7 +64,7 @@ def enhance(options: argparse.Namespace, report: Reporter) -> None:
 
 def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Reporter) -> None:
     """`invres train` with a recipe that has `enhancement`."""
-    if options.vram or options.validation_count or options.fold != 0 or recipe.augmentation.channel_dropout:
+    if options.vram or options.validation_count or options.fold is not None or recipe.augmentation.channel_dropout:
         raise InvresError(
             "--vram, --fold, --validation-count and --channel-dropout are for segmentation.",
             hint="How many patches are validated on is enhancement.held_out of the recipe.",

@@ -15,6 +15,7 @@ from .config import Label, LabelScheme
 from .events import SILENT, Reporter, aligned
 from .files import written_whole
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
+from .preprocessing import LABEL_TOLERANCE_MM
 from .volume import Volume, read_volume
 
 __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]
@@ -229,10 +230,10 @@ def _score_files(
 
 def _on_one_grid(name: str, predicted: Volume, wanted: Volume) -> tuple[Volume, Volume]:
     """Both in one axis order. Raises InvresError where they do not cover the same voxels in space."""
-    if not predicted.geometry.same_as(wanted.geometry):
+    if not predicted.geometry.same_as(wanted.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         # The same voxels may be stored in another axis order, as some programs rewrite them.
         predicted, wanted = predicted.canonical(), wanted.canonical()
-    if not predicted.geometry.same_as(wanted.geometry):
+    if not predicted.geometry.same_as(wanted.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         raise InvresError(
             f"The prediction of {name} lies on another grid than its reference: "
             f"{predicted.geometry.difference(wanted.geometry)}.",

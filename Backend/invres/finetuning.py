@@ -18,7 +18,7 @@ from .checkpoint import CHECKPOINT
 from .comparison import summarise, write_comparison
 from .config import Recipe
 from .configjson import from_dict, to_dict
-from .cropping import cropped
+from .cropping import CROPS, cropped
 from .events import SILENT, Reporter
 from .files import written_whole
 from .labelmatching import check_known, named_by_value
@@ -102,7 +102,7 @@ def _held(
             check_known(scheme, known, base.name)
     dataset = dataclasses.replace(dataset, scheme=merged_scheme(scheme, known))
     if base.manifest.plan.crop is not None:
-        dataset = cropped(dataset, base.manifest.plan.crop, output / "crops", report, lambda: stop.requested)
+        dataset = cropped(dataset, base.manifest.plan.crop, output / CROPS, report, lambda: stop.requested)
     if started and not options.resume:
         raise InvresError(
             f"There is already a fine-tuning in {output}.", hint="Add --resume to go on, or give another folder."

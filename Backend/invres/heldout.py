@@ -7,6 +7,7 @@ from typing import Any
 
 from . import InvresError
 from .cases import Case, Dataset
+from .cropping import CROPS, cropped
 from .events import SILENT, Reporter
 from .files import safe_name
 from .inference import NetworkKeeper, segment
@@ -36,6 +37,8 @@ def segment_held_out(
     if not (run / MODEL).is_dir():
         raise InvresError(f"The training in {run} is not finished.", hint="Go on with `invres train --resume`.")
     package = open_package(run / MODEL)
+    if package.manifest.plan.crop is not None:
+        dataset = cropped(dataset, package.manifest.plan.crop, run / CROPS, report)
     keeper = NetworkKeeper()
     pairs = []
     for done, case in enumerate([dataset.case(name) for name in names]):
@@ -51,6 +54,7 @@ def segment_held_out(
             SegmentOptions(device, sides=False),
             report=_OfCase(report, case.name),
             keeper=keeper,
+            locate=lambda *_: [],  # for a model of crops they are crops, as large as they may be
         )
         pairs.append((case.name, output, case.label))
     report.progress("evaluate.segment", len(names), len(names))

@@ -52,6 +52,8 @@ class Header:
     files: one name, or the slices of a DICOM series in the order of their position.
     size: (x, y, z) or (x, y, z, t) voxels; components: values per voxel.
     affine: 4x4, (d, h, w, 1) -> RAS mm, its axes at right angles.
+    frames: of one DICOM file with all slices, the numbers of its frames in the order of their position.
+    mixed_types: the slices of a series do not all have values of one type.
     metadata: text fields of NRRD files. warnings: a sentence for each thing that was repaired or looks wrong.
     """
 
@@ -62,6 +64,8 @@ class Header:
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     nifti: NiftiHeader | None = None
+    frames: tuple[int, ...] = ()
+    mixed_types: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -26,7 +26,9 @@ from .dataset_json import (
     read_json,
     stem_of,
 )
+from .segmentation_file import segment_names
 from .volume import read_channels, read_volume
+from .volume_io import read_header
 
 __all__ = ["FOLDER_PAIRS", "FOLDER_READERS"]
 
@@ -218,7 +220,8 @@ def _folder_per_case(root: Path) -> Dataset | None:
 
 
 def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
-    """Names from a labels.json beside the data; else the values found in a few label files, as label_1, label_2..."""
+    """Names from a labels.json beside the data; else those that Slicer's segmentations give; else the values found in a
+    few label files, as label_1, label_2..."""
     if (path := root / "labels.json").is_file():
         labels = read_json(path)
         if not isinstance(labels, dict):
@@ -232,7 +235,32 @@ def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
             found.update(int(value) for value in np.unique(read_volume(files[index], kind="labels").array))
         except InvresError:
             continue  # an unreadable file is named with its case when that case is loaded
-    return plain_scheme((f"label_{value}", (value,)) for value in found)
+    names = _segment_names(files)
+    found |= names.keys()
+    return plain_scheme((names.get(value, f"label_{value}"), (value,)) for value in found)
+
+
+def _segment_names(files: list[Path]) -> dict[int, str]:
+    """Value -> name in the .seg.nrrd files among these.
+
+    Raises InvresError where a value is called otherwise in another file: Slicer numbers segments as they were made.
+    """
+    names: dict[int, tuple[str, Path]] = {}
+    for file in (one for one in files if one.name.lower().endswith(".seg.nrrd")):
+        try:
+            fields = read_header(file).metadata
+        except InvresError:
+            continue  # named with its case when that case is loaded
+        for value, name in segment_names(fields).items():
+            known, where = names.setdefault(value, (name, file))
+            if known.strip().casefold() != name.strip().casefold():
+                raise InvresError(
+                    f"The label value {value} is {known} in {where.name} and {name} in {file.name}, so the files "
+                    "cannot be learned from together.",
+                    hint="Give each structure one value in all files (in Slicer: export with a colour table), or let "
+                    "the panel export the cases (tab Fine-tune), which goes by the names.",
+                )
+    return {value: name for value, (name, _) in names.items()}
 
 
 def _with_channels(found: list[Found]) -> tuple[list[str], list[Case]]:

@@ -92,7 +92,7 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         report.result(path=str(path))
     elif options.action == "delete":
         package = package_named(options.model, folder)
-        delete_package(package)
+        delete_package(package, folder)
         say(report, f"Deleted: {package.path}")
         report.result(path=str(package.path))
     else:

@@ -251,8 +251,8 @@ def verify_hash(package: ModelPackage) -> None:
         _check_hash(package, copy(stream, None))
 
 
-def delete_package(package: ModelPackage) -> None:
-    """Removes the package from the disk.
+def delete_package(package: ModelPackage, models_dir: Path | None = None) -> None:
+    """Removes the package from the disk; where `models_dir` has a link to it, only the link.
 
     Raises InvresError for a package that came with InvResSegment, for a folder that holds other things too, and where
     the disk refuses; the package then still stands.
@@ -263,6 +263,11 @@ def delete_package(package: ModelPackage) -> None:
             hint="Only models that you imported or trained can be deleted.",
             code="bundled_model",
         )
+    links = [path for path in models_dir.iterdir() if path.is_symlink()] if models_dir and models_dir.is_dir() else []
+    for link in links:
+        if _absolute(link) == package.path:
+            link.unlink()
+            return
     remove(package.path)
 
 

@@ -90,6 +90,8 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         components = size.pop()
     while len(size) > 3 and size[-1] == 1:
         size.pop()
+    # ITK applies the unit of lengths, too; others take all for millimetres.
+    unit_mm = {1: 1e3, 3: 1e-3}.get(raw[123] & 7, 1.0) if is_nifti else 1.0
     affines = []
     qform_code, sform_code = struct.unpack_from(order + "2h", raw, 252)
     if is_nifti and sform_code > 0:
@@ -105,7 +107,7 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         components=components,
         dtype=np.dtype(order + _TYPES.get(kind, "u1")),
         scale=(slope, intercept) if scaled and (slope, intercept) != (1, 0) else None,
-        affines=tuple(affines),
+        affines=tuple(np.diag([unit_mm] * 3 + [1.0]) @ affine for affine in affines),
     )
 
 

@@ -175,25 +175,35 @@ def publish(folder: Path, target: Path) -> None:
         _to_disk(path)
     if target.exists():
         _check_replaceable(target)
-        shutil.rmtree(aside(target), ignore_errors=True)
+        _clear(aside(target))
         os.rename(target, aside(target))
+    elif target.is_symlink():  # to what is no more
+        target.unlink()
     try:
         os.rename(folder, target)
     except OSError:
         if stored_at(target) != target:
             os.rename(aside(target), target)
         raise
-    shutil.rmtree(aside(target), ignore_errors=True)
+    _clear(aside(target))
+
+
+def _clear(path: Path) -> None:
+    """Removes a folder, or a link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Removes a package, as a whole or not at all.
+    """Removes a package, as a whole or not at all; of one that is a link only the link.
 
     Raises InvresError for a folder that holds more than a package, and where the disk refuses.
     """
     stored = stored_at(path)
     try:
-        if stored.is_dir():
+        if stored.is_dir() and not stored.is_symlink():
             _check_only_a_package(stored, "deleted", "Move the other files away first.")
             doomed = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
             os.rename(stored, doomed)

@@ -17,7 +17,14 @@ from .volume_io import write_image
 if TYPE_CHECKING:
     from .volume import Volume
 
-__all__ = ["DEFAULT_TERMINOLOGY", "PALETTE", "flatten_segments", "reference_grid", "write_segmentation"]
+__all__ = [
+    "DEFAULT_TERMINOLOGY",
+    "PALETTE",
+    "flatten_segments",
+    "reference_grid",
+    "segment_names",
+    "write_segmentation",
+]
 
 DEFAULT_TERMINOLOGY = (
     "Segmentation category and type - 3D Slicer General Anatomy list~SCT^85756007^Tissue~SCT^85756007^Tissue~^^"
@@ -69,6 +76,13 @@ def write_segmentation(path: str | os.PathLike[str], labels_volume: Volume, sche
     write_image(path, array, affine, metadata=metadata)
 
 
+def segment_names(fields: dict[str, str]) -> dict[int, str]:
+    """What each value of the label map of a Slicer segmentation is called, as `flatten_segments` numbers them."""
+    numbers = _numbers(fields)
+    names = [fields.get(f"Segment{number}_Name", f"Segment_{number}") for number in numbers]
+    return dict(zip(_values(fields, numbers), names, strict=True))
+
+
 def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, report: Reporter) -> np.ndarray:
     """One label map (D, H, W) from the layers (D, H, W, layers) of a Slicer segmentation.
 
@@ -78,14 +92,13 @@ def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, repor
     layers = array if array.ndim == 4 else array[..., None]
     if layers.shape[-1] == 1:
         return layers[..., 0]
-    numbers = sorted({int(match[1]) for key in fields if (match := re.match(r"Segment(\d+)_ID$", key))})
+    numbers = _numbers(fields)
     layer = [int(fields.get(f"Segment{n}_Layer", i)) for i, n in enumerate(numbers)]
     stored = [int(fields.get(f"Segment{n}_LabelValue", 1)) for n in numbers]
     if any(index not in range(layers.shape[-1]) for index in layer):
         raise InvresError(f"The segmentation {name} is damaged: it names a layer that it does not hold.")
-    values = stored
-    if len(set(values)) < len(values):
-        values = list(range(1, len(numbers) + 1))
+    values = _values(fields, numbers)
+    if values != stored:
         names = [fields.get(f"Segment{n}_Name", str(n)) for n in numbers]
         listing = ", ".join(f"{value} = {text}" for value, text in zip(values, names, strict=True))
         report.warning(f"{name}: segments in different layers have the same label value; renumbered: {listing}.")
@@ -100,6 +113,16 @@ def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, repor
             f"{name}: {overlap_voxels} voxels belong to more than one segment; the segment listed last was kept."
         )
     return labels
+
+
+def _numbers(fields: dict[str, str]) -> list[int]:
+    return sorted({int(match[1]) for key in fields if (match := re.match(r"Segment(\d+)_ID$", key))})
+
+
+def _values(fields: dict[str, str], numbers: list[int]) -> list[int]:
+    """Of the segments in the label map: their own, or 1, 2, ... where two in different layers have the same one."""
+    stored = [int(fields.get(f"Segment{number}_LabelValue", 1)) for number in numbers]
+    return stored if len(set(stored)) == len(stored) else list(range(1, len(numbers) + 1))
 
 
 def reference_grid(

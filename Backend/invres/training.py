@@ -16,6 +16,7 @@ from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, check_one_piece
 from .configjson import to_dict
+from .cropping import CROPS, cropped
 from .events import SILENT, Reporter
 from .expectation import of_volumes
 from .labelmapbatches import LabelMapBatches
@@ -50,6 +51,7 @@ from .trainingrun import (
     note_budget,
     remembered,
     run_folder,
+    started_recipe,
     started_run,
     training_summary,
     write_run,
@@ -70,6 +72,8 @@ def train(
 ) -> ModelPackage:
     """Trains `recipe` on `dataset` in the folder `output`: run.json, checkpoint.pt, metrics.jsonl, curves.png, model/.
 
+    Where the recipe is of crops (`Recipe.crop`), larger images are cropped around their labels first.
+
     Raises InvresError for a folder with another run or another process at work, unlabelled data, or configuration that
     does not fit; Cancelled after a stop was requested (everything is saved).
     """
@@ -81,7 +85,11 @@ def _train(
     dataset: Dataset, recipe: Recipe, output: Path, options: TrainOptions, report: Reporter, stop: StopRequest | None
 ) -> ModelPackage:
     device = choose_device(options.device)
+    stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
     check_one_piece(dataset.scheme, recipe.one_piece)
+    crop = started_recipe(output).crop if options.resume else recipe.crop
+    if crop is not None:
+        dataset = cropped(dataset, crop, output / CROPS, report, stopped)
     labelled = [case.name for case in dataset.cases if case.label is not None]
     if not labelled:
         raise InvresError(f"The data set {dataset.name} has no labelled case.", hint="Training needs label files.")
@@ -109,7 +117,6 @@ def _train(
     predicted = predict_for(recipe.network, config, network.engine, scheme.regions)
     announce_memory(recipe.network.name, network.engine, predicted.peak_bytes, report)
     prepared = output / "prepared"
-    stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
     batches: LabelMapBatches | CaseBatches
     training_cases: list[PreparedCase] = []
     validation_cases: list[PreparedCase] = []
@@ -152,8 +159,8 @@ def _train(
             # One at a time: they are copies in memory, unlike the prepared cases.
             lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
             scores, _ = _scores(network, lacking, scheme, config, device)
-            for name, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
-                metrics[name] |= spread
+            for label, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
+                metrics[label] |= spread
     return save_package(
         output / MODEL,
         name=name,

@@ -85,6 +85,11 @@ def _read_file_header(path: Path) -> Header:
             f"{path.name}: the header gives the position of its voxels in two ways that disagree by up to "
             f"{shift_mm:.3g} mm; the sform (without one, the qform) was used."
         )
+    elif len(own) > 1 and (apart_mm := shift_mm_between(own[0], own[1], shape)) > 0.05 * spacing_of(own[0]).min():
+        warnings.append(
+            f"{path.name}: sform and qform put its voxels up to {apart_mm:.3g} mm apart; the one that ITK and 3D "
+            "Slicer take was used. Other programs may take the other one: write the file again with a single position."
+        )
     affine, sentence = repaired_axes(path, affine, shape)
     texts = {} if reader is None else {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     return Header(
@@ -107,8 +112,10 @@ def read_voxels(header: Header) -> np.ndarray:
     try:
         if header.nifti is not None:
             return read_nifti_voxels(path, header.nifti)
-        image = sitk.ReadImage(list(header.files) if len(header.files) > 1 else header.files[0])
-        return sitk.GetArrayFromImage(image)
+        kind = sitk.sitkFloat64 if header.mixed_types else sitk.sitkUnknown
+        image = sitk.ReadImage(list(header.files) if len(header.files) > 1 else header.files[0], kind)
+        array = sitk.GetArrayFromImage(image)
+        return array[list(header.frames)] if header.frames else array
     except MemoryError:
         raise _too_large(path, header) from None
     except OSError as error:
@@ -200,7 +207,11 @@ def _text_fields(path: Path) -> dict[str, str]:
     if not start.startswith(b"NRRD") and b"ElementDataFile" not in start:
         return {}
     fields = {}
-    for line in start.decode("latin-1").splitlines():
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError:  # voxels behind the header, or the names of another system
+        text = start.decode("latin-1")
+    for line in text.split("\n"):
         key, separator, value = line.partition(":" if start.startswith(b"NRRD") else "=")
         key, value = key.strip().lower(), value.strip()
         if not line.strip():

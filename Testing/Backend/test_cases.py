@@ -19,7 +19,8 @@ from invres.cases import (
     write_dataset_json,
     write_splits,
 )
-from invres.volume import Geometry, Volume, write_volume
+from invres.config import Label, LabelScheme
+from invres.volume import Geometry, Volume, read_volume, write_segmentation, write_volume
 
 GRID = Geometry((5, 7, 6), (2.5, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3)[:, ::-1])
 
@@ -130,6 +131,30 @@ def test_a_decathlon_folder_has_one_4d_file_per_case(tmp_path):
     write_dataset_json(dataset, tmp_path / "again.json")
     again = read_dataset(tmp_path / "again.json")
     assert again.channels_in_one_file and [c.name for c in again.cases] == ["a", "b"]
+
+
+def segmentations(folder, *names):
+    """images/ and labels/ with a Slicer segmentation for each pair of names of the values 1 and 2."""
+    for number, pair in enumerate(names):
+        put(folder / "images" / f"c{number}.nrrd")
+        volume = read_volume(folder / "images" / f"c{number}.nrrd")
+        array = np.zeros(volume.array.shape, np.uint8)
+        array[0], array[1] = 1, 2
+        scheme = LabelScheme(tuple(Label(name, (value,), value) for value, name in enumerate(pair, start=1)))
+        write_segmentation(folder / "labels" / f"c{number}.seg.nrrd", Volume(array, volume.geometry), scheme)
+    return folder
+
+
+def test_slicers_segmentations_name_their_labels(tmp_path):
+    dataset = read_dataset(segmentations(tmp_path, ("hippocampus", "amygdala"), ("Hippocampus ", "amygdala")))
+    assert dataset.scheme.names == ("hippocampus", "amygdala")
+    assert [label.values for label in dataset.scheme.labels] == [(1,), (2,)]
+
+
+def test_a_value_that_stands_for_two_structures_is_refused(tmp_path):
+    folder = segmentations(tmp_path, ("hippocampus", "amygdala"), ("amygdala", "hippocampus"))
+    with pytest.raises(InvresError, match=r"1 is hippocampus in c0\.seg\.nrrd and amygdala in c1\.seg\.nrrd"):
+        read_dataset(folder)
 
 
 @pytest.mark.parametrize("sessions", [["ses-1", "ses-2"], [""]])
@@ -450,6 +475,9 @@ def test_a_splits_file_is_used_as_it_is(tmp_path):
     assert split_cases(dataset, seed=9) == (("case002",), ("case000",))
     (tmp_path / "splits_final.json").write_text('[{"train": ["case002"], "val": ["gone"]}]')
     with pytest.raises(InvresError, match="'gone'"):
+        split_cases(dataset)
+    (tmp_path / "splits_final.json").write_text('[{"train": ["case002", "case000"], "val": ["case000"]}]')
+    with pytest.raises(InvresError, match="patient p on both sides"):
         split_cases(dataset)
     (tmp_path / "splits_final.json").write_text('{"train": []}')
     with pytest.raises(InvresError, match="must be a list"):

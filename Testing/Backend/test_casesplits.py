@@ -92,5 +92,3 @@ def test_splits_that_somebody_chose_are_kept_to():
     assert final.train == tuple(names)
     with pytest.raises(InvresError, match="no usable case"):
         parts_of_splits([(tuple(names), ("left out",))], some, 0)
-    with pytest.raises(InvresError, match="patient p00 on both sides"):
-        parts_of_splits([(("p00_0",), ("p00_1",))], cases(1, each=2), 0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
 import numpy as np
 import pytest
 from test_locating import saved
-from tiny_datasets import places, write_dataset
+from tiny_datasets import invres, places, tiny_recipe, write_dataset
 
 from invres import Cancelled, InvresError, cropping
 from invres.cases import SPLITS, Dataset, read_dataset
@@ -17,6 +18,8 @@ from invres.cropping import cropped
 from invres.events import Recorder
 from invres.finetuning import finetune
 from invres.inference import is_crop
+from invres.training import train
+from invres.trainingrun import TrainOptions
 from invres.tuningplan import TuningOptions
 from invres.volume import Geometry, Volume, read_volume, resample, write_volume
 
@@ -163,6 +166,20 @@ def test_the_split_follows(data, tmp_path):
     found = cropped(read_dataset(data), CROP, tmp_path / "crops")
     (split,) = json.loads((found.root / SPLITS).read_text(encoding="utf-8"))
     assert split == {"train": ["patient01-1", "patient01-2", "patient02"], "val": ["patient00-1", "patient00-2"]}
+
+
+def test_a_recipe_of_crops_trains_on_whole_images_and_is_scored_on_crops(tmp_path):
+    data = two_places(tmp_path / "data", cases=3, channels=("T1",))
+    recipe = dataclasses.replace(tiny_recipe(patch=(8, 8, 8), iterations_per_epoch=2, epochs=1), crop=CROP)
+    run = tmp_path / "run"
+    package = train(read_dataset(data), recipe, run, TrainOptions(device="cpu"))
+    assert package.manifest.plan.crop == CROP and package.manifest.training.training_cases == 4
+    again = train(read_dataset(data), recipe, run, TrainOptions(device="cpu", resume=True))
+    assert again.id == package.id
+    outcome = invres("evaluate", "--run", run, "--data", data, "--output", tmp_path / "metrics.json", "--device", "cpu")
+    assert outcome.code == 0, outcome
+    scored = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["metric_per_case"]
+    assert len(scored) == 2 and all("-1" in one["prediction_file"] or "-2" in one["prediction_file"] for one in scored)
 
 
 def test_a_model_of_crops_is_fine_tuned_on_whole_images(tmp_path):

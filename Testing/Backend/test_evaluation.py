@@ -205,6 +205,16 @@ def test_another_grid_is_refused_with_the_difference(folders, grid, words):
         evaluate(predictions, references, TWO)
 
 
+def test_a_reference_that_preparation_takes_is_scored(folders):
+    """A hundredth of a millimetre, as label tools round origins."""
+    predictions, references, write = folders
+    write("a", labels(), None)
+    grid = geometry()
+    beside = Geometry(grid.shape, grid.spacing_mm, tuple(np.array(grid.origin_mm) + 0.004), grid.direction)
+    write_volume(references / "a.nii.gz", Volume(labels(), beside))
+    assert evaluate(predictions, references, TWO)["foreground_mean"]["Dice"] == 1
+
+
 def test_the_same_voxels_in_another_axis_order_are_the_same_grid(folders):
     """Flipped along H and with D and W exchanged, the geometry along with the array."""
     predictions, references, write = folders

@@ -47,13 +47,14 @@ ALLOWED = {
     "livebytes": "hollow reversible",
     "image_header": "events",
     "nifti_file": "image_header",
-    "dicom_series": "image_header",
+    "multiframe": "image_header",
+    "dicom_series": "image_header multiframe",
     "volume_io": "dicom_series files image_header nifti_file",
     "outputs": "files",
     "segmentation_file": "config events image_header volume_io",
     "volume": "events image_header segmentation_file volume_io",
     "dataset_json": "config events volume",
-    "layouts": "config dataset_json events volume",
+    "layouts": "config dataset_json events segmentation_file volume volume_io",
     "diffusion": "volume",
     "scans": "dataset_json diffusion enhancementconfig events volume",
     "cases": "dataset_json events files layouts volume",
@@ -63,7 +64,7 @@ ALLOWED = {
     "midline": "config events preprocessing sides volume",
     "prepared": "cases config configjson events preprocessing volume",
     "doctor": "cases config dataset_json events preprocessing volume",
-    "evaluation": "config events files metrics volume",
+    "evaluation": "config events files metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation networkconfig sides",
     "modelpackage": (
@@ -99,6 +100,7 @@ ALLOWED = {
         "restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region volume",
+    "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "planning": "devices events manifest memory networks prediction region volume",
     "enhancement": (
         "diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage networks "
@@ -114,14 +116,14 @@ ALLOWED = {
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson events expectation labelmapbatches labelmaps memory metrics "
-        "modelpackage networks objectives prediction prepared preprocessing sampling sides trainer trainingrun"
+        "cardplan cases checkpoint config configjson cropping events expectation labelmapbatches labelmaps memory "
+        "metrics modelpackage networks objectives prediction prepared preprocessing sampling sides trainer trainingrun"
     ),
     "enhancementtraining": (
         "checkpoint config configjson diffusion enhancementconfig events imagepairs manifest memory modelpackage "
         "networks objectives prediction scans trainer trainingrun volume"
     ),
-    "heldout": "cases events files inference modelpackage prediction trainingrun",
+    "heldout": "cases cropping events files inference modelpackage prediction trainingrun",
     "worker": "events interruption",
     "peers": "",
     "operations": "",
@@ -152,7 +154,6 @@ ALLOWED = {
         "casecomparison config configjson events expectation files manifest modelpackage networks sides transfer "
         "tuningplan"
     ),
-    "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "finetuning": (
         "casecomparison cases casesplits checkpoint comparison config configjson cropping events files labelmatching "
         "modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun tunedmodel tuningplan"

@@ -89,6 +89,10 @@ def hints(outcome):
     return outcome.of("error")[0]["hint"]
 
 
+def test_the_model_has_the_name_of_its_recipe(able):
+    assert able.name == able.manifest.training.recipe != able.manifest.scheme.names[-1]
+
+
 # --- which channels stay -------------------------------------------------------------------------------------------
 
 

@@ -362,6 +362,15 @@ def test_a_package_is_deleted_whole(tmp_path, name):
         open_package(tmp_path / name)
 
 
+def test_of_a_model_behind_a_link_the_link_is_deleted(tmp_path):
+    trained = package(tmp_path / "RUN" / "model")
+    (tmp_path / "Models").mkdir()
+    (tmp_path / "Models" / "mine").symlink_to(trained.path, target_is_directory=True)
+    outcome = invres("models", "delete", trained.name, "--models-dir", tmp_path / "Models")
+    assert outcome.code == 0, outcome
+    assert list((tmp_path / "Models").iterdir()) == [] and open_package(trained.path)
+
+
 def test_a_bundled_package_and_a_folder_with_more_in_it_are_not_deleted(tmp_path, monkeypatch):
     bundled = package(tmp_path / "Resources" / "model")
     monkeypatch.setattr("invres.modelpackage.bundled_models_dir", lambda: tmp_path / "Resources")

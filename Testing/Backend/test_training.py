@@ -293,6 +293,15 @@ def test_a_finished_training_that_is_resumed_keeps_its_model(phantoms, tmp_path)
     assert train(dataset, longer, tmp_path, TrainOptions(device="cpu", resume=True)).id != first.id
 
 
+def test_a_fold_and_a_number_of_cases_are_not_both_held_out(phantoms, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", **QUICK)
+    command = ("train", "-d", phantoms, "-r", recipe, "-o", tmp_path / "run", "--validation-count", 1)
+    for fold in ("0", "1", "all"):
+        outcome = invres(*command, "--fold", fold)
+        assert outcome.code == 2 and "Give one of them" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_split_on_resuming_is_left_out_with_a_word(phantoms, tmp_path):
     recipe, dataset = tiny_recipe(**QUICK), read_dataset(phantoms)
     train(dataset, recipe, tmp_path, TrainOptions(device="cpu", folds=3, fold=1))

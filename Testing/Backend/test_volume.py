@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 
@@ -363,9 +364,32 @@ def test_an_sform_whose_scale_differs_from_pixdim_decides_and_that_is_said(tmp_p
     geometry = read_volume(tmp_path / "a.nii", report=report).geometry
     if qform_code:  # the qform is whole and ITK, hence Slicer, takes it
         assert np.allclose(geometry.spacing_mm, SPACING)
+        assert "sform and qform put its voxels up to" in warnings_of(report)[0]
     else:
         assert np.allclose(geometry.affine[:, [2, 1, 0, 3]], matrix, atol=1e-4)
         assert "sform" in warnings_of(report)[0]
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [(0, 1.0), (1, 1000.0), (2, 1.0), (3, 0.001), (3 + 8, 0.001)])
+def test_lengths_in_metres_and_micrometres_are_read_as_such(tmp_path, unit, millimetres):
+    volume = make_volume()
+    write_volume(tmp_path / "a.nii", volume)
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[123] = unit
+    (tmp_path / "a.nii").write_bytes(raw)
+    report = Recorder()
+    found = read_volume(tmp_path / "a.nii", report=report)
+    assert np.allclose(found.geometry.spacing_mm, np.array(SPACING) * millimetres) and warnings_of(report) == []
+    assert np.allclose(found.geometry.origin_mm, np.array(volume.geometry.origin_mm) * millimetres, rtol=1e-4)
+    assert np.array_equal(found.array, volume.array)
+
+
+@pytest.mark.parametrize("ending", [".nhdr", ".mhd"])
+@pytest.mark.parametrize("name", ["größe", "Åse", "脳"])
+def test_headers_with_voxels_beside_them_may_have_any_name(tmp_path, ending, name):
+    volume = make_volume()
+    sitk.WriteImage(sitk_of(volume), str(tmp_path / f"{name}{ending}"))
+    assert np.array_equal(read_volume(tmp_path / f"{name}{ending}").array, volume.array)
 
 
 # ---------------------------------------------------------------- bad input
@@ -655,6 +679,108 @@ def test_two_slices_at_one_position_are_not_one_volume(tmp_path):
     folder = write_series(tmp_path / "s", right_handed())
     shutil.copy(folder / "0_4.dcm", folder / "copy.dcm")
     refused(folder, "several slices at one position")
+
+
+def changed(file, **tags):
+    """A DICOM file with other values of these elements."""
+    data = pydicom.dcmread(file)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(file)
+
+
+def test_slices_at_an_angle_are_not_one_volume(tmp_path):
+    """Stacks along the discs of a spine, say, in one series."""
+    folder = write_series(tmp_path / "s", right_handed("lps"))
+    changed(folder / "0_4.dcm", ImageOrientationPatient=[1, 0, 0, 0, np.cos(0.1), np.sin(0.1)])
+    refused(folder, "do not lie parallel")
+
+
+def test_each_slice_has_its_own_scale(tmp_path):
+    volume = right_handed()
+    folder = write_series(tmp_path / "s", volume)
+    slopes = {}
+    for place, file in enumerate(sorted(folder.iterdir())):
+        slopes[pydicom.dcmread(file).InstanceNumber] = slope = (1, 2, 20, 400, 0.5)[place]
+        changed(file, SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT", RescaleSlope=slope, RescaleIntercept=-100)
+    wanted = volume.array * np.array([slopes[k] for k in range(5)])[:, None, None] - 100
+    assert wanted.max() > 32767, "more than the type of the first slice holds"
+    assert np.allclose(read_volume(folder).array, wanted)
+
+
+def write_frames(path, volume, order=None, tags=None, groups=None):
+    """An enhanced MR file with the slices of a volume, in this order. groups: changes to the functional groups."""
+    image, order = sitk_of(volume), order or range(len(volume.array))
+    axes = np.reshape(image.GetDirection(), (3, 3))
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3.9"
+    data.StudyInstanceUID, data.SeriesInstanceUID, data.Modality = "1.2.3", "1.2.3.4", "MR"
+    data.NumberOfFrames, data.Rows, data.Columns = len(order), *volume.array.shape[1:]
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.PixelData = volume.array[list(order)].astype("<i2").tobytes()
+
+    def item(**elements):
+        found = pydicom.Dataset()
+        for name, value in elements.items():
+            setattr(found, name, value)
+        return pydicom.Sequence([found])
+
+    depth, height, width = volume.geometry.spacing_mm
+    cosines = [f"{v:.10g}" for v in [*axes[:, 0], *axes[:, 1]]]
+    shared = pydicom.Dataset()
+    shared.PixelMeasuresSequence = item(PixelSpacing=[height, width], SliceThickness=depth)
+    shared.PlaneOrientationSequence = item(ImageOrientationPatient=cosines)
+    data.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    frames = []
+    for k in order:
+        frame = pydicom.Dataset()
+        place = image.TransformIndexToPhysicalPoint((0, 0, int(k)))
+        frame.PlanePositionSequence = item(ImagePositionPatient=[f"{v:.8g}" for v in place])
+        for name, values in (groups or {}).get(len(frames), {}).items():
+            setattr(frame, name, item(**values))
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    for name, value in (tags or {}).items():
+        setattr(data, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("direction", ["lps", "oblique", "sagittal"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 0, 4, 1, 3)], ids=["up", "down", "shuffled"])
+def test_frames_of_one_file_are_put_where_they_lie(tmp_path, direction, order):
+    volume, report = right_handed(direction), Recorder()
+    path = write_frames(tmp_path / "s" / "a.dcm", volume, order)
+    for source in (path, path.parent):
+        again = read_volume(source, report=report)
+        assert np.array_equal(again.array, volume.array)
+        assert again.geometry.difference(volume.geometry) == "" and warnings_of(report) == []
+    assert read_geometry(path).same_as(again.geometry)
+
+
+def test_frames_that_are_no_volume_are_refused_and_a_gap_is_told(tmp_path):
+    volume, report = right_handed("lps"), Recorder()
+    refused(write_frames(tmp_path / "twice.dcm", volume, (0, 1, 2, 0, 1, 2)), "several slices at one position")
+    read_volume(write_frames(tmp_path / "gap.dcm", volume, (0, 1, 3, 4)), report=report)
+    assert "not evenly spaced (3 to 6 mm)" in warnings_of(report)[0]
+    tilted = {1: {"PlaneOrientationSequence": {"ImageOrientationPatient": [1, 0, 0, 0, np.cos(0.1), np.sin(0.1)]}}}
+    refused(write_frames(tmp_path / "tilted.dcm", volume, groups=tilted), "do not lie parallel")
+    scaled = {2: {"PixelValueTransformationSequence": {"RescaleSlope": 2, "RescaleIntercept": 0}}}
+    refused(write_frames(tmp_path / "scaled.dcm", volume, groups=scaled), "scales of their own")
+    empty = pydicom.Sequence([])
+    lost = write_frames(tmp_path / "lost.dcm", volume, tags={"PerFrameFunctionalGroupsSequence": empty})
+    refused(lost, "frames, but not where each")
+
+
+def test_without_pydicom_frames_are_not_taken_on_trust(tmp_path, monkeypatch):
+    path = write_frames(tmp_path / "a.dcm", right_handed())
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install pydicom" in refused(path, "pydicom, which tells where they lie, is not installed").hint
 
 
 # ---------------------------------------------------------------- resampling
