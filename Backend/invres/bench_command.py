@@ -25,12 +25,13 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
     from .cube import bench_cube
     from .depth import bench_depth, draw_depth
+    from .devices import choose_device
     from .variants import bench_variants
 
     deadline = time.monotonic() + BENCH_SECONDS
     patch = tuple(options.patch)
     size = (patch, options.channels, options.classes)
-    device = "cuda:0" if options.device == "cuda" else options.device
+    device = str(choose_device("cuda:0" if options.device == "cuda" else options.device))
     on_card = device.startswith("cuda")
     results: dict[str, Any] = {"machine": describe_machine(device), "date": date.today().isoformat()}
     texts = [f"{results['machine']}, {results['date']}\n"]

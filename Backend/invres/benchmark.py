@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ FLOPS_PATCH = (64, 64, 64)  # the ratio hardly depends on the size, the time to 
 def describe_machine(device: str) -> str:
     """The kind of machine that figures were taken on, in words."""
     if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        tf32 = "with" if torch.backends.cudnn.allow_tf32 else "without"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, fp32 {tf32} TF32 convolutions"
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -74,12 +76,13 @@ def bench_memory(
 
         def figures(config: NetworkConfig = config, row: dict[str, Any] = row) -> dict[str, Any]:
             options = {"engine": row["engine"], "memory": row["memory"], "precision": row["precision"]}
+            # Before the step, which may fail: every ratio is to `stored`.
+            flops = count_flops(config, FLOPS_PATCH, row["engine"], row["memory"])
+            base = stored_flops.setdefault(config.name, flops)
             if real:
                 found = measure_training(config, patch, device=device, **options)
             else:
                 found = predict_training(config, patch, **options)
-            flops = count_flops(config, FLOPS_PATCH, row["engine"], row["memory"])
-            base = stored_flops.setdefault(config.name, flops)
             return {**dataclasses.asdict(found), "flops_ratio": flops / base}
 
         rows.append({**row, **_tried(figures)})
@@ -215,31 +218,40 @@ def _time_rows(
     if "reversible" in ENGINE_TABLE[name]:
         runs += [("reversible", memory, precision) for memory in TIMED_SETTINGS for precision in precisions]
     seconds: dict[tuple[str, str, str], list[float]] = {run: [] for run in runs}
+    failed: dict[tuple[str, str, str], str] = {}
     for turn in range(rounds + 1):
         report.progress(f"bench.time {name}", turn, rounds + 1)
-        for (engine, memory, precision), known in seconds.items():
-            network.engine, network.memory = engine, memory
-            start = _now(device)
-            training_step(network, optimizer, image, target, False, LossWeights(), precision)
-            known.append(_now(device) - start)
+        for run, known in seconds.items():
+            if run in failed:
+                continue
+            network.engine, network.memory, precision = run
+
+            def step(precision: str = precision) -> dict[str, float]:
+                start = _now(device)
+                training_step(network, optimizer, image, target, False, LossWeights(), precision)
+                return {"seconds": _now(device) - start}
+
+            found = _tried(step)  # one engine that fails, for want of memory or of memcnn, must not cost the others
+            if "error" in found:
+                failed[run] = found["error"]
+            else:
+                known.append(found["seconds"])
     report.progress(f"bench.time {name}", rounds + 1, rounds + 1)
-    medians = {run: statistics.median(known[1:]) for run, known in seconds.items()}  # the first warms up
-    return [
-        {
-            "network": name,
-            "engine": engine,
-            "memory": memory,
-            "precision": precision,
-            "seconds": median,
-            "ratio": median / medians["stored", "low", precision],
-            **(
-                {"ratio_to_memcnn": median / medians[memcnn]}
-                if (memcnn := ("memcnn", "low", precision)) in medians
-                else {}
-            ),
-        }
-        for (engine, memory, precision), median in medians.items()
-    ]
+    # The first warms up.
+    medians = {run: statistics.median(known[1:]) for run, known in seconds.items() if run not in failed}
+    rows = []
+    for run in runs:
+        engine, memory, precision = run
+        row: dict[str, Any] = {"network": name, "engine": engine, "memory": memory, "precision": precision}
+        if run in failed:
+            rows.append({**row, "error": failed[run]})
+            continue
+        row["seconds"] = medians[run]
+        for key, of in (("ratio", "stored"), ("ratio_to_memcnn", "memcnn")):
+            if (other := medians.get((of, "low", precision))) is not None:
+                row[key] = medians[run] / other
+        rows.append(row)
+    return rows
 
 
 def _now(device: str) -> float:
@@ -276,6 +288,8 @@ def bench_gradients(
         for dtype in (torch.float64, torch.float32):
             wanted: dict[bool, list[torch.Tensor]] = {}
             for engine, memory, image in _gradient_runs(name, dtype, all_engines=not activation and draw == 0):
+                if engine == "memcnn" and not _has_memcnn():
+                    continue
                 network.engine, network.memory = engine, memory
                 gradients = _gradients_of(network.to(dtype), (_last_digit(plain) if image else plain).to(dtype))
                 exact = exact or gradients
@@ -293,6 +307,10 @@ def bench_gradients(
             row["error_to_float64"] = statistics.median(own for _, own in errors if own is not None)
         rows.append(row)
     return rows
+
+
+def _has_memcnn() -> bool:
+    return importlib.util.find_spec("memcnn") is not None
 
 
 def _gradient_runs(name: str, dtype: torch.dtype, all_engines: bool) -> list[tuple[str, str, str]]:

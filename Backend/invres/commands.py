@@ -101,9 +101,9 @@ def _other_model(package: ModelPackage, model: str) -> ModelPackage:
 
 def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callable[..., Any]:
     """Finds the boxes that the package wants to see in a whole image, with another model."""
+    from .devices import choose_device
     from .inference import NetworkKeeper
     from .locating import locate
-    from .prediction import choose_device
 
     crop = package.manifest.plan.crop
     assert crop is not None  # `_other_model` has looked

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .events import SILENT, Reporter
+from .faults import says_no_memory
 from .memory import CONTEXT_BYTES, measure_training
 from .networkconfig import NetworkConfig
 
@@ -69,7 +70,9 @@ def _fits(config: NetworkConfig, side: int, engine: str, memory: str, precision:
     try:
         measure_training(config, (side, side, side), engine=engine, memory=memory, precision=precision, device=device)
         return True
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says_no_memory(error)):
+            raise
         return False
     finally:
         gc.collect()

@@ -15,13 +15,14 @@ import numpy as np
 
 from . import InvresError
 from .config import Label, LabelScheme
+from .devices import choose_device
 from .events import SILENT, Reporter, format_bytes, format_seconds
 from .inference import segment
 from .metrics import score_case
 from .modelpackage import ModelPackage
 from .overlay import draw_overlay
 from .planning import plan_segmentation
-from .prediction import SegmentOptions, choose_device
+from .prediction import SegmentOptions
 from .synthesis import tissue_maps_from_gm_wm
 from .volume import Volume, read_volume, write_volume
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DeviceInfo", "device_info", "list_devices"]
+from . import InvresError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceInfo", "choose_device", "device_info", "list_devices"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,29 @@ def list_devices() -> tuple[list[DeviceInfo], str]:
         return [_cpu()], ""
     cards = [_card(torch, index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return [*cards, _cpu()], torch.__version__
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA card, else the CPU. Raises InvresError for a device that is not here."""
+    import torch
+
+    cards = torch.cuda.device_count()
+    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(cards))])
+    try:
+        device = torch.device(name if name != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvresError(
+            f"There is no device {name!r}; here are {there}.", hint="`invres devices` tells more of each."
+        )
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise InvresError(
+            f"The device {name} was asked for, but torch sees {cards} CUDA card{'' if cards == 1 else 's'}; here are "
+            f"{there}.",
+            hint="Use --device cpu, or install a torch build with CUDA.",
+        )
+    return device
 
 
 def device_info(device: Any) -> DeviceInfo:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from . import InvresError
+from .devices import choose_device
 from .diffusion import turned
 from .enhancementconfig import EnhancementPlan
 from .enhancementscaling import restored, scaled_input
@@ -22,7 +23,6 @@ from .imagepairs import z_scores
 from .modelpackage import ModelPackage
 from .networks import BORDER, ESPCN, build_enhancer
 from .outputs import check_outputs
-from .prediction import choose_device
 from .scans import Scan, ScanFiles, read_scan
 from .volume import Geometry, Volume, write_channels, write_volume
 

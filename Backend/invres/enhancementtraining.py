@@ -12,6 +12,7 @@ import torch
 from . import InvresError
 from .checkpoint import CHECKPOINT
 from .config import ChannelPlan, LabelScheme, PreparationPlan, Recipe
+from .devices import choose_device
 from .diffusion import COMPONENTS
 from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter
@@ -21,7 +22,6 @@ from .memory import predict_enhancement
 from .modelpackage import ModelPackage, save_package
 from .networks import BORDER, build_enhancer
 from .objectives import Enhancement
-from .prediction import choose_device
 from .scans import ScanFiles
 from .trainer import METRICS, StopRequest, Trainer
 from .trainingrun import (

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from . import InvresError
 
-__all__ = ["Fault", "fault_of"]
+__all__ = ["Fault", "fault_of", "says_no_memory"]
 
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    # cuDNN, where no way to compute a convolution fits: https://github.com/pytorch/pytorch/issues/108645
+    "unable to find an engine to execute this computation",
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,6 +32,12 @@ class Fault:
     message: str
     hint: str = ""
     exit_code: int = 2
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Whether torch says in words that there was no memory, as the CPU's allocator and a card's libraries do."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -44,10 +59,11 @@ def fault_of(error: BaseException) -> Fault:
             hint = "Change its permissions (or those of its folder), or choose another place."
         return Fault("bad_input", message, hint)
     # By name and text: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
-    if type(error).__name__ == "OutOfMemoryError":
+    main = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    if type(error).__name__ == "OutOfMemoryError" or (says_no_memory(error) and not main):
         hint = "Use a smaller patch, batch size 1 or bf16."
         return Fault("out_of_memory", "The GPU's memory ran out.", hint, exit_code=3)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if main:
         hint = "Use a smaller patch or crop the volume."
         return Fault("out_of_memory", "Main memory ran out.", hint, exit_code=3)
     hint = "This is a fault in InvResSegment; please report it with the lines above."

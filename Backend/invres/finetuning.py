@@ -19,12 +19,12 @@ from .comparison import summarise, write_comparison
 from .config import Recipe
 from .configjson import from_dict, to_dict
 from .cropping import CROPS, cropped
+from .devices import choose_device
 from .events import SILENT, Reporter
 from .files import written_whole
 from .labelmatching import check_known, named_by_value
 from .modelpackage import ModelPackage
 from .parttraining import NOTHING_TO_KEEP, TRANSFER, PartTrainer
-from .prediction import choose_device
 from .proof import Proof, manifest_metrics, read_reference
 from .runfolder import RUN, RecordingReporter, held, kind_of_run
 from .stopfile import StopFile

@@ -17,7 +17,7 @@ import torch
 
 from . import InvresError, __version__
 from .config import ChannelPlan, CropPlan, LabelScheme
-from .devices import device_info
+from .devices import choose_device, device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
 from .memory import PeakResident
@@ -25,7 +25,7 @@ from .midline import divided
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .pieces import clear_loose_pieces
-from .prediction import Prediction, SegmentOptions, choose_device, confidence_of, predict_within_memory
+from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume

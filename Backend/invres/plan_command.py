@@ -72,7 +72,7 @@ def _plan_training(options: argparse.Namespace, report: Reporter) -> None:
     extra: dict[str, Any] = {}
     factor = 1.0
     if options.measure:
-        from .prediction import choose_device
+        from .devices import choose_device
 
         device = choose_device(options.device)
         measure = measure_enhancement if config.enhances else measure_training
@@ -141,9 +141,9 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
         )
     manifest = segmenter_named(options.model).manifest
     load_torch(report)
+    from .devices import choose_device
     from .locating import crop_shape
     from .planning import plan_segmentation
-    from .prediction import choose_device
 
     device, shape, spacing = choose_device(options.device), tuple(options.shape), tuple(options.spacing)
     roi_shape = None if options.roi_shape is None else tuple(options.roi_shape)
@@ -163,7 +163,7 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
 def _plan_tuning(options: argparse.Namespace, report: Reporter) -> None:
     manifest = segmenter_named(options.model).manifest
     load_torch(report)
-    from .prediction import choose_device
+    from .devices import choose_device
     from .tuningmemory import plan_tuning_memory
 
     wishes = {key: value for key in _CHOICES if (value := getattr(options, key)) is not None}

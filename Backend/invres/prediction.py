@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 
-from . import InvresError, OutOfMemory
+from . import OutOfMemory
 from .config import LabelScheme
 from .events import SILENT, Reporter
+from .faults import says_no_memory
 from .livebytes import LiveBytes
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
@@ -22,7 +23,6 @@ from .segmentoptions import SegmentOptions
 __all__ = [
     "Prediction",
     "SegmentOptions",
-    "choose_device",
     "confidence_of",
     "is_out_of_memory",
     "predict_probabilities",
@@ -32,27 +32,6 @@ __all__ = [
 
 Triple = tuple[int, int, int]
 SMALLEST_WINDOW = 32
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA card, else the CPU. Raises InvresError for a device that is not here."""
-    cards = torch.cuda.device_count()
-    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(cards))])
-    try:
-        device = torch.device(name if name != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InvresError(
-            f"There is no device {name!r}; here are {there}.", hint="`invres devices` tells more of each."
-        )
-    if device.type == "cuda" and (device.index or 0) >= cards:
-        raise InvresError(
-            f"The device {name} was asked for, but torch sees {cards} CUDA card{'' if cards == 1 else 's'}; here are "
-            f"{there}.",
-            hint="Use --device cpu, or install a torch build with CUDA.",
-        )
-    return device
 
 
 @torch.no_grad()
@@ -215,7 +194,4 @@ def _predict_measured(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, on a card or on the CPU, or Python had no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says_no_memory(error)

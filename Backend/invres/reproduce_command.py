@@ -78,6 +78,6 @@ def _metrics(given: Sequence[str], table: Table) -> dict[str, Any]:
 
 
 def _device(name: str) -> str:
-    from .prediction import choose_device
+    from .devices import choose_device
 
     return str(choose_device(name))

@@ -96,7 +96,10 @@ def _optimize(
     gradient_clip: float,
     check_finite: bool,
 ) -> L:
-    """Takes the step that lowers the first of the losses that `compute` gives, and returns them detached."""
+    """Takes the step that lowers the first of the losses that `compute` gives, and returns them detached.
+
+    The first is NaN where the step was left out, so that whoever counts on it notices.
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = compute()
     detached = type(losses)(*(None if t is None else t.detach() for t in losses))  # type: ignore[arg-type]
@@ -109,7 +112,7 @@ def _optimize(
     parameters = [p for p in network.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if check_finite and scaler is None and not torch.isfinite(norm):
-        return detached
+        return type(detached)(torch.full_like(detached[0], torch.nan), *detached[1:])
     if gradient_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
     with role("optimizer"):

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from .step import make_optimizer
 __all__ = ["StopRequest", "Trainer", "TrainingResult", "Validation", "learning_rate_factor"]
 
 METRICS = "metrics.jsonl"
+ENOUGH_STEPS = 10  # that are all left out, to give up
 MEASURED_STEPS = 2  # after each start: the second already has the optimizer's state
 
 Validation = Callable[[Any], dict[str, float]]
@@ -133,8 +134,8 @@ class Trainer:
         self.keep_best = keep_best
         self.device = next(network.parameters()).device
         self.optimizer = make_optimizer(network, config.learning_rate, config.weight_decay, config.optimizer)
-        scaled = config.precision == "fp16" and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler("cuda") if scaled else None
+        # Without it the gradients of a large patch vanish in float16, on every device.
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         self.iteration = 0
         self.elapsed_s = 0.0
         self.peak_bytes = 0
@@ -312,14 +313,23 @@ class Trainer:
     def _end_epoch(self) -> None:
         epoch = len(self.history) + 1
         columns = list(zip(*self.epoch_losses, strict=True))
-        means = [sum(column) / len(column) for column in columns]
+        means = [_mean(column) for column in columns]
+        left_out = sum(not math.isfinite(value) for value in columns[0])
         entry: dict[str, Any] = {"epoch": epoch, "iteration": self.iteration}
         terms = zip(self.objective.terms, means, strict=True)
         entry |= {name: round(mean, 6) for name, mean in terms if math.isfinite(mean)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(means[0]):
-            self.report.warning(f"The loss of epoch {epoch} was not finite in some steps, which were left out.")
+        if left_out:
+            self.report.warning(
+                f"In {left_out} of {len(columns[0])} steps of epoch {epoch} the loss or its gradient was not finite; "
+                "these steps were left out."
+            )
         self.epoch_losses = []
+        if left_out == len(columns[0]) >= ENOUGH_STEPS:
+            raise InvresError(
+                f"Not one of {left_out} steps could be taken: the loss or its gradient was never finite.",
+                hint="Train with --precision fp32 or a lower learning rate, and look at the data with `invres check`.",
+            )
         last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._must_end()
         if self.validate is not None and (epoch % self.config.validate_every == 0 or last):
             self.network.eval()
@@ -370,6 +380,12 @@ class Trainer:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
         except OSError as error:
             self.report.warning(f"{METRICS} could not be written ({error}).")
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _cpu_copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:

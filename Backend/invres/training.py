@@ -17,6 +17,7 @@ from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, check_one_piece
 from .configjson import to_dict
 from .cropping import CROPS, cropped
+from .devices import choose_device
 from .events import SILENT, Reporter
 from .expectation import of_volumes
 from .labelmapbatches import LabelMapBatches
@@ -26,7 +27,7 @@ from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
-from .prediction import SegmentOptions, choose_device, confidence_of, predict_probabilities
+from .prediction import SegmentOptions, confidence_of, is_out_of_memory, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
     PreparedCase,
@@ -202,7 +203,13 @@ def _predict(
     """Probabilities (K, D, H, W) on the prepared grid."""
     image = torch.from_numpy(np.array(case.image)).to(device)
     options = SegmentOptions(overlap=VALIDATION_OVERLAP)
-    return predict_probabilities(network, image, config.patch, scheme.regions, options)
+    try:
+        return predict_probabilities(network, image, config.patch, scheme.regions, options)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # The maps of all labels of a whole image may not fit where a training step does.
+    return predict_probabilities(network, image, config.patch, scheme.regions, options, stitch_device="cpu")
 
 
 def _scores(

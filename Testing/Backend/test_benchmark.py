@@ -157,6 +157,37 @@ def test_a_network_that_fails_costs_only_its_own_row(small_networks, monkeypatch
         assert row.get("error") == ("RuntimeError: no room" if row["network"] == "partially_invres" else None)
 
 
+def test_an_engine_that_fails_costs_neither_the_times_of_the_others_nor_their_base(small_networks, monkeypatch):
+    """`stored` is the first for which a small card has no memory, and memcnn the package that may not be there."""
+    real_step, real_memory = benchmark.training_step, benchmark.predict_training
+
+    def failing(network, *arguments):
+        if network.engine in ("stored", "memcnn"):
+            raise RuntimeError("no room")
+        return real_step(network, *arguments)
+
+    def full(config, *arguments, **options):
+        if options["engine"] == "stored":
+            raise RuntimeError("no room")
+        return real_memory(config, *arguments, **options)
+
+    wanted = {key(row): row["flops_ratio"] for row in bench_memory(PATCH, 2, 3) if "flops_ratio" in row}
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "training_step", failing)
+        rows = bench_time(PATCH, 2, 3, rounds=1)
+    for row in rows:
+        assert ("seconds" in row) == (row["engine"] not in ("stored", "memcnn"))
+        assert row.get("error") == (None if "seconds" in row else "RuntimeError: no room")
+        assert "ratio" not in row and "ratio_to_memcnn" not in row
+    monkeypatch.setattr(benchmark, "predict_training", full)
+    found = {key(row): row["flops_ratio"] for row in bench_memory(PATCH, 2, 3) if "flops_ratio" in row}
+    assert found == {one: ratio for one, ratio in wanted.items() if one[1] != "stored"}
+
+
+def key(row):
+    return row["network"], row["engine"], row["memory"], row["precision"]
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_takes_a_training_step_and_its_memory_is_known(name):
     peer = build_peer(name, 2, 3, (32, 32, 32))

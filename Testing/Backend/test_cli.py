@@ -237,6 +237,7 @@ def test_a_reader_that_goes_away_makes_no_traceback(place):
         (MemoryError(), 3, "out_of_memory"),
         (torch.OutOfMemoryError("CUDA out of memory."), 3, "out_of_memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"), 3, "out_of_memory"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 3, "out_of_memory"),
         (OSError(28, "No space left on device", "/a/b"), 2, "disk_full"),
         (OSError(28, "No space left on device"), 2, "disk_full"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "bad_input"),

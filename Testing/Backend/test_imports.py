@@ -94,7 +94,7 @@ ALLOWED = {
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "segmentoptions": "",
     "segmentfiles": "config manifest outputs",
-    "prediction": "config events livebytes memory networks preprocessing segmentoptions",
+    "prediction": "config events faults livebytes memory networks preprocessing segmentoptions",
     "inference": (
         "config devices events expectation memory midline modelpackage networks pieces prediction preprocessing region "
         "restoration segmentfiles sides volume"
@@ -103,8 +103,8 @@ ALLOWED = {
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "planning": "devices events manifest memory networks prediction region volume",
     "enhancement": (
-        "diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage networks "
-        "outputs prediction scans volume"
+        "devices diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage "
+        "networks outputs prediction scans volume"
     ),
     "trainer": (
         "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
@@ -116,12 +116,13 @@ ALLOWED = {
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson cropping events expectation labelmapbatches labelmaps memory "
-        "metrics modelpackage networks objectives prediction prepared preprocessing sampling sides trainer trainingrun"
+        "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches "
+        "labelmaps memory metrics modelpackage networks objectives prediction prepared preprocessing sampling "
+        "sides trainer trainingrun"
     ),
     "enhancementtraining": (
-        "checkpoint config configjson diffusion enhancementconfig events imagepairs manifest memory modelpackage "
-        "networks objectives prediction scans trainer trainingrun volume"
+        "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
+        "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
     "heldout": "cases cropping events files inference modelpackage prediction trainingrun",
     "worker": "events interruption",
@@ -129,7 +130,7 @@ ALLOWED = {
     "operations": "",
     "variants": "cardplan events memory networkconfig networks",
     "depth": "events hollow livebytes networkconfig networks operations reversible",
-    "cube": "events memory networkconfig",
+    "cube": "events faults memory networkconfig",
     "benchmark": "config events hollow losses memory networkconfig networks operations peers step",
     "fcn_table": "events memory networkconfig networks",
     "stopfile": "files trainer",
@@ -155,11 +156,12 @@ ALLOWED = {
         "tuningplan"
     ),
     "finetuning": (
-        "casecomparison cases casesplits checkpoint comparison config configjson cropping events files labelmatching "
-        "modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun tunedmodel tuningplan"
+        "casecomparison cases casesplits checkpoint comparison config configjson cropping devices events files "
+        "labelmatching modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun "
+        "tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
-    "demo": "config events inference metrics modelpackage overlay planning prediction synthesis volume",
+    "demo": "config devices events inference metrics modelpackage overlay planning prediction synthesis volume",
     "published": "",
     "reproduction": "events",
     "invrestables": "depth memory networkconfig published reproduction",
@@ -167,16 +169,18 @@ ALLOWED = {
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
     "model_commands": "configjson console events interruption lineage manifest modelpackage versions",
-    "bench_command": "benchmark console cube depth events files variants",
-    "reproduce_command": "benchmark console events fixedbudget furthertables invrestables prediction reproduction",
+    "bench_command": "benchmark console cube depth devices events files variants",
+    "reproduce_command": (
+        "benchmark console devices events fixedbudget furthertables invrestables prediction reproduction"
+    ),
     "enhance_command": (
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
         "modelpackage outputs scans trainer trainingrun"
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs",
     "plan_command": (
-        "cardplan config console enhancementconfig events locating memory networkconfig planning prediction "
-        "tuningmemory"
+        "cardplan config console devices enhancementconfig events locating memory networkconfig planning "
+        "prediction tuningmemory"
     ),
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "

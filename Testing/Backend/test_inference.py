@@ -16,12 +16,13 @@ from tiny_datasets import files_up_to, leftovers, phantom
 
 from invres import InvresError, OutOfMemory
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
+from invres.devices import choose_device
 from invres.events import Recorder
 from invres.inference import load_network, segment, segment_volumes
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import NetworkOutput, build
-from invres.prediction import SegmentOptions, choose_device, predict_probabilities
+from invres.prediction import SegmentOptions, predict_probabilities
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 SCHEME = LabelScheme((Label("a", (10,), 10), Label("b", (150,), 150), Label("c", (250,), 250)))
@@ -365,10 +366,12 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "numpy", "allocator"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "numpy", "allocator", "no engine", "cuDNN"])
 def test_when_memory_runs_out_smaller_windows_give_the_right_result(tmp_path, error):
     volume, number = steps_volume(Geometry((40, 37, 70), (1.0, 1.0, 1.0), NONE, np.eye(3)[:, ::-1]))
     package = package_of(tmp_path / "model", patch=(48, 64, 80))

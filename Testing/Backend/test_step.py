@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from invres.config import LossWeights
+from invres.config import LossWeights, TrainingConfig
 from invres.losses import total_loss
 from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build, with_patch
+from invres.objectives import Segmentation
 from invres.step import autocast, make_optimizer, training_step
+from invres.trainer import Trainer
 
 PATCH = (13, 9, 16)
 WEIGHTS = LossWeights()
@@ -88,6 +90,39 @@ def test_without_the_check_such_a_gradient_would_spoil_the_weights():
     image[0, 1, 3, 4, 5] = float("nan")
     training_step(network, make_optimizer(network), image, target, False, WEIGHTS, check_finite=False)
     assert not all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("unet3d", "stored"), ("unet3d", "checkpoint"), ("fully_invres", "stored")]
+)
+def test_deep_maps_of_two_planes_learn_in_bfloat16_as_in_float32(name, engine):
+    """oneDNN gives unwritten memory as the gradient of kernels that are deeper than the map."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        network = build(NetworkConfig(name=name, out_channels=2, channels=(16, 32, 32)), engine).train()
+        image = torch.randn(1, 1, 8, 12, 12, generator=torch.Generator().manual_seed(1))
+        junk = [torch.full((32 * 32 * 27,), 1e30) for _ in range(8)]  # so that what is not written shows
+        del junk
+        losses = training_step(
+            network, make_optimizer(network, 0.0), image, (image[:, 0] > 0.5).short(), False, WEIGHTS, precision
+        )
+        assert torch.isfinite(losses.total)
+        found.append([p.grad for p in network.parameters()])
+    for exact, half in zip(*found, strict=True):
+        assert (exact - half).norm() < 0.5 * exact.norm() + 1e-3
+
+
+def test_float16_is_scaled_on_the_cpu_as_well(tmp_path):
+    """Without it the gradients of a large patch vanish."""
+    network, image, target = make()
+    trainer = Trainer(network, None, TrainingConfig(precision="fp16"), tmp_path, Segmentation(False))
+    assert trainer.scaler is not None and trainer.scaler.is_enabled()
+    before = [p.detach().clone() for p in network.parameters()]
+    for _ in range(8):  # the first ones may be left out, until the scale fits
+        training_step(network, trainer.optimizer, image, target, False, WEIGHTS, "fp16", trainer.scaler)
+    assert not all(torch.equal(b, p) for b, p in zip(before, network.parameters(), strict=True))
+    assert trainer.scaler.get_scale() >= 1024
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0])

@@ -352,9 +352,23 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone_and_is_told(cases, t
     trainer.batches = Broken(trainer.batches)
     result = trainer.run()
     assert all(bool(torch.isfinite(tensor).all()) for tensor in result.weights.values())
-    assert "loss" not in result.history[0] and math.isfinite(result.history[1]["loss"])
-    assert any("not finite" in event.get("message", "") for event in report.events)
+    assert math.isfinite(result.history[0]["loss"]), "the mean of the others"
+    told = [event["message"] for event in report.events if event["event"] == "warning"]
+    steps = trainer.config.iterations_per_epoch
+    words = "the loss or its gradient was not finite; these steps were left out."
+    assert told == [f"In 1 of {steps} steps of epoch 1 {words}"]
     json.dumps(report.events, allow_nan=False)
+
+
+def test_a_training_of_which_no_step_can_be_taken_says_so_instead_of_training_nothing(cases, tmp_path, monkeypatch):
+    """The loss may well be finite all the while: it is the gradient that counts."""
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda _: torch.tensor(math.inf))
+    trainer = trainer_of(cases, tmp_path, epochs=3, iterations_per_epoch=10)
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    with pytest.raises(InvresError, match="Not one of 10 steps could be taken") as caught:
+        trainer.run()
+    assert "--precision fp32" in caught.value.hint
+    assert all(torch.equal(one, p) for one, p in zip(before, trainer.network.parameters(), strict=True))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

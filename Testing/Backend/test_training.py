@@ -25,7 +25,7 @@ from tiny_datasets import (
     write_recipe,
 )
 
-from invres import Cancelled, InvresError
+from invres import Cancelled, InvresError, training
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig
@@ -186,6 +186,23 @@ def test_the_validation_dice_is_that_of_the_definition(regions):
     assert found == pytest.approx(dict(zip(scheme.names, wanted, strict=True)) | {"mean": np.mean(scores)})
     few = validator(cases, scheme, TrainingConfig(patch=(9, 8, 7), validation_cases=1), torch.device("cpu"))
     assert few(Answer())["mean"] == pytest.approx(np.mean(scores[:2]))
+
+
+def test_where_the_maps_of_a_validation_do_not_fit_the_cpu_joins_them(monkeypatch):
+    case = PreparedCase("c", np.zeros((1, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.int16), None, None)
+    asked, real = [], training.predict_probabilities
+
+    def full(*arguments, stitch_device=None):
+        asked.append(stitch_device)
+        if stitch_device is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, stitch_device=stitch_device)
+
+    monkeypatch.setattr(training, "predict_probabilities", full)
+    scheme = LabelScheme((Label("a", (1,), 1),))
+    network = lambda x: NetworkOutput(torch.zeros(len(x), 2, *x.shape[2:]))  # noqa: E731
+    scores, _ = training._scores(network, [case], scheme, TrainingConfig(patch=(4, 4, 4)), torch.device("cpu"))
+    assert asked == [None, "cpu"] and scores.shape == (1, 1)
 
 
 def test_validation_needs_cases():

@@ -11,6 +11,7 @@ from ..networkconfig import NetworkConfig
 from .base import complete_config
 from .blocks import make_norm
 from .levels import LevelNetwork
+from .portable import Convolution
 
 __all__ = ["AutoencoderUNet"]
 
@@ -31,7 +32,7 @@ class AutoencoderUNet(LevelNetwork):
         config = complete_config(config, CHANNELS, BLOCKS, DECODER_BLOCKS, "group")
         super().__init__(config, engine, memory)
         channels, kernel = config.channels, config.kernel
-        self.stem = nn.Conv3d(config.in_channels, channels[0], kernel, padding=kernel // 2)
+        self.stem = Convolution(config.in_channels, channels[0], kernel, padding=kernel // 2)
         self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else nn.Identity()
         self.down, self.encoder = nn.ModuleList(), nn.ModuleList()
         for level, (width, count) in enumerate(zip(channels, config.blocks, strict=True)):
@@ -66,7 +67,7 @@ class _ResidualBlock(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(2):
-            conv = nn.Conv3d(channels, channels, config.kernel, padding=config.kernel // 2)
+            conv = Convolution(channels, channels, config.kernel, padding=config.kernel // 2)
             nn.init.kaiming_normal_(conv.weight)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             layers += [make_norm(config.norm, channels), nn.ReLU(inplace=config.norm != "none"), conv]

@@ -17,6 +17,7 @@ from .. import InvresError
 from ..networkconfig import NetworkConfig
 from ..reversible import SETTINGS, Program, Readout, Step, role
 from ..reversible.recompute import frozen_statistics
+from .portable import Convolution
 from .vae import VAEBranch
 
 __all__ = ["Network", "NetworkOutput", "ProgramNetwork", "SegmentationNetwork", "complete_config"]
@@ -225,7 +226,7 @@ class ProgramNetwork(SegmentationNetwork):
     def __init__(self, config: NetworkConfig, steps: list[Step], tap: int, engine: str, memory: str):
         super().__init__(config, engine, memory)
         half = config.channels[0] // 2
-        self.stem = nn.Conv3d(config.in_channels, config.channels[0], config.kernel, padding=config.kernel // 2)
+        self.stem = Convolution(config.in_channels, config.channels[0], config.kernel, padding=config.kernel // 2)
         self.program = Program(steps, tap=tap, private=True)
         self.program.memory = memory
         # One convolution for each half: the same as one over both, without joining them first.

@@ -11,11 +11,13 @@ from torch import nn
 from ..networkconfig import NetworkConfig
 from ..reversible import Bottleneck, Unit
 from .inplace_norm import InPlaceBatchNorm, InPlaceGroupNorm
+from .portable import Convolution, GroupNorm
 
 __all__ = ["ConvUnit", "CouplingFunction", "DoubleConv", "MobileFunction", "make_norm", "normed"]
 
 GROUP_CHANNELS = 8  # channels per group of group norm; chosen
-_PLAIN_NORMS: tuple[set[type], ...] = ({nn.GroupNorm}, {nn.Identity})  # one kind in all places
+_CONVOLUTIONS, _GROUP_NORMS = (nn.Conv3d, Convolution), (nn.GroupNorm, GroupNorm)
+_PLAIN_NORMS: tuple[set[type], ...] = ({nn.GroupNorm}, {GroupNorm}, {nn.Identity})  # one kind in all places
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -26,9 +28,9 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     if kind in ("instance", "auto"):
         # Group norm with one channel a group is instance norm. torch's InstanceNorm3d returns a view, and an in-place
         # activation on a view makes autograd copy whole maps in backward (two half-width maps more at the peak).
-        return nn.GroupNorm(channels, channels)
+        return GroupNorm(channels, channels)
     if kind == "group":
-        return nn.GroupNorm(_groups(channels), channels)
+        return GroupNorm(_groups(channels), channels)
     if kind == "batch":
         return nn.BatchNorm3d(channels)
     return nn.Identity()
@@ -66,7 +68,7 @@ class ConvUnit(nn.Module):
         # Without a norm the activation's input is the caller's tensor, which must not be overwritten.
         self.act = nn.LeakyReLU(config.negative_slope, inplace=config.norm != "none")
         self.dropout = nn.Dropout3d(config.dropout) if config.dropout > 0 else None
-        self.conv = nn.Conv3d(in_channels, out_channels, config.kernel, padding=config.kernel // 2)
+        self.conv = Convolution(in_channels, out_channels, config.kernel, padding=config.kernel // 2)
         nn.init.kaiming_normal_(self.conv.weight, a=config.negative_slope)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
@@ -79,11 +81,11 @@ class ConvUnit(nn.Module):
     def lean(self) -> Unit | None:
         """The same for the engine's own gradient, which leaves out batch norm, active dropout and changed layers."""
         norm: nn.GroupNorm | None = None
-        if type(self.norm) is nn.GroupNorm:
+        if isinstance(self.norm, nn.GroupNorm) and type(self.norm) in _GROUP_NORMS:
             norm = self.norm
         elif type(self.norm) is not nn.Identity:
             return None
-        if type(self.conv) is not nn.Conv3d or type(self.act) is not nn.LeakyReLU:
+        if type(self.conv) not in _CONVOLUTIONS or type(self.act) is not nn.LeakyReLU:
             return None
         if self.dropout is not None and self.training:
             return None
@@ -141,7 +143,7 @@ class MobileFunction(nn.Sequential):
         layers = [layer for layer in self if not isinstance(layer, nn.Dropout3d)]
         if len(layers) < len(self) and self.training:
             return None
-        convolutions = [layer for layer in layers[0::3] if type(layer) is nn.Conv3d]
+        convolutions = [one for one in layers[0::3] if isinstance(one, nn.Conv3d) and type(one) in _CONVOLUTIONS]
         acts = [layer for layer in layers[2::3] if type(layer) is nn.LeakyReLU]
         norms = layers[1::3]
         if len(convolutions) < 3 or len(acts) < 2 or {type(norm) for norm in norms} not in _PLAIN_NORMS:
@@ -161,7 +163,7 @@ class DoubleConv(nn.Module):
         layers: list[nn.Module] = []
         middle = middle or out_channels
         for before, after in ((in_channels, middle), (middle, out_channels)):
-            conv = nn.Conv3d(before, after, config.kernel, padding=config.kernel // 2)
+            conv = Convolution(before, after, config.kernel, padding=config.kernel // 2)
             nn.init.kaiming_normal_(conv.weight, a=config.negative_slope)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             layers += [conv, *normed(after, config)]

@@ -12,6 +12,7 @@ from ..networkconfig import NetworkConfig
 from .base import complete_config
 from .blocks import normed
 from .levels import LevelNetwork
+from .portable import Convolution
 
 __all__ = ["CompactFCN"]
 
@@ -114,4 +115,4 @@ def _unit(convolutions: Sequence[nn.Conv3d | nn.ConvTranspose3d], config: Networ
 
 
 def _conv(before: int, after: int, kernel: int, stride: int | tuple[int, int, int] = 1, groups: int = 1) -> nn.Conv3d:
-    return nn.Conv3d(before, after, kernel, stride, kernel // 2, groups=groups)
+    return Convolution(before, after, kernel, stride, kernel // 2, groups=groups)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..reversible import Readout
 from .base import SegmentationNetwork
+from .portable import interpolate
 
 __all__ = ["LevelNetwork"]
 
@@ -40,7 +40,7 @@ class LevelNetwork(SegmentationNetwork):
         """From below `level` up to its size."""
         scale = tuple(float(s) for s in self.config.strides[level])
         x = self.narrowed(level, x)
-        return functional.interpolate(x, scale_factor=scale, mode="trilinear", align_corners=False)
+        return interpolate(x, scale_factor=scale)
 
     def join(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The skip connection and what came up from below."""

@@ -14,6 +14,7 @@ from ..reversible.differentiation import evaluate_and_differentiate
 from ..reversible.slabs import depth_slabs
 from ..reversible.steps import GradientSink, Stack
 from .haar import Lifting, haar, lift, lift_in_place
+from .portable import interpolate
 
 __all__ = ["Interpolate", "Mix", "Pool", "SqueezeDown", "SqueezeUp", "squeeze", "unsqueeze"]
 
@@ -268,4 +269,4 @@ class Interpolate(nn.Module):
 
     def widen(self, half: torch.Tensor) -> torch.Tensor:
         """One half at the finer resolution."""
-        return functional.interpolate(half, scale_factor=self.scale, mode="trilinear", align_corners=False)
+        return interpolate(half, scale_factor=self.scale)

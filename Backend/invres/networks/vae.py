@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .. import InvresError
 from ..networkconfig import VAEConfig
+from .portable import Convolution, GroupNorm, interpolate
 from .resampling import unsqueeze
 
 __all__ = ["VAEBranch", "VAEOutput"]
@@ -50,7 +51,7 @@ class VAEBranch(nn.Module):
         self.padded = tuple(b * t for b, t in zip(bottom, total, strict=True))
         self.bottom, self.reduced = bottom, reduced
         self.latent = config.latent
-        self.norm = nn.GroupNorm(math.gcd(8, features), features)
+        self.norm = GroupNorm(math.gcd(8, features), features)
         self.reduce = nn.Conv3d(features, config.reduced_channels, 3, stride=2, padding=1)
         self.encode = nn.Linear(config.reduced_channels * math.prod(reduced), 2 * config.latent)
         self.decode = nn.Linear(config.latent, config.reduced_channels * math.prod(reduced))
@@ -79,10 +80,10 @@ class VAEBranch(nn.Module):
         log_variance = log_variance.clamp(-20, 20)
         sample = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
         x = functional.relu(self.decode(sample)).reshape(-1, x.shape[1], *self.reduced)
-        x = functional.interpolate(self.widen(x), size=self.bottom, mode="trilinear", align_corners=False)
+        x = interpolate(self.widen(x), size=self.bottom)
         for stride, narrow, block in zip(self.strides[:-1], self.narrow, self.blocks, strict=True):
             scale = tuple(float(s) for s in stride)
-            x = block(functional.interpolate(narrow(x), scale_factor=scale, mode="trilinear", align_corners=False))
+            x = block(interpolate(narrow(x), scale_factor=scale))
         d, h, w = self.patch
         reconstruction = unsqueeze(self.head(x), self.strides[-1])[:, :, :d, :h, :w]
         return VAEOutput(reconstruction, mean, log_variance)
@@ -93,8 +94,8 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(math.gcd(8, channels), channels) for _ in range(2))
-        self.conv1, self.conv2 = (nn.Conv3d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = (GroupNorm(math.gcd(8, channels), channels) for _ in range(2))
+        self.conv1, self.conv2 = (Convolution(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(functional.relu(self.norm1(x)))
