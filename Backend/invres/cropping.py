@@ -16,7 +16,7 @@ from .cases import SPLITS, Case, Dataset, read_splits
 from .config import CropPlan
 from .configjson import to_dict
 from .events import SILENT, Reporter
-from .files import written_whole
+from .files import stamps_of, written_whole
 from .inference import is_crop
 from .locating import boxes_around
 from .preprocessing import on_one_grid
@@ -125,9 +125,7 @@ class _Known:
 
 def _stamp(dataset: Dataset, case: Case, crop: CropPlan) -> str:
     """What changes with the files, the crop and the labels."""
-    files = [path for path in (*case.images, case.label) if path is not None and path.exists()]
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = json.dumps([stamps, to_dict(crop), to_dict(dataset.scheme)])
+    content = json.dumps([stamps_of((*case.images, case.label)), to_dict(crop), to_dict(dataset.scheme)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

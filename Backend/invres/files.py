@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["WRITABLE_ENDINGS", "safe_name", "written_whole"]
+__all__ = ["WRITABLE_ENDINGS", "safe_name", "stamps_of", "written_whole"]
 
 WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""
+HEADERS_ALONE = (".hdr", ".img", ".mhd", ".nhdr")
+"""Of files that come with another one."""
 
 
 @contextmanager
@@ -34,6 +37,22 @@ def written_whole(path: Path, ending: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def stamps_of(paths: Iterable[Path | None]) -> list[tuple[str, int, int]]:
+    """(path, bytes, time) of each file that is there, and of those beside a header that may hold its voxels.
+
+    Changes when any of them is written anew.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        if path is None or not path.exists():
+            continue
+        files[path] = None
+        if path.suffix.lower() in HEADERS_ALONE:
+            stem = path.name[: -len(path.suffix)]
+            files |= dict.fromkeys(sorted(path.parent.glob(f"{glob.escape(stem)}.*")))
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def safe_name(name: str) -> str:

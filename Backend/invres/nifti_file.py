@@ -59,6 +59,11 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
             raw = stream.read(348)
     except (OSError, EOFError, zlib.error):
         return None
+    if raw[4:8] in (b"n+2\0", b"ni2\0"):
+        raise InvresError(
+            f"{path} is NIfTI-2, and only NIfTI-1 is read here.",
+            hint="Write it as NIfTI-1 (nibabel, FSL and 3D Slicer do), which holds up to 32767 voxels along an axis.",
+        )
     order = next((o for o in "<>" if len(raw) == 348 and struct.unpack_from(o + "i", raw)[0] == 348), None)
     if order is None:
         return None
@@ -86,6 +91,13 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
     if kind not in _TYPES and kind not in _COLOURS:
         raise unsupported_values(path, f"NIfTI type {kind}")
     components = _COLOURS.get(kind, 1)
+    value_bits = 8 * components * np.dtype(_TYPES.get(kind, "u1")).itemsize
+    if bits != value_bits:
+        raise InvresError(
+            f"The header of {path} is damaged: it gives {bits} bits for a value of NIfTI type {kind}, which has "
+            f"{value_bits}.",
+            hint=COPY_AGAIN,
+        )
     if dimension == 5 and size[3] == 1 and size[4] > 1:  # where NIfTI puts the components of a vector
         components = size.pop()
     while len(size) > 3 and size[-1] == 1:

@@ -17,6 +17,7 @@ from .cases import Case, Dataset
 from .config import PreparationPlan
 from .configjson import to_dict
 from .events import SILENT, Reporter
+from .files import stamps_of
 from .preprocessing import PreparedCase, prepare
 from .volume import Geometry
 
@@ -58,9 +59,7 @@ def prepare_cases(
 
 def _key(dataset: Dataset, case: Case, plan: PreparationPlan) -> str:
     """A folder name that changes with the files, the plan and the labels."""
-    files = [path for path in (*case.images, case.label) if path is not None and path.exists()]
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = json.dumps([stamps, to_dict(plan), to_dict(dataset.scheme)])
+    content = json.dumps([stamps_of((*case.images, case.label)), to_dict(plan), to_dict(dataset.scheme)])
     safe = "".join(c if c.isalnum() and c.isascii() else "_" for c in case.name)[:60]
     return f"{safe}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from invres.files import written_whole
+from invres.files import stamps_of, written_whole
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "v.1.2.nii.gz", "no_ending", "x" * 250 + ".json"])
@@ -21,6 +21,16 @@ def test_the_temporary_name_has_the_ending_asked_for(tmp_path):
     with written_whole(tmp_path / "image.nii.gz", ".nii.gz") as temporary:
         assert temporary.name.endswith(".nii.gz")
         temporary.touch()
+
+
+@pytest.mark.parametrize(("header", "voxels"), [("a.hdr", "a.img"), ("a.mhd", "a.raw"), ("a[1].nhdr", "a[1].raw.gz")])
+def test_new_voxels_behind_an_old_header_change_the_stamp(tmp_path, header, voxels):
+    for name in (header, voxels, "ab.img"):
+        (tmp_path / name).write_bytes(b"1")
+    before = stamps_of([tmp_path / header, None, tmp_path / "gone"])
+    assert [name for name, _, _ in before] == [str(tmp_path / header), str(tmp_path / voxels)]
+    (tmp_path / voxels).write_bytes(b"12")
+    assert stamps_of([tmp_path / header]) != before
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("not finite"), KeyboardInterrupt()], ids=repr)

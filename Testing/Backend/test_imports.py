@@ -62,7 +62,7 @@ ALLOWED = {
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
-    "prepared": "cases config configjson events preprocessing volume",
+    "prepared": "cases config configjson events files preprocessing volume",
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics preprocessing volume",
     "packagefiles": "events",

@@ -395,6 +395,19 @@ def test_headers_with_voxels_beside_them_may_have_any_name(tmp_path, ending, nam
 # ---------------------------------------------------------------- bad input
 
 
+def test_nifti_2_is_called_by_its_name(tmp_path):
+    (tmp_path / "a.nii").write_bytes(struct.pack("<i4s", 540, b"n+2\0") + bytes(600))
+    assert "NIfTI-1" in refused(tmp_path / "a.nii", "is NIfTI-2").hint
+
+
+def test_bits_that_contradict_the_type_are_damage(tmp_path):
+    write_volume(tmp_path / "a.nii", make_volume())
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<h", raw, 72, 8)
+    (tmp_path / "a.nii").write_bytes(raw)
+    refused(tmp_path / "a.nii", "8 bits for a value of NIfTI type 4, which has 16")
+
+
 def refused(path, pattern, **how):
     """The refusal is one sentence that names the file, for the header alone too where the header shows it."""
     with pytest.raises(InvresError, match=pattern) as caught:
