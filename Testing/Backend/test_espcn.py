@@ -109,6 +109,9 @@ def test_espcn_has_the_published_layers():
     assert output.shape == (2, 48, 7, 7, 7) and shuffle(output, (2, 2, 2)).shape == (2, 6, 14, 14, 14)
 
 
+BLOCK = (torch.nn.BatchNorm3d, torch.nn.LeakyReLU, torch.nn.Conv3d)
+
+
 def test_espcn_rn4_has_four_blocks_of_constant_width_in_front_of_each_layer():
     network = build_enhancer(NetworkConfig(name="espcn_rn", in_channels=6, out_channels=6))
     assert network.engine == "reversible" and network.config.blocks == (4, 4, 4)
@@ -117,7 +120,7 @@ def test_espcn_rn4_has_four_blocks_of_constant_width_in_front_of_each_layer():
         assert len(stack.steps) == 4
         for function in (stack.steps[0].n1, stack.steps[3].n2):
             kinds = [m for m in function.modules() if not list(m.children())]
-            assert [type(m).__name__ for m in kinds] == ["BatchNorm3d", "LeakyReLU", "Conv3d"] * 3
+            assert all(isinstance(m, kind) for m, kind in zip(kinds, [*BLOCK] * 3, strict=True))
             assert [m.negative_slope for m in kinds[1::3]] == [0.0] * 3
             shapes = [(m.in_channels, m.out_channels, m.kernel_size[0], m.padding[0]) for m in kinds[2::3]]
             assert shapes == [(width // 2, width // 2, *pair) for pair in ((1, 0), (3, 1), (1, 0))]
