@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tiny_layouts import brats, hcp, iseg, iseg_nifti, kits19, task01, task04
 
 from invres import heldout
 from invres.cases import read_dataset, split_by_count, split_cases
-from invres.config import Recipe
+from invres.config import PreparationPlan, Recipe
 from invres.events import Recorder
 
 RECIPES = Path(__file__).resolve().parents[2] / "Resources" / "Recipes"
@@ -209,7 +210,8 @@ def test_a_warning_of_a_held_out_case_names_it(tmp_path, monkeypatch):
 
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(heldout, "held_out_names", lambda _: ("patient01",))
-    monkeypatch.setattr(heldout, "open_package", lambda _: None)
+    package = SimpleNamespace(manifest=SimpleNamespace(plan=PreparationPlan()))
+    monkeypatch.setattr(heldout, "open_package", lambda _: package)
     monkeypatch.setattr(heldout, "segment", segmented)
     heldout.segment_held_out(tmp_path, dataset, "cpu", report)
     (warning,) = [event for event in report.events if event["event"] == "warning"]
