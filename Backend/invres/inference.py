@@ -37,6 +37,7 @@ __all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volum
 
 Locate = Callable[[Sequence[Volume | None], Reporter], Sequence[Bounds]]
 WHOLE: Box = (slice(None), slice(None), slice(None))
+LEFT_TO_RIGHT = 2  # axis of a prepared case
 WORTH_TELLING_ML = 1.0  # of loose pieces
 SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
@@ -193,6 +194,17 @@ def _segment_case(
     return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
 
 
+def _check_mirror(scheme: LabelScheme, axes: Sequence[int]) -> None:
+    """Raises InvresError where the mirrored prediction would call left what is right."""
+    sided = next((name for name in scheme.names if name.casefold().startswith(("left ", "right "))), None)
+    if LEFT_TO_RIGHT in axes and sided is not None:
+        raise InvresError(
+            f"The model tells left from right ({sided}), so its mirrored prediction cannot be averaged with the plain "
+            "one.",
+            hint=f"Leave axis {LEFT_TO_RIGHT} out of --mirror.",
+        )
+
+
 def _leave_out_pieces(labels: np.ndarray, grid: Geometry, report: Reporter) -> None:
     """In place; says so where it may matter."""
     count, voxels = clear_loose_pieces(labels)
@@ -224,11 +236,13 @@ def segment(
     can tell; probabilities, confidence and what is expected are of both sides together.
     Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
     region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
-    Raises InvresError for inputs that do not fit the model, and for results that would overwrite one of them.
+    Raises InvresError for inputs that do not fit the model, for mirroring that would swap labels of both sides, and for
+    results that would overwrite an input.
     """
     clock, resident = _Clock(), PeakResident()
     manifest = package.manifest
     check_files(manifest, inputs, output, probabilities_path)
+    _check_mirror(manifest.scheme, options.mirror_axes)
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
     missing = [c.name for c, volume in zip(manifest.plan.channels, volumes, strict=True) if volume is None]

@@ -247,6 +247,18 @@ def test_overlapping_regions_are_written_one_over_the_other_and_measured_whole(t
     assert np.array_equal(maps[0] > 0.5, number > 0)
 
 
+def test_a_model_that_tells_left_from_right_is_not_mirrored_across_the_middle(tmp_path):
+    scheme = LabelScheme((Label("Left kidney", (1,), 1), Label("Right kidney", (2,), 2)))
+    package = package_of(tmp_path / "model", scheme)
+    volume, _ = steps_volume(GRIDS["canonical"], 3)
+    write_volume(tmp_path / "image.nii.gz", volume)
+    inputs, network = {"": tmp_path / "image.nii.gz"}, Known(3)
+    with pytest.raises(InvresError, match=r"tells left from right \(Left kidney\)"):
+        segment(package, inputs, tmp_path / "out.nii.gz", SegmentOptions(mirror_axes=(0, 2)), network=network)
+    assert not (tmp_path / "out.nii.gz").exists()
+    segment(package, inputs, tmp_path / "out.nii.gz", SegmentOptions(mirror_axes=(0, 1)), network=network)
+
+
 def test_the_vae_branch_takes_no_part_in_segmenting(tmp_path):
     vae = VAEConfig(patch=(16, 16, 16), latent=4, reduced_channels=2)
     config = NetworkConfig(channels=(4, 16), vae=vae, out_channels=4)
