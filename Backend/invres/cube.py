@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .events import SILENT, Reporter
-from .faults import says_no_memory
+from .faults import is_out_of_memory
 from .memory import CONTEXT_BYTES, measure_training
 from .networkconfig import NetworkConfig
 
@@ -71,7 +71,7 @@ def _fits(config: NetworkConfig, side: int, engine: str, memory: str, precision:
         measure_training(config, (side, side, side), engine=engine, memory=memory, precision=precision, device=device)
         return True
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says_no_memory(error)):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

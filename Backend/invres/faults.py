@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from . import InvresError
 
-__all__ = ["Fault", "fault_of", "says_no_memory"]
+__all__ = ["Fault", "fault_of", "is_out_of_memory"]
 
 _NO_MEMORY = (
     "out of memory",
@@ -34,8 +34,11 @@ class Fault:
     exit_code: int = 2
 
 
-def says_no_memory(error: BaseException) -> bool:
-    """Whether torch says in words that there was no memory, as the CPU's allocator and a card's libraries do."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a card or on the CPU, or Python had no memory left."""
+    # By name and text: torch is not imported here, and its CPU allocator and a card's libraries raise RuntimeErrors.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
@@ -58,13 +61,11 @@ def fault_of(error: BaseException) -> Fault:
         if error.errno in (errno.EACCES, errno.EPERM):
             hint = "Change its permissions (or those of its folder), or choose another place."
         return Fault("bad_input", message, hint)
-    # By name and text: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
-    main = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-    if type(error).__name__ == "OutOfMemoryError" or (says_no_memory(error) and not main):
-        hint = "Use a smaller patch, batch size 1 or bf16."
-        return Fault("out_of_memory", "The GPU's memory ran out.", hint, exit_code=3)
-    if main:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         hint = "Use a smaller patch or crop the volume."
         return Fault("out_of_memory", "Main memory ran out.", hint, exit_code=3)
+    if is_out_of_memory(error):
+        hint = "Use a smaller patch, batch size 1 or bf16."
+        return Fault("out_of_memory", "The GPU's memory ran out.", hint, exit_code=3)
     hint = "This is a fault in InvResSegment; please report it with the lines above."
     return Fault("internal", f"{type(error).__name__}: {error}", hint, exit_code=1)

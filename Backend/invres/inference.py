@@ -30,7 +30,7 @@ from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
-from .sides import sided_scheme
+from .sides import SIDES, sided_scheme
 from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
 
 __all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volumes"]
@@ -196,7 +196,7 @@ def _segment_case(
 
 def _check_mirror(scheme: LabelScheme, axes: Sequence[int]) -> None:
     """Raises InvresError where the mirrored prediction would call left what is right."""
-    sided = next((name for name in scheme.names if name.casefold().startswith(("left ", "right "))), None)
+    sided = next((name for name in scheme.names if name.casefold().startswith(SIDES)), None)
     if LEFT_TO_RIGHT in axes and sided is not None:
         raise InvresError(
             f"The model tells left from right ({sided}), so its mirrored prediction cannot be averaged with the plain "

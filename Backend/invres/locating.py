@@ -18,6 +18,7 @@ from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .prediction import SegmentOptions
 from .region import Bounds
+from .sides import SIDES
 from .volume import Volume
 
 __all__ = ["boxes_around", "can_locate", "crop_shape", "locate"]
@@ -98,11 +99,10 @@ def boxes_around(inside: np.ndarray, grid: Volume, margin_mm: Sequence[float]) -
 
 def _values(scheme: LabelScheme, crop: CropPlan) -> list[int]:
     wanted = {name.casefold() for name in crop.around}
-    sides = ("left ", "right ")
     found = []
     for label in scheme.labels:
         name = label.name.casefold()
-        if name in wanted or any(name.removeprefix(side) in wanted for side in sides):
+        if name in wanted or any(name.removeprefix(side) in wanted for side in SIDES):
             found.append(label.output_value)
     return found
 

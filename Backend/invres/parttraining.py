@@ -20,13 +20,13 @@ from .curves import draw_curves
 from .devices import device_info
 from .events import SILENT, Reporter, format_bytes
 from .expectation import Expectation, of_volumes
+from .faults import is_out_of_memory
 from .files import written_whole
 from .freezing import freeze
 from .memory import has_room, predict_for
 from .modelpackage import ModelPackage
 from .networks import STEMS, SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
-from .prediction import is_out_of_memory
 from .preprocessing import PreparedCase, case_volumes_ml
 from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches

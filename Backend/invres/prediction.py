@@ -14,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from . import OutOfMemory
 from .config import LabelScheme
 from .events import SILENT, Reporter
-from .faults import says_no_memory
+from .faults import is_out_of_memory
 from .livebytes import LiveBytes
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
@@ -24,7 +24,6 @@ __all__ = [
     "Prediction",
     "SegmentOptions",
     "confidence_of",
-    "is_out_of_memory",
     "predict_probabilities",
     "predict_within_memory",
     "window_count",
@@ -190,8 +189,3 @@ def _predict_measured(
         measured = probe.peak
     count = window_count(prepared.image.shape[1:], window, options.overlap)
     return Prediction(found.cpu().numpy(), window, count, measured)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a card or on the CPU, or Python had no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says_no_memory(error)

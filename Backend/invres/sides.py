@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from . import InvresError
 from .config import Label, LabelScheme, Recipe
 
-__all__ = ["Side", "check_sides", "possible_sides", "sided_scheme", "sides_of_recipe"]
+__all__ = ["SIDES", "Side", "check_sides", "possible_sides", "sided_scheme", "sides_of_recipe"]
+
+SIDES = ("left ", "right ")
+"""What names of labels of one side begin with, in any case of letters."""
 
 DARKER = 0.8  # the right side's colour, so that both can be told apart
 LEFT, RIGHT = "SCT^7771000^Left", "SCT^24028007^Right"

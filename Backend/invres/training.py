@@ -20,6 +20,7 @@ from .cropping import CROPS, cropped
 from .devices import choose_device
 from .events import SILENT, Reporter
 from .expectation import of_volumes
+from .faults import is_out_of_memory
 from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_for
@@ -27,7 +28,7 @@ from .metrics import dice_by_label
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
-from .prediction import SegmentOptions, confidence_of, is_out_of_memory, predict_probabilities
+from .prediction import SegmentOptions, confidence_of, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
     PreparedCase,

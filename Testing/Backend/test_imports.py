@@ -99,7 +99,7 @@ ALLOWED = {
         "config devices events expectation memory midline modelpackage networks pieces prediction preprocessing region "
         "restoration segmentfiles sides volume"
     ),
-    "locating": "config events inference modelpackage networks prediction region volume",
+    "locating": "config events inference modelpackage networks prediction region sides volume",
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "planning": "devices events manifest memory networks prediction region volume",
     "enhancement": (
@@ -116,7 +116,7 @@ ALLOWED = {
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches "
+        "cardplan cases checkpoint config configjson cropping devices events expectation faults labelmapbatches "
         "labelmaps memory metrics modelpackage networks objectives prediction prepared preprocessing sampling "
         "sides trainer trainingrun"
     ),
@@ -147,8 +147,8 @@ ALLOWED = {
     "tuningmemory": "devices events manifest memory networks reduction tuningplan",
     "proof": "casecomparison cases comparison config events inference labelmatching modelpackage networks trainer",
     "parttraining": (
-        "cases casesplits checkpoint config curves devices events expectation files freezing memory modelpackage "
-        "networks objectives prediction preprocessing reduction sampling syntheticbatches trainer training "
+        "cases casesplits checkpoint config curves devices events expectation faults files freezing memory "
+        "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer training "
         "trainingrun transfer tuningplan"
     ),
     "tunedmodel": (
