@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["WRITABLE_ENDINGS", "safe_name", "stamps_of", "written_whole"]
+__all__ = ["WRITABLE_ENDINGS", "safe_name", "stamps_of", "write_changed", "written_whole"]
 
 WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""
@@ -37,6 +37,13 @@ def written_whole(path: Path, ending: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Writes the text as `written_whole` does, unless it stands there already: going on needs no room on the disk."""
+    if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def stamps_of(paths: Iterable[Path | None]) -> list[tuple[str, int, int]]:

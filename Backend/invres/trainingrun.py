@@ -19,7 +19,7 @@ from .config import LabelScheme, PreparationPlan, Recipe
 from .configjson import from_dict, to_dict
 from .curves import draw_curves
 from .events import Reporter, format_bytes, format_seconds
-from .files import written_whole
+from .files import write_changed
 from .modelpackage import ModelPackage, open_package
 from .networkconfig import network_as_written
 from .runfolder import RUN, held, kind_of_run
@@ -201,13 +201,8 @@ def write_run(
         "split": {"train": list(names[0]), "validation": list(names[1])},
         **{key: to_dict(value) for key, value in more.items()},
     }
-    text = json.dumps(content, indent=1)
-    # A run that goes on as it was needs no room on the disk for this.
-    if (output / RUN).is_file() and (output / RUN).read_text(encoding="utf-8") == text:
-        return
     try:
-        with written_whole(output / RUN) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_changed(output / RUN, json.dumps(content, indent=1))
     except OSError as error:
         raise InvresError(
             f"{output / RUN} cannot be written: {error.strerror or error}.",

@@ -17,7 +17,7 @@ from .casesplits import Part, parts_of_splits, plan_parts
 from .config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, Recipe, TrainingConfig
 from .configjson import from_dict, to_dict
 from .events import SILENT, FilteredReporter, Reporter
-from .files import written_whole
+from .files import write_changed
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
 from .networkconfig import NetworkConfig, VAEConfig
@@ -246,8 +246,7 @@ def plan_tuning(
 
 def write_plan(folder: Path, plan: TuningPlan) -> None:
     """run.json, whole or not at all. Raises OSError where the disk refuses."""
-    with written_whole(folder / RUN) as temporary:
-        temporary.write_text(json.dumps(to_dict(plan), indent=1), encoding="utf-8")
+    write_changed(folder / RUN, json.dumps(to_dict(plan), indent=1))
 
 
 def started_labels(folder: Path) -> tuple[str, ...]:

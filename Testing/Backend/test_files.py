@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tiny_datasets import files_up_to
 
-from invres.files import stamps_of, written_whole
+from invres.files import stamps_of, write_changed, written_whole
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "v.1.2.nii.gz", "no_ending", "x" * 250 + ".json"])
@@ -21,6 +22,17 @@ def test_the_temporary_name_has_the_ending_asked_for(tmp_path):
     with written_whole(tmp_path / "image.nii.gz", ".nii.gz") as temporary:
         assert temporary.name.endswith(".nii.gz")
         temporary.touch()
+
+
+def test_what_stands_there_already_is_not_written_again(tmp_path):
+    path = tmp_path / "run.json"
+    write_changed(path, "größe")
+    before = path.stat()
+    with files_up_to(0):
+        write_changed(path, "größe")
+        with pytest.raises(OSError):
+            write_changed(path, "größer")
+    assert path.stat().st_ino == before.st_ino and path.read_text(encoding="utf-8") == "größe"
 
 
 @pytest.mark.parametrize(("header", "voxels"), [("a.hdr", "a.img"), ("a.mhd", "a.raw"), ("a[1].nhdr", "a[1].raw.gz")])
