@@ -34,7 +34,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 _OPTIMIZER = "muon needs fewer steps than adam, and keeps half the state that adam keeps beside the weights"
 
-_MIRROR = "average predictions mirrored along these axes: 0 top to bottom, 1 front to back, 2 left to right"
+_MIRROR = (
+    "average predictions mirrored along these axes: 0 top to bottom, 1 front to back, 2 left to right; without an axis "
+    "none, which takes less time (default: as the model wants it)"
+)
 
 _DROPOUT = "blank each channel so often in training, as 0.25, so that the model can do without some of them"
 
@@ -114,14 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", required=True, type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
-    one.add_argument(
-        "--mirror",
-        type=int,
-        nargs="*",
-        default=[],
-        metavar="AXIS",
-        help=_MIRROR,
-    )
+    _mirror(one, "")
     _window(one, "voxels (default: the model's, see `invres describe`)")
     one.add_argument(
         "--roi",
@@ -229,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the volume")
     one.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm of the voxels")
     one.add_argument("--roi-shape", type=int, nargs=3, metavar=("D", "H", "W"), help="segmenting: voxels of the region")
+    _mirror(one, "segmenting: ")
     _window(one, "segmenting: in voxels (default the model's)")
     one.add_argument("--locate", metavar="MODEL", help="segmenting: this model finds the place first")
     _device(one)
@@ -363,6 +360,10 @@ def _fold(text: str) -> int | str:
 def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     without = f"default {default}" if default else "default: nothing is measured, memory is predicted"
     parser.add_argument("--device", default=default, help=f"auto, cpu or cuda:0 ({without})")
+
+
+def _mirror(parser: argparse.ArgumentParser, when: str) -> None:
+    parser.add_argument("--mirror", type=int, nargs="*", metavar="AXIS", help=when + _MIRROR)
 
 
 def _window(parser: argparse.ArgumentParser, text: str) -> None:

@@ -58,7 +58,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     choices = SegmentOptions(
         options.device,
         options.overlap,
-        tuple(options.mirror),
+        None if options.mirror is None else tuple(options.mirror),
         tuple(options.window),
         tuple(options.roi or ()),
         options.sides,
@@ -75,7 +75,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     locate = _locator(package, other, options.device) if other else None
     found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
     settings = found["settings"]
-    flips = 2 ** len(options.mirror)
+    flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
         manifest,
         found["device"],

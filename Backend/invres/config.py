@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ __all__ = [
     "PreparationPlan",
     "Recipe",
     "TrainingConfig",
+    "check_axes",
     "check_one_piece",
 ]
 
@@ -254,6 +256,12 @@ class LabelScheme:
         return tuple(label.name for label in self.labels)
 
 
+def check_axes(what: str, axes: Sequence[int]) -> None:
+    """Raises InvresError for anything but different axes of a volume."""
+    if any(axis not in (0, 1, 2) for axis in axes) or len({*axes}) < len(axes):
+        raise InvresError(f"{what} are 0, 1 and 2 (D, H, W), each once; got {list(axes)}.")
+
+
 def check_one_piece(scheme: LabelScheme, one_piece: bool) -> None:
     """Raises InvresError for regions, of which each is counted on its own and not in the label map."""
     if one_piece and scheme.regions:
@@ -271,6 +279,7 @@ class Recipe:
     label_maps: train on images synthesised from label maps alone; the data are then a folder of label maps.
     labels: what the model tells apart, by the values of the label maps. With label_maps only: other data sets say it.
     one_piece: all labels together are one connected structure; the model leaves out pieces that hang loose.
+    mirror_axes: the model averages predictions of images mirrored along these; the training has to mirror along them.
     enhancement: image quality transfer instead of segmentation; the data are then scans without labels.
     """
 
@@ -286,6 +295,7 @@ class Recipe:
     label_maps: LabelMapConfig | None = None
     labels: tuple[Label, ...] = ()
     one_piece: bool = False
+    mirror_axes: tuple[int, ...] = ()
     enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:
@@ -297,6 +307,16 @@ class Recipe:
                 f"The recipe {self.name} {does[self.enhancement is not None]} images, but its network "
                 f"{self.network.name} {does[self.network.enhances]} them.",
                 hint=f"Enhancing needs one of {', '.join(ENHANCEMENT_NETWORKS)}, and the key enhancement.",
+            )
+        check_axes(f"In the recipe {self.name}, mirror_axes", self.mirror_axes)
+        if self.label_maps is not None and self.label_maps.mirrored:
+            trained: tuple[int, ...] = (2,)
+        else:
+            trained = self.augmentation.flip_axes
+        if unseen := sorted({*self.mirror_axes} - {*trained}):
+            raise InvresError(
+                f"The recipe {self.name} predicts mirrored along axis {unseen[0]}, along which it does not train.",
+                hint="Name the same axes in augmentation.flip_axes, or leave mirror_axes out.",
             )
         if bool(self.labels) != (self.label_maps is not None):
             raise InvresError(

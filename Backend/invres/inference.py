@@ -22,6 +22,7 @@ from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
 from .memory import PeakResident
 from .midline import divided
+from .mirroring import check_mirror
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .pieces import clear_loose_pieces
@@ -30,14 +31,13 @@ from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
-from .sides import SIDES, sided_scheme
+from .sides import sided_scheme
 from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
 
 __all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volumes"]
 
 Locate = Callable[[Sequence[Volume | None], Reporter], Sequence[Bounds]]
 WHOLE: Box = (slice(None), slice(None), slice(None))
-LEFT_TO_RIGHT = 2  # axis of a prepared case
 WORTH_TELLING_ML = 1.0  # of loose pieces
 SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
@@ -84,6 +84,7 @@ def segment_volumes(
     When memory runs out it stitches on the CPU, then halves the window, then goes to the CPU, each with a warning.
     Raises OutOfMemory when none of that is enough.
     """
+    options = options.mirrored_as(package.manifest.mirror_axes)
     found = _segment_case(package, network, volumes, options, report)
     if options.roi_mm:
         clear_outside(found.labels.array, found.labels.geometry, options.roi_mm)
@@ -194,17 +195,6 @@ def _segment_case(
     return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
 
 
-def _check_mirror(scheme: LabelScheme, axes: Sequence[int]) -> None:
-    """Raises InvresError where the mirrored prediction would call left what is right."""
-    sided = next((name for name in scheme.names if name.casefold().startswith(SIDES)), None)
-    if LEFT_TO_RIGHT in axes and sided is not None:
-        raise InvresError(
-            f"The model tells left from right ({sided}), so its mirrored prediction cannot be averaged with the plain "
-            "one.",
-            hint=f"Leave axis {LEFT_TO_RIGHT} out of --mirror.",
-        )
-
-
 def _leave_out_pieces(labels: np.ndarray, grid: Geometry, report: Reporter) -> None:
     """In place; says so where it may matter."""
     count, voxels = clear_loose_pieces(labels)
@@ -242,7 +232,8 @@ def segment(
     clock, resident = _Clock(), PeakResident()
     manifest = package.manifest
     check_files(manifest, inputs, output, probabilities_path)
-    _check_mirror(manifest.scheme, options.mirror_axes)
+    options = options.mirrored_as(manifest.mirror_axes)
+    check_mirror(manifest.scheme, options.mirror_axes or ())
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
     missing = [c.name for c, volume in zip(manifest.plan.channels, volumes, strict=True) if volume is None]
@@ -311,7 +302,7 @@ def segment(
             "window": list(parts[0].prediction.window),
             "windows": sum(part.prediction.windows for part in parts),
             "overlap": options.overlap,
-            "mirror_axes": list(options.mirror_axes),
+            "mirror_axes": list(options.mirror_axes or ()),
             "roi_mm": list(options.roi_mm),
             "sides": options.sides,
             "one_piece": options.one_piece,

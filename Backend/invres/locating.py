@@ -63,7 +63,7 @@ def locate(
             hint="Name another model, or give the region of interest yourself.",
         )
     first = next(volume for volume in volumes if volume is not None)
-    labels, _, _ = segment_volumes(package, network, [first], SegmentOptions(), _AsLocating(report))
+    labels, _, _ = segment_volumes(package, network, [first], SegmentOptions(mirror_axes=()), _AsLocating(report))
     boxes = boxes_around(np.isin(labels.array, _values(manifest.scheme, crop)), labels, crop.margin_mm)
     if not boxes:
         raise InvresError(

@@ -12,6 +12,7 @@ from .config import LabelScheme, PreparationPlan, check_one_piece
 from .configjson import from_dict, to_dict
 from .enhancementconfig import EnhancementPlan
 from .expectation import Expectation
+from .mirroring import check_mirror
 from .networkconfig import NetworkConfig, network_as_written
 from .sides import Side, check_sides, sided_scheme
 
@@ -64,6 +65,7 @@ class Manifest:
     metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
     sides: labels of scheme that segmenting divides into left and right (see `midline`); older manifests have none.
     one_piece: all labels together are one connected structure, so that segmenting leaves out loose pieces (`pieces`).
+    mirror_axes: segmenting averages predictions of images mirrored along these axes (D, H, W).
     enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
@@ -84,6 +86,7 @@ class Manifest:
     expected: Expectation = field(default_factory=Expectation)
     sides: tuple[Side, ...] = ()
     one_piece: bool = False
+    mirror_axes: tuple[int, ...] = ()
     enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."
@@ -121,6 +124,7 @@ class Manifest:
             )
         check_sides(self.scheme, self.sides)
         check_one_piece(self.scheme, self.one_piece)
+        check_mirror(self.scheme, self.mirror_axes)
         # Scores of single cases would carry the names of patients; scores by label cannot.
         known = (PATCHES,) if self.enhancement is not None else self.scheme.names
         strangers = [str(key) for key in self.metrics if key not in known]

@@ -11,6 +11,7 @@ from .config import Recipe, TrainingConfig
 from .console import check_sizes, load_torch, parse_bytes, recipe_named, say, segmenter_named
 from .enhancementconfig import EnhancementConfig
 from .events import Reporter, format_bytes
+from .mirroring import check_mirror
 from .networkconfig import NetworkConfig, VAEConfig
 
 __all__ = ["plan"]
@@ -150,10 +151,18 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
     if manifest.plan.crop is not None:
         # Only the crop is prepared; the files themselves are next to nothing beside what a network needs.
         shape, roi_shape = roi_shape or crop_shape(manifest.plan.crop, shape, spacing), None
-    found = plan_segmentation(manifest, shape, spacing, device, tuple(options.window), roi_shape, report=report)
+    axes = manifest.mirror_axes if options.mirror is None else tuple(options.mirror)
+    check_mirror(manifest.scheme, axes)
+    window = tuple(options.window)
+    found = plan_segmentation(manifest, shape, spacing, device, window, roi_shape, mirror_axes=axes, report=report)
     if options.locate:
         before = plan_segmentation(
-            segmenter_named(options.locate).manifest, tuple(options.shape), spacing, device, report=report
+            segmenter_named(options.locate).manifest,
+            tuple(options.shape),
+            spacing,
+            device,
+            mirror_axes=(),
+            report=report,
         )
         found = found.after(before)
     say(report, found.sentence)

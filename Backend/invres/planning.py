@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from .devices import device_info
 from .events import SILENT, Reporter, format_bytes, format_seconds
 from .manifest import Manifest
 from .memory import has_room, predict_forward
+from .mirroring import flips_of
 from .networks import build
 from .prediction import window_count
 from .region import region_shape
@@ -78,10 +80,11 @@ def plan_segmentation(
     window: Triple = (0, 0, 0),
     roi_shape: Triple | None = None,
     overlap: float = 0.5,
+    mirror_axes: Sequence[int] | None = None,
     report: Reporter = SILENT,
 ) -> SegmentationPlan:
     """The plan for a volume of this shape and spacing, both (D, H, W) in the order of the model's axes (superior,
-    anterior, right). roi_shape: voxels of a region of interest.
+    anterior, right). roi_shape: voxels of a region of interest. mirror_axes: None = the model's own.
 
     Empty borders are cropped before segmenting, which only the volume itself shows; so this is an upper bound.
     Raises InvresError for sizes that make no sense.
@@ -116,7 +119,8 @@ def plan_segmentation(
     seconds = None
     if best is not None:
         per_voxel = _seconds_per_voxel(manifest, device, choice)
-        seconds = round(per_voxel * count * float(np.prod(choice)) + _other_seconds(manifest, shape, whole), 1)
+        flips = len(flips_of(manifest.mirror_axes if mirror_axes is None else mirror_axes))
+        seconds = round(per_voxel * flips * count * float(np.prod(choice)) + _other_seconds(manifest, shape, whole), 1)
     report.progress("plan", len(choices) + 1, len(choices) + 1)
     plan = SegmentationPlan(
         predicted_bytes=on_device,

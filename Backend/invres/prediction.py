@@ -16,6 +16,7 @@ from .config import LabelScheme
 from .events import SILENT, Reporter
 from .faults import is_out_of_memory
 from .livebytes import LiveBytes
+from .mirroring import flips_of
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
 from .segmentoptions import SegmentOptions
@@ -46,11 +47,10 @@ def predict_probabilities(
     """Probabilities (K, D, H, W) float32 of one prepared image (C, D, H, W), by a sliding window.
 
     Logits are averaged with Gaussian weights (sigma = 1/8 of the window) in float32 on `stitch_device`, then passed
-    through softmax (sigmoid for regions). Mirrored predictions are averaged as logits too.
+    through softmax (sigmoid for regions). Mirrored predictions are averaged as logits too; without mirror axes there
+    are none.
     """
-    flips: list[tuple[int, ...]] = [()]
-    for axis in options.mirror_axes:
-        flips += [(*flip, axis + 2) for flip in flips]
+    flips = [tuple(axis + 2 for axis in flip) for flip in flips_of(options.mirror_axes or ())]
     total = len(flips) * window_count(image.shape[1:], window, options.overlap)
     done = 0
     report.progress("segment.tiles", 0, total)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from . import InvresError
+from .config import check_axes
 
 __all__ = ["SegmentOptions"]
 
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average.
+    """overlap: part of a window shared with its neighbour. mirror_axes: also predict mirrored along these and average;
+    None = as the model wants it.
     window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
     roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume.
     sides: what a model has on both sides is divided into left and right when a file is written.
@@ -20,7 +23,7 @@ class SegmentOptions:
 
     device: str = "auto"
     overlap: float = 0.5
-    mirror_axes: tuple[int, ...] = ()
+    mirror_axes: tuple[int, ...] | None = None
     window: tuple[int, int, int] = (0, 0, 0)
     roi_mm: tuple[float, ...] = ()
     sides: bool = True
@@ -29,8 +32,7 @@ class SegmentOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
             raise InvresError(f"The overlap must be at least 0 and below 1, got {self.overlap}.")
-        if any(axis not in (0, 1, 2) for axis in self.mirror_axes) or len({*self.mirror_axes}) < len(self.mirror_axes):
-            raise InvresError(f"Mirror axes are 0, 1 and 2 (D, H, W), each once; got {list(self.mirror_axes)}.")
+        check_axes("Mirror axes", self.mirror_axes or ())
         if any(self.window) and min(self.window) < 1:
             raise InvresError(f"The window must be three sizes of 1 voxel or more, got {list(self.window)}.")
         if self.roi_mm and not (
@@ -43,3 +45,7 @@ class SegmentOptions:
                 f"got {list(self.roi_mm)}.",
                 hint="Give R0 R1 A0 A1 S0 S1.",
             )
+
+    def mirrored_as(self, own: Sequence[int]) -> SegmentOptions:
+        """With the model's own mirror axes, if none are asked for."""
+        return self if self.mirror_axes is not None else replace(self, mirror_axes=tuple(own))

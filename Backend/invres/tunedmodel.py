@@ -17,6 +17,7 @@ from .events import Reporter
 from .expectation import Expectation, merged
 from .files import written_whole
 from .manifest import Manifest
+from .mirroring import kept_mirror
 from .modelpackage import ModelPackage, save_package
 from .networks import build
 from .sides import Side, possible_sides
@@ -42,6 +43,7 @@ def contender_of(
         scheme=plan.scheme,
         patch=plan.training.patch,
         one_piece=_stays_one_piece(base, plan.scheme),
+        mirror_axes=kept_mirror(plan.scheme, base.mirror_axes),
         sha256="0" * 64,
         weights_bytes=0,
     )
@@ -81,6 +83,7 @@ def save_tuned(
         expected=merged(base.expected, seen, plan.scheme.names),
         sides=_kept_sides(base, plan.scheme),
         one_piece=_stays_one_piece(base, plan.scheme),
+        mirror_axes=kept_mirror(plan.scheme, base.mirror_axes),
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,

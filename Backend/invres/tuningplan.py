@@ -20,6 +20,7 @@ from .events import SILENT, FilteredReporter, Reporter
 from .files import write_changed
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
+from .mirroring import kept_mirror
 from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
@@ -332,12 +333,15 @@ def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
 
 
 def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions) -> AugmentationConfig:
-    """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so."""
+    """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so, and one
+    that segments mirrored images as well goes on to see them."""
     chosen = options.recipe.augmentation if options.recipe else AugmentationConfig()
     dropout = options.channel_dropout
     if dropout is None:
         dropout = chosen.channel_dropout or (base.training.channel_dropout if len(dataset.channel_names) > 1 else 0.0)
-    return dataclasses.replace(chosen, channel_dropout=dropout)
+    own = kept_mirror(dataset.scheme, base.mirror_axes)
+    flips = tuple(sorted({*chosen.flip_axes, *own}))
+    return dataclasses.replace(chosen, channel_dropout=dropout, flip_axes=flips)
 
 
 def _unset(key: str) -> Any:

@@ -44,6 +44,7 @@ class ModelInfo:
 
     id, version: of the package. active: the version that its name stands for.
     cropAround: what the images that it learned from were cut out around, () where they showed all; largestMm: so large.
+    mirrored: how many images it takes the average over, the volume itself and mirrored ones.
     metrics: one line of text for each label. parent: id of the model that it was tuned from, or "". manifest: all of
     it. predictedBytes: None, until somebody has planned a run.
     """
@@ -67,6 +68,7 @@ class ModelInfo:
     predictedBytes: int | None = None
     cropAround: tuple[str, ...] = ()
     largestMm: tuple[float, float, float] | None = None
+    mirrored: int = 1
 
     def finds(self, names: Sequence[str]) -> bool:
         """Whether one of these structures is among the labels, on one side or both."""
@@ -113,6 +115,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         active=bool(description.get("active")),
         cropAround=tuple(crop.get("around") or ()),
         largestMm=(largest[0], largest[1], largest[2]) if len(largest) == 3 else None,
+        mirrored=2 ** len(manifest.get("mirror_axes") or ()),
     )
 
 

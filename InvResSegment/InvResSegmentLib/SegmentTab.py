@@ -68,6 +68,7 @@ class SegmentTab(VTKObservationMixin):
         self.ui.trainingButton.connect("clicked()", self._onAddToTraining)
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
         self.ui.locateBox.connect("toggled(bool)", self._scheduleUpdate)
+        self.ui.mirrorBox.connect("toggled(bool)", self._scheduleUpdate)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         scene = slicer.mrmlScene
@@ -251,6 +252,7 @@ class SegmentTab(VTKObservationMixin):
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else []))
         self._showFindings(list(volumes.values()))
         self._showLocating()
+        self._showMirroring()
         request = self._makeRequest()
         missing = [self._services.problem()] if self._services.problem() else []
         missing += self._missing(request)
@@ -278,6 +280,7 @@ class SegmentTab(VTKObservationMixin):
             roiNode=self.ui.roiSelector.currentNode(),
             window=None,
             locator=self._locator if self.ui.locateBox.checked else None,
+            mirrored=self.ui.mirrorBox.checked or model.mirrored == 1,
         )
 
     @property
@@ -298,6 +301,12 @@ class SegmentTab(VTKObservationMixin):
             box.text = text.format(structure=model.cropAround[0], model=locator.name)
         elif box.visible:
             box.text = _("Find the {structure} with another model first").format(structure=model.cropAround[0])
+
+    def _showMirroring(self) -> None:
+        model = self._models.chosen
+        count = 1 if model is None else model.mirrored
+        self.ui.mirrorBox.visible = count > 1
+        self.ui.mirrorBox.text = _("Average over {count} mirrored images (more exact)").format(count=count)
 
     def _showFindings(self, volumes: list) -> None:
         self.ui.matchRow.visible = self._models.chosen is not None

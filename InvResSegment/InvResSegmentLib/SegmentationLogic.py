@@ -34,6 +34,7 @@ class SegmentationRequest:
     outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
+    mirrored: whether the model also segments mirrored images, if it is one that does.
     """
 
     model: Any
@@ -43,11 +44,24 @@ class SegmentationRequest:
     roiNode: slicer.vtkMRMLMarkupsROINode | None = None
     window: Triple | None = None
     locator: Any = None
+    mirrored: bool = True
 
     @property
     def located(self) -> bool:
         """Whether another model finds the place first."""
         return self.locator is not None and self.roiNode is None
+
+    @property
+    def choices(self) -> list[str]:
+        """The options of the backend that segmenting and its plan share."""
+        arguments = ["--model", str(self.model.path), "--device", self.device]
+        if self.window:
+            arguments += ["--window", *map(str, self.window)]
+        if self.located:
+            arguments += ["--locate", str(self.locator.path)]
+        if not self.mirrored:
+            arguments += ["--mirror"]
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -213,15 +227,11 @@ class SegmentationLogic:
             return
         order, spacing = _canonicalOrder(reference)
         size = np.array(reference.GetImageData().GetDimensions())
-        arguments = ["plan", "--model", str(request.model.path), "--device", request.device]
+        arguments = ["plan", *request.choices]
         arguments += ["--shape", *(str(number) for number in size[order])]
         arguments += ["--spacing", *(f"{number:.6f}" for number in spacing[order])]
-        if request.window:
-            arguments += ["--window", *map(str, request.window)]
         if request.roiNode is not None and (box := _regionVoxels(request.roiNode, reference)) is not None:
             arguments += ["--roi-shape", *(str(number) for number in np.array(box)[order])]
-        if request.located:
-            arguments += ["--locate", str(request.locator.path)]
         asked: list[int] = []
 
         def finished(outcome: Any) -> None:
@@ -320,22 +330,18 @@ class SegmentationLogic:
     def _export(self, run: _Run) -> list[str]:
         """Writes the volumes; returns the backend's arguments."""
         request, reference = run.request, run.reference
-        arguments = ["segment", "--model", str(request.model.path)]
+        arguments = ["segment", *request.choices]
         nodes = self._nodes(request)
         for index, (channel, node) in enumerate(nodes.items()):
             self._progress("export", index, len(nodes), None)
             path = run.folder / f"channel{index}.nrrd"  # a short plain name, whatever the volume is called
             NodeConversion.exportVolume(node, path, None if node is reference else reference)
             arguments += ["--input", f"{channel}={path}"]
-        arguments += ["--output", str(run.resultPath), "--device", request.device]
-        if request.window:
-            arguments += ["--window", *map(str, request.window)]
+        arguments += ["--output", str(run.resultPath)]
         if request.roiNode is not None:
             # Without exponents, which argparse takes for options where the number is negative.
             bounds = NodeConversion.regionInVolume(request.roiNode, reference)
             arguments += ["--roi", *(f"{number:.6f}" for number in bounds)]
-        if request.located:
-            arguments += ["--locate", str(request.locator.path)]
         self._progress("export", len(nodes), len(nodes), None)
         return arguments
 

@@ -28,6 +28,7 @@ ALLOWED = {
     "config": "configjson enhancementconfig networkconfig synthesisconfig",
     "expectation": "config",
     "sides": "config",
+    "mirroring": "config sides",
     "files": "",
     "faults": "",
     "runfolder": "events faults",
@@ -66,7 +67,7 @@ ALLOWED = {
     "doctor": "cases config dataset_json events preprocessing volume",
     "evaluation": "config events files metrics preprocessing volume",
     "packagefiles": "events",
-    "manifest": "config configjson enhancementconfig expectation networkconfig sides",
+    "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
     "modelpackage": (
         "config configjson enhancementconfig events expectation lineage manifest networkconfig networks packagefiles "
         "sides"
@@ -92,16 +93,16 @@ ALLOWED = {
     "region": "preprocessing volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
-    "segmentoptions": "",
+    "segmentoptions": "config",
     "segmentfiles": "config manifest outputs",
-    "prediction": "config events faults livebytes memory networks preprocessing segmentoptions",
+    "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation memory midline modelpackage networks pieces prediction preprocessing region "
-        "restoration segmentfiles sides volume"
+        "config devices events expectation memory midline mirroring modelpackage networks pieces prediction preprocessing "
+        "region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
-    "planning": "devices events manifest memory networks prediction region volume",
+    "planning": "devices events manifest memory mirroring networks prediction region volume",
     "enhancement": (
         "devices diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage "
         "networks outputs prediction scans volume"
@@ -117,8 +118,8 @@ ALLOWED = {
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
         "cardplan cases checkpoint config configjson cropping devices events expectation faults labelmapbatches "
-        "labelmaps memory metrics modelpackage networks objectives prediction prepared preprocessing sampling "
-        "sides trainer trainingrun"
+        "labelmaps memory metrics mirroring modelpackage networks objectives prediction prepared preprocessing "
+        "sampling sides trainer trainingrun"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
@@ -141,7 +142,7 @@ ALLOWED = {
     ),
     "comparison": "casecomparison config configjson evaluation events files",
     "tuningplan": (
-        "cases casesplits config configjson events files freezing manifest networkconfig networks prepared "
+        "cases casesplits config configjson events files freezing manifest mirroring networkconfig networks prepared "
         "preprocessing runfolder transfer"
     ),
     "tuningmemory": "devices events manifest memory networks reduction tuningplan",
@@ -152,8 +153,8 @@ ALLOWED = {
         "trainingrun transfer tuningplan"
     ),
     "tunedmodel": (
-        "casecomparison config configjson events expectation files manifest modelpackage networks sides transfer "
-        "tuningplan"
+        "casecomparison config configjson events expectation files manifest mirroring modelpackage networks sides "
+        "transfer tuningplan"
     ),
     "finetuning": (
         "casecomparison cases casesplits checkpoint comparison config configjson cropping devices events files "
@@ -179,7 +180,7 @@ ALLOWED = {
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs",
     "plan_command": (
-        "cardplan config console devices enhancementconfig events locating memory networkconfig planning "
+        "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
         "prediction tuningmemory"
     ),
     "commands": (

@@ -213,6 +213,7 @@ def _bundle(data: Dataset, run: Path, fold: dict[str, Any], target: Path) -> Mod
         metrics=metrics,
         expected=Expectation(ranges, min(fold["confidences"])),
         one_piece=manifest.one_piece,
+        mirror_axes=manifest.mirror_axes,
         licence="CC-BY-SA-4.0",
         log=run / "metrics.jsonl",
     )

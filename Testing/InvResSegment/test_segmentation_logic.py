@@ -244,12 +244,27 @@ def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model
     outcome = panel.run(request)
     assert outcome.state == "done", outcome.message
     assert masks_in_world(outcome.segmentationNode, classes == 1, node) > 0.8
-    assert backend.requests[-1][-2:] == ["--locate", small_model.path]
+    arguments = backend.requests[-1]
+    assert arguments[arguments.index("--locate") + 1] == small_model.path
     assert "Finding the place to segment" in [text for text, _, _ in panel.progress]
     told = []
     panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
     standins.waitUntil(lambda: told, 180)
     assert told[0][0].fits and told[0][0].sentence.startswith("To find the place: Needs ")
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_mirrored_images_are_left_out_where_that_is_wanted(scene, panel, backend, small_model, mirrored):
+    request, _, _ = one_request(scene, small_model, mirrored=mirrored)
+    told = []
+    panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
+    standins.waitUntil(lambda: told, 180)
+    assert told[0][0] is not None, told[0][1]
+    outcome = panel.run(request)
+    assert outcome.state == "done", outcome.message
+    asked = [arguments for arguments in backend.requests if arguments[0] in ("plan", "segment")]
+    assert [arguments[0] for arguments in asked] == ["plan", "segment"]
+    assert all(("--mirror" in arguments) != mirrored for arguments in asked)
 
 
 def test_a_model_of_crops_wants_a_place_in_a_whole_image(scene, panel, small_model, crop_model):

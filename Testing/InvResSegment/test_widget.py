@@ -565,6 +565,11 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         (picker,) = pickers(tab).values()
         assert picker.currentNode() is volume
         assert tab.ui.applyButton.enabled and not tab.ui.locateBox.visible
+        box = tab.ui.mirrorBox
+        assert box.visible and box.text == "Average over 2 mirrored images (more exact)"
+        assert tab._makeRequest().mirrored
+        box.checked = False
+        assert not tab._makeRequest().mirrored
         table = module.enter().panel.modelsTab.ui.modelsTable
         assert table.item(0, 2).text() == "CSF, third ventricle, fourth ventricle, brain stem, and 13 more"
 
