@@ -23,12 +23,12 @@ from .preprocessing import on_one_grid
 from .region import cut_out
 from .volume import Volume, write_volume
 
-__all__ = ["CROPS", "cropped"]
+__all__ = ["CROPS", "REFERENCE_CROPS", "cropped"]
 
 
 KNOWN = "crops.json"
-CROPS = "crops"
-"""The folder of a run that crops are written into."""
+CROPS, REFERENCE_CROPS = "crops", "crops_reference"
+"""The folders of a run that crops are written into, of its own cases and of those that the base model is checked on."""
 
 
 def cropped(

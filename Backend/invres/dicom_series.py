@@ -66,6 +66,11 @@ def read_series(files: tuple[str, ...]) -> Header:
     size, components = checked_layout(folder, readers[0])
     if len(files) == 1 and size[2] > 1:
         return _read_frames(Path(files[0]), size, components)
+    if size[2] > 1:
+        raise InvresError(
+            f"The DICOM series in {folder} has {len(files)} files with several frames each, which cannot be joined.",
+            hint=f"Name one of them, for example {Path(files[0]).name}, or convert the series with dcm2niix.",
+        )
     affine = itk_affine(folder, readers[0])
     if len(files) == 1:
         affine, sentence = repaired_axes(folder, affine, size[2::-1])

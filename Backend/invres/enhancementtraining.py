@@ -123,7 +123,7 @@ def _train(
     begun = trainer.iteration
     result = trainer.run()
     name = options.name or recipe.name
-    if result.iterations == begun and (finished := finished_package(output, name, begun)) is not None:
+    if result.iterations == begun and (finished := finished_package(output, name, options, begun)) is not None:
         return finished
     net.load_state_dict(result.weights)
     count = len(held_out.centres)

@@ -41,9 +41,9 @@ def written_whole(path: Path, ending: str | None = None) -> Iterator[Path]:
 
 def write_changed(path: Path, text: str) -> None:
     """Writes the text as `written_whole` does, unless it stands there already: going on needs no room on the disk."""
-    if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+    if not (path.is_file() and path.read_bytes() == text.encode()):
         with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(text.encode())
 
 
 def stamps_of(paths: Iterable[Path | None]) -> list[tuple[str, int, int]]:

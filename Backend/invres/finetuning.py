@@ -18,7 +18,7 @@ from .checkpoint import CHECKPOINT
 from .comparison import summarise, write_comparison
 from .config import Recipe
 from .configjson import from_dict, to_dict
-from .cropping import CROPS, cropped
+from .cropping import CROPS, REFERENCE_CROPS, cropped
 from .devices import choose_device
 from .events import SILENT, Reporter
 from .files import written_whole
@@ -101,12 +101,13 @@ def _held(
         if not started:
             check_known(scheme, known, base.name)
     dataset = dataclasses.replace(dataset, scheme=merged_scheme(scheme, known))
-    if base.manifest.plan.crop is not None:
-        dataset = cropped(dataset, base.manifest.plan.crop, output / CROPS, report, lambda: stop.requested)
     if started and not options.resume:
         raise InvresError(
             f"There is already a fine-tuning in {output}.", hint="Add --resume to go on, or give another folder."
         )
+    crop = base.manifest.plan.crop
+    if crop is not None:
+        dataset = cropped(dataset, crop, output / CROPS, report, lambda: stop.requested)
     if started:
         plan = read_plan(output, base.manifest, dataset, options, report)
     else:
@@ -116,8 +117,11 @@ def _held(
     if started and (output / RESULT).is_file():
         return finished_result(output, options.promote, report)
     # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
-    options = plan.remembered(options)
+    options = plan.remembered(options, report)
     reference = read_reference(options.check_base, base, plan.plan, report) if options.check_base else None
+    if reference is not None and crop is not None:
+        reference = cropped(reference, crop, output / REFERENCE_CROPS, report, lambda: stop.requested)
+    plan = dataclasses.replace(plan, name=options.name, licence=options.licence)
     write_plan(output, plan)
     run = _Run(base, dataset, plan, reference, output, options, device, report, stop)
     try:

@@ -18,7 +18,7 @@ from .enhancementconfig import EnhancementConfig, EnhancementPlan
 from .enhancementscaling import restored, scaled_input, scaled_target
 from .enhancementscores import cubic
 from .events import SILENT, Reporter
-from .files import written_whole
+from .files import stamps_of, written_whole
 from .networks import BORDER
 from .sampling import cut_padded
 from .scans import ScanFiles, read_scan
@@ -65,7 +65,7 @@ def prepare_pairs(
     for count, files in enumerate(scans, start=1):
         if stopped():
             raise Cancelled("Stopped while the scans were prepared.", hint="Give the same command again to go on.")
-        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.all() if path.exists()]
+        stamps = stamps_of(files.all())
         key = hashlib.sha256(json.dumps([stamps, config.kind, config.largest_b, factor]).encode()).hexdigest()[:16]
         kept = [folder / f"pair-{key}-{part}.npy" for part in _PARTS]
         # The last one is written last: with it all are there.

@@ -188,7 +188,8 @@ def _segment_case(
     clock.lap("predict")
     report.progress("segment.restore", 0, 1)
     labels = restore_probabilities(prediction.probabilities, prepared.geometry, prepared.original, manifest.scheme)
-    if manifest.one_piece and options.one_piece:
+    # A region's border cuts through what hangs together outside of it.
+    if manifest.one_piece and options.one_piece and not options.roi_mm:
         _leave_out_pieces(labels, prepared.original, report)
     report.progress("segment.restore", 1, 1)
     clock.lap("restore")
@@ -201,7 +202,7 @@ def _leave_out_pieces(labels: np.ndarray, grid: Geometry, report: Reporter) -> N
     millilitres = voxels * float(np.prod(grid.spacing_mm)) / 1000
     if millilitres >= WORTH_TELLING_ML:
         pieces = f"{count} loose piece{'' if count == 1 else 's'}"
-        report.note(f"Left out: {millilitres:.1f} mL in {pieces}, which did not hang together with the rest.")
+        report.warning(f"Left out: {millilitres:.1f} mL in {pieces}, which did not hang together with the rest.")
 
 
 def segment(

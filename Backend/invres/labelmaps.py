@@ -16,7 +16,7 @@ from .cases import Dataset
 from .config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe, TrainingConfig
 from .dataset_json import Case, list_volumes, stem_of
 from .events import SILENT, Reporter
-from .files import written_whole
+from .files import stamps_of, written_whole
 from .labelmapbatches import LabelMapBatches
 from .metrics import dice_by_label
 from .networks import SegmentationNetwork
@@ -126,8 +126,7 @@ def _prepared(case: Case, recipe: Recipe, folder: Path, report: Reporter) -> np.
     """The label map in canonical orientation on the finer spacing, cropped to what is not background: int16."""
     assert case.label is not None and recipe.spacing_mm is not None
     spacing = tuple(size / _settings(recipe).finer for size in recipe.spacing_mm)
-    stamp = case.label.stat()
-    key = json.dumps([str(case.label), stamp.st_size, stamp.st_mtime_ns, spacing])
+    key = json.dumps([stamps_of([case.label]), spacing])
     kept = folder / f"labelmap-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if kept.is_file():
         return np.load(kept)

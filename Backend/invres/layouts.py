@@ -37,6 +37,8 @@ FOLDER_PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
 LABEL_STEMS = ("label", "labels", "seg", "segmentation")
 # Label values are looked up in this many label files where nothing states them.
 LABEL_FILES_READ = 8
+# What Slicer calls segments that nobody has named.
+UNNAMED = re.compile(r"segment([ _]\d+)?")
 # What decides whether a name that not all cases have is a channel.
 FEW = 5
 FEWEST_CASES = 2
@@ -235,32 +237,43 @@ def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
             found.update(int(value) for value in np.unique(read_volume(files[index], kind="labels").array))
         except InvresError:
             continue  # an unreadable file is named with its case when that case is loaded
-    names = _segment_names(files)
-    found |= names.keys()
-    return plain_scheme((names.get(value, f"label_{value}"), (value,)) for value in found)
+    names = _segment_names(root, files)
+    return plain_scheme((names.get(value, f"label_{value}"), (value,)) for value in found | names.keys())
 
 
-def _segment_names(files: list[Path]) -> dict[int, str]:
-    """Value -> name in the .seg.nrrd files among these.
+def _segment_names(root: Path, files: list[Path]) -> dict[int, str]:
+    """Value -> name in the .seg.nrrd files among these; what Slicer calls a segment that nobody has named is no name.
 
-    Raises InvresError where a value is called otherwise in another file: Slicer numbers segments as they were made.
+    Raises InvresError where a value is called otherwise in another file, or a name has another value: Slicer numbers
+    segments as they were made.
     """
     names: dict[int, tuple[str, Path]] = {}
+    values: dict[str, tuple[int, Path]] = {}
     for file in (one for one in files if one.name.lower().endswith(".seg.nrrd")):
         try:
             fields = read_header(file).metadata
         except InvresError:
             continue  # named with its case when that case is loaded
+        here = file.relative_to(root) if file.is_relative_to(root) else file
         for value, name in segment_names(fields).items():
-            known, where = names.setdefault(value, (name, file))
-            if known.strip().casefold() != name.strip().casefold():
-                raise InvresError(
-                    f"The label value {value} is {known} in {where.name} and {name} in {file.name}, so the files "
-                    "cannot be learned from together.",
-                    hint="Give each structure one value in all files (in Slicer: export with a colour table), or let "
-                    "the panel export the cases (tab Fine-tune), which goes by the names.",
-                )
+            plain = name.strip().casefold()
+            if UNNAMED.fullmatch(plain):
+                continue
+            known, where = names.setdefault(value, (name, here))
+            number, place = values.setdefault(plain, (value, here))
+            if known.strip().casefold() != plain:
+                raise _contradiction(f"The label value {value} is {known} in {where} and {name} in {here}")
+            if number != value:
+                raise _contradiction(f"{name} has the label value {number} in {place} and {value} in {here}")
     return {value: name for value, (name, _) in names.items()}
+
+
+def _contradiction(what: str) -> InvresError:
+    return InvresError(
+        f"{what}, so the files cannot be learned from together.",
+        hint="Give each structure one value in all files (in Slicer: export with a colour table), or load the cases "
+        "into Slicer's scene and add them from there in the tab Fine-tune, which goes by names.",
+    )
 
 
 def _with_channels(found: list[Found]) -> tuple[list[str], list[Case]]:

@@ -30,8 +30,8 @@ def frame_grid(path: Path) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
             f"{path} holds several frames, and the package pydicom, which tells where they lie, is not installed.",
             hint=f"`pip install pydicom`. {CONVERT}",
         ) from None
-    data = pydicom.dcmread(path, stop_before_pixels=True)
     try:
+        data = pydicom.dcmread(path, stop_before_pixels=True)
         own = data.PerFrameFunctionalGroupsSequence
         shared = data.get("SharedFunctionalGroupsSequence") or [None]
         groups = [(frame, shared[0]) for frame in own]
@@ -40,14 +40,15 @@ def frame_grid(path: Path) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
         positions = _each(groups, "PlanePositionSequence", "ImagePositionPatient")
         cosines = _each(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
         spacings = _each(groups, "PixelMeasuresSequence", "PixelSpacing")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        scales = {_scale(group) for group in groups}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError, pydicom.errors.InvalidDicomError):
         raise InvresError(f"{path} holds several frames, but not where each of them lies.", hint=CONVERT) from None
     if np.ptp(cosines, axis=0).max() > 1e-3 or np.ptp(spacings, axis=0).max() > 1e-3:
         raise InvresError(
             f"The frames of {path} do not lie parallel, or differ in voxel size, so they are not one volume.",
             hint=CONVERT,
         )
-    if len({_scale(group) for group in groups}) > 1:
+    if len(scales) > 1:
         raise InvresError(f"The frames of {path} have scales of their own, which cannot be read here.", hint=CONVERT)
     along_row, along_column = cosines[0, :3], cosines[0, 3:]
     normal = np.cross(along_row, along_column)
@@ -66,7 +67,9 @@ def _each(groups: Sequence[tuple[Any, Any]], sequence: str, element: str) -> np.
     """The numbers of an element in every frame, its own or the shared one: (frames, n)."""
     found = []
     for group in groups:
-        holder = next(one for one in group if one is not None and sequence in one)
+        holder = next((one for one in group if one is not None and sequence in one), None)
+        if holder is None:
+            raise ValueError(f"no {sequence}")
         found.append([float(value) for value in getattr(getattr(holder, sequence)[0], element)])
     return np.array(found)
 
@@ -76,4 +79,4 @@ def _scale(group: tuple[Any, Any]) -> tuple[float, float]:
     if holder is None:
         return 1.0, 0.0
     item = holder.PixelValueTransformationSequence[0]
-    return float(item.RescaleSlope), float(item.RescaleIntercept)
+    return float(item.get("RescaleSlope", 1)), float(item.get("RescaleIntercept", 0))

@@ -83,16 +83,16 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
     check_spacing(path, pixdim[1 : min(dimension, 3) + 1])
     kind, bits = struct.unpack_from(order + "2h", raw, 70)
     offset, slope, intercept = struct.unpack_from(order + "3f", raw, 108)
-    voxel_bytes = math.prod(size) * bits // 8
+    components = _COLOURS.get(kind, 1)
+    value_bits = 8 * components * np.dtype(_TYPES.get(kind, "u1")).itemsize
+    voxel_bytes = math.prod(size) * (bits or value_bits) // 8  # some writers leave the bits out
     offset_bytes = max(int(offset), 352 if raw[344:347] == b"n+1" else 0)
     packed = _is_gzip(data_file)
     stored_bytes = data_file.stat().st_size - (0 if packed else offset_bytes)
     check_claim(path, tuple(size), voxel_bytes, stored_bytes, packed=packed)
     if kind not in _TYPES and kind not in _COLOURS:
         raise unsupported_values(path, f"NIfTI type {kind}")
-    components = _COLOURS.get(kind, 1)
-    value_bits = 8 * components * np.dtype(_TYPES.get(kind, "u1")).itemsize
-    if bits != value_bits:
+    if bits not in (0, value_bits):
         raise InvresError(
             f"The header of {path} is damaged: it gives {bits} bits for a value of NIfTI type {kind}, which has "
             f"{value_bits}.",

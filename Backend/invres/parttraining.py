@@ -105,7 +105,8 @@ class PartTrainer:
                 hint="Go on with --resume.",
                 code=NOTHING_TO_KEEP,
             )
-        if load_checkpoint(self.folder(index))["iteration"] != result.iterations:
+        saved = (self.folder(index) / CHECKPOINT).is_file()
+        if not saved or load_checkpoint(self.folder(index))["iteration"] != result.iterations:
             raise InvresError(
                 f"The end of the training could not be saved in {self.folder(index)}.",
                 hint="Free some space and go on with --resume.",

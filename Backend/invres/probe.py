@@ -28,6 +28,7 @@ PACKAGES = (
     ("scipy", "scipy", ""),
     ("scikit-image", "skimage", ""),
     ("safetensors", "safetensors", ""),
+    ("pydicom", "pydicom", ""),
     ("psutil", "psutil", ""),
     ("memcnn", "memcnn", ""),
     ("monai", "monai", ""),

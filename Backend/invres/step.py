@@ -98,7 +98,8 @@ def _optimize(
 ) -> L:
     """Takes the step that lowers the first of the losses that `compute` gives, and returns them detached.
 
-    The first is NaN where the step was left out, so that whoever counts on it notices.
+    The first is NaN where the step was left out, so that whoever counts on it notices. A scaler leaves steps out of its
+    own accord, and tries with a smaller scale the next time.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = compute()
@@ -111,8 +112,10 @@ def _optimize(
         scaler.unscale_(optimizer)
     parameters = [p for p in network.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if check_finite and scaler is None and not torch.isfinite(norm):
-        return type(detached)(torch.full_like(detached[0], torch.nan), *detached[1:])
+    left_out = type(detached)(torch.full_like(detached[0], torch.nan), *detached[1:])
+    finite = not check_finite or bool(torch.isfinite(norm))
+    if scaler is None and not finite:
+        return left_out
     if gradient_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
     with role("optimizer"):
@@ -121,7 +124,7 @@ def _optimize(
             scaler.update()
         else:
             optimizer.step()
-    return detached
+    return detached if finite else left_out
 
 
 def _between_channels(network: torch.nn.Module) -> list[torch.Tensor]:

@@ -145,6 +145,7 @@ class Trainer:
         self.best_score: float | None = None
         self.best_epoch = 0
         self.best_weights: dict[str, torch.Tensor] | None = None
+        self._diverged = False  # no step of the last epoch could be taken
         self._started = 0.0
         self._saved = 0.0
         self._kept: int | None = None  # the iteration of the checkpoint on disk
@@ -174,6 +175,7 @@ class Trainer:
         self.best_epoch = state["best_epoch"]
         self.best_weights = state["best_weights"]
         self.peak_bytes = state["peak_bytes"]
+        self._diverged = state.get("diverged", False)
         self._write_metrics()
 
     def save(self) -> bool:
@@ -192,6 +194,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
             "peak_bytes": self.peak_bytes,
+            "diverged": self._diverged,
         }
         try:
             save_checkpoint(self.folder, state)
@@ -216,13 +219,13 @@ class Trainer:
         per_epoch, total = config.iterations_per_epoch, config.iterations_per_epoch * config.epochs
         self.network.train()
         # A training that had ended early and is resumed must not go on.
-        early = bool(self.history) and not self.epoch_losses and self._impatient()
+        early = bool(self.history) and not self.epoch_losses and (self._diverged or self._impatient())
         self._report_progress()
         while self.iteration < total and not early and not self._must_end():
             self._one_step()
             if self.iteration % per_epoch == 0 or self._must_end():
                 self._end_epoch()
-                early = self._impatient()
+                early = self._diverged or self._impatient()
             if self.stop.requested:
                 if not self.save():
                     raise self._unsaved(total)
@@ -319,18 +322,24 @@ class Trainer:
         terms = zip(self.objective.terms, means, strict=True)
         entry |= {name: round(mean, 6) for name, mean in terms if math.isfinite(mean)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if left_out:
+        # A scaler begins far too large, and is halved by every step that it leaves out.
+        settling = self.scaler is not None and self.scaler.get_scale() >= 1
+        if left_out and not settling:
             self.report.warning(
                 f"In {left_out} of {len(columns[0])} steps of epoch {epoch} the loss or its gradient was not finite; "
                 "these steps were left out."
             )
         self.epoch_losses = []
-        if left_out == len(columns[0]) >= ENOUGH_STEPS:
+        self._diverged = left_out == len(columns[0]) >= ENOUGH_STEPS and not settling
+        if self._diverged and self.best_weights is None:
             raise InvresError(
                 f"Not one of {left_out} steps could be taken: the loss or its gradient was never finite.",
                 hint="Train with --precision fp32 or a lower learning rate, and look at the data with `invres check`.",
             )
-        last = self.iteration >= self.config.iterations_per_epoch * self.config.epochs or self._must_end()
+        total = self.config.iterations_per_epoch * self.config.epochs
+        last = self.iteration >= total or self._diverged or self._must_end()
+        if self._diverged:
+            self.report.warning(f"The training ends here; the weights of epoch {self.best_epoch} are kept.")
         if self.validate is not None and (epoch % self.config.validate_every == 0 or last):
             self.network.eval()
             scores = self.validate(self.network)

@@ -147,7 +147,7 @@ def _train(
     begun = trainer.iteration
     result = trainer.run()
     name = options.name or recipe.name
-    if result.iterations == begun and (finished := finished_package(output, name, begun)) is not None:
+    if result.iterations == begun and (finished := finished_package(output, name, options, begun)) is not None:
         return finished
     network.load_state_dict(result.weights)
     network.eval()

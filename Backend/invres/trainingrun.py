@@ -115,8 +115,9 @@ def remembered(output: Path, options: TrainOptions) -> TrainOptions:
     return dataclasses.replace(options, **kept)
 
 
-def finished_package(output: Path, name: str, iterations: int) -> ModelPackage | None:
-    """The package that the run in `output` has written already, of this name and after so many steps; else None.
+def finished_package(output: Path, name: str, options: TrainOptions, iterations: int) -> ModelPackage | None:
+    """The package that the run in `output` has written already after so many steps, with this name and the licence and
+    source of the options; else None.
 
     A run that is complete and resumed again keeps it, because a new one would be another model to all that came of it.
     """
@@ -125,7 +126,8 @@ def finished_package(output: Path, name: str, iterations: int) -> ModelPackage |
     except InvresError:
         return None
     manifest = package.manifest
-    return package if (manifest.name, manifest.training.iterations) == (name, iterations) else None
+    written = (manifest.name, manifest.licence, manifest.training.data, manifest.training.iterations)
+    return package if written == (name, options.licence, options.source, iterations) else None
 
 
 def described(recipe: Recipe, data: str, cases: int) -> str:

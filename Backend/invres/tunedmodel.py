@@ -160,8 +160,10 @@ def _kept_sides(base: Manifest, scheme: LabelScheme) -> tuple[Side, ...]:
 
 
 def _stays_one_piece(base: Manifest, scheme: LabelScheme) -> bool:
-    """Of a new label nobody knows whether it hangs together with the others."""
-    return base.one_piece and None not in match_names(scheme.names, base.scheme.names)
+    """Only with the very labels of the base model: of a new one nobody knows whether it hangs together with the others,
+    and what is left of a brain without some of its structures does not."""
+    places = match_names(scheme.names, base.scheme.names)
+    return base.one_piece and not scheme.regions and {*places} == {*range(len(base.scheme.names))}
 
 
 def _next_version(version: str) -> str:

@@ -142,13 +142,18 @@ class TuningPlan:
     licence: str = ""
     check_base: str = ""
 
-    def remembered(self, options: TuningOptions) -> TuningOptions:
-        """The options with what was asked for at the start and is not asked again."""
+    def remembered(self, options: TuningOptions, report: Reporter = SILENT) -> TuningOptions:
+        """The options with what was asked for at the start and is not asked again. Warns where the data set for
+        `check_base` is gone, without which a run can still go on."""
+        path = options.check_base or (Path(self.check_base) if self.check_base else None)
+        if path is not None and str(path.absolute()) == self.check_base and not path.exists():
+            report.warning(f"{path} is not there any more, so what the model forgets is not checked.")
+            path = None
         return dataclasses.replace(
             options,
             name=options.name or self.name,
             licence=options.licence or self.licence,
-            check_base=options.check_base or (Path(self.check_base) if self.check_base else None),
+            check_base=path,
         )
 
     @property

@@ -71,9 +71,13 @@ class FineTuneRun:
         """Whether the process that was started here is gone; False where none was."""
         return self._process is not None and self._process.poll() is not None
 
-    def launch(self, command: list[str], environment: dict[str, str], resume: bool = False) -> None:
-        """Starts the process. command: Python and what makes it the backend, without a verb. Raises OSError."""
-        arguments = [*command, *self.record["arguments"], *(["--resume"] if resume else []), "--json"]
+    def launch(self, command: list[str], environment: dict[str, str], device: str = "", resume: bool = False) -> None:
+        """Starts the process. command: Python and what makes it the backend, without a verb. device: what to compute
+        on now, "" for what it was started with, which may be gone when it is resumed. Raises OSError."""
+        words = list(self.record["arguments"])
+        if device and "--device" in words:
+            words[words.index("--device") + 1] = device
+        arguments = [*command, *words, *(["--resume"] if resume else []), "--json"]
         # A pause is over; that the best is to be kept has been decided.
         if _text(self.folder / STOP) != KEEP_BEST:
             with contextlib.suppress(FileNotFoundError):

@@ -44,7 +44,8 @@ class ModelInfo:
 
     id, version: of the package. active: the version that its name stands for.
     cropAround: what the images that it learned from were cut out around, () where they showed all; largestMm: so large.
-    mirrored: how many images it takes the average over, the volume itself and mirrored ones.
+    mirrored: how many images it takes the average over, the volume itself and mirrored ones. onePiece: whether it
+    leaves out what hangs loose.
     metrics: one line of text for each label. parent: id of the model that it was tuned from, or "". manifest: all of
     it. predictedBytes: None, until somebody has planned a run.
     """
@@ -69,6 +70,7 @@ class ModelInfo:
     cropAround: tuple[str, ...] = ()
     largestMm: tuple[float, float, float] | None = None
     mirrored: int = 1
+    onePiece: bool = False
 
     def finds(self, names: Sequence[str]) -> bool:
         """Whether one of these structures is among the labels, on one side or both."""
@@ -115,6 +117,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         active=bool(description.get("active")),
         cropAround=tuple(crop.get("around") or ()),
         largestMm=(largest[0], largest[1], largest[2]) if len(largest) == 3 else None,
+        onePiece=bool(manifest.get("one_piece")),
         mirrored=2 ** len(manifest.get("mirror_axes") or ()),
     )
 

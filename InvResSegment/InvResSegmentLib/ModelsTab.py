@@ -53,8 +53,8 @@ class ModelsTab:
     def setParameterNode(self, parameters) -> None:
         """Models do not depend on the scene."""
 
-    def setModels(self, models: list, emptyText: str) -> None:
-        """Show these models; emptyText says why there are none."""
+    def setModels(self, models: list, emptyText: str, problem: str = "") -> None:
+        """Show these models; emptyText says why there are none, problem why they may not be those of now."""
         chosen = self.selected
         self._models = list(models)
         table = self.ui.modelsTable
@@ -70,7 +70,9 @@ class ModelsTab:
             table.selectRow(paths.index(chosen.path))
         else:
             table.clearSelection()
-        if not self._models:
+        if problem:
+            self._notice.show(ERROR, problem)
+        elif not self._models:
             self._notice.show(INFORMATION, emptyText)
         elif not self._said:
             self._notice.clear()

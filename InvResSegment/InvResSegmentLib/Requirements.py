@@ -165,7 +165,9 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     known = {package.name for package in preflight.packages}
     # A probe that crashed has not looked at the packages behind.
     unseen = [
-        name for name in ("scipy", "scikit-image", "safetensors", "psutil", "memcnn", "monai") if name not in known
+        name
+        for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn", "monai")
+        if name not in known
     ]
     needed = [package.needs for package in rest if package.needs not in ("", "torch", TORCHVISION, *own)]
     # What only lacks torch has it now.

@@ -177,7 +177,8 @@ class RunSection:
         if run is None:
             return
         if self.state in ("paused", "failed"):
-            if self._do(lambda: run.launch(backendCommand("-m", "invres"), backendEnvironment(), resume=True)):
+            command, environment = backendCommand("-m", "invres"), backendEnvironment()
+            if self._do(lambda: run.launch(command, environment, Settings.device(), resume=True)):
                 self.show(run, launched=True)
             return
         if self._do(run.pause):

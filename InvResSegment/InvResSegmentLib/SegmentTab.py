@@ -252,7 +252,7 @@ class SegmentTab(VTKObservationMixin):
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else []))
         self._showFindings(list(volumes.values()))
         self._showLocating()
-        self._showMirroring()
+        self._showWays()
         request = self._makeRequest()
         missing = [self._services.problem()] if self._services.problem() else []
         missing += self._missing(request)
@@ -281,6 +281,7 @@ class SegmentTab(VTKObservationMixin):
             window=None,
             locator=self._locator if self.ui.locateBox.checked else None,
             mirrored=self.ui.mirrorBox.checked or model.mirrored == 1,
+            keepPieces=model.onePiece and not self.ui.piecesBox.checked,
         )
 
     @property
@@ -302,8 +303,10 @@ class SegmentTab(VTKObservationMixin):
         elif box.visible:
             box.text = _("Find the {structure} with another model first").format(structure=model.cropAround[0])
 
-    def _showMirroring(self) -> None:
+    def _showWays(self) -> None:
+        """The choices that not every model has."""
         model = self._models.chosen
+        self.ui.piecesBox.visible = model is not None and model.onePiece
         count = 1 if model is None else model.mirrored
         self.ui.mirrorBox.visible = count > 1
         self.ui.mirrorBox.text = _("Average over {count} mirrored images (more exact)").format(count=count)

@@ -34,7 +34,8 @@ class SegmentationRequest:
     outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
-    mirrored: whether the model also segments mirrored images, if it is one that does.
+    mirrored: whether the model also segments mirrored images, if it is one that does. keepPieces: whether what hangs
+    loose is kept, too.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class SegmentationRequest:
     window: Triple | None = None
     locator: Any = None
     mirrored: bool = True
+    keepPieces: bool = False
 
     @property
     def located(self) -> bool:
@@ -330,7 +332,7 @@ class SegmentationLogic:
     def _export(self, run: _Run) -> list[str]:
         """Writes the volumes; returns the backend's arguments."""
         request, reference = run.request, run.reference
-        arguments = ["segment", *request.choices]
+        arguments = ["segment", *request.choices, *(["--keep-pieces"] if request.keepPieces else [])]
         nodes = self._nodes(request)
         for index, (channel, node) in enumerate(nodes.items()):
             self._progress("export", index, len(nodes), None)

@@ -170,9 +170,12 @@ class Panel:
         if model := next((model for model in self._models if wanted and model.path == wanted), None):
             self.segmentTab.chooseModel(model.sha256)
             self.fineTuneTab.chooseModel(model.sha256)
-        self._showModels(
-            error or _("There are no models yet; import one from an .invres file or a folder, in the tab Models.")
-        )
+        nothing = _("There are no models yet; import one from an .invres file or a folder, in the tab Models.")
+        self._showModels(error or nothing)
+        if error and self._models:
+            self.modelsTab.setModels(
+                self._models, nothing, _("The models could not be listed anew: {error}").format(error=error)
+            )
 
     def _showModels(self, emptyText: str) -> None:
         for tab in self.tabs:

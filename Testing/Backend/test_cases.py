@@ -153,8 +153,31 @@ def test_slicers_segmentations_name_their_labels(tmp_path):
 
 def test_a_value_that_stands_for_two_structures_is_refused(tmp_path):
     folder = segmentations(tmp_path, ("hippocampus", "amygdala"), ("amygdala", "hippocampus"))
-    with pytest.raises(InvresError, match=r"1 is hippocampus in c0\.seg\.nrrd and amygdala in c1\.seg\.nrrd"):
+    with pytest.raises(
+        InvresError, match=r"1 is hippocampus in labels.c0\.seg\.nrrd and amygdala in labels.c1\.seg\.nrrd"
+    ):
         read_dataset(folder)
+
+
+def test_a_structure_with_two_values_is_refused_and_told_by_its_place(tmp_path):
+    folder = segmentations(tmp_path, ("liver", "spleen"), ("tumour", "Liver"))
+    for number in range(2):
+        case = tmp_path / "cases" / f"c{number}"
+        case.mkdir(parents=True)
+        (folder / "images" / f"c{number}.nrrd").rename(case / "CT.nrrd")
+        (folder / "labels" / f"c{number}.seg.nrrd").rename(case / "label.seg.nrrd")
+    # Value 1 comes first; without that only the name is left to speak of.
+    with pytest.raises(InvresError, match=r"1 is liver in c0.label\.seg\.nrrd and tumour in c1.label\.seg\.nrrd"):
+        read_dataset(tmp_path / "cases")
+    other = segmentations(tmp_path / "other", ("Segment_1", "Liver"), ("liver", "Segment"))
+    with pytest.raises(InvresError, match=r"liver has the label value 2 in labels.c0.* and 1 in labels.c1"):
+        read_dataset(other)
+
+
+def test_what_slicer_calls_a_segment_without_a_name_is_no_name(tmp_path):
+    assert read_dataset(segmentations(tmp_path, ("Segment_1", "Segment_2"))).scheme.names == ("label_1", "label_2")
+    mixed = segmentations(tmp_path / "mixed", ("Segment_1", "Segment_2"), ("liver", "Segment 3"))
+    assert read_dataset(mixed).scheme.names == ("liver", "label_2")
 
 
 @pytest.mark.parametrize("sessions", [["ses-1", "ses-2"], [""]])

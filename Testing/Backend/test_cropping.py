@@ -189,7 +189,14 @@ def test_a_model_of_crops_is_fine_tuned_on_whole_images(tmp_path):
     options = TuningOptions(
         device="cpu", wishes={"epochs": 1, "iterations_per_epoch": 2, "patch": (12, 12, 12)}, promote=True
     )
+    options = dataclasses.replace(options, check_base=data)
     found = finetune(base, read_dataset(data), tmp_path / "run", options)
+    proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))["base_check"]
+    assert proof["n_cases"] == 4, "the base model learned from crops, and is asked about crops"
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "crops").iterdir()}
+    with pytest.raises(InvresError, match="already a fine-tuning"):
+        finetune(base, read_dataset(two_places(tmp_path / "other", cases=2)), tmp_path / "run", options)
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "crops").iterdir()}
     compared = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))["cases"]
     held_out = sorted(case["case"] for case in compared)
     assert held_out == ["patient00-1", "patient00-2", "patient01-1", "patient01-2"]

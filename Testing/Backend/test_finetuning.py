@@ -359,25 +359,39 @@ def test_check_base_takes_labels_without_names_by_their_values(base, tmp_path):
 def test_a_run_that_goes_on_keeps_its_check_name_and_length(base, phantoms, tmp_path, monkeypatch):
     run, first = tmp_path / "run", StopRequest()
     first.requested = True
-    wishes = {
-        "validation_count": 1,
-        "check_base": phantoms,
-        "name": "Mine",
-        "licence": "CC0-1.0",
-        "wishes": {"epochs": 2},
-    }
+    wishes = {"validation_count": 1, "check_base": phantoms, "name": "Mine", "wishes": {"epochs": 2}}
     with pytest.raises(Cancelled):
         tune(base, phantoms, run, stop=first, **wishes)
     again = StopRequest()
     again.requested = True
     with pytest.raises(Cancelled):
-        tune(base, phantoms, run, stop=again, resume=True, wishes={"epochs": 3})
+        tune(base, phantoms, run, stop=again, resume=True, wishes={"epochs": 3}, licence="CC0-1.0")
     report = Recorder()
     result = tune(base, phantoms, run, report, resume=True, validation_count=2)
     manifest = open_package(result["model"]).manifest
     assert (manifest.name, manifest.licence, manifest.training.epochs) == ("Mine", "CC0-1.0", 3)
     assert result["base_check"] is not None
     assert any("left out: validation_count" in message for message in told(report))
+
+
+def test_a_check_whose_cases_are_gone_does_not_keep_a_run_from_its_end(base, phantoms, tmp_path):
+    run, first, report = tmp_path / "run", StopRequest(), Recorder()
+    moved = write_dataset(tmp_path / "moved")
+    first.requested = True
+    with pytest.raises(Cancelled):
+        tune(base, phantoms, run, stop=first, validation_count=1, check_base=moved)
+    moved.rename(tmp_path / "away")
+    result = tune(base, phantoms, run, report, resume=True, check_base=moved)
+    assert result["base_check"] is None
+    assert any("is not there any more" in message for message in told(report))
+    with pytest.raises(InvresError, match="moved"):
+        tune(base, phantoms, tmp_path / "new", validation_count=1, check_base=moved)
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_as_that(base, phantoms, tmp_path):
+    with files_up_to(20_000), pytest.raises(InvresError) as caught:
+        tune(base, phantoms, tmp_path / "run")
+    assert caught.value.code == "write_failed" and "leave --resume out" not in (caught.value.hint or "")
 
 
 def test_a_training_and_a_fine_tuning_leave_each_others_folders_alone(base, phantoms, tuned):

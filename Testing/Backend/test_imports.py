@@ -97,8 +97,8 @@ ALLOWED = {
     "segmentfiles": "config manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation memory midline mirroring modelpackage networks pieces prediction preprocessing "
-        "region restoration segmentfiles sides volume"
+        "config devices events expectation memory midline mirroring modelpackage networks pieces prediction "
+        "preprocessing region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",
     "cropping": "cases config configjson events files inference locating preprocessing region volume",

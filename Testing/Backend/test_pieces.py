@@ -88,9 +88,19 @@ def test_a_model_of_one_piece_leaves_out_what_hangs_loose(scene, tmp_path, keep)
     assert np.array_equal(written, whole + loose if keep else whole)
     assert found["settings"]["one_piece"] == (not keep)
     assert found["volumes_ml"]["b"] == pytest.approx((loose > 0).sum() * 0.008 if keep else 0, abs=1e-3)
-    notes = [event["message"] for event in events.events if event["event"] == "note"]
+    notes = [event["message"] for event in events.events if "loose" in event.get("message", "")]
     told = "Left out: 1.1 mL in 2 loose pieces, which did not hang together with the rest."
     assert notes == ([] if keep else [told])
+
+
+def test_a_region_cuts_off_what_hangs_together_outside_of_it(scene, tmp_path):
+    package, image, whole, loose = scene
+    geometry = read_volume(image).geometry
+    corner, far = (geometry.affine @ [*index, 1] for index in ((0, 0, 0), np.subtract(geometry.shape, 1)))
+    ends = np.sort(np.stack([corner[:3], far[:3]]), axis=0) + np.array([[-1], [1]])
+    options = SegmentOptions(roi_mm=tuple(ends.T.ravel().tolist()))
+    segment(package, {"": image}, tmp_path / "out.nii.gz", options, network=Known(4, scale=100.0))
+    assert np.array_equal(read_volume(tmp_path / "out.nii.gz", kind="labels").array, whole + loose)
 
 
 def test_other_models_keep_all_pieces(scene, tmp_path):
@@ -128,10 +138,12 @@ def test_a_trained_model_is_of_one_piece_where_its_recipe_says_so(tmp_path):
 
 def test_a_tuned_model_stays_in_one_piece_until_it_has_a_label_of_its_own(tmp_path):
     base = dataclasses.replace(package_of(tmp_path / "model").manifest, one_piece=True)
-    fewer = LabelScheme((Label("A", (5,), 5), Label("b", (6,), 6)))
-    assert _stays_one_piece(base, fewer)
-    assert not _stays_one_piece(base, LabelScheme((*fewer.labels, Label("lesion", (7,), 7))))
-    assert not _stays_one_piece(dataclasses.replace(base, one_piece=False), fewer)
+    same = LabelScheme((Label("A", (5,), 5), Label("c", (4,), 4), Label("b", (6,), 6)))
+    assert _stays_one_piece(base, same)
+    assert not _stays_one_piece(base, LabelScheme((*same.labels, Label("lesion", (7,), 7))))
+    assert not _stays_one_piece(base, LabelScheme(same.labels[1:])), "without a part the rest may fall apart"
+    assert not _stays_one_piece(base, dataclasses.replace(same, regions=True))
+    assert not _stays_one_piece(dataclasses.replace(base, one_piece=False), same)
 
 
 @pytest.mark.parametrize("one_piece", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_programs import (
@@ -49,6 +51,42 @@ def test_gradients_in_single_precision_are_within_rounding_of_plain_autograd(nam
     found = gradients_of(program, inputs, "reversible")
     for f, w in zip([*found[1], *found[2].values()], [*wanted[1], *wanted[2].values()], strict=True):
         assert (f - w).norm() <= 1e-5 * w.norm()
+
+
+def trained_from(program, inputs, engine, first):
+    """Gradients of the parameters where those in front of step `first` are frozen and nobody asks for the inputs'."""
+    program.zero_grad(set_to_none=True)
+    for index, step in enumerate(program.steps):
+        step.requires_grad_(index >= first)
+    outputs, tap = program([x.clone() for x in inputs], engine, tapped=program.tap is not None)
+    score([*outputs, *tap]).backward()
+    return {key: p.grad for key, p in program.named_parameters()}
+
+
+def noted_retreat(notes, step, own, *arguments):
+    notes.append(step)
+    own(*arguments)
+
+
+@pytest.mark.parametrize("setting", ["low", "lower"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_inverted_in_front_of_the_first_trained_step(name, setting, monkeypatch):
+    program, inputs = make(name)
+    program.memory = setting
+    trained = [index for index, step in enumerate(program.steps) if any(True for _ in step.parameters())]
+    for first in trained:
+        wanted = trained_from(program, inputs, "stored", first)
+        retreated = []
+        for step in {*program.steps}:  # one may stand there twice
+            monkeypatch.setattr(step, "retreat", partial(noted_retreat, retreated, step, step.retreat))
+        found = trained_from(program, inputs, "reversible", first)
+        monkeypatch.undo()
+        needed = next(i for i, step in enumerate(program.steps) if any(p.requires_grad for p in step.parameters()))
+        assert retreated == [*program.steps][: needed - 1 if needed else None : -1]
+        for key, gradient in wanted.items():
+            assert (found[key] is None) == (gradient is None), key
+            if gradient is not None:
+                assert_same([found[key]], [gradient])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from invres import InvresError
 from invres.config import LossWeights, TrainingConfig
+from invres.events import Recorder
 from invres.losses import total_loss
 from invres.networkconfig import NETWORKS, NetworkConfig, VAEConfig
 from invres.networks import build, with_patch
@@ -123,6 +127,31 @@ def test_float16_is_scaled_on_the_cpu_as_well(tmp_path):
         training_step(network, trainer.optimizer, image, target, False, WEIGHTS, "fp16", trainer.scaler)
     assert not all(torch.equal(b, p) for b, p in zip(before, network.parameters(), strict=True))
     assert trainer.scaler.get_scale() >= 1024
+
+
+@pytest.mark.parametrize(("broken", "scale_from", "message"), [(8, 65536.0, ""), (99, 1.0, "Not one of 10 steps")])
+def test_steps_that_a_scaler_leaves_out_are_told_once_it_has_settled(
+    tmp_path, monkeypatch, broken, scale_from, message
+):
+    network, image, target = make()
+
+    class Broken:
+        """Batches whose loss overflows until the scaler has come down."""
+
+        def batch(self, iteration):
+            return (image * math.nan if iteration < broken else image), target
+
+    report = Recorder()
+    config = TrainingConfig(precision="fp16", iterations_per_epoch=10, epochs=1)
+    trainer = Trainer(network, Broken(), config, tmp_path, Segmentation(False), report=report)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale_from)
+    if message:
+        with pytest.raises(InvresError, match=message):
+            trainer.run()
+    else:
+        assert math.isfinite(trainer.run().history[0]["loss"])
+    warned = [event for event in report.events if event["event"] == "warning"]
+    assert bool(warned) == bool(message)
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0])

@@ -371,6 +371,25 @@ def test_a_training_of_which_no_step_can_be_taken_says_so_instead_of_training_no
     assert all(torch.equal(one, p) for one, p in zip(before, trainer.network.parameters(), strict=True))
 
 
+def test_a_training_that_diverges_late_ends_with_its_best_weights(cases, tmp_path, monkeypatch):
+    """Also when it is resumed, which would only draw the same batches again."""
+    report, real = Recorder(), torch.nn.utils.get_total_norm
+    config = {"epochs": 9, "iterations_per_epoch": 10, "validate": Scores(0.4, 0.5, 0.5, 0.5), "report": report}
+    trainer = trainer_of(cases, tmp_path, **config)
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "get_total_norm",
+        lambda found: real(found) if trainer.iteration < 20 else torch.tensor(math.inf),
+    )
+    result = trainer.run()
+    assert (result.stopped_early, result.epochs, result.best_epoch) == (True, 3, 2)
+    told = [event["message"] for event in report.events if event["event"] == "warning"]
+    assert told[-1] == "The training ends here; the weights of epoch 2 are kept."
+    again = trainer_of(cases, tmp_path, **config)
+    again.resume()
+    assert again.run().iterations == result.iterations
+
+
 # --- figures -------------------------------------------------------------------------------------------------------
 
 

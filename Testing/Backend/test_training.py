@@ -306,8 +306,11 @@ def test_a_finished_training_that_is_resumed_keeps_its_model(phantoms, tmp_path)
     assert again.id == first.id
     shutil.rmtree(first.path)
     assert train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True)).id != first.id
+    licensed = train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True, licence="CC0-1.0"))
+    assert licensed.manifest.licence == "CC0-1.0"
+    assert train(dataset, recipe, tmp_path, TrainOptions(device="cpu", resume=True)).id == licensed.id
     longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, epochs=2))
-    assert train(dataset, longer, tmp_path, TrainOptions(device="cpu", resume=True)).id != first.id
+    assert train(dataset, longer, tmp_path, TrainOptions(device="cpu", resume=True)).id != licensed.id
 
 
 def test_a_fold_and_a_number_of_cases_are_not_both_held_out(phantoms, tmp_path):

@@ -406,6 +406,9 @@ def test_bits_that_contradict_the_type_are_damage(tmp_path):
     struct.pack_into("<h", raw, 72, 8)
     (tmp_path / "a.nii").write_bytes(raw)
     refused(tmp_path / "a.nii", "8 bits for a value of NIfTI type 4, which has 16")
+    struct.pack_into("<h", raw, 72, 0)  # as some writers leave them
+    (tmp_path / "a.nii").write_bytes(raw)
+    assert np.array_equal(read_volume(tmp_path / "a.nii").array, make_volume().array)
 
 
 def refused(path, pattern, **how):
@@ -788,6 +791,22 @@ def test_frames_that_are_no_volume_are_refused_and_a_gap_is_told(tmp_path):
     empty = pydicom.Sequence([])
     lost = write_frames(tmp_path / "lost.dcm", volume, tags={"PerFrameFunctionalGroupsSequence": empty})
     refused(lost, "frames, but not where each")
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        data = pydicom.dcmread(lost)
+        data.PerFrameFunctionalGroupsSequence = [pydicom.Dataset() for _ in volume.array]
+        setattr(data, name, empty)
+        data.save_as(tmp_path / "bare.dcm", enforce_file_format=True)
+        refused(tmp_path / "bare.dcm", "frames, but not where each")
+    bare = {k: {"PixelValueTransformationSequence": {"RescaleIntercept": 0}} for k in range(len(volume.array))}
+    read_volume(write_frames(tmp_path / "without slope.dcm", volume, groups=bare))
+
+
+def test_two_files_with_frames_are_not_joined(tmp_path):
+    volume = right_handed("lps")
+    for name in ("a", "b"):
+        uid = {"SOPInstanceUID": f"1.2.3.{ord(name)}"}
+        write_frames(tmp_path / "s" / f"{name}.dcm", volume, tags=uid)
+    refused(tmp_path / "s", "2 files with several frames each")
 
 
 def test_without_pydicom_frames_are_not_taken_on_trust(tmp_path, monkeypatch):

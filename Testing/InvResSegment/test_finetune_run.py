@@ -108,14 +108,26 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path):
     run.keepBest()
     assert (tmp_path / "a" / "stop").read_text() == "keep-best"
     again = FineTuneRun(tmp_path / "a")
-    again.launch([sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))"], dict(os.environ), True)
+    again.launch(
+        [sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))"], dict(os.environ), resume=True
+    )
     wait(lambda: not again.active)
     assert json.loads(output.read_text()) == ["finetune", "--epochs", "2", "--resume", "--json"]
     assert (tmp_path / "a" / "stop").read_text() == "keep-best", "that is decided, whatever came between"
     again.pause()
-    again.launch([sys.executable, "-c", ""], dict(os.environ), True)
+    again.launch([sys.executable, "-c", ""], dict(os.environ), resume=True)
     wait(lambda: not again.active)
     assert not (tmp_path / "a" / "stop").exists()
+
+
+def test_a_run_goes_on_with_the_device_that_there_is_now(tmp_path):
+    program = "import sys, json; print(json.dumps(sys.argv[1:]))"
+    run = begun(tmp_path / "a", program, ("finetune", "--device", "cuda:1", "--epochs", "2"))
+    wait(lambda: not run.active)
+    run.launch([sys.executable, "-c", program], dict(os.environ), "cpu", resume=True)
+    wait(lambda: not run.active)
+    words = json.loads((tmp_path / "a" / "stdout.jsonl").read_text())
+    assert words == ["finetune", "--device", "cpu", "--epochs", "2", "--resume", "--json"]
 
 
 def test_deleting_a_run_ends_it_and_leaves_nothing(tmp_path):

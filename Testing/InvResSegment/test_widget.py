@@ -570,6 +570,16 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         assert tab._makeRequest().mirrored
         box.checked = False
         assert not tab._makeRequest().mirrored
+        assert tab.ui.piecesBox.visible and not tab._makeRequest().keepPieces
+        tab.ui.piecesBox.checked = False
+        assert tab._makeRequest().keepPieces
+        panel = module.enter().panel
+        panel._onModels([], "The folder cannot be read.")
+        assert panel.modelsTab.ui.modelsTable.rowCount == 2
+        told = panel.modelsTab.ui.modelsNoticeText.text
+        assert "The models could not be listed anew: The folder cannot be read." in told
+        panel.refreshModels()
+        waitUntil(lambda: "listed anew" not in panel.modelsTab.ui.modelsNoticeText.text, 60)
         table = module.enter().panel.modelsTab.ui.modelsTable
         assert table.item(0, 2).text() == "CSF, third ventricle, fourth ventricle, brain stem, and 13 more"
 

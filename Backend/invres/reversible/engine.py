@@ -66,6 +66,11 @@ class Run:
             journal.count_overflows(outside)
         return State([t for t, _ in encoded], owned=True, journal=journal, fixed=True)
 
+    def first_trained(self) -> int:
+        """Index of the first step with a trainable parameter; the number of steps where none has one."""
+        trained = (i for i, step in enumerate(self.steps) if any(p.requires_grad for p in step.parameters()))
+        return next(trained, len(self.steps))
+
 
 def advance(run: Run, inputs: Sequence[torch.Tensor]) -> OutputsAndTap:
     """Runs the steps in place without gradients (inference): one state and one working set are alive.
@@ -131,6 +136,8 @@ class _ReversibleProgram(torch.autograd.Function):
             if index == run.tap:
                 tapped = _tapped(state)
         ctx.journal = journal
+        # In front of it nobody wants a gradient, as where a fine-tuning freezes the encoder.
+        ctx.first = 0 if journal.wants_input_gradient else run.first_trained()
         # Kept as aliases, not with save_for_backward: autograd would hold those alive until backward has ended,
         # while here every tensor goes as soon as it has been inverted. The version check below stands in for its guard.
         if run.readout is not None:
@@ -197,20 +204,22 @@ class _ReversibleProgram(torch.autograd.Function):
                 journal=journal,
             )
         del of_outputs
-        for index in reversed(range(len(run.steps))):
+        for index in reversed(range(ctx.first, len(run.steps))):
             if index == run.tap:
                 for position, gradient in zip((-2, -1), tapped, strict=True):
                     if gradient is not None:
                         gradients.add(position, gradient)
-                del tapped
+                tapped = ()
             step = run.steps[index]
             with ctx.autocast.restored(), frozen_statistics(step):
                 step.retreat(state, gradients, sink)
             if index in journal.samples:
                 found = (sample(state.tensors[-2]), sample(state.tensors[-1]))
                 run.watch.errors[index - run.first_index] = difference(found, journal.samples.pop(index))
-        needed = ctx.needs_input_grad[2:]
-        of_inputs = [g if wanted else None for g, wanted in zip(gradients.tensors, needed, strict=False)]
+        needed = ctx.needs_input_grad[2 : 2 + ctx.count]
+        # Where the walk ended before the first step, the stack may have another length than the inputs.
+        found_gradients = gradients.tensors if any(needed) else [None] * ctx.count
+        of_inputs = [g if wanted else None for g, wanted in zip(found_gradients, needed, strict=False)]
         return (None, None, *of_inputs, *(sink.get(p) for p in ctx.parameters))
 
 
