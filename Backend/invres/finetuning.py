@@ -117,7 +117,7 @@ def _held(
     if started and (output / RESULT).is_file():
         return finished_result(output, options.promote, report)
     # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
-    options = plan.remembered(options, report)
+    options = plan.remembered(options, report) if started else options
     reference = read_reference(options.check_base, base, plan.plan, report) if options.check_base else None
     if reference is not None and crop is not None:
         reference = cropped(reference, crop, output / REFERENCE_CROPS, report, lambda: stop.requested)
