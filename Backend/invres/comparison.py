@@ -8,38 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from . import InvresError
 from .casecomparison import CaseComparison
 from .config import LabelScheme
 from .configjson import to_dict
-from .evaluation import bootstrap_interval
 from .events import aligned
 from .files import written_whole
+from .intervals import interval, p_value, rejected, spread
 
-__all__ = ["comparison_table", "interval", "spread", "summarise", "write_comparison"]
+__all__ = ["comparison_table", "summarise", "write_comparison"]
 
 METRICS = ("Dice", "HD95_mm", "VolumeError_ml")
 LARGER_IS_BETTER = {"Dice": True, "HD95_mm": False, "VolumeError_ml": False}
 AS_GOOD = 0.01
 """A difference in Dice that does not matter (chosen): an interval within it means "as good as before"."""
-FEWEST_RESAMPLED = 5
-"""Below this many patients resampling shows hardly any of the uncertainty; Student's t is wide where it must be."""
 FEWEST_TOLD = 3
 """Below this many patients nothing is claimed, whatever the interval."""
 NOT_ENOUGH = "not enough data to tell"
-
-
-def interval(values: Sequence[float]) -> tuple[tuple[float, float] | None, str]:
-    """A 95 % interval of the mean, None for one value, and its method: "bootstrap" (percentile), "t" below 5 values."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return None, ""
-    if n < FEWEST_RESAMPLED:
-        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-        return (mean - half, mean + half), "t"
-    return bootstrap_interval(values), "bootstrap"
 
 
 def summarise(
@@ -55,7 +41,8 @@ def summarise(
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen, neither as a
-    whole nor in a label. `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did.
+    whole nor in a label. `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did; of many labels
+    some seem to by chance, which is allowed for (`intervals.rejected`).
     `dropped_labels`: of the base model, which the tuned one no longer has, as given in dropped. `cases`: worst first.
     `without`: Dice of the tuned model by channel that was left out, mean over labels, beside that of the same cases
     with it.
@@ -70,7 +57,7 @@ def summarise(
     overall = _difference(differences)
     verdict = _verdict(overall, held_out)
     labels = {name: _label_summary(name, cases) for name in scheme.names}
-    worse = [name for name, of_label in labels.items() if _verdict(of_label["Dice"]["difference"], held_out) == "worse"]
+    worse = _worse_labels(scheme.names, cases) if held_out else []
     tuned_dice = float(np.mean([_mean_dice(one.tuned) for one in cases])) if cases else 0.0
     return {
         "held_out": held_out,
@@ -142,35 +129,34 @@ def comparison_table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *aligned(cases)])
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation, median and n; None if undefined."""
-    found: dict[str, Any] = {"mean": None, "sd": None, "median": None, "n": len(values)}
-    if values:
-        found |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
-    if len(values) > 1:
-        found["sd"] = float(np.std(values, ddof=1))
-    return found
-
-
 def _difference(values: Sequence[float]) -> dict[str, Any]:
-    found = {**spread(values), "ci95": None, "ci95_method": ""}
-    if values:
-        bounds, method = interval(values)
-        found |= {"ci95": None if bounds is None else list(bounds), "ci95_method": method}
-    return found
+    bounds = interval(values)
+    return {**spread(values), "ci95": None if bounds is None else list(bounds)}
+
+
+def _patient_differences(name: str, metric: str, cases: Sequence[CaseComparison]) -> list[float]:
+    """Tuned minus base of a label, a mean for each patient."""
+    by_patient: dict[str, list[float]] = {}
+    for one in cases:
+        if name in one.base:
+            by_patient.setdefault(one.patient, []).append(one.tuned[name][metric] - one.base[name][metric])
+    return [float(np.mean(values)) for values in by_patient.values()]
+
+
+def _worse_labels(names: Sequence[str], cases: Sequence[CaseComparison]) -> list[str]:
+    differences = {name: _patient_differences(name, "Dice", cases) for name in names}
+    told = {name: values for name, values in differences.items() if len(values) >= FEWEST_TOLD}
+    beyond_doubt = rejected({name: p_value(values) for name, values in told.items()})
+    return [name for name in names if name in beyond_doubt and np.mean(told[name]) < 0]
 
 
 def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]:
     summary = {}
     for metric in METRICS:
-        by_patient: dict[str, list[float]] = {}
-        for one in cases:
-            if name in one.base:
-                by_patient.setdefault(one.patient, []).append(one.tuned[name][metric] - one.base[name][metric])
         summary[metric] = {
             "base": spread([one.base[name][metric] for one in cases if name in one.base]),
             "tuned": spread([one.tuned[name][metric] for one in cases if name in one.tuned]),
-            "difference": _difference([float(np.mean(values)) for values in by_patient.values()]),
+            "difference": _difference(_patient_differences(name, metric, cases)),
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
     return summary

@@ -132,7 +132,11 @@ def enhanced(
 
     # Around a masked volume of tensors there is nothing to enhance.
     empty = plan.kind == "tensor"
-    return stitch(low, predict, patch, factor, plan.channels, options.overlap, empty, report)
+    found = stitch(low, predict, patch, factor, plan.channels, options.overlap, empty, report)
+    if empty:
+        # A tensor where there is no brain would make it a part of the brain for whoever reads the result.
+        found *= np.kron(scan.mask, np.ones(factor, bool))
+    return found
 
 
 def loaded_enhancer(package: ModelPackage, device: torch.device) -> tuple[ESPCN, EnhancementPlan]:

@@ -41,8 +41,8 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
         load_torch(report)
         from .heldout import segment_held_out
 
-        pairs = segment_held_out(options.trained, dataset, options.device, report)
-        metrics = score_pairs(pairs, dataset.scheme, report, options.tolerance)
+        pairs, patients = segment_held_out(options.trained, dataset, options.device, report)
+        metrics = score_pairs(pairs, dataset.scheme, report, options.tolerance, patients)
     write_metrics(options.output, metrics)
     say(report, summary_table(metrics))
     say(report, f"\nWritten: {options.output}")

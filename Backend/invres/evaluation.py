@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from . import InvresError
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter, aligned
 from .files import written_whole
+from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .preprocessing import LABEL_TOLERANCE_MM
 from .volume import Volume, read_volume
@@ -21,7 +22,6 @@ from .volume import Volume, read_volume
 __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
-_RESAMPLES = 2000
 _WORST_CASES = 3
 # Columns of the table: metric, heading, decimals.
 _COLUMNS = (("HD95", "HD95 mm", 2), ("HD", "HD mm", 2), ("NSD", "NSD", 3), ("VolumeError_ml", "volume error ml", 2))
@@ -52,16 +52,18 @@ def score_pairs(
     scheme: LabelScheme | None = None,
     report: Reporter = SILENT,
     tolerance_mm: float = 1.0,
+    patients: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Scores label files against their references: (name of the case, prediction, reference), on the same grid each.
 
     scheme: the labels to score; None takes every value but 0 found in the references.
-    tolerance_mm: of the normalised surface Dice (NSD).
+    tolerance_mm: of the normalised surface Dice (NSD). patients: of the cases; None takes each as one of its own.
 
     Returns plain JSON values, finite throughout, with the keys of nnU-Net v2's summary.json (`metric_per_case`, `mean`,
     `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
     reference counts, with Dice 1. Further keys: `summary` (by label name and metric: mean, sd, median, n and the
-    95 % bootstrap interval of the mean, None for n = 1; and under "empty" how often which mask was empty),
+    95 % interval of the mean over patients by Student's t, None for one; and under "empty" how often which mask was
+    empty),
     `label_names`, `tolerance_mm`, `empty_distance_mm`.
     Raises: InvresError for a file that cannot be read, different grids, no labels.
     """
@@ -88,6 +90,7 @@ def score_pairs(
         )
     report.progress("evaluate.cases", len(pairs), len(pairs))
 
+    of_patients = [(patients or {}).get(case["name"], case["name"]) for case in cases]
     metrics = tuple(_values(next(iter(scores[0].values()))))
     mean = {
         key: {metric: float(np.mean([case["metrics"][key][metric] for case in cases])) for metric in metrics}
@@ -99,7 +102,7 @@ def score_pairs(
         "foreground_mean": {
             metric: float(np.mean([of_label[metric] for of_label in mean.values()])) for metric in metrics
         },
-        "summary": {name: _summary([score[name] for score in scores]) for name in scheme.names},
+        "summary": {name: _summary([score[name] for score in scores], of_patients) for name in scheme.names},
         "label_names": {key: name for name, key in keys.items()},
         "tolerance_mm": float(tolerance_mm),
         "empty_distance_mm": EMPTY_DISTANCE_MM,
@@ -267,35 +270,21 @@ def _values(score: LabelScore) -> dict[str, float]:
     }
 
 
-def _summary(scores: list[LabelScore]) -> dict[str, Any]:
+def _summary(scores: list[LabelScore], patients: Sequence[str]) -> dict[str, Any]:
     """Spread of each metric of one label over cases."""
     values = [_values(score) for score in scores]
     shown = ("Dice", "IoU", "HD", "HD95", "NSD", "VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
-    summary: dict[str, Any] = {metric: _spread([case[metric] for case in values]) for metric in shown}
+    summary: dict[str, Any] = {
+        metric: spread_over_patients([case[metric] for case in values], patients) for metric in shown
+    }
     relative = [score.volume_error_relative for score in scores]
-    summary["VolumeError_relative"] = _spread([value for value in relative if value is not None])
+    there = [number for number, value in enumerate(relative) if value is not None]
+    summary["VolumeError_relative"] = spread_over_patients(
+        [value for value in relative if value is not None], [patients[number] for number in there]
+    )
     counts = Counter(score.empty for score in scores)
     summary["empty"] = {kind: counts[kind] for kind in ("none", "both", "predicted", "reference")}
     return summary
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation, median, n, 95 % percentile bootstrap interval of the mean; None if undefined."""
-    n = len(values)
-    spread: dict[str, Any] = {"mean": None, "sd": None, "median": None, "n": n, "ci95": None}
-    if n:
-        spread |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
-    if n > 1:
-        spread |= {"sd": float(np.std(values, ddof=1)), "ci95": list(bootstrap_interval(values))}
-    return spread
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95 % percentile bootstrap interval of the mean, always the same for the same values."""
-    n = len(values)
-    drawn = np.random.default_rng(0).integers(0, n, size=(_RESAMPLES, n))
-    low, high = np.percentile(np.asarray(values, dtype=float)[drawn].mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _worst_cases(metrics: dict[str, Any]) -> list[list[str]]:

@@ -22,10 +22,10 @@ FOLDER = "held_out"
 
 def segment_held_out(
     run: Path, dataset: Dataset, device: str = "auto", report: Reporter = SILENT
-) -> list[tuple[str, Path, Path]]:
+) -> tuple[list[tuple[str, Path, Path]], dict[str, str]]:
     """Segments each case that the training in the folder `run` was validated on, into `run`/held_out.
 
-    Returns (name of the case, prediction, reference) for `evaluation.score_pairs`.
+    Returns (name of the case, prediction, reference) for `evaluation.score_pairs`, and the patient of each case.
     Raises InvresError for a folder without a finished training, for one that held nothing out, and for a data set
     other than that of the training.
     """
@@ -40,7 +40,8 @@ def segment_held_out(
     if package.manifest.plan.crop is not None:
         dataset = cropped(dataset, package.manifest.plan.crop, run / CROPS, report)
     keeper = NetworkKeeper()
-    pairs = []
+    pairs: list[tuple[str, Path, Path]] = []
+    patients: dict[str, str] = {}
     for done, case in enumerate([dataset.case(name) for name in names]):
         report.progress("evaluate.segment", done, len(names))
         if case.label is None:
@@ -54,11 +55,12 @@ def segment_held_out(
             SegmentOptions(device, sides=False),
             report=_OfCase(report, case.name),
             keeper=keeper,
-            locate=lambda *_: [],  # for a model of crops they are crops, as large as they may be
+            locate=lambda *_: ([], 0),  # for a model of crops they are crops, as large as they may be
         )
         pairs.append((case.name, output, case.label))
+        patients[case.name] = case.patient or case.name
     report.progress("evaluate.segment", len(names), len(names))
-    return pairs
+    return pairs, patients
 
 
 class _OfCase(Reporter):

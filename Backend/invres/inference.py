@@ -34,9 +34,9 @@ from .segmentfiles import check_files, counted, each_channel, files_of_channels,
 from .sides import sided_scheme
 from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
 
-__all__ = ["NetworkKeeper", "is_crop", "load_network", "segment", "segment_volumes"]
+__all__ = ["NetworkKeeper", "SegmentedCase", "is_crop", "load_network", "segment", "segment_case", "segment_volumes"]
 
-Locate = Callable[[Sequence[Volume | None], Reporter], Sequence[Bounds]]
+Locate = Callable[[Sequence[Volume | None], Reporter], tuple[Sequence[Bounds], int]]
 WHOLE: Box = (slice(None), slice(None), slice(None))
 WORTH_TELLING_ML = 1.0  # of loose pieces
 SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
@@ -85,16 +85,16 @@ def segment_volumes(
     Raises OutOfMemory when none of that is enough.
     """
     options = options.mirrored_as(package.manifest.mirror_axes)
-    found = _segment_case(package, network, volumes, options, report)
+    found = segment_case(package, network, volumes, options, report)
     if options.roi_mm:
         clear_outside(found.labels.array, found.labels.geometry, options.roi_mm)
     return found.labels, found.prediction.probabilities, found.prepared
 
 
 @dataclass(frozen=True)
-class _SegmentedCase:
-    """labels: also those around a region of interest, which help to tell left from right. where: of the part in the
-    whole image."""
+class SegmentedCase:
+    """A case that was segmented. labels: also those around a region of interest, which help to tell left from right.
+    seconds: by stage. where: of the part in the whole image."""
 
     labels: Volume
     prepared: PreparedCase
@@ -117,15 +117,15 @@ def _segment_parts(
     boxes: Sequence[Bounds],
     options: SegmentOptions,
     report: Reporter,
-) -> list[_SegmentedCase]:
+) -> list[SegmentedCase]:
     """Each box as if only it had been acquired; without boxes the whole."""
     if not boxes:
-        return [_segment_case(package, network, volumes, options, report)]
+        return [segment_case(package, network, volumes, options, report)]
     parts = []
     for number, bounds in enumerate(boxes):
         cut, where = cut_out(volumes, bounds)
         whole = dataclasses.replace(options, roi_mm=())
-        found = _segment_case(package, network, cut, whole, _PartOf(report, number, len(boxes)))
+        found = segment_case(package, network, cut, whole, _PartOf(report, number, len(boxes)))
         parts.append(dataclasses.replace(found, where=where))
     return parts
 
@@ -136,13 +136,14 @@ def _boxes(
     options: SegmentOptions,
     locate: Locate | None,
     report: Reporter,
-) -> Sequence[Bounds]:
-    """What a whole image is cut to for a model that was trained on crops; nothing for other models and for crops."""
+) -> tuple[Sequence[Bounds], int]:
+    """What a whole image is cut to for a model that was trained on crops, nothing for other models and for crops; and
+    the bytes that finding it took."""
     plan = package.manifest.plan
     if plan.crop is None or (is_crop(plan.crop, volumes) and not options.roi_mm):
-        return []
+        return [], 0
     if options.roi_mm:
-        return [options.roi_mm]
+        return [options.roi_mm], 0
     if locate is not None:
         return locate(volumes, report)
     largest = " x ".join(f"{length:g}" for length in plan.crop.largest_mm)
@@ -169,13 +170,14 @@ class _PartOf(Reporter):
             self._report.emit(event)
 
 
-def _segment_case(
+def segment_case(
     package: ModelPackage,
     network: SegmentationNetwork,
     volumes: Sequence[Volume | None],
     options: SegmentOptions,
     report: Reporter,
-) -> _SegmentedCase:
+) -> SegmentedCase:
+    """As `segment_volumes`, with all that was measured; around a region of interest the labels go on."""
     manifest, clock = package.manifest, _Clock()
     report.progress("segment.prepare", 0, 1)
     prepared = prepare(volumes, None, manifest.plan, manifest.scheme, report=report)
@@ -193,7 +195,7 @@ def _segment_case(
         _leave_out_pieces(labels, prepared.original, report)
     report.progress("segment.restore", 1, 1)
     clock.lap("restore")
-    return _SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
+    return SegmentedCase(Volume(labels, prepared.original), prepared, prediction, clock.seconds)
 
 
 def _leave_out_pieces(labels: np.ndarray, grid: Geometry, report: Reporter) -> None:
@@ -221,7 +223,8 @@ def segment(
 
     probabilities_path: FILE.nii.gz (or another ending; none means .nii.gz): FILE_LABEL.nii.gz is written by label.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
-    locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`).
+    locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`), and says how
+    many bytes that took.
     Warns where image or result are unlike what the model has seen in training.
     Labels that have sides (`Manifest.sides`) are divided into left and right, unless `options` say otherwise or nobody
     can tell; probabilities, confidence and what is expected are of both sides together.
@@ -250,7 +253,7 @@ def segment(
     if network is None:
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
-    boxes = _boxes(package, volumes, options, locate, report)
+    boxes, locating_bytes = _boxes(package, volumes, options, locate, report)
     if boxes:
         clock.lap("locate")
     parts = _segment_parts(package, network, volumes, boxes, options, report)
@@ -258,7 +261,8 @@ def segment(
         clock.add(part.seconds)
     roi_mm = options.roi_mm
     labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
-    if manifest.sides and options.sides:
+    # A crop shows one side, and nothing that tells which.
+    if manifest.sides and options.sides and (manifest.plan.crop is None or len(parts) > 1):
         both = divided(labels, scheme, manifest.sides, report=report)
         if both is not None:
             labels, scheme = both, sided_scheme(scheme, manifest.sides)
@@ -291,7 +295,7 @@ def segment(
         "volumes_ml": volumes_ml,
         "confidence": round(min(confidences), 4),
         "seconds": clock.rounded(),
-        "measured_bytes": max(part.prediction.measured_bytes for part in parts) + beside,
+        "measured_bytes": max(locating_bytes, *(part.prediction.measured_bytes for part in parts)) + beside,
         "measured_rss_bytes": resident.growth_bytes(),
         "device": str(device),
         "device_title": device_info(device).title,
@@ -347,7 +351,7 @@ class _Clock:
         return {stage: round(seconds, 2) for stage, seconds in {**self.seconds, "total": total}.items()}
 
 
-def _joined(parts: Sequence[_SegmentedCase], grid: Geometry) -> Volume:
+def _joined(parts: Sequence[SegmentedCase], grid: Geometry) -> Volume:
     """The labels of all parts on the grid of the whole image."""
     if parts[0].where == WHOLE:
         return parts[0].labels
@@ -359,7 +363,7 @@ def _joined(parts: Sequence[_SegmentedCase], grid: Geometry) -> Volume:
 
 
 def _write_probabilities(
-    maps: Mapping[str, Path], parts: Sequence[_SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
+    maps: Mapping[str, Path], parts: Sequence[SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
 ) -> list[str]:
     """One map per label (and for the background where labels exclude one another); the paths."""
     written = []
@@ -406,7 +410,7 @@ def _label_volumes_ml(labels: Volume, scheme: LabelScheme) -> dict[str, float]:
     return {label.name: round(int((labels.array == label.output_value).sum()) * voxel_ml, 3) for label in scheme.labels}
 
 
-def _volumes_ml(found: _SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> dict[str, float]:
+def _volumes_ml(found: SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> dict[str, float]:
     """Millilitres of each label or region on the original grid."""
     if not scheme.regions:
         return _label_volumes_ml(found.labels, scheme)

@@ -13,7 +13,7 @@ from scipy import ndimage
 from . import InvresError
 from .config import CropPlan, LabelScheme
 from .events import SILENT, FilteredReporter, Reporter
-from .inference import segment_volumes
+from .inference import segment_case
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .prediction import SegmentOptions
@@ -45,8 +45,9 @@ def locate(
     volumes: Sequence[Volume | None],
     crop: CropPlan,
     report: Reporter = SILENT,
-) -> list[Bounds]:
-    """The boxes (R0, R1, A0, A1, S0, S1) in mm that the crops' model wants to see, from left to right.
+) -> tuple[list[Bounds], int]:
+    """The boxes (R0, R1, A0, A1, S0, S1) in mm that the crops' model wants to see, from left to right, and the peak of
+    memory in bytes that finding them took.
 
     package, network: of the model that segments the whole image; it gets the first of the volumes.
     Raises InvresError for a model that cannot find it, and where it finds nothing.
@@ -63,7 +64,8 @@ def locate(
             hint="Name another model, or give the region of interest yourself.",
         )
     first = next(volume for volume in volumes if volume is not None)
-    labels, _, _ = segment_volumes(package, network, [first], SegmentOptions(mirror_axes=()), _AsLocating(report))
+    found = segment_case(package, network, [first], SegmentOptions(mirror_axes=()), _AsLocating(report))
+    labels = found.labels
     boxes = boxes_around(np.isin(labels.array, _values(manifest.scheme, crop)), labels, crop.margin_mm)
     if not boxes:
         raise InvresError(
@@ -71,7 +73,7 @@ def locate(
             hint="Check that the image shows it, or give the region of interest yourself.",
         )
     report.note(f"{package.name} found {what} in {len(boxes)} place{'' if len(boxes) == 1 else 's'}.")
-    return boxes
+    return boxes, found.prediction.measured_bytes
 
 
 def boxes_around(inside: np.ndarray, grid: Volume, margin_mm: Sequence[float]) -> list[Bounds]:

@@ -127,17 +127,30 @@ def dice_by_label(predicted: np.ndarray, reference: np.ndarray) -> list[float]:
     return scores
 
 
-def surface(mask: np.ndarray) -> np.ndarray:
-    """The voxels of `mask` (bool, D H W) with a face neighbour outside it; outside the array nothing is inside."""
-    return mask & ~ndimage.binary_erosion(mask)
+def surface(mask: np.ndarray, unknown: np.ndarray | None = None) -> np.ndarray:
+    """The voxels of `mask` (bool, D H W) with a face neighbour outside it; outside the array nothing is inside.
+
+    unknown: voxels of which nobody knows what they are; a border with them is no surface.
+    """
+    return mask & ~ndimage.binary_erosion(mask if unknown is None else mask | unknown)
 
 
-def surface_distances(predicted: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]) -> SurfaceDistances:
-    """Distances between the surfaces of two non-empty masks (bool, D H W); spacing_mm (D, H, W)."""
+def surface_distances(
+    predicted: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float], unknown: np.ndarray | None = None
+) -> SurfaceDistances:
+    """Distances between the surfaces of two non-empty masks (bool, D H W). spacing_mm: (D, H, W); unknown: as in
+    `surface`.
+
+    Where a mask has no other border than that with unknown voxels, that counts as its surface all the same.
+    """
     # Both surfaces lie inside the joint box and erosion takes what is beyond it as background, which it is: cropping
     # to the box changes no distance, and the transform's time goes with the volume.
     box = _bounding_box(predicted | reference)
-    surfaces = [surface(mask[box]) for mask in (predicted, reference)]
+    if unknown is not None:  # what lies just outside may be unknown
+        box = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+    masks = [mask[box] for mask in (predicted, reference)]
+    surfaces = [surface(mask, None if unknown is None else unknown[box]) for mask in masks]
+    surfaces = [found if found.any() else surface(mask) for found, mask in zip(surfaces, masks, strict=True)]
     directed = [
         ndimage.distance_transform_edt(~other, sampling=tuple(spacing_mm))[own]
         for own, other in (surfaces, surfaces[::-1])
@@ -161,7 +174,7 @@ def _score(
     voxel_ml = math.prod(float(size) for size in spacing_mm) / 1000
     empty: Literal["none", "both", "predicted", "reference"] = "none"
     if n_predicted and n_reference:
-        distances = surface_distances(predicted, reference, spacing_mm)
+        distances = surface_distances(predicted, reference, spacing_mm, None if counted is None else ~counted)
         hausdorff_mm, hd95_mm = distances.hausdorff_mm(), distances.hd95_mm()
         nsd, dice = distances.nsd(tolerance_mm), 2 * tp / (n_predicted + n_reference)
     elif n_predicted or n_reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .volume import Volume
 __all__ = ["Mirror", "Plane", "best_mirror", "divided", "find_midline", "likeness_at"]
 
 ALIKE = 0.48  # the least likeness of two halves: real ones reach 0.7, planes through one hemisphere 0.45
+BESIDE_MM = 10.0  # an image that is to tell the middle by its axis shows so much on either side of it
 NARROWEST_MM = 25.0  # both sides together; less is one side alone, which is its own mirror image, too
 ONE_SIDE_MM = 90.0  # one side alone is no wider
 NO_WORSE = 0.25  # so far what lies in the middle may be from its best likeness
@@ -140,8 +142,13 @@ def find_midline(labels: Volume, scheme: LabelScheme, sides: Sequence[Side]) -> 
 
 
 def _scanners_middle(labels: Volume, values: Sequence[int]) -> Plane | None:
-    """The plane through the world's origin, if clearly all of these values lie on one side of it."""
+    """The plane through the world's origin, if the image lies on both sides of it and all of these values clearly on
+    one. Many files, as those of the Decathlon, begin at the origin and say nothing of where the head's middle is."""
     affine = labels.geometry.affine
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in labels.array.shape))))
+    ends_mm = corners @ affine[0, :3] + affine[0, 3]
+    if ends_mm.min() > -BESIDE_MM or ends_mm.max() < BESIDE_MM:
+        return None
     places = np.argwhere(np.isin(labels.array, values))
     across_mm = places @ affine[0, :3] + affine[0, 3]
     one_sided = across_mm.max() < 0 or across_mm.min() > 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from . import InvresError
-from .config import LabelScheme, check_axes
-from .sides import SIDES
+from .config import LabelScheme, Recipe, check_axes
+from .events import SILENT, Reporter
+from .sides import is_of_one_side
 
-__all__ = ["LEFT_TO_RIGHT", "check_mirror", "flips_of", "kept_mirror"]
+__all__ = ["LEFT_TO_RIGHT", "check_mirror", "flips_of", "kept_mirror", "with_kept_flips"]
 
 LEFT_TO_RIGHT = 2  # axis of a prepared case
 
@@ -30,6 +32,17 @@ def kept_mirror(scheme: LabelScheme, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis in axes if axis != LEFT_TO_RIGHT or not _sided(scheme))
 
 
+def with_kept_flips(recipe: Recipe, scheme: LabelScheme, report: Reporter = SILENT) -> Recipe:
+    """The recipe without mirroring from left to right, in training and prediction, where a label is of one side: the
+    flipped patch would call left what is right. Recipes of label maps exchange their labels, and stay as they are."""
+    flips, mirror = (kept_mirror(scheme, axes) for axes in (recipe.augmentation.flip_axes, recipe.mirror_axes))
+    if recipe.label_maps is not None or (flips, mirror) == (recipe.augmentation.flip_axes, recipe.mirror_axes):
+        return recipe
+    report.note(f"Labels are of one side ({_sided(scheme)}), so nothing is mirrored from left to right.")
+    augmentation = dataclasses.replace(recipe.augmentation, flip_axes=flips)
+    return dataclasses.replace(recipe, augmentation=augmentation, mirror_axes=mirror)
+
+
 def flips_of(axes: Sequence[int]) -> list[tuple[int, ...]]:
     """Every combination of the axes, the empty one first: what is predicted and averaged.
 
@@ -44,4 +57,4 @@ def flips_of(axes: Sequence[int]) -> list[tuple[int, ...]]:
 
 def _sided(scheme: LabelScheme) -> str:
     """A label of one side of the body, or ""."""
-    return next((name for name in scheme.names if name.casefold().startswith(SIDES)), "")
+    return next((name for name in scheme.names if is_of_one_side(name)), "")

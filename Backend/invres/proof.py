@@ -12,10 +12,11 @@ import torch
 from . import Cancelled, InvresError
 from .casecomparison import CaseComparison, Contender, can_segment, channels_for, compare_case
 from .cases import Case, Dataset, read_dataset
-from .comparison import interval, spread, summarise
+from .comparison import summarise
 from .config import PreparationPlan
 from .events import SILENT, FilteredReporter, Reporter
 from .inference import load_network
+from .intervals import spread_over_patients
 from .labelmatching import named_by_value, shared_labels
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
@@ -114,16 +115,13 @@ def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan, report
 def manifest_metrics(cases: list[CaseComparison]) -> dict[str, Any]:
     """Of the tuned model on held-out cases, by label and metric, for the manifest."""
     metrics: dict[str, Any] = {}
+    patients = [one.patient for one in cases]
     for name in cases[0].tuned:
         metrics[name] = {}
         for metric, key in (("Dice", "Dice"), ("HD95", "HD95_mm")):
-            metrics[name][metric] = _spread([one.tuned[name][key] for one in cases])
+            metrics[name][metric] = spread_over_patients([one.tuned[name][key] for one in cases], patients)
         for channel in dict.fromkeys(channel for one in cases for channel in one.without):
-            values = [one.without[channel][name] for one in cases if channel in one.without]
-            metrics[name][f"Dice without {channel}"] = _spread(values)
+            some = [one for one in cases if channel in one.without]
+            values = [one.without[channel][name] for one in some]
+            metrics[name][f"Dice without {channel}"] = spread_over_patients(values, [one.patient for one in some])
     return metrics
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    bounds, method = interval(values)
-    return {**spread(values), "ci95": list(bounds) if bounds and method == "bootstrap" else None}

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import InvresError
 from .config import Label, LabelScheme, Recipe
 
-__all__ = ["SIDES", "Side", "check_sides", "possible_sides", "sided_scheme", "sides_of_recipe"]
+__all__ = [
+    "SIDES",
+    "Side",
+    "check_sides",
+    "is_of_one_side",
+    "possible_sides",
+    "sided_scheme",
+    "sides_of_recipe",
+]
 
 SIDES = ("left ", "right ")
 """What names of labels of one side begin with, in any case of letters."""
 
+_SIDE_WORDS = frozenset(("left", "right", "l", "r", "lh", "rh"))
 DARKER = 0.8  # the right side's colour, so that both can be told apart
 LEFT, RIGHT = "SCT^7771000^Left", "SCT^24028007^Right"
 TYPE_MODIFIER, REGION, REGION_MODIFIER = 3, 5, 6  # places in category~type~modifier..., counted as in TERMS
 TERMS = 7  # context, category, type, modifier, context, region, region modifier
 NONE = ("", "^^")
+
+
+def is_of_one_side(name: str) -> bool:
+    """Whether the name of a label says of which side it is, in any of the usual ways: "left kidney",
+    "Left-Hippocampus", "hippocampus_R", "ctx-lh-insula", "LeftKidney"."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return not _SIDE_WORDS.isdisjoint(re.split(r"[^a-z]+", apart.casefold()))
 
 
 @dataclass(frozen=True)

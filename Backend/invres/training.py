@@ -25,7 +25,7 @@ from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_for
 from .metrics import dice_by_label
-from .mirroring import check_mirror
+from .mirroring import check_mirror, with_kept_flips
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
@@ -90,6 +90,7 @@ def _train(
     device = choose_device(options.device)
     stopped = (lambda: stop.requested) if stop is not None else (lambda: False)
     check_one_piece(dataset.scheme, recipe.one_piece)
+    recipe = with_kept_flips(recipe, dataset.scheme, report)
     check_mirror(dataset.scheme, recipe.mirror_axes)
     crop = started_recipe(output).crop if options.resume else recipe.crop
     if crop is not None:

@@ -20,7 +20,7 @@ from .events import SILENT, FilteredReporter, Reporter
 from .files import write_changed
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
-from .mirroring import kept_mirror
+from .mirroring import kept_mirror, with_kept_flips
 from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
@@ -184,7 +184,7 @@ def plan_tuning(
     Raises InvresError where no case is left, none has a labelled voxel, or the wishes contradict one another.
     """
     everything = dataset
-    augmentation = _augmentation(base, dataset, options)
+    augmentation = _augmentation(base, dataset, options, report)
     dropout = augmentation.channel_dropout
     dataset, skipped = _with_files(dataset, partial=dropout > 0)
     for one in skipped:
@@ -337,10 +337,11 @@ def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
     return dataclasses.replace(DEFAULTS, patch=base.patch, learning_rate=rate)
 
 
-def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions) -> AugmentationConfig:
+def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter) -> AugmentationConfig:
     """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so, and one
     that segments mirrored images as well goes on to see them."""
-    chosen = options.recipe.augmentation if options.recipe else AugmentationConfig()
+    recipe = with_kept_flips(options.recipe or Recipe(), dataset.scheme, report)
+    chosen = recipe.augmentation
     dropout = options.channel_dropout
     if dropout is None:
         dropout = chosen.channel_dropout or (base.training.channel_dropout if len(dataset.channel_names) > 1 else 0.0)

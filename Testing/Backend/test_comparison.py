@@ -14,8 +14,9 @@ from tiny_datasets import invres
 from invres import InvresError, casecomparison
 from invres.casecomparison import CaseComparison, Contender, channels_for, compare_case
 from invres.cases import Case, Dataset
-from invres.comparison import comparison_table, interval, summarise, write_comparison
+from invres.comparison import comparison_table, summarise, write_comparison
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
+from invres.intervals import interval, p_value, rejected, spread_over_patients
 from invres.manifest import Manifest
 from invres.modelpackage import ModelPackage
 from invres.networkconfig import NetworkConfig
@@ -119,21 +120,37 @@ def test_the_worst_cases_come_first():
     assert [one["case"] for one in found["cases"]] == ["c1", "c2", "c0"]
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_few_differences_get_students_interval(n):
+@pytest.mark.parametrize(("n", "factor"), [(2, 12.706), (3, 4.303), (4, 3.182), (10, 2.262), (60, 2.001)])
+def test_intervals_are_students(n, factor):
     values = [0.1 * i for i in range(n)]
-    bounds, method = interval(values)
-    factor = {2: 12.706, 3: 4.303, 4: 3.182}[n]
     half = factor * np.std(values, ddof=1) / np.sqrt(n)
-    assert method == "t" and bounds == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3)
+    assert interval(values) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3)
+    assert interval([0.3]) is None
 
 
-def test_more_differences_are_resampled_and_one_has_no_interval():
-    values = np.random.RandomState(0).normal(0.1, 0.05, 12).tolist()
-    bounds, method = interval(values)
-    assert method == "bootstrap" and min(values) < bounds[0] < np.mean(values) < bounds[1] < max(values)
-    assert interval(values) == (bounds, method)
-    assert interval([0.3]) == (None, "")
+@pytest.mark.parametrize("n", [5, 8, 20])
+def test_an_interval_holds_the_true_mean_as_often_as_it_says(n):
+    drawn = np.random.default_rng(n).normal(0.0, 0.03, (4000, n))
+    bounds = np.array([interval(row) for row in drawn])
+    assert np.mean((bounds[:, 0] <= 0) & (bounds[:, 1] >= 0)) == pytest.approx(0.95, abs=0.012)
+
+
+def test_of_many_labels_hardly_any_gets_worse_by_chance():
+    generator, names = np.random.default_rng(0), [f"l{i}" for i in range(17)]
+    false = 0
+    for _ in range(400):
+        drawn = generator.normal(0.0, 0.02, (17, 6))
+        p_values = {name: p_value(row) for name, row in zip(names, drawn, strict=True)}
+        false += bool(rejected(p_values))
+    assert false / 400 < 0.08
+    assert rejected({"a": 0.001, "b": 0.03, "c": 0.5}) == {"a"} and rejected({"b": 0.03}) == {"b"}
+    assert p_value([0.1]) == 1 and p_value([0.0, 0.0]) == 1 and p_value([0.1, 0.1]) == 0
+
+
+def test_cases_of_one_patient_count_once():
+    assert spread_over_patients([0.1, 0.3], ["p", "p"])["ci95"] is None
+    found = spread_over_patients([0.1, 0.3, 0.4], ["p", "p", "q"])
+    assert found["mean"] == pytest.approx(0.8 / 3) and found["ci95"] == pytest.approx(list(interval([0.2, 0.4])))
 
 
 def test_the_table_and_both_files_are_for_people_and_programs(tmp_path):

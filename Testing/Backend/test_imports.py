@@ -28,7 +28,7 @@ ALLOWED = {
     "config": "configjson enhancementconfig networkconfig synthesisconfig",
     "expectation": "config",
     "sides": "config",
-    "mirroring": "config sides",
+    "mirroring": "config events sides",
     "files": "",
     "faults": "",
     "runfolder": "events faults",
@@ -38,6 +38,7 @@ ALLOWED = {
     "lineage": "files",
     "curves": "events files",
     "metrics": "config",
+    "intervals": "",
     "losses": "config",
     "augmentation": "config randomness",
     "pieces": "",
@@ -65,7 +66,7 @@ ALLOWED = {
     "midline": "config events preprocessing sides volume",
     "prepared": "cases config configjson events files preprocessing volume",
     "doctor": "cases config dataset_json events preprocessing volume",
-    "evaluation": "config events files metrics preprocessing volume",
+    "evaluation": "config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
     "modelpackage": (
@@ -140,13 +141,15 @@ ALLOWED = {
         "cases config events files inference manifest metrics modelpackage networks prediction preprocessing "
         "transfer volume"
     ),
-    "comparison": "casecomparison config configjson evaluation events files",
+    "comparison": "casecomparison config configjson events files intervals",
     "tuningplan": (
         "cases casesplits config configjson events files freezing manifest mirroring networkconfig networks prepared "
         "preprocessing runfolder transfer"
     ),
     "tuningmemory": "devices events manifest memory networks reduction tuningplan",
-    "proof": "casecomparison cases comparison config events inference labelmatching modelpackage networks trainer",
+    "proof": (
+        "casecomparison cases comparison config events inference intervals labelmatching modelpackage networks trainer"
+    ),
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation faults files freezing memory "
         "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer training "

@@ -69,7 +69,7 @@ def test_each_place_is_segmented_as_if_it_had_come_alone(head, tmp_path, grid):
     volume, network = image(dataclasses.replace(grid, spacing_mm=(1.0, 1.0, 1.0))), load_network(head[1], "cpu")
     write_volume(tmp_path / "head.nii.gz", volume)
     volume = read_volume(tmp_path / "head.nii.gz")
-    boxes = locate(whole, Known(3), [volume], CROP)
+    boxes, measured = locate(whole, Known(3), [volume], CROP)
     assert len(boxes) == 2 and boxes[0][0] < boxes[1][0], "a speck is no place"
     found = segment(
         parts,
@@ -81,6 +81,11 @@ def test_each_place_is_segmented_as_if_it_had_come_alone(head, tmp_path, grid):
         locate=lambda volumes, report: locate(whole, Known(3), volumes, CROP, report),
     )
     assert found["settings"]["boxes_mm"] == [list(box) for box in boxes]
+    again = [parts, {"T1": tmp_path / "head.nii.gz"}, tmp_path / "o.nii.gz", SegmentOptions(device="cpu")]
+    much = segment(*again, network=network, locate=lambda *_: (boxes, 10**9))["measured_bytes"]
+    little = segment(*again, network=network, locate=lambda *_: (boxes, 0))["measured_bytes"]
+    assert much == 10**9 + volume.array.nbytes
+    assert measured > 0 and found["measured_bytes"] == max(little, measured + volume.array.nbytes)
     wanted, background = np.zeros(volume.array.shape, np.uint8), np.ones(volume.array.shape, np.float32)
     for number, box in enumerate(boxes):
         (part,), where = cut_out([volume], box)

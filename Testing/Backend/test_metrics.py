@@ -205,3 +205,24 @@ def test_voxels_to_be_ignored_are_in_no_count():
 def test_what_cannot_be_scored_is_refused_with_a_sentence(shape, spacing_mm, tolerance_mm, word):
     with pytest.raises(InvresError, match=word):
         score_case(np.zeros(shape, int), np.zeros((3, 4, 5), int), scheme(("a", (1,))), spacing_mm, tolerance_mm)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_the_border_of_what_is_ignored_is_no_surface(shift):
+    """The upper half of an organ, of which the lower half was not drawn, scores as the whole would."""
+    z, y, x = np.indices((40, 40, 40)) - 19.5
+    organ = z**2 + y**2 + x**2 < 14**2
+    found = np.roll(organ, shift, axis=2)
+    whole = score_masks(found, organ, (1.0, 1.0, 1.0))
+    drawn = np.where(z < 0, 255, organ.astype(np.uint8))
+    scheme = LabelScheme((Label("organ", (1,), 1),), ignore_value=255)
+    half = score_case(found.astype(np.uint8), drawn, scheme, (1.0, 1.0, 1.0))["organ"]
+    assert half.nsd == pytest.approx(whole.nsd, abs=0.01) and half.hausdorff_mm == pytest.approx(whole.hausdorff_mm)
+
+
+def test_a_mask_inside_of_what_is_ignored_still_has_a_distance():
+    reference = np.full((9, 9, 9), 255, np.uint8)
+    reference[4, 4, 4] = 1
+    scheme = LabelScheme((Label("a", (1,), 1),), ignore_value=255)
+    score = score_case((reference == 1).astype(np.uint8), reference, scheme, (1.0, 1.0, 1.0))["a"]
+    assert (score.dice, score.hausdorff_mm, score.nsd) == (1, 0, 1)

@@ -16,13 +16,15 @@ from tiny_datasets import invres, tiny_recipe, write_dataset
 from invres import InvresError
 from invres.cases import read_dataset
 from invres.config import AugmentationConfig, Label, LabelScheme
+from invres.events import Recorder
 from invres.inference import load_network, segment, segment_volumes
 from invres.manifest import manifest_from_json, manifest_to_json
 from invres.mirroring import check_mirror, flips_of, kept_mirror
 from invres.planning import plan_segmentation, remember_speed
 from invres.prediction import SegmentOptions
+from invres.sides import is_of_one_side
 from invres.training import train
-from invres.trainingrun import TrainOptions
+from invres.trainingrun import TrainOptions, started_recipe
 from invres.tunedmodel import contender_of
 from invres.tuningplan import TuningOptions, plan_tuning
 from invres.volume import write_volume
@@ -127,13 +129,31 @@ def test_a_recipe_predicts_mirrored_only_along_what_it_trains(tmp_path):
     assert trained.manifest.mirror_axes == (2,)
 
 
-def test_a_training_of_sided_labels_says_at_once_that_they_cannot_be_mirrored(tmp_path):
-    labels = {"background": 0, "left upper": 1, "right upper": 2, "core": 3}
+def test_a_training_of_sided_labels_mirrors_nothing_from_left_to_right(tmp_path):
+    labels = {"background": 0, "Left-upper": 1, "Right-upper": 2, "core": 3}
     dataset = read_dataset(write_dataset(tmp_path / "data", labels=labels))
-    recipe = dataclasses.replace(tiny_recipe(), augmentation=AugmentationConfig(flip_axes=(2,)), mirror_axes=(2,))
-    with pytest.raises(InvresError, match="left upper"):
-        train(dataset, recipe, tmp_path / "run", TrainOptions("cpu"))
-    assert not (tmp_path / "run" / "prepared").exists()
+    small = tiny_recipe(iterations_per_epoch=1, epochs=1)
+    recipe = dataclasses.replace(small, augmentation=AugmentationConfig(flip_axes=(1, 2)), mirror_axes=(1, 2))
+    report = Recorder()
+    manifest = train(dataset, recipe, tmp_path / "run", TrainOptions("cpu"), report).manifest
+    assert manifest.mirror_axes == (1,) and started_recipe(tmp_path / "run").augmentation.flip_axes == (1,)
+    told = [event["message"] for event in report.events if event["event"] == "note"]
+    assert "Labels are of one side (Left-upper), so nothing is mirrored from left to right." in told
+    base = package_of(tmp_path / "model", channels=("MR",))
+    plan = plan_tuning(base.manifest, dataset, tmp_path / "prepared", TuningOptions(device="cpu", recipe=recipe))
+    assert plan.augmentation.flip_axes == (1,)
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        *[(name, True) for name in ("left kidney", "Left-Hippocampus", "hippocampus_R", "ctx-lh-insula", "LeftKidney")],
+        *[(name, True) for name in ("L putamen", "wm (right)", "RIGHT", "Kidney_left")],
+        *[(name, False) for name in ("liver", "brain stem", "Leftover", "CSF", "tumour core", "alright", "Rl")],
+    ],
+)
+def test_names_of_one_side_are_known_in_all_usual_spellings(name, one):
+    assert is_of_one_side(name) == one
 
 
 def test_a_tuned_model_goes_on_to_see_mirrored_images_and_is_proved_on_them(tmp_path):

@@ -221,6 +221,18 @@ def test_one_side_without_anything_in_the_middle_is_told_by_the_scanner_and_says
         assert "scanner's axis" in warning
 
 
+def test_a_file_that_begins_at_the_origin_says_nothing_of_the_side():
+    array, sides = phantom()
+    for side in (-1, 1):
+        recorder = Recorder()
+        part = np.where((sides == side) & (array == 3), 3, 0)
+        for start in (0.0, 1.0, -float(np.abs(GRID.affine[0, :3] @ np.array(GRID.shape)))):
+            origin = tuple(start if world == 0 else GRID.origin_mm[world] for world in range(3))
+            corner = dataclasses.replace(GRID, origin_mm=origin)
+            assert divided(Volume(part, corner), SCHEME, SIDES, recorder) is None
+        assert all("could not be told apart" in warning for warning in warnings(recorder))
+
+
 def test_where_nobody_can_tell_left_from_right_nothing_is_divided():
     scattered = np.random.default_rng(0).integers(0, 12, GRID.shape)
     recorder = Recorder()

@@ -40,13 +40,13 @@ import torch
 
 from invres.benchmark import ENGINE_TABLE
 from invres.cases import Dataset, read_dataset
-from invres.comparison import interval
 from invres.config import Label, LabelScheme, Recipe
 from invres.console import spread
 from invres.events import TerminalReporter, format_bytes
 from invres.expectation import Expectation
 from invres.files import written_whole
 from invres.inference import load_network, segment_volumes
+from invres.intervals import interval
 from invres.memory import predict_training
 from invres.metrics import score_case
 from invres.modelpackage import ModelPackage, open_package, save_package
@@ -322,7 +322,7 @@ def _markdown(
                 cells.append(f"{values.mean():.{decimals}f} ± {values.std(ddof=1):.{decimals}f}")
             both = [key for key in of_cases if key in scores["unet3d"] and name != "unet3d"]
             pairs = [value(of_cases[key], "dice") - value(scores["unet3d"][key], "dice") for key in both]
-            between = interval(pairs)[0] if pairs else None
+            between = interval(pairs) if pairs else None
             cells.append(f"{np.mean(pairs):+.3f} [{between[0]:+.3f}, {between[1]:+.3f}]" if between else "")
             first = label == labels[0]
             lines.append(f"| {' | '.join(head if first else [''] * len(head))} | {label} | {' | '.join(cells)} |")

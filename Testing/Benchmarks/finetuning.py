@@ -34,12 +34,12 @@ import torch
 
 from invres.casecomparison import Contender, compare_case
 from invres.cases import Dataset, read_dataset
-from invres.comparison import interval
 from invres.config import LabelScheme, PreparationPlan, Recipe
 from invres.events import Reporter, TerminalReporter
 from invres.files import written_whole
 from invres.finetuning import finetune
 from invres.inference import load_network
+from invres.intervals import interval
 from invres.modelpackage import ModelPackage, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
@@ -277,7 +277,7 @@ def _markdown(output: Path, options: argparse.Namespace, base_cases: int) -> str
         if scratch is None or tuned is None:
             continue
         paired = _values(tuned) - _values(scratch)
-        ends, _ = interval(paired.tolist())
+        ends = interval(paired.tolist())
         assert ends is not None  # there are 40 cases
         lines.append(
             f"| {count} | {_mean_sd(_values(scratch))} | {_mean_sd(_values(scratch, 'HD95_mm'), 2)} "

@@ -130,7 +130,7 @@ def test_a_segment_that_the_base_model_lacks_is_no_zero(view, run):
     content = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
     for values in content["labels"]["ball"].values():
         nothing = {"mean": None, "sd": None, "median": None, "n": 0}
-        values.update(base=nothing, difference={**nothing, "ci95": None, "ci95_method": ""})
+        values.update(base=nothing, difference={**nothing, "ci95": None})
     changed(run, labels=content["labels"], verdict="nothing to compare")
     view.show(run)
     assert cells(view.ui.proofTable)[0][2] == cells(view.ui.proofTable)[0][4] == "–"

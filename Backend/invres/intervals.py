@@ -1,0 +1,64 @@
+"""How sure a mean over patients is: intervals, and which of many labels differ beyond doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["interval", "p_value", "rejected", "spread", "spread_over_patients"]
+
+LEVEL = 0.05
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean by Student's t; None for fewer than two values.
+
+    Not a percentile bootstrap: of 5 values that holds the true mean in 85 % of the cases, of 10 in 92 %.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Of the two-sided t test that the mean is 0; 1 for fewer than two values."""
+    if len(differences) < 2:
+        return 1.0
+    if np.ptp(differences) == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def rejected(p_values: Mapping[str, float]) -> set[str]:
+    """The names whose hypothesis falls when all are tested together (Holm 1979), at 5 % for any false one."""
+    found: set[str] = set()
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        if p_values[name] > LEVEL / (len(p_values) - rank):
+            break
+        found.add(name)
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation, median and n; None where undefined."""
+    found: dict[str, float | int | None] = {"mean": None, "sd": None, "median": None, "n": len(values)}
+    if values:
+        found |= {"mean": float(np.mean(values)), "median": float(np.median(values))}
+    if len(values) > 1:
+        found["sd"] = float(np.std(values, ddof=1))
+    return found
+
+
+def spread_over_patients(values: Sequence[float], patients: Sequence[Hashable]) -> dict[str, object]:
+    """`spread` of the values, with `ci95`: of the mean, over the means of the patients, whose own cases are not
+    independent; None for one patient."""
+    of_patient: dict[Hashable, list[float]] = {}
+    for value, patient in zip(values, patients, strict=True):
+        of_patient.setdefault(patient, []).append(value)
+    bounds = interval([float(np.mean(some)) for some in of_patient.values()])
+    return {**spread(values), "ci95": None if bounds is None else list(bounds)}
