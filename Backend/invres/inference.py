@@ -20,15 +20,16 @@ from .config import ChannelPlan, CropPlan, LabelScheme
 from .devices import choose_device, device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
+from .manifest import Manifest
 from .memory import PeakResident
-from .midline import divided
+from .midline import divided, on_one_side
 from .mirroring import check_mirror
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
 from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
-from .region import Bounds, Box, clear_outside, crop_to_region, cut_out
+from .region import Bounds, Box, are_left_and_right, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
 from .sides import sided_scheme
@@ -261,9 +262,8 @@ def segment(
         clock.add(part.seconds)
     roi_mm = options.roi_mm
     labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
-    # A crop shows one side, and nothing that tells which.
-    if manifest.sides and options.sides and (manifest.plan.crop is None or len(parts) > 1):
-        both = divided(labels, scheme, manifest.sides, report=report)
+    if manifest.sides and options.sides:
+        both = _divided(labels, parts, boxes, manifest, report)
         if both is not None:
             labels, scheme = both, sided_scheme(scheme, manifest.sides)
         clock.lap("sides")
@@ -349,6 +349,25 @@ class _Clock:
     def rounded(self) -> dict[str, float]:
         total = time.perf_counter() - self._start
         return {stage: round(seconds, 2) for stage, seconds in {**self.seconds, "total": total}.items()}
+
+
+def _divided(
+    labels: Volume, parts: Sequence[SegmentedCase], boxes: Sequence[Bounds], manifest: Manifest, report: Reporter
+) -> Volume | None:
+    """The labels divided into left and right; None where nobody can tell."""
+    if manifest.plan.crop is None:
+        return divided(labels, manifest.scheme, manifest.sides, report=report)
+    # A crop shows one side and nothing that tells which; but of two, the right one lies further to the right.
+    if not are_left_and_right(boxes):
+        return None
+    of_sides = [
+        dataclasses.replace(
+            part,
+            labels=Volume(on_one_side(part.labels.array, manifest.scheme, manifest.sides, right), part.labels.geometry),
+        )
+        for part, right in zip(parts, (False, True), strict=True)
+    ]
+    return _joined(of_sides, labels.geometry)
 
 
 def _joined(parts: Sequence[SegmentedCase], grid: Geometry) -> Volume:

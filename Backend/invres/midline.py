@@ -16,7 +16,7 @@ from .preprocessing import nonzero_box
 from .sides import Side
 from .volume import Volume
 
-__all__ = ["Mirror", "Plane", "best_mirror", "divided", "find_midline", "likeness_at"]
+__all__ = ["Mirror", "Plane", "best_mirror", "divided", "find_midline", "likeness_at", "on_one_side"]
 
 ALIKE = 0.48  # the least likeness of two halves: real ones reach 0.7, planes through one hemisphere 0.45
 BESIDE_MM = 10.0  # an image that is to tell the middle by its axis shows so much on either side of it
@@ -120,6 +120,17 @@ def _right(mask: np.ndarray, distance_mm: np.ndarray) -> np.ndarray:
     to_right = (2 * on_right > voxels) & (far_left == 0)
     to_left = (2 * on_right <= voxels) & (far_right == 0)
     return (right | to_right[piece]) & ~to_left[piece]
+
+
+def on_one_side(labels: np.ndarray, scheme: LabelScheme, sides: Sequence[Side], right: bool) -> np.ndarray:
+    """A label map (file values) of which all that has sides lies on one of them, with that side's values."""
+    values = {label.name: label.output_value for label in scheme.labels}
+    of_side = {values[side.label]: side.right_value if right else side.left_value for side in sides}
+    most = max([int(labels.max(initial=0)), *of_side.values()])
+    found = labels.astype(np.promote_types(labels.dtype, np.min_scalar_type(most)))
+    for value, sided in of_side.items():
+        found[labels == value] = sided
+    return found
 
 
 def find_midline(labels: Volume, scheme: LabelScheme, sides: Sequence[Side]) -> Plane | None:

@@ -12,11 +12,21 @@ from . import InvresError
 from .preprocessing import IMAGE_TOLERANCE_MM, PreparedCase
 from .volume import Geometry, Volume
 
-__all__ = ["Bounds", "clear_outside", "crop_to_region", "cut_out", "region_shape"]
+__all__ = ["Bounds", "are_left_and_right", "clear_outside", "crop_to_region", "cut_out", "region_shape"]
 
 Bounds = tuple[float, ...]
 Box = tuple[slice, slice, slice]
 Triple = tuple[int, int, int]
+BESIDE_MM = 10.0
+
+
+def are_left_and_right(boxes: Sequence[Bounds]) -> bool:
+    """Whether these are two boxes of which the second lies beside the first, to its right, rather than elsewhere."""
+    if len(boxes) != 2:
+        return False
+    first, second = (np.reshape(box, (3, 2)).mean(axis=1) for box in boxes)
+    apart = second - first
+    return bool(apart[0] > BESIDE_MM and apart[0] > np.abs(apart[1:]).max())
 
 
 def crop_to_region(prepared: PreparedCase, bounds: Bounds, window: Triple) -> PreparedCase:

@@ -98,7 +98,7 @@ ALLOWED = {
     "segmentfiles": "config manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation memory midline mirroring modelpackage networks pieces prediction "
+        "config devices events expectation manifest memory midline mirroring modelpackage networks pieces prediction "
         "preprocessing region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",

@@ -21,6 +21,7 @@ from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.prediction import SegmentOptions
 from invres.region import cut_out
+from invres.sides import Side
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 HEAD = LabelScheme((Label("left hippocampus", (1,), 17), Label("right Hippocampus", (2,), 53)))
@@ -101,6 +102,29 @@ def test_each_place_is_segmented_as_if_it_had_come_alone(head, tmp_path, grid):
     assert np.array_equal(read_volume(tmp_path / "p_background.nii.gz").array, background)
     voxel_ml = np.prod(volume.geometry.spacing_mm) / 1000
     assert found["volumes_ml"]["front"] == pytest.approx((wanted == 1).sum() * voxel_ml, abs=0.01)
+
+
+def test_of_two_places_one_is_left_and_one_right(head, tmp_path):
+    _, parts = head
+    sides = (Side("front", 1, 11), Side("back", 2, 12))
+    parts = dataclasses.replace(parts, manifest=dataclasses.replace(parts.manifest, sides=sides))
+    grid = Geometry((20, 20, 60), (1, 1, 1), (-30, 0, 0), np.eye(3)[:, ::-1])
+    write_volume(tmp_path / "head.nii.gz", image(grid))
+    left, right = (-29.0, -19.0, 2.0, 12.0, 2.0, 12.0), (12.0, 22.0, 3.0, 13.0, 2.0, 12.0)
+
+    def found(*boxes):
+        files = {"T1": tmp_path / "head.nii.gz"}, tmp_path / "o.nii.gz"
+        summary = segment(parts, *files, SegmentOptions(device="cpu"), locate=lambda *_: (boxes, 0))
+        return read_volume(files[1], kind="labels").array, summary["volumes_ml"]
+
+    plain, _ = found(left)
+    assert set(np.unique(plain)) <= {0, 1, 2}, "one place may be on either side"
+    array, volumes = found(left, right)
+    assert set(np.unique(array[..., :30])) <= {0, 1, 2} and set(np.unique(array[..., 30:])) <= {0, 11, 12}
+    assert np.array_equal(array[..., :30], plain[..., :30]) and (array > 10).any()
+    assert [*volumes] == ["left front", "right front", "left back", "right back"]
+    above = (left[0], left[1], 3.0, 13.0, 12.0, 19.0)
+    assert set(np.unique(found(left, above)[0])) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("grid", GRIDS)

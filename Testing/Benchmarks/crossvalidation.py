@@ -53,6 +53,7 @@ from invres.modelpackage import ModelPackage, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
 from invres.prediction import confidence_of
+from invres.sides import Side
 from invres.step import make_optimizer, training_step
 from invres.training import train
 from invres.trainingrun import TrainOptions
@@ -73,6 +74,7 @@ LABELS = (
     Label("anterior hippocampus", (1,), 1, (235, 160, 40), _HIPPOCAMPUS),
     Label("posterior hippocampus", (2,), 2, (60, 140, 225), _HIPPOCAMPUS),
 )
+SIDES = (Side("anterior hippocampus", 1, 11), Side("posterior hippocampus", 2, 12))
 METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("nsd", "NSD at 1 mm", 3))
 
 
@@ -214,6 +216,7 @@ def _bundle(data: Dataset, run: Path, fold: dict[str, Any], target: Path) -> Mod
         expected=Expectation(ranges, min(fold["confidences"])),
         one_piece=manifest.one_piece,
         mirror_axes=manifest.mirror_axes,
+        sides=SIDES,
         licence="CC-BY-SA-4.0",
         log=run / "metrics.jsonl",
     )
