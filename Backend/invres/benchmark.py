@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import statistics
@@ -14,7 +13,7 @@ import torch
 
 from .config import LossWeights
 from .events import SILENT, Reporter, format_bytes
-from .hollow import without_values
+from .hollow import run_without_values, without_values
 from .losses import segmentation_loss
 from .memory import TrainingMemory, measure_step, measure_training, predict_training
 from .networkconfig import NETWORKS, NetworkConfig
@@ -115,13 +114,16 @@ def _tried(figures: Callable[[], dict[str, Any] | None]) -> Any:
 def _peer_memory(
     name: str, patch: Triple, channels: int, classes: int, device: str, real: bool
 ) -> TrainingMemory | None:
-    with contextlib.nullcontext() if real else without_values(), torch.device(device):
-        network = build_peer(name, channels, classes, patch)
-        if network is None:
-            return None
-        image = torch.zeros(1, channels, *patch)
-        target = torch.zeros(1, *patch, dtype=torch.int16)
-        return measure_step(network.train(), image, target, lambda o: _peer_step(network, o, image, target))
+    def figures() -> TrainingMemory | None:
+        with torch.device(device):
+            network = build_peer(name, channels, classes, patch)
+            if network is None:
+                return None
+            image = torch.zeros(1, channels, *patch)
+            target = torch.zeros(1, *patch, dtype=torch.int16)
+            return measure_step(network.train(), image, target, lambda o: _peer_step(network, o, image, target))
+
+    return figures() if real else run_without_values(figures)
 
 
 def _peer_step(network: Peer, optimizer: torch.optim.Optimizer, image: torch.Tensor, target: torch.Tensor) -> None:

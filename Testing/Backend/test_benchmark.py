@@ -202,6 +202,19 @@ def test_a_peer_takes_a_training_step_and_its_memory_is_known(name):
     assert found is not None and found.activation_bytes > found.by_role["input"] > 0
 
 
+def test_a_peer_that_does_what_hollow_tensors_cannot_is_measured_all_the_same(monkeypatch):
+    """As iUNet, which frees its input by shrinking it in place."""
+
+    class Shrinking(torch.nn.Conv3d):
+        def forward(self, image):
+            torch.empty(4, 4).resize_(2)
+            return super().forward(image)
+
+    monkeypatch.setitem(PEERS, "shrinking", ("torch", lambda c, k, patch: Shrinking(c, k, 3, padding=1), ()))
+    predicted, real = (benchmark._peer_memory("shrinking", (8, 8, 8), 2, 3, "cpu", real) for real in (False, True))
+    assert predicted.peak_bytes == real.peak_bytes > 0
+
+
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setitem(PEERS, "nobody", ("no_such_library", None, ()))
     assert build_peer("nobody", 1, 2, (8, 8, 8)) is None
