@@ -25,7 +25,8 @@ def segment_held_out(
 ) -> list[tuple[str, Path, Path]]:
     """Segments each case that the training in the folder `run` was validated on, into `run`/held_out.
 
-    Returns (name of the case, prediction, reference) for `evaluation.score_pairs`.
+    Returns (name of the case, prediction, reference) for `evaluation.score_pairs`. On some of them or all
+    (`trainingrun.choosing_names`) the best epoch was chosen, so that their scores are slightly optimistic.
     Raises InvresError for a folder without a finished training, for one that held nothing out, and for a data set
     other than that of the training.
     """

@@ -32,6 +32,7 @@ __all__ = [
     "TrainOptions",
     "WithCurves",
     "announce_memory",
+    "choosing_names",
     "described",
     "finished_package",
     "held_out_names",
@@ -223,6 +224,12 @@ def held_out_names(output: Path) -> tuple[str, ...]:
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
     return started_run(output)[3][1]
+
+
+def choosing_names(output: Path) -> tuple[str, ...]:
+    """Those of `held_out_names` whose Dice chose the epoch that the training in `output` kept. Raises as it does."""
+    names, first = held_out_names(output), started_recipe(output).training.validation_cases
+    return names[:first] if first else names
 
 
 def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:

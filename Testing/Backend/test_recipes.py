@@ -66,6 +66,7 @@ def train_and_score(data: Path, recipe: Path, folder: Path):
     succeeded("segment", "--model", run / "model", *inputs, "--output", mine, *device)
     by_hand = succeeded("evaluate", "-p", mine, "-r", case.label, "-d", data, "-o", folder / "one.json")
     assert scored["summary"] == by_hand["summary"]
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["epoch_chosen_on"] == [held_out]
     assert leftovers(folder / "run") == []
     return json.loads((run / "model" / "manifest.json").read_text(encoding="utf-8")), scored["summary"]
 
