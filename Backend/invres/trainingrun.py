@@ -227,9 +227,14 @@ def held_out_names(output: Path) -> tuple[str, ...]:
 
 
 def choosing_names(output: Path) -> tuple[str, ...]:
-    """Those of `held_out_names` whose Dice chose the epoch that the training in `output` kept. Raises as it does."""
-    names, first = held_out_names(output), started_recipe(output).training.validation_cases
-    return names[:first] if first else names
+    """Those of `held_out_names` whose Dice chose the epoch that the training in `output` kept. Raises as it does.
+
+    None where only the last epoch is validated, which then is the one that is kept.
+    """
+    names, config = held_out_names(output), started_recipe(output).training
+    if config.validate_every >= config.epochs > 1:
+        return ()
+    return names[: config.validation_cases] if config.validation_cases else names
 
 
 def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:
