@@ -46,6 +46,7 @@ class CaseComparison:
     with: "images" (a list, in the data's order of channels) and "reference". reference_values: of that label map, by
     label. without: channel that was left out -> label name -> Dice of the tuned
     model, for each channel that it can do without. confidence: of the tuned model (`prediction.confidence_of`).
+    empty: by "base" and "tuned", label name -> which mask is empty (`metrics.LabelScore.empty`).
     """
 
     case: str
@@ -57,6 +58,7 @@ class CaseComparison:
     reference_values: dict = field(default_factory=dict)
     without: dict = field(default_factory=dict)
     confidence: float = 0.0
+    empty: dict = field(default_factory=dict)
 
     def difference(self, metric: str = "Dice") -> float | None:
         """Tuned minus base, mean over the labels that both have; None where there is none."""
@@ -84,6 +86,7 @@ def compare_case(
     if label is None or case.label is None:
         raise InvresError(f"The case {case.name} has no label to compare with.", hint="Leave it out.")
     scores: dict[str, dict[str, dict[str, float]]] = {"base": {}}
+    empty: dict[str, dict[str, str]] = {"base": {}}
     files: dict[str, Any] = {}
     if folder is not None:
         images = [str(path.absolute()) for path in case.images if path is not None]
@@ -97,7 +100,7 @@ def compare_case(
         confidence = confidence_of(probabilities, scheme.regions)
         del probabilities  # it would stand beside those of the next model
         predicted, reference = _on_one_grid(found, label, case.name)
-        scores[key], wrong = _scores(predicted, reference, scheme, dataset.scheme, scores["base"])
+        scores[key], empty[key], wrong = _scores(predicted, reference, scheme, dataset.scheme, scores["base"])
         if folder is not None:
             path = folder / f"{safe_name(case.name)}_{key}.seg.nrrd"
             write_segmentation(path, found, scheme)
@@ -110,11 +113,11 @@ def compare_case(
         if channel.optional and given[place] is not None and any(volume is not None for volume in rest):
             found, _, _ = segment_volumes(tuned.package, tuned.network, rest, SegmentOptions(), report)
             predicted, reference = _on_one_grid(found, label, case.name)
-            rescored, _ = _scores(predicted, reference, scheme, dataset.scheme)
+            rescored, _, _ = _scores(predicted, reference, scheme, dataset.scheme)
             without[channel.name] = {name: of_label["Dice"] for name, of_label in rescored.items()}
     values = {one.name: list(one.values) for one in dataset.scheme.labels} if files else {}
     return CaseComparison(
-        case.name, case.patient, scores["base"], scores["tuned"], worst, files, values, without, confidence
+        case.name, case.patient, scores["base"], scores["tuned"], worst, files, values, without, confidence, empty
     )
 
 
@@ -152,8 +155,9 @@ def _ordered(manifest: Manifest, dataset: Dataset, volumes: Sequence[Volume | No
 
 def _scores(
     predicted: Volume, reference: Volume, scheme: LabelScheme, wanted: LabelScheme, known: Collection[str] = ()
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Metrics of the labels that a model's scheme shares with the data's, and where the model is wrong.
+) -> tuple[dict[str, dict[str, float]], dict[str, str], np.ndarray]:
+    """Metrics of the labels that a model's scheme shares with the data's, which of their masks is empty, and where the
+    model is wrong.
 
     known: labels that the other model has. What this one has given up counts as not found: it was forgotten.
     """
@@ -161,7 +165,8 @@ def _scores(
     if wanted.ignore_value is not None:
         counted = reference.array != wanted.ignore_value
     wrong = np.zeros(reference.array.shape, dtype=bool)
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
+    empty: dict[str, str] = {}
     for label, place in zip(wanted.labels, match_names(wanted.names, scheme.names), strict=True):
         if place is None and label.name not in known:
             continue
@@ -178,7 +183,8 @@ def _scores(
             "HD95_mm": score.hd95_mm,
             "VolumeError_ml": abs(score.volume_error_ml),
         }
-    return scores, wrong
+        empty[label.name] = score.empty
+    return scores, empty, wrong
 
 
 def _on_one_grid(predicted: Volume, reference: Volume, name: str) -> tuple[Volume, Volume]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .configjson import to_dict
 from .events import aligned
 from .files import written_whole
 from .intervals import interval, p_value, rejected, spread
+from .metrics import EMPTY_DISTANCE_MM
 
 __all__ = ["comparison_table", "summarise", "write_comparison"]
 
@@ -37,7 +39,8 @@ def summarise(
 ) -> dict[str, Any]:
     """All that is said of a comparison, as plain JSON values.
 
-    `labels`: by name and metric the spread of base and tuned, and of their paired difference with its interval.
+    `labels`: by name and metric the spread of base and tuned, and of their paired difference with its interval; under
+    "empty" in how many cases which mask is empty, of base and tuned.
     `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen, neither as a
@@ -96,8 +99,11 @@ def write_comparison(folder: Path, content: Mapping[str, Any]) -> Path:
 
 def comparison_table(content: Mapping[str, Any]) -> str:
     """What `summarise` returned as text: a row for each label and metric, then the cases, worst first."""
-    rows = [["label", "metric", "base", "tuned", "difference [95 % interval]", "n"]]
+    rows = [["label", "metric", "base", "tuned", "difference [95 % interval]", "n", "empty"]]
+    penalised = False
     for name, of_label in content["labels"].items():
+        lacking = [of["predicted"] + of["reference"] for of in (of_label["empty"]["base"], of_label["empty"]["tuned"])]
+        penalised = penalised or any(lacking)
         for metric in METRICS:
             values = of_label[metric]
             decimals = 3 if metric == "Dice" else 2
@@ -109,9 +115,16 @@ def comparison_table(content: Mapping[str, Any]) -> str:
                     _mean(values["tuned"], decimals),
                     _signed(values["difference"], decimals),
                     str(values["tuned"]["n"]),
+                    "/".join(map(str, lacking)) if metric == "HD95_mm" else "",
                 ]
             )
     lines = [content["sentence"], "", *aligned(rows), ""]
+    if penalised:
+        lines += [
+            "empty: in how many cases one mask of the two is empty, base/tuned; each counts in the mean of HD95 as "
+            f"{EMPTY_DISTANCE_MM} mm.",
+            "",
+        ]
     if content["without"]:
         lefts = [["  without", "Dice", "with it", "n"]]
         for channel, of_both in content["without"].items():
@@ -151,7 +164,7 @@ def _worse_labels(names: Sequence[str], cases: Sequence[CaseComparison]) -> list
 
 
 def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]:
-    summary = {}
+    summary: dict[str, Any] = {}
     for metric in METRICS:
         summary[metric] = {
             "base": spread([one.base[name][metric] for one in cases if name in one.base]),
@@ -159,6 +172,10 @@ def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]
             "difference": _difference(_patient_differences(name, metric, cases)),
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
+    summary["empty"] = {}
+    for which in ("base", "tuned"):
+        counts = Counter(one.empty.get(which, {}).get(name) for one in cases)
+        summary["empty"][which] = {kind: counts[kind] for kind in ("predicted", "reference", "both")}
     return summary
 
 

@@ -40,10 +40,14 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
         dataset = read_dataset(options.data, checked=False)
         load_torch(report)
         from .heldout import segment_held_out
+        from .trainingrun import choosing_names
 
         pairs, patients = segment_held_out(options.trained, dataset, options.device, report)
         metrics = score_pairs(pairs, dataset.scheme, report, options.tolerance, patients)
+        metrics["epoch_chosen_on"] = list(choosing_names(options.trained))
     write_metrics(options.output, metrics)
     say(report, summary_table(metrics))
+    if chosen := metrics.get("epoch_chosen_on"):
+        say(report, f"\nThe epoch was chosen by the Dice of {len(chosen)} of these cases, which flatters the scores.")
     say(report, f"\nWritten: {options.output}")
     report.result(output=str(options.output), summary=metrics["summary"])

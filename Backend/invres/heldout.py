@@ -26,6 +26,7 @@ def segment_held_out(
     """Segments each case that the training in the folder `run` was validated on, into `run`/held_out.
 
     Returns (name of the case, prediction, reference) for `evaluation.score_pairs`, and the patient of each case.
+    On some of them or all (`trainingrun.choosing_names`) the best epoch was chosen, so that scores are optimistic.
     Raises InvresError for a folder without a finished training, for one that held nothing out, and for a data set
     other than that of the training.
     """

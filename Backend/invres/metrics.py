@@ -82,7 +82,10 @@ class SurfaceDistances:
         return float(max(np.percentile(distances, 95) for distances in both))
 
     def nsd(self, tolerance_mm: float) -> float:
-        """Normalised surface Dice (Nikolov et al., arXiv 1809.04430), every surface voxel weighing the same."""
+        """Normalised surface Dice (Nikolov et al., arXiv 1809.04430), every surface voxel weighing the same.
+
+        They weigh by area, which gives other values where voxels are longer in one direction.
+        """
         both = np.concatenate((self.predicted_to_reference_mm, self.reference_to_predicted_mm))
         return float(np.mean(both <= tolerance_mm + _ROUNDING_MM))
 

@@ -32,6 +32,7 @@ __all__ = [
     "TrainOptions",
     "WithCurves",
     "announce_memory",
+    "choosing_names",
     "described",
     "finished_package",
     "held_out_names",
@@ -223,6 +224,17 @@ def held_out_names(output: Path) -> tuple[str, ...]:
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
     return started_run(output)[3][1]
+
+
+def choosing_names(output: Path) -> tuple[str, ...]:
+    """Those of `held_out_names` whose Dice chose the epoch that the training in `output` kept. Raises as it does.
+
+    None where only the last epoch is validated, which then is the one that is kept.
+    """
+    names, config = held_out_names(output), started_recipe(output).training
+    if config.validate_every >= config.epochs > 1:
+        return ()
+    return names[: config.validation_cases] if config.validation_cases else names
 
 
 def started_run(output: Path) -> tuple[Recipe, PreparationPlan, dict[str, Any], Split]:

@@ -18,6 +18,7 @@ from invres.comparison import comparison_table, summarise, write_comparison
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.intervals import interval, p_value, rejected, spread_over_patients
 from invres.manifest import Manifest
+from invres.metrics import EMPTY_DISTANCE_MM
 from invres.modelpackage import ModelPackage
 from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput
@@ -167,6 +168,27 @@ def test_the_table_and_both_files_are_for_people_and_programs(tmp_path):
     comparison_table(summarise([], True, LABELS))
 
 
+def test_empty_masks_are_counted_where_their_penalty_is_averaged(one):
+    dataset, *_ = one
+    blind, good = contender(scheme("upper"), 1e6), contender(scheme("upper"), 1.0)
+    first = compare_case(dataset, dataset.cases[0], blind, good)
+    assert first.empty == {"base": {"Upper": "predicted"}, "tuned": {"Upper": "none"}}
+    found = summarise([first, compare_case(dataset, dataset.cases[0], None, good)], True, dataset.scheme)
+    upper = found["labels"]["Upper"]
+    assert upper["HD95_mm"]["base"]["mean"] == EMPTY_DISTANCE_MM
+    assert upper["empty"] == {
+        "base": {"predicted": 1, "reference": 0, "both": 0},
+        "tuned": {"predicted": 0, "reference": 0, "both": 0},
+    }
+    lines = comparison_table(found).splitlines()
+    (of_distances,) = [line for line in lines if line.split()[:1] == ["HD95_mm"]]
+    assert of_distances.split()[-1] == "1/0"
+    assert any(line.startswith("empty: ") and "373.1287 mm" in line for line in lines)
+    assert "373.1287" not in comparison_table(
+        summarise([compare_case(dataset, dataset.cases[0], good, good)], True, dataset.scheme)
+    )
+
+
 # --- one case ------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +302,8 @@ def test_a_label_that_was_given_up_counts_as_forgotten():
     both = LabelScheme((Label("kept", (1,), 1), Label("given up", (2,), 2)))
     kept = LabelScheme(both.labels[:1])
     found = Volume(np.where(array == 1, 1, 0).astype(np.uint8), grid)
-    scores, wrong = casecomparison._scores(found, Volume(array, grid), kept, both, {"kept": {}, "given up": {}})
+    scores, empty, wrong = casecomparison._scores(found, Volume(array, grid), kept, both, {"kept": {}, "given up": {}})
+    assert empty == {"kept": "none", "given up": "predicted"}
     assert (scores["kept"]["Dice"], scores["given up"]["Dice"]) == (1.0, 0.0) and wrong.any()
-    scores, wrong = casecomparison._scores(found, Volume(array, grid), kept, both)
+    scores, _, wrong = casecomparison._scores(found, Volume(array, grid), kept, both)
     assert set(scores) == {"kept"} and not wrong.any()

@@ -141,7 +141,7 @@ ALLOWED = {
         "cases config events files inference manifest metrics modelpackage networks prediction preprocessing "
         "transfer volume"
     ),
-    "comparison": "casecomparison config configjson events files intervals",
+    "comparison": "casecomparison config configjson events files intervals metrics",
     "tuningplan": (
         "cases casesplits config configjson events files freezing manifest mirroring networkconfig networks prepared "
         "preprocessing runfolder transfer"
@@ -168,7 +168,7 @@ ALLOWED = {
     "demo": "config devices events inference metrics modelpackage overlay planning prediction synthesis volume",
     "published": "",
     "reproduction": "events",
-    "invrestables": "depth memory networkconfig published reproduction",
+    "invrestables": "depth memory metrics networkconfig published reproduction",
     "fixedbudget": "events memory networkconfig networks published reproduction",
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
@@ -181,7 +181,7 @@ ALLOWED = {
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
         "modelpackage outputs scans trainer trainingrun"
     ),
-    "evaluate_command": "cases console enhance_command evaluation events heldout outputs",
+    "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
         "prediction tuningmemory"

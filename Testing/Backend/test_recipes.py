@@ -14,8 +14,9 @@ from tiny_layouts import brats, hcp, iseg, iseg_nifti, kits19, task01, task04
 
 from invres import heldout
 from invres.cases import read_dataset, split_by_count, split_cases
-from invres.config import PreparationPlan, Recipe
+from invres.config import Label, LabelScheme, PreparationPlan, Recipe
 from invres.events import Recorder
+from invres.trainingrun import TrainOptions, choosing_names, write_run
 
 RECIPES = Path(__file__).resolve().parents[2] / "Resources" / "Recipes"
 TUMOUR = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -66,6 +67,7 @@ def train_and_score(data: Path, recipe: Path, folder: Path):
     succeeded("segment", "--model", run / "model", *inputs, "--output", mine, *device)
     by_hand = succeeded("evaluate", "-p", mine, "-r", case.label, "-d", data, "-o", folder / "one.json")
     assert scored["summary"] == by_hand["summary"]
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["epoch_chosen_on"] == [held_out]
     assert leftovers(folder / "run") == []
     return json.loads((run / "model" / "manifest.json").read_text(encoding="utf-8")), scored["summary"]
 
@@ -199,6 +201,22 @@ def test_real_t1_and_t2_in_the_layout_of_iseg_are_trained_on(data_dir, tmp_path)
     recipe = shrunk("iseg", tmp_path / "recipe.json", 4.0, patch=[32, 32, 32])
     manifest, summary = train_and_score(data, recipe, tmp_path)
     assert manifest["training"]["iterations"] == 2 and tuple(summary) == ("CSF", "GM", "WM")
+
+
+@pytest.mark.parametrize(
+    ("training", "chosen"),
+    [
+        ({}, ("a", "b", "c")),
+        ({"validation_cases": 2}, ("a", "b")),
+        ({"epochs": 200, "validate_every": 200}, ()),
+        ({"epochs": 200, "validate_every": 199}, ("a", "b", "c")),
+    ],
+)
+def test_the_cases_that_chose_the_epoch_are_known(tmp_path, training, chosen):
+    (tmp_path / "recipe.json").write_text(json.dumps({"name": "r", "training": training}), encoding="utf-8")
+    recipe, labels = Recipe.read(tmp_path / "recipe.json"), LabelScheme((Label("organ", (1,), 1),))
+    write_run(tmp_path, recipe, PreparationPlan(), (("t",), ("a", "b", "c")), labels, TrainOptions())
+    assert choosing_names(tmp_path) == chosen
 
 
 def test_a_warning_of_a_held_out_case_names_it(tmp_path, monkeypatch):

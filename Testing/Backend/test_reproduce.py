@@ -102,6 +102,61 @@ def test_accuracy_comes_from_the_users_evaluation_alone(iseg):
     assert all(row["ours"] is None and row["ratio"] is None for row in others)
 
 
+def test_a_score_of_cases_that_chose_the_epoch_says_so(tmp_path):
+    for chosen, wanted in (
+        (["a"], "3 cases; epoch chosen on 1 of them, so optimistic"),
+        (["a", "b", "c"], "on them"),
+        ([], "3 cases"),
+    ):
+        file = evaluated(tmp_path / "metrics.json", TISSUES.items())
+        content = json.loads(file.read_text(encoding="utf-8")) | {"epoch_chosen_on": chosen}
+        file.write_text(json.dumps(content), encoding="utf-8")
+        rows = invres("reproduce", "invres-2", "--metrics", f"unet3d={file}", "--json").events[-1]["rows"]
+        remarks = {
+            row["remark"] for row in rows if row["of"].startswith("3D") and row["figure"].startswith(("Dice", "H"))
+        }
+        (remark,) = remarks
+        assert wanted in remark and ("optimistic" in remark) == bool(chosen)
+
+
+def test_distances_to_empty_masks_are_told_and_left_out_beside_the_mean(tmp_path, monkeypatch):
+    memory = invrestables._memory
+    monkeypatch.setattr(invrestables, "_memory", lambda network, patch, *rest: memory(network, (32, 32, 32), *rest))
+    distances = {
+        "(1, 2, 4)": [(8.0, "none"), (10.0, "none"), (12.0, "none"), (14.0, "none")],
+        "(1, 4)": [(5.0, "none"), (7.0, "none"), (9.0, "none"), (0.0, "both")],
+        "4": [(4.0, "none"), (6.0, "none"), (373.1287, "reference"), (373.1287, "predicted")],
+    }
+    names = dict(zip(distances, ("whole_tumour", "tumour_core", "enhancing_tumour"), strict=True))
+    cases = [
+        {
+            "metrics": {key: {"HD": of[n][0]} for key, of in distances.items()},
+            "empty": {k: of[n][1] for k, of in distances.items()},
+        }
+        for n in range(4)
+    ]
+    means = {names[key]: sum(value for value, _ in of) / 4 for key, of in distances.items()}
+    summary = {name: {"Dice": {"mean": 0.8, "n": 4}, "HD": {"mean": mean, "n": 4}} for name, mean in means.items()}
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"summary": summary, "label_names": names, "metric_per_case": cases}), encoding="utf-8")
+    found = invres("reproduce", "invres-3", "--metrics", f"fully_invres={file}", "--json").events[-1]
+    rows = {row["figure"]: row for row in found["rows"] if row["of"] == "Fully-InvRes"}
+    assert rows["Hausdorff ET"]["ours"] == pytest.approx((4 + 6 + 2 * 373.1287) / 4)
+    without = {name: row for name, row in rows.items() if name.endswith("without empty masks")}
+    assert {name: (row["published"], row["ours"]) for name, row in without.items()} == {
+        "Hausdorff ET without empty masks": (6.68, 5.0),
+        "Hausdorff TC without empty masks": (8.33, 7.0),
+    }
+    assert (
+        without["Hausdorff ET without empty masks"]["remark"] == "2 cases; left out: 2 with one mask empty, 0 with both"
+    )
+    assert (
+        without["Hausdorff TC without empty masks"]["remark"] == "3 cases; left out: 0 with one mask empty, 1 with both"
+    )
+    (note,) = [note for note in found["notes"] if note.startswith("Empty masks")]
+    assert "373.1287 mm" in note and "6.68" in note and "at most 1 such case" in note
+
+
 def test_what_an_empty_cell_needs_is_said_in_commands_that_exist(iseg):
     (note,) = [note for note in iseg["notes"] if "are empty" in note]
     assert "unet3d, partially_invres are empty" in note and "iSeg-2019" in note

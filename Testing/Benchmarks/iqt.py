@@ -89,7 +89,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the trainings")
-    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=shared)
     parser.add_argument("--steps", type=int, default=600, help="of each training (default %(default)s)")
     parser.add_argument("--only", nargs="*", choices=("memory", "diffusion", "t1"))
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="blocks per stack; 100 takes minutes")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from invres.volume import Volume, read_volume, resample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPM = "brain_templates_spm12"
+IN_A_ROW = 5
+HEAD_MM = 100  # what is shorter along an axis shows a crop, which the model is not for: scored, but not in the picture
 IMAGES = {
     "Colin27, T1, whole head": f"{SPM}/single_subj_T1.nii.gz",
     "average of 152, T1": f"{SPM}/avg152T1.nii.gz",
@@ -40,7 +43,7 @@ def main() -> None:
     shared = Path(os.environ.get("INVRES_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--data", type=Path, default=shared)
     parser.add_argument("--model", default="brain-any-contrast")
-    parser.add_argument("--picture", type=Path, help="PNG with all of them")
+    parser.add_argument("--picture", type=Path, help="PNG with all of them but crops")
     options = parser.parse_args()
     package = package_named(options.model)
     network = load_network(package, torch.device("cpu"))
@@ -68,7 +71,8 @@ def main() -> None:
         volumes = ", ".join(f"{(found == number).sum() * voxel_ml:.0f}" for number in numbers)
         confidence = confidence_of(probabilities, False)
         print(f"| {name} | {' | '.join(scores)} | {volumes} | {confidence:.2f} |", flush=True)
-        shown.append((name, image, labels.array))
+        if min(np.multiply(image.geometry.shape, image.geometry.spacing_mm)) >= HEAD_MM:
+            shown.append((name, image, labels.array))
     if options.picture:
         draw(options.picture, shown, package.manifest.scheme)
 
@@ -81,30 +85,53 @@ def _reference(maps: list[Volume], image: Volume) -> np.ndarray:
 
 
 def draw(path: Path, scenes: list[tuple[str, Volume, np.ndarray]], scheme: LabelScheme) -> None:
-    """A column for each image: plain and with its labels, a coronal and an axial cut through their middle."""
+    """A block for each image, at most `IN_A_ROW` beside one another, and a legend of the colours below.
+
+    A block has a coronal and an axial cut through the middle of the labels, each plain and with its labels beside it.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     table = np.zeros((max(label.output_value for label in scheme.labels) + 1, 3))
     for label in scheme.labels:
         table[label.output_value] = np.array(label.colour or (230, 75, 60)) / 255
-    figure = Figure(figsize=(2.2 * len(scenes), 9), dpi=80, facecolor="black", layout="constrained")
-    axes = figure.subplots(4, len(scenes), squeeze=False)
-    for column, (name, image, labels) in enumerate(scenes):
-        base, over = image.canonical(), Volume(labels, image.geometry).canonical().array
-        centre = np.argwhere(over > 0).mean(axis=0).astype(int) if over.any() else np.array(over.shape) // 2
-        d, h, w = base.geometry.spacing_mm
-        low, high = np.percentile(base.array, (1, 99.5))
-        for row, (axis, aspect) in enumerate(((1, d / w), (0, h / w))):
-            grey = np.clip((base.array.take(centre[axis], axis) - low) / max(high - low, 1e-9), 0, 1)[::-1, ::-1]
-            cut = over.take(centre[axis], axis)[::-1, ::-1]
-            plain = np.repeat(grey[..., None], 3, axis=2)
-            painted = np.where((cut > 0)[..., None], 0.45 * plain + 0.55 * table[cut], plain)
-            for place, picture in ((2 * row, plain), (2 * row + 1, painted)):
-                axes[place][column].imshow(picture, aspect=aspect, interpolation="nearest")
-                axes[place][column].set_axis_off()
-        axes[0][column].set_title(name.replace(", ", ",\n"), color="white", fontsize=8)
+    columns = min(len(scenes), IN_A_ROW)
+    rows = -(-len(scenes) // columns)
+    figure = Figure(figsize=(4 * columns, 4.4 * rows + 1.8), dpi=100, facecolor="black")
+    *blocks, below = figure.subfigures(rows + 1, 1, height_ratios=[4.4] * rows + [1.8])
+    for number, block in enumerate(blocks):
+        parts = block.subfigures(1, columns, squeeze=False)[0]
+        for part in parts:
+            part.set_facecolor("black")
+        for part, scene in zip(parts, scenes[number * columns : (number + 1) * columns], strict=False):
+            _draw_scene(part, scene, table)
+    below.set_facecolor("black")
+    patches = [Patch(color=tuple(table[label.output_value]), label=label.name) for label in scheme.labels]
+    legend = below.legend(handles=patches, loc="center", ncols=max(1, columns), fontsize=17, frameon=False)
+    for text in legend.get_texts():
+        text.set_color("white")
     with written_whole(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, facecolor="black")
+
+
+def _draw_scene(figure: Any, scene: tuple[str, Volume, np.ndarray], table: np.ndarray) -> None:
+    name, image, labels = scene
+    base, over = image.canonical(), Volume(labels, image.geometry).canonical().array
+    centre = np.argwhere(over > 0).mean(axis=0).astype(int) if over.any() else np.array(over.shape) // 2
+    d, h, w = base.geometry.spacing_mm
+    low, high = np.percentile(base.array, (1, 99.5))
+    figure.suptitle(name.replace(", ", "\n", 1), color="white", fontsize=17, y=0.99, va="top")
+    axes = figure.subplots(
+        2, 2, gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.84, "wspace": 0.02, "hspace": 0.02}
+    )
+    for row, (axis, aspect) in zip(axes, ((1, d / w), (0, h / w)), strict=True):
+        grey = np.clip((base.array.take(centre[axis], axis) - low) / max(high - low, 1e-9), 0, 1)[::-1, ::-1]
+        cut = over.take(centre[axis], axis)[::-1, ::-1]
+        plain = np.repeat(grey[..., None], 3, axis=2)
+        painted = np.where((cut > 0)[..., None], 0.45 * plain + 0.55 * table[cut], plain)
+        for place, picture in zip(row, (plain, painted), strict=True):
+            place.imshow(picture, aspect=aspect, interpolation="nearest")
+            place.set_axis_off()
 
 
 if __name__ == "__main__":
