@@ -208,12 +208,15 @@ class PreparationPlan:
     spacing_mm: target voxel size in canonical array order (D, H, W) = (superior, anterior, right).
     crop_to_nonzero: crop to the box where any channel differs from zero.
     crop: the images were cut out around a structure before they became training data; None if they show all.
+    normalise_first: intensities are scaled in the voxels of the files, before resampling; False in models of the time
+    before this key, and where images are synthesised at the spacing that the network sees.
     """
 
     channels: tuple[ChannelPlan, ...] = (ChannelPlan(),)
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     crop_to_nonzero: bool = True
     crop: CropPlan | None = None
+    normalise_first: bool = False
 
 
 @dataclass(frozen=True)

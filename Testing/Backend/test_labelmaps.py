@@ -185,6 +185,7 @@ def test_training_on_label_maps_gives_a_package_for_any_contrast_and_resumes_to_
     manifest = open_package(whole.path).manifest
     assert [channel.name for channel in manifest.plan.channels] == ["MR"]
     assert manifest.plan.spacing_mm == (2.0, 2.0, 2.0) and manifest.patch == (16, 24, 16)
+    assert not manifest.plan.normalise_first, "images are synthesised, and scaled, at the spacing of the plan"
     assert manifest.scheme == SCHEME and set(manifest.metrics) == {"middle", "left", "right"}
     assert manifest.metrics["left"]["Dice"]["n"] == 2
     # With a constant learning rate half of a training is the first half of the whole one.
