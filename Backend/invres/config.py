@@ -56,8 +56,9 @@ class LossWeights:
 class AugmentationConfig:
     """How training patches are varied. Probabilities are per patch; ranges are symmetric unless a pair is given.
 
-    Rotation in degrees about each axis, scale as a factor, elastic displacement in voxels (standard deviation
-    at the control points), noise relative to the image's own standard deviation (images are z-scored).
+    Rotation in degrees about each axis, scale as a factor, elastic displacement in the shortest sides of a voxel
+    (standard deviation at the control points); with thick slices all three stay in their plane. Noise relative to the
+    image's own standard deviation (images are z-scored).
     channel_dropout: probability that a channel of a patch is blanked, never all of them; above 0 the model can do
     without any of its channels as long as one is there.
     """

@@ -134,7 +134,7 @@ def _train(
         training_cases, validation_cases = (
             prepare_cases(dataset, part, plan, prepared, report, stopped) for part in names
         )
-        batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
+        batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device, plan)
         _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
         validate = validator(validation_cases, scheme, config, device)
     # Not before every case was read: after a mistake in the data the same command is given again.
