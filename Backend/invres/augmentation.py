@@ -60,6 +60,7 @@ def augment(
     generator: torch.Generator,
     patch: Triple,
     spacing_mm: Spacing = ISOTROPIC,
+    ct_channels: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Varies a batch; each sample decides for itself.
 
@@ -67,6 +68,8 @@ def augment(
     spacing_mm: of their voxels (D, H, W); only its ratios count. Objects are turned in mm, so that none is sheared.
     With thick slices (see `thick_axis`) they stay in their slice: turned about its axis, and neither scaled, displaced
     nor lowered in resolution across it.
+    ct_channels: have no coil, and so no bias field. Gamma and brightness stay theirs: tube voltage and contrast agent
+    change Hounsfield units too, and nnU-Net varies CT by both (arXiv 1904.08128).
     Both may be larger than `patch` (see `input_patch`); the result is the centre of size `patch`, on the same
     device and of the same types. Labels are taken from the nearest voxel, so no new values arise and -1 survives.
     Every random number comes from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
@@ -81,7 +84,7 @@ def augment(
     for index in range(image.shape[0]):
         target = None if label is None else label[index]
         sample, target = _vary_space(image[index], target, config, generator, patch, spacing_mm)
-        images.append(_vary_intensity(sample, config, generator, thick_axis(spacing_mm)))
+        images.append(_vary_intensity(sample, config, generator, thick_axis(spacing_mm), ct_channels))
         if target is not None:
             labels.append(target)
     return torch.stack(images), torch.stack(labels) if labels else None
@@ -292,7 +295,13 @@ def _vary_space(
     return image, label
 
 
-def _vary_intensity(image: Tensor, config: AugmentationConfig, generator: torch.Generator, thick: int | None) -> Tensor:
+def _vary_intensity(
+    image: Tensor,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    thick: int | None,
+    ct_channels: Sequence[int],
+) -> Tensor:
     """Contrast and artefacts of one sample (C, D, H, W); each channel has its own numbers."""
     channels = image.shape[0]
     if happens(generator, config.gamma_probability):
@@ -303,7 +312,10 @@ def _vary_intensity(image: Tensor, config: AugmentationConfig, generator: torch.
         image = image * _per_channel(factors.to(image))
     if happens(generator, config.bias_field_probability):
         control = torch.randn((1, BIAS_GRID, BIAS_GRID, BIAS_GRID), generator=generator) * config.bias_field
-        image = apply_bias_field(image, control)
+        biased = apply_bias_field(image, control)
+        for channel in ct_channels:
+            biased[channel] = image[channel]
+        image = biased
     if happens(generator, config.noise_probability):
         stds = torch.tensor([uniform(generator, 0, config.noise_std) for _ in range(channels)])
         noise = normal_noise(generator, tuple(image.shape), image.device).to(image.dtype)

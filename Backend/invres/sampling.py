@@ -40,7 +40,7 @@ class CaseBatches:
     case with probability `config.foreground_fraction`, else anywhere. Where it reaches beyond the volume the border
     is repeated and the target ignored. The next batch is cut by a thread while the device works on this one.
     Channels that a case lacks are zero, and so are those that `augmentation.channel_dropout` blanks.
-    plan: how the cases were prepared; its spacing is that of their voxels.
+    plan: how the cases were prepared; from it come the spacing of their voxels and which channels are CT.
     unlabelled: names of cases whose label is background throughout.
     """
 
@@ -58,6 +58,7 @@ class CaseBatches:
         self.augmentation = augmentation
         self.device = device
         self.plan = plan
+        self._ct = [place for place, channel in enumerate(plan.channels) if channel.modality == "CT"]
         self.patch_in = input_patch(augmentation, config.patch, plan.spacing_mm)
         self._regions = torch.from_numpy(target_table(scheme)).to(device) if scheme.regions else None
         self._centres = [_label_voxels(case) for case in cases]
@@ -75,7 +76,7 @@ class CaseBatches:
         label = torch.from_numpy(labels).to(self.device, non_blocking=True)
         generator = seeded_generator(self.config.seed, iteration, AUGMENT)
         patch, spacing_mm = self.config.patch, self.plan.spacing_mm
-        image, moved = augment(image, label, self.augmentation, generator, patch, spacing_mm)
+        image, moved = augment(image, label, self.augmentation, generator, patch, spacing_mm, self._ct)
         assert moved is not None  # a label went in
         return self._blanked(image, torch.from_numpy(present), iteration), self._target(moved[:, 0])
 

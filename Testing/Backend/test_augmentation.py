@@ -279,6 +279,18 @@ def test_a_bias_field_multiplies_and_leaves_the_darkest_voxel_dark():
     torch.testing.assert_close(doubled, (image + 1.5) * 2 - 1.5)
 
 
+@pytest.mark.parametrize("ct", [(), (1,), (0, 1)])
+def test_a_bias_field_leaves_ct_alone_and_every_other_channel_as_it_would_be(ct):
+    image, _ = batch(samples=1)
+    config = dataclasses.replace(OFF, bias_field_probability=1.0)
+    wanted = augment(image, None, config, generator(), PATCH)[0]
+    found = augment(image, None, config, generator(), PATCH, ct_channels=ct)[0]
+    plain = centre_crop(image, PATCH)
+    for channel in range(2):
+        assert torch.equal(found[0, channel], (plain if channel in ct else wanted)[0, channel])
+        assert not torch.equal(wanted[0, channel], plain[0, channel])
+
+
 def test_low_resolution_averages_in_place():
     image = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 4, 4).contiguous()
     low = apply_low_resolution(image, (2.0, 1.0, 1.0))

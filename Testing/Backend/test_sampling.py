@@ -9,7 +9,7 @@ import pytest
 import torch
 from grids import RAS
 
-from invres.config import AugmentationConfig, Label, LabelScheme, PreparationPlan, TrainingConfig
+from invres.config import AugmentationConfig, ChannelPlan, Label, LabelScheme, PreparationPlan, TrainingConfig
 from invres.preprocessing import PreparedCase
 from invres.sampling import CaseBatches, seeded_generator
 from invres.volume import Geometry
@@ -121,6 +121,14 @@ def test_labels_stay_on_their_voxels(augmentation, shape):
         assert apart.transpose(0, 2, 3, 4, 1)[inside].max() <= limit
         seen += inside.sum()
     assert seen > 500
+
+
+def test_the_plan_says_which_channels_have_no_bias_field():
+    case = prepared("both", np.random.default_rng(0).normal(size=(2, 20, 20, 20)), np.ones((20, 20, 20)))
+    plan = PreparationPlan((ChannelPlan("CT", "CT"), ChannelPlan("T1")), (1.0, 1.0, 1.0))
+    biased = dataclasses.replace(STILL, bias_field_probability=1.0)
+    still, found = (source([case], augmentation, plan=plan).batch(0)[0] for augmentation in (STILL, biased))
+    assert torch.equal(found[:, 0], still[:, 0]) and not torch.equal(found[:, 1], still[:, 1])
 
 
 def test_patches_are_turned_in_the_millimetres_of_the_plan():
