@@ -29,6 +29,7 @@ from .mirroring import check_mirror
 from .modelpackage import ModelPackage, save_package
 from .networks import SegmentationNetwork, build, with_patch
 from .objectives import Segmentation
+from .patchsize import within_cases
 from .prediction import SegmentOptions, confidence_of, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
@@ -59,6 +60,7 @@ from .trainingrun import (
     training_summary,
     write_run,
 )
+from .volume import Geometry
 
 __all__ = ["train", "validator"]
 
@@ -109,7 +111,7 @@ def _train(
             plan = make_plan(dataset, names[0], recipe.spacing_mm, report, recipe.clip_hu)
         plan = with_dropout(plan, recipe.augmentation.channel_dropout)
         plan = dataclasses.replace(plan, crop=recipe.crop)
-        recipe = _fitted(recipe, dataset, plan)
+        recipe = within_cases(_fitted(recipe, dataset, plan), _grids(dataset, names[0]), plan.spacing_mm, report)
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
             recipe = dataclasses.replace(recipe, network=with_patch(recipe.network, recipe.training.patch))
@@ -262,6 +264,11 @@ def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
     return dataclasses.replace(recipe, network=with_patch(network, recipe.training.patch))
 
 
+def _grids(dataset: Dataset, names: Iterable[str]) -> list[Geometry]:
+    """Of the files of these cases, in canonical orientation; none of label maps, which have no images."""
+    return [dataset.geometry(case).canonical() for case in map(dataset.case, names) if any(dataset.present(case))]
+
+
 def _check_labelled(unlabelled: list[str], cases: int, dataset: Dataset, report: Reporter) -> None:
     if len(unlabelled) == cases:
         raise InvresError(
@@ -290,7 +297,12 @@ def _read_run(
 ) -> tuple[Recipe, PreparationPlan, Split]:
     """The run as it was started, but for its length (see `lengthened`)."""
     recipe, plan, scheme, names = started_run(output)
-    recipe = lengthened(recipe, _fitted(asked, dataset, plan), output, report)
+    asked = _fitted(asked, dataset, plan)
+    if asked.training.patch != recipe.training.patch:
+        smaller = within_cases(asked, _grids(dataset, names[0]), plan.spacing_mm)
+        # What the same recipe came to at the start is no other wish.
+        asked = smaller if smaller.training.patch == recipe.training.patch else asked
+    recipe = lengthened(recipe, asked, output, report)
     if scheme != to_dict(dataset.scheme):
         raise InvresError(
             f"The labels of {dataset.name} differ from those that the training in {output} was started with.",

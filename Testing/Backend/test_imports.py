@@ -82,6 +82,7 @@ ALLOWED = {
     "memory": "config hollow livebytes losses networkconfig networks reversible step",
     "iqt_figures": "memory networkconfig networks step",
     "cardplan": "config events memory networkconfig networks",
+    "patchsize": "config events networks volume",
     "guard": "events reversible",
     "checkpoint": "events",
     "distributed": "config events",
@@ -118,8 +119,8 @@ ALLOWED = {
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
         "cardplan cases checkpoint config configjson cropping devices events expectation faults labelmapbatches "
-        "labelmaps memory metrics mirroring modelpackage networks objectives prediction prepared preprocessing "
-        "sampling sides trainer trainingrun"
+        "labelmaps memory metrics mirroring modelpackage networks objectives patchsize prediction prepared "
+        "preprocessing sampling sides trainer trainingrun volume"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
