@@ -32,10 +32,10 @@ from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
-from .training import validator
 from .trainingrun import announce_memory
 from .transfer import Transfer, transfer_weights
 from .tuningplan import TuningPlan, prepare_readable, write_plan
+from .validation import validator
 
 __all__ = ["NOTHING_TO_KEEP", "TRANSFER", "PartTrainer"]
 

@@ -14,29 +14,25 @@ from . import InvresError
 from .cardplan import fit_recipe
 from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
-from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, check_one_piece
+from .config import LabelScheme, PreparationPlan, Recipe, check_one_piece
 from .configjson import to_dict
 from .cropping import CROPS, cropped
 from .devices import choose_device
 from .events import SILENT, Reporter
 from .expectation import of_volumes
-from .faults import is_out_of_memory
 from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_for
-from .metrics import dice_by_label
 from .mirroring import check_mirror
 from .modelpackage import ModelPackage, save_package
-from .networks import SegmentationNetwork, build, with_patch
+from .networks import build, with_patch
 from .objectives import Segmentation
 from .patchsize import within_cases
-from .prediction import SegmentOptions, confidence_of, predict_probabilities
 from .prepared import prepare_cases
 from .preprocessing import (
     PreparedCase,
     case_volumes_ml,
     make_plan,
-    scheme_targets,
     with_dropout,
     without_channel,
 )
@@ -60,11 +56,10 @@ from .trainingrun import (
     training_summary,
     write_run,
 )
+from .validation import card_scores, validator
 from .volume import Geometry
 
-__all__ = ["train", "validator"]
-
-VALIDATION_OVERLAP = 0.25  # between windows while training; less than for results, for speed
+__all__ = ["train"]
 
 
 def train(
@@ -157,14 +152,14 @@ def _train(
         scores, confidences = scenes.scores(network) if scenes is not None else (np.empty((0, 0)), [])
         volumes = batches.volumes_ml(plan.spacing_mm)
     else:
-        scores, confidences = _scores(network, validation_cases, scheme, config, device)
+        scores, confidences = card_scores(network, validation_cases, dataset, recipe, device)
         volumes = [case_volumes_ml(case, scheme) for case in training_cases]
     metrics = _metrics("Dice", scores, scheme)
     for number, channel in enumerate(plan.channels):
         if channel.optional:
             # One at a time: they are copies in memory, unlike the prepared cases.
             lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
-            scores, _ = _scores(network, lacking, scheme, config, device)
+            scores, _ = card_scores(network, lacking, dataset, recipe, device)
             for label, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
                 metrics[label] |= spread
     return save_package(
@@ -185,66 +180,6 @@ def _train(
         licence=options.licence,
         log=output / METRICS,
     )
-
-
-def validator(
-    cases: list[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device
-) -> Validation | None:
-    """A function from a network to the mean full-volume Dice of each label and their "mean"; None without cases."""
-    chosen = cases[: config.validation_cases] if config.validation_cases else cases
-    if not chosen:
-        return None
-
-    def validate(network: SegmentationNetwork) -> dict[str, float]:
-        scores, _ = _scores(network, chosen, scheme, config, device)
-        means = dict(zip(scheme.names, scores.mean(axis=0).tolist(), strict=True))
-        return {**means, "mean": float(scores.mean())}
-
-    return validate
-
-
-def _predict(
-    network: SegmentationNetwork, case: PreparedCase, scheme: LabelScheme, config: TrainingConfig, device: torch.device
-) -> torch.Tensor:
-    """Probabilities (K, D, H, W) on the prepared grid."""
-    image = torch.from_numpy(np.array(case.image)).to(device)
-    options = SegmentOptions(overlap=VALIDATION_OVERLAP)
-    try:
-        return predict_probabilities(network, image, config.patch, scheme.regions, options)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # The maps of all labels of a whole image may not fit where a training step does.
-    return predict_probabilities(network, image, config.patch, scheme.regions, options, stitch_device="cpu")
-
-
-def _scores(
-    network: SegmentationNetwork,
-    cases: Iterable[PreparedCase],
-    scheme: LabelScheme,
-    config: TrainingConfig,
-    device: torch.device,
-) -> tuple[np.ndarray, list[float]]:
-    """Dice (cases, labels), and the confidence in each case."""
-    scores, confidences = [], []
-    for case in cases:
-        probabilities = _predict(network, case, scheme, config, device)
-        scores.append(_dice(probabilities, case, scheme))
-        confidences.append(confidence_of(probabilities, scheme.regions))
-    return np.array(scores), confidences
-
-
-def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) -> list[float]:
-    """Dice of each label on the prepared grid."""
-    assert case.label is not None  # validation cases are labelled
-    reference = np.asarray(case.label)
-    targets = scheme_targets(reference, scheme)
-    if scheme.regions:
-        predicted = (probabilities > 0.5).cpu().numpy()
-    else:
-        best = probabilities.argmax(dim=0).cpu().numpy()
-        predicted = np.stack([best == index + 1 for index in range(len(scheme.labels))])
-    return dice_by_label(predicted & (reference >= 0), targets)
 
 
 def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:

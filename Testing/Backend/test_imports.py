@@ -112,15 +112,16 @@ ALLOWED = {
         "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
         "objectives sampling step"
     ),
+    "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson cropping devices events expectation faults labelmapbatches "
-        "labelmaps memory metrics mirroring modelpackage networks objectives patchsize prediction prepared "
-        "preprocessing sampling sides trainer trainingrun volume"
+        "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches labelmaps "
+        "memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides trainer "
+        "trainingrun validation volume"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
@@ -150,8 +151,8 @@ ALLOWED = {
     "proof": "casecomparison cases comparison config events inference labelmatching modelpackage networks trainer",
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation faults files freezing memory "
-        "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer training "
-        "trainingrun transfer tuningplan"
+        "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer "
+        "trainingrun transfer tuningplan validation"
     ),
     "tunedmodel": (
         "casecomparison config configjson events expectation files manifest mirroring modelpackage networks sides "
