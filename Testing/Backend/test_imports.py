@@ -105,8 +105,8 @@ ALLOWED = {
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks prediction region volume",
     "enhancement": (
-        "devices diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage "
-        "networks outputs prediction scans volume"
+        "devices diffusion enhancementconfig enhancementscaling enhancementscores events expectation imagepairs "
+        "modelpackage networks outputs prediction scans volume"
     ),
     "trainer": (
         "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
