@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from .config import AugmentationConfig
 from .randomness import happens, log_uniform, normal_noise, smooth_field, uniform
 
 __all__ = [
+    "ISOTROPIC",
+    "Spacing",
     "apply_bias_field",
     "apply_gamma",
     "apply_low_resolution",
@@ -23,14 +26,24 @@ __all__ = [
     "centre_crop",
     "draw_displacement",
     "draw_presence",
+    "in_voxels",
     "input_patch",
     "rotation_matrix",
     "sample_image",
     "sample_labels",
     "sampling_grid",
+    "thick_axis",
+    "turns_allowed",
 ]
 
 Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+ISOTROPIC: Spacing = (1.0, 1.0, 1.0)
+
+THICK = 3.0
+"""Slices thicker than this many voxel sides of their own plane are moved within that plane only: what lies between them
+nobody knows. The threshold, and what follows from it, are nnU-Net's (`ANISO_THRESHOLD`, arXiv 1904.08128)."""
 
 BIAS_GRID = 4
 """Control points of the bias field along each axis: coil sensitivity varies over a good part of the field of view."""
@@ -46,10 +59,17 @@ def augment(
     config: AugmentationConfig,
     generator: torch.Generator,
     patch: Triple,
+    spacing_mm: Spacing = ISOTROPIC,
+    ct_channels: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Varies a batch; each sample decides for itself.
 
     image: float (N, C, D, H, W), z-scored, on any device. label: integer or bool (N, L, D, H, W) or None.
+    spacing_mm: of their voxels (D, H, W); only its ratios count. Objects are turned in mm, so that none is sheared.
+    With thick slices (see `thick_axis`) they stay in their slice: turned about its axis, and neither scaled, displaced
+    nor lowered in resolution across it.
+    ct_channels: have no coil, and so no bias field. Gamma and brightness stay theirs: tube voltage and contrast agent
+    change Hounsfield units too, and nnU-Net varies CT by both (arXiv 1904.08128).
     Both may be larger than `patch` (see `input_patch`); the result is the centre of size `patch`, on the same
     device and of the same types. Labels are taken from the nearest voxel, so no new values arise and -1 survives.
     Every random number comes from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
@@ -62,34 +82,53 @@ def augment(
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for index in range(image.shape[0]):
-        sample, target = _vary_space(image[index], None if label is None else label[index], config, generator, patch)
-        images.append(_vary_intensity(sample, config, generator))
+        target = None if label is None else label[index]
+        sample, target = _vary_space(image[index], target, config, generator, patch, spacing_mm)
+        images.append(_vary_intensity(sample, config, generator, thick_axis(spacing_mm), ct_channels))
         if target is not None:
             labels.append(target)
     return torch.stack(images), torch.stack(labels) if labels else None
 
 
-def input_patch(config: AugmentationConfig, patch: Triple) -> Triple:
+def input_patch(config: AugmentationConfig, patch: Triple, spacing_mm: Spacing = ISOTROPIC) -> Triple:
     """The size of the patch to cut so that rotation, shrinking and displacement bring in real voxels.
 
     Covers the whole range of the configuration, but at most 1.5 times `patch` along each axis. The margin is even,
-    so that the centres coincide.
+    so that the centres coincide. spacing_mm: see `augment`.
     """
-    extent = np.asarray(patch, dtype=np.float64)
+    extent, thick = np.asarray(patch, dtype=np.float64), thick_axis(spacing_mm)
     if config.spatial_probability > 0:
-        angles = [np.linspace(-limit, limit, 7) for limit in config.rotation_degrees]
-        turns = [np.abs(rotation_matrix(*combination)) for combination in itertools.product(*angles)]
+        limits = turns_allowed(config.rotation_degrees, thick)
+        angles = [np.linspace(-limit, limit, 7) for limit in limits]
+        turns = [
+            np.abs(in_voxels(rotation_matrix(*combination), spacing_mm)) for combination in itertools.product(*angles)
+        ]
         extent = (np.max([turn @ extent for turn in turns], axis=0)) / min(config.scale[0], 1.0)
+        if thick is not None:
+            extent[thick] = patch[thick]
     if config.elastic_probability > 0:
         # Twice two standard deviations: beyond, border voxels are repeated.
-        extent = extent + 4 * np.minimum(config.elastic_voxels, _largest_displacement(config.elastic_grid, patch))
+        std_voxels = config.elastic_voxels * _displaced(spacing_mm)
+        extent = extent + 4 * np.minimum(std_voxels, _largest_displacement(config.elastic_grid, patch))
     margins = np.ceil((np.minimum(extent, LARGEST_MARGIN * np.asarray(patch)) - patch) / 2 - 1e-6)
     depth, height, width = (int(size + 2 * max(margin, 0)) for size, margin in zip(patch, margins, strict=True))
     return depth, height, width
 
 
+def thick_axis(spacing_mm: Spacing) -> int | None:
+    """The axis across slices that are more than `THICK` times as thick as the longer side of their pixels, if any."""
+    axis = max(range(3), key=lambda axis: spacing_mm[axis])
+    in_plane = max(side for other, side in enumerate(spacing_mm) if other != axis)
+    return axis if spacing_mm[axis] > THICK * in_plane else None
+
+
+def turns_allowed(degrees: Sequence[float], thick: int | None) -> list[float]:
+    """Angles about (D, H, W), without those that would turn thick slices out of their plane."""
+    return [angle if thick in (None, axis) else 0.0 for axis, angle in enumerate(degrees)]
+
+
 def rotation_matrix(degrees_d: float, degrees_h: float, degrees_w: float) -> np.ndarray:
-    """Rotation (3, 3) of voxel offsets (D, H, W): about W first, then H, then D.
+    """Rotation (3, 3) of offsets (D, H, W) in mm, or in voxels that are cubes: about W first, then H, then D.
 
     A positive angle about D turns +H towards +W, about H +W towards +D, about W +D towards +H.
     """
@@ -104,10 +143,23 @@ def rotation_matrix(degrees_d: float, degrees_h: float, degrees_w: float) -> np.
     return matrix
 
 
-def draw_displacement(generator: torch.Generator, std_voxels: float, points: int, patch: Triple) -> Tensor:
-    """Random displacement (3, points, points, points) in voxels (D, H, W) at the control points, on the CPU."""
+def in_voxels(matrix: np.ndarray, spacing_mm: Spacing) -> np.ndarray:
+    """A map (3, 3) of offsets in mm as the same map M of offsets in voxels: S^-1 M S, S the spacing on its diagonal."""
+    side = np.asarray(spacing_mm, dtype=np.float64)
+    return matrix * (side[None, :] / side[:, None])  # factors of exactly 1 where voxels are cubes
+
+
+def draw_displacement(
+    generator: torch.Generator, std_voxels: float, points: int, patch: Triple, spacing_mm: Spacing = ISOTROPIC
+) -> Tensor:
+    """Random displacement (3, points, points, points) in voxels (D, H, W) at the control points, on the CPU.
+
+    std_voxels: counted in the shortest side of a voxel, so that it is the same length in mm along all axes; 0 across
+    thick slices.
+    """
     limit = torch.from_numpy(_largest_displacement(points, patch)).float().reshape(3, 1, 1, 1)
     control = torch.randn((3, points, points, points), generator=generator) * std_voxels
+    control *= torch.from_numpy(_displaced(spacing_mm)).float().reshape(3, 1, 1, 1)
     return torch.minimum(torch.maximum(control, -limit), limit)
 
 
@@ -211,15 +263,22 @@ def blank_channels(image: Tensor, present: Tensor) -> Tensor:
 
 
 def _vary_space(
-    image: Tensor, label: Tensor | None, config: AugmentationConfig, generator: torch.Generator, patch: Triple
+    image: Tensor,
+    label: Tensor | None,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    patch: Triple,
+    spacing_mm: Spacing,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotation, scale, displacement, crop and flips of one sample (C, D, H, W)."""
-    matrix, displacement = None, None
+    matrix, displacement, thick = None, None, thick_axis(spacing_mm)
     if happens(generator, config.spatial_probability):
-        angles = [uniform(generator, -limit, limit) for limit in config.rotation_degrees]
-        matrix = rotation_matrix(*angles).T / log_uniform(generator, *config.scale)
+        angles = turns_allowed([uniform(generator, -limit, limit) for limit in config.rotation_degrees], thick)
+        matrix = in_voxels(rotation_matrix(*angles).T, spacing_mm) / log_uniform(generator, *config.scale)
+        if thick is not None:
+            matrix[thick, thick] = 1
     if happens(generator, config.elastic_probability):
-        displacement = draw_displacement(generator, config.elastic_voxels, config.elastic_grid, patch)
+        displacement = draw_displacement(generator, config.elastic_voxels, config.elastic_grid, patch, spacing_mm)
     if matrix is None and displacement is None:
         image = centre_crop(image, patch)
         label = None if label is None else centre_crop(label, patch)
@@ -236,7 +295,13 @@ def _vary_space(
     return image, label
 
 
-def _vary_intensity(image: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+def _vary_intensity(
+    image: Tensor,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    thick: int | None,
+    ct_channels: Sequence[int],
+) -> Tensor:
     """Contrast and artefacts of one sample (C, D, H, W); each channel has its own numbers."""
     channels = image.shape[0]
     if happens(generator, config.gamma_probability):
@@ -247,19 +312,29 @@ def _vary_intensity(image: Tensor, config: AugmentationConfig, generator: torch.
         image = image * _per_channel(factors.to(image))
     if happens(generator, config.bias_field_probability):
         control = torch.randn((1, BIAS_GRID, BIAS_GRID, BIAS_GRID), generator=generator) * config.bias_field
-        image = apply_bias_field(image, control)
+        biased = apply_bias_field(image, control)
+        for channel in ct_channels:
+            biased[channel] = image[channel]
+        image = biased
     if happens(generator, config.noise_probability):
         stds = torch.tensor([uniform(generator, 0, config.noise_std) for _ in range(channels)])
         noise = normal_noise(generator, tuple(image.shape), image.device).to(image.dtype)
         image = torch.addcmul(image, noise, _per_channel(stds.to(image)))
     if happens(generator, config.low_resolution_probability):
         shrinks = [uniform(generator, *config.low_resolution) for _ in range(channels)]
-        image = torch.cat([apply_low_resolution(image[i : i + 1], (f, f, f)) for i, f in enumerate(shrinks)])
+        d, h, w = (float(axis != thick) for axis in range(3))
+        image = torch.cat([apply_low_resolution(image[i : i + 1], (f**d, f**h, f**w)) for i, f in enumerate(shrinks)])
     return image
 
 
 def _per_channel(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1, 1)
+
+
+def _displaced(spacing_mm: Spacing) -> np.ndarray:
+    """Voxels along each axis that are as long as the shortest side of one; none across thick slices."""
+    thick = thick_axis(spacing_mm)
+    return np.array([0.0 if axis == thick else min(spacing_mm) / side for axis, side in enumerate(spacing_mm)])
 
 
 def _largest_displacement(points: int, patch: Triple) -> np.ndarray:

@@ -56,8 +56,9 @@ class LossWeights:
 class AugmentationConfig:
     """How training patches are varied. Probabilities are per patch; ranges are symmetric unless a pair is given.
 
-    Rotation in degrees about each axis, scale as a factor, elastic displacement in voxels (standard deviation
-    at the control points), noise relative to the image's own standard deviation (images are z-scored).
+    Rotation in degrees about each axis, scale as a factor, elastic displacement in the shortest sides of a voxel
+    (standard deviation at the control points); with thick slices all three stay in their plane. Noise relative to the
+    image's own standard deviation (images are z-scored).
     channel_dropout: probability that a channel of a patch is blanked, never all of them; above 0 the model can do
     without any of its channels as long as one is there.
     """
@@ -208,12 +209,15 @@ class PreparationPlan:
     spacing_mm: target voxel size in canonical array order (D, H, W) = (superior, anterior, right).
     crop_to_nonzero: crop to the box where any channel differs from zero.
     crop: the images were cut out around a structure before they became training data; None if they show all.
+    normalise_first: intensities are scaled in the voxels of the files, before resampling; False in models of the time
+    before this key, and where images are synthesised at the spacing that the network sees.
     """
 
     channels: tuple[ChannelPlan, ...] = (ChannelPlan(),)
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     crop_to_nonzero: bool = True
     crop: CropPlan | None = None
+    normalise_first: bool = False
 
 
 @dataclass(frozen=True)

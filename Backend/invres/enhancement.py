@@ -19,6 +19,7 @@ from .enhancementconfig import EnhancementPlan
 from .enhancementscaling import restored, scaled_input
 from .enhancementscores import cubic, region_errors, regions
 from .events import SILENT, Reporter
+from .expectation import unlike_spacing
 from .imagepairs import z_scores
 from .modelpackage import ModelPackage
 from .networks import BORDER, ESPCN, build_enhancer
@@ -161,6 +162,7 @@ def enhance(
 
     reference: the truth on the output's grid, to compare with. Returns output, model, spacing_mm and shape (D, H, W of
     the file), seconds, device, and `errors` (see `compared`) where there is a reference.
+    Warns where the voxels are of another size than those that the model was trained on.
     Raises InvresError for a model that segments and for files that do not fit the model.
     """
     started = time.monotonic()
@@ -168,6 +170,8 @@ def enhance(
     device = choose_device(options.device)
     network, plan = loaded_enhancer(package, device)
     scan = read_scan(files, plan.kind, plan.largest_b, report)
+    for sentence in unlike_spacing(package.manifest.plan.spacing_mm, scan.geometry.spacing_mm):
+        report.warning(sentence)
     factor, patch = network.config.strides[0], package.manifest.patch
     truth = None if reference is None else _reference(reference, plan, finer(scan.geometry, factor), report)
     found = enhanced(network, plan, patch, scan, options, report)
@@ -190,13 +194,15 @@ def errors_of_scans(
     options: EnhanceOptions = EnhanceOptions(),
     report: Reporter = SILENT,
 ) -> list[dict[str, Any]]:
-    """Each scan reduced as in training, enhanced, and compared with itself (see `compared`)."""
+    """Each scan reduced as in training, enhanced, compared with itself (see `compared`). Warns as `enhance` does."""
     network, plan = loaded_enhancer(package, choose_device(options.device))
     factor, patch = network.config.strides[0], package.manifest.patch
     errors = []
     for files in scans:
         truth = read_scan(files, plan.kind, plan.largest_b, report).cut(factor)
         low = truth.reduced(factor)
+        for sentence in unlike_spacing(package.manifest.plan.spacing_mm, low.geometry.spacing_mm):
+            report.warning(f"{files.name}: {sentence}", scan=files.name)
         errors.append(
             compared(files.name, enhanced(network, plan, patch, low, options, report), low, truth, patch, factor)
         )

@@ -146,7 +146,7 @@ def _train(
 
 
 def _preparation(scans: Sequence[ScanFiles], channels: int, factor: tuple[int, int, int]) -> PreparationPlan:
-    """Channels, and the median voxel size of the training input; a model takes any other as well."""
+    """Channels, and the median voxel size of the training input; a model takes any other as well, with a warning."""
     grids = [read_geometry(scan.image).canonical() for scan in scans]
     spacing = np.median([grid.spacing_mm for grid in grids], axis=0) * factor
     plans = tuple(ChannelPlan(name, "DTI") for name in COMPONENTS) if channels == 6 else (ChannelPlan(),)

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from .config import ChannelPlan
 
-__all__ = ["Expectation", "merged", "of_volumes", "unlike_modality", "unlike_result"]
+__all__ = ["Expectation", "merged", "of_volumes", "unlike_modality", "unlike_result", "unlike_spacing"]
 
 HOUNSFIELD_AIR = -500.0  # no magnitude image of a scanner is so negative; air and lung of a CT are
 FACTOR = 2.0  # volumes within this factor of what was seen are taken as usual
 CONFIDENCE_MARGIN = 0.1  # below the least seen by more than this is unusual (chosen)
+SPACING_FACTOR = 1.2  # voxels within this factor of those trained on show about the same details (chosen)
 NAMED = 3
 
 
@@ -84,6 +85,18 @@ def unlike_modality(channels: Sequence[ChannelPlan], arrays: Sequence[np.ndarray
                 f"{lowest:g}): do not rely on the result."
             )
     return found
+
+
+def unlike_spacing(trained_mm: Sequence[float], given_mm: Sequence[float]) -> list[str]:
+    """A sentence where an image to be enhanced has other voxels than those trained on; both (D, H, W), canonical."""
+    factors = [max(one / other, other / one) for one, other in zip(trained_mm, given_mm, strict=True)]
+    if max(factors) <= SPACING_FACTOR + 1e-6:
+        return []
+    trained, given = (" x ".join(f"{side:.3g}" for side in sides) for sides in (trained_mm, given_mm))
+    return [
+        f"The image has voxels of {given} mm, but the model learned to refine voxels of {trained} mm (superior, "
+        "anterior, right): it knows the details of that scale only, so do not rely on what it adds."
+    ]
 
 
 def unlike_result(expected: Expectation, volumes_ml: Mapping[str, float], confidence: float) -> list[str]:

@@ -32,10 +32,10 @@ from .reduction import adapt_checkpoint, lighter
 from .sampling import BatchSource, CaseBatches
 from .syntheticbatches import MixedBatches, SyntheticBatches
 from .trainer import StopRequest, Trainer, TrainingResult
-from .training import validator
 from .trainingrun import announce_memory
 from .transfer import Transfer, transfer_weights
 from .tuningplan import TuningPlan, prepare_readable, write_plan
+from .validation import validator
 
 __all__ = ["NOTHING_TO_KEEP", "TRANSFER", "PartTrainer"]
 
@@ -195,11 +195,11 @@ class PartTrainer:
 
     def _batches(self, cases: list[PreparedCase], config: TrainingConfig) -> BatchSource:
         plan = self.plan
-        real = CaseBatches(cases, plan.scheme, config, plan.augmentation, self._device)
+        real = CaseBatches(cases, plan.scheme, config, plan.augmentation, self._device, plan.plan)
         if not plan.synthetic:
             return real
         dropout = plan.augmentation.channel_dropout
-        synthetic = SyntheticBatches(cases, plan.scheme, config, self._device, dropout)
+        synthetic = SyntheticBatches(cases, plan.scheme, config, self._device, plan.plan, dropout)
         return MixedBatches(real, synthetic, plan.synthetic, config.seed)
 
     def _reduce(self, reason: str) -> None:

@@ -195,8 +195,10 @@ def _bytes(
     # The Gaussian weights, and the logits of the batch before, which MONAI holds until the next ones are there.
     tiles = (1 + (batch * classes if count > batch else 0)) * int(np.prod(window)) * FLOAT
     predicting = weights + image + filled_up + logits + max(forward + tiles, padded * FLOAT)
-    # In canonical orientation, one channel at a time resampled (ITK holds its own copies) and scaled.
-    preparing = 2 * files + channels * prepared * FLOAT + max(2 * voxels * FLOAT + 2 * prepared * FLOAT, 14 * prepared)
+    # In canonical orientation, one channel at a time resampled (ITK holds its own copies) and scaled: by its voxels in
+    # double precision and their mask, beside a copy of the channel where that comes first.
+    scaling = 18 * voxels if manifest.plan.normalise_first else 14 * prepared
+    preparing = 2 * files + channels * prepared * FLOAT + max(2 * voxels * FLOAT + 2 * prepared * FLOAT, scaling)
     restoring = files + image + classes * predicted * FLOAT + 5 * voxels
     if on_card:
         return predicting, max(preparing, restoring)

@@ -59,7 +59,10 @@ def prepare_cases(
 
 def _key(dataset: Dataset, case: Case, plan: PreparationPlan) -> str:
     """A folder name that changes with the files, the plan and the labels."""
-    content = json.dumps([stamps_of((*case.images, case.label)), to_dict(plan), to_dict(dataset.scheme)])
+    said = to_dict(plan)
+    if not plan.normalise_first:
+        del said["normalise_first"]  # what was prepared before this key was there stays good
+    content = json.dumps([stamps_of((*case.images, case.label)), said, to_dict(dataset.scheme)])
     safe = "".join(c if c.isalnum() and c.isascii() else "_" for c in case.name)[:60]
     return f"{safe}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 

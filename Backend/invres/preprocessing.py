@@ -8,6 +8,7 @@ values of all regions in ascending order; `scheme_targets` turns these numbers i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def make_plan(
         _channel_plan(name, modality, voxels, clip_hu)
         for name, modality, voxels in zip(dataset.channel_names, dataset.modalities, samples, strict=True)
     )
-    return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct)
+    return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct, normalise_first=True)
 
 
 def with_dropout(plan: PreparationPlan, probability: float) -> PreparationPlan:
@@ -174,8 +175,9 @@ def prepare(
     Canonical orientation, crop to the box where any channel differs from zero (if the plan says so), linear
     resampling to the plan's spacing (Gaussian smoothing first where it shrinks more than 1.5-fold), intensities: MR
     z-scored by the non-zero mask if that is below 75 % of the crop (outside stays dark: 0 there would be the tissue's
-    mean) and by all voxels otherwise; CT clipped and scaled by the plan. A channel that is lacking is zero throughout,
-    as where it was blanked in training.
+    mean) and by all voxels otherwise; CT clipped and scaled by the plan. With `plan.normalise_first` intensities come
+    before resampling, in the voxels of the files, as in nnU-Net (arXiv 1904.08128). A channel that is lacking is zero
+    throughout, as where it was blanked in training.
 
     Volumes are finite, as `read_volume` makes them. original is the grid of the first volume as given.
     Raises InvresError for a wrong number of channels, a lacking one that is not optional, volumes on different grids, a
@@ -213,10 +215,16 @@ def prepare(
     target = cropped if same else cropped.with_spacing(plan.spacing_mm)
 
     image = np.zeros((len(volumes), *target.shape), dtype=np.float32)
+    by_mask = any(plan.channels[place].modality != "CT" for place in places)
+    # Smoothing and interpolation make voxels outside a brain differ from zero, so the mask of the files is another one.
+    mask = _body([volume.array[box] for volume in given]) if by_mask and plan.normalise_first else None
     for place, volume in zip(places, given, strict=True):
-        part = np.ascontiguousarray(volume.array[box], dtype=np.float32)
-        image[place] = part if same else _resample_image(Volume(part, cropped), target).array
-    _normalise(image, plan.channels, places)
+        scaled_as = plan.channels[place] if plan.normalise_first else None
+        image[place] = _on_target(volume.array[box], cropped, target, scaled_as, mask)
+    if not plan.normalise_first:
+        mask = _body(image) if by_mask else None
+        for place in places:
+            _normalise(image[place], plan.channels[place], mask)
     prepared_label = None
     if label is not None:
         inside = _renumber(np.ascontiguousarray(label.array[box]), scheme, name, report)
@@ -294,6 +302,16 @@ def _snapped(volume: Volume, grid: Geometry, tolerance_mm: float) -> Volume:
     return (Volume(volume.array, grid) if same else volume).canonical()
 
 
+def _on_target(
+    part: np.ndarray, source: Geometry, target: Geometry, scaled_as: ChannelPlan | None, mask: np.ndarray | None
+) -> np.ndarray:
+    """One channel of the crop `source` on the prepared grid, float32; `scaled_as` a channel before that, if at all."""
+    part = np.array(part, dtype=np.float32, order="C")
+    if scaled_as is not None:
+        _normalise(part, scaled_as, mask)
+    return part if target is source else _resample_image(Volume(part, source), target).array
+
+
 def _resample_image(volume: Volume, target: Geometry) -> Volume:
     factors = np.asarray(target.spacing_mm) / np.asarray(volume.geometry.spacing_mm)
     # The width at which a step of `factor` voxels no longer aliases, as scikit-image's rescale takes it.
@@ -309,25 +327,26 @@ def _resample_label(inside: np.ndarray, source: Geometry, target: Geometry) -> n
     return (moved.array.astype(np.int32) - 1).astype(np.int16)
 
 
-def _normalise(image: np.ndarray, channels: Sequence[ChannelPlan], places: Sequence[int]) -> None:
-    """Intensities of (C, D, H, W), in place; the channels that are not in `places` stay zero."""
-    mask = _body(image) if any(channels[place].modality != "CT" for place in places) else None
-    for plane, channel in ((image[place], channels[place]) for place in places):
-        if channel.modality == "CT":
-            if channel.clip is not None:
-                np.clip(plane, *channel.clip, out=plane)
-            plane -= channel.mean
-            plane /= max(channel.std, 1e-8)
-        elif mask is not None:
-            inside = plane[mask].astype(np.float64)
-            plane -= inside.mean()
-            plane /= max(float(inside.std()), 1e-8)
-            np.maximum(plane, DARKEST, out=plane, where=~mask)
+def _normalise(plane: np.ndarray, channel: ChannelPlan, mask: np.ndarray | None) -> None:
+    """Intensities of one channel (D, H, W), in place. mask: `_body` of all channels; CT needs none."""
+    if channel.modality == "CT":
+        if channel.clip is not None:
+            np.clip(plane, *channel.clip, out=plane)
+        plane -= channel.mean
+        plane /= max(channel.std, 1e-8)
+    elif mask is not None:
+        inside = plane[mask].astype(np.float64)
+        mean = inside.mean()
+        inside -= mean
+        inside *= inside  # in place, unlike inside.std(): a whole volume in double precision is large
+        plane -= mean
+        plane /= max(float(np.sqrt(inside.mean())), 1e-8)
+        np.maximum(plane, DARKEST, out=plane, where=~mask)
 
 
-def _body(image: np.ndarray) -> np.ndarray:
-    """Where any channel differs from zero, with holes closed; everything where that is most of the volume."""
-    empty = ~(image != 0).any(axis=0)
+def _body(channels: Iterable[np.ndarray]) -> np.ndarray:
+    """Where any channel (D, H, W) differs from zero, with holes closed; everything where that is most of the volume."""
+    empty = ~functools.reduce(np.logical_or, (channel != 0 for channel in channels))
     numbers, _ = ndimage.label(empty)
     border = [numbers.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
     # Zeros that do not reach the border are dark tissue, not background.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .augmentation import augment, blank_channels, draw_presence, input_patch
-from .config import AugmentationConfig, LabelScheme, TrainingConfig
+from .config import AugmentationConfig, LabelScheme, PreparationPlan, TrainingConfig
 from .preprocessing import PreparedCase, target_table
 
 __all__ = ["BatchSource", "CaseBatches", "cut_padded", "seeded_generator"]
@@ -40,6 +40,7 @@ class CaseBatches:
     case with probability `config.foreground_fraction`, else anywhere. Where it reaches beyond the volume the border
     is repeated and the target ignored. The next batch is cut by a thread while the device works on this one.
     Channels that a case lacks are zero, and so are those that `augmentation.channel_dropout` blanks.
+    plan: how the cases were prepared; from it come the spacing of their voxels and which channels are CT.
     unlabelled: names of cases whose label is background throughout.
     """
 
@@ -50,12 +51,15 @@ class CaseBatches:
         config: TrainingConfig,
         augmentation: AugmentationConfig,
         device: torch.device,
+        plan: PreparationPlan,
     ):
         self.cases = cases
         self.config = config
         self.augmentation = augmentation
         self.device = device
-        self.patch_in = input_patch(augmentation, config.patch)
+        self.plan = plan
+        self._ct = [place for place, channel in enumerate(plan.channels) if channel.modality == "CT"]
+        self.patch_in = input_patch(augmentation, config.patch, plan.spacing_mm)
         self._regions = torch.from_numpy(target_table(scheme)).to(device) if scheme.regions else None
         self._centres = [_label_voxels(case) for case in cases]
         self.unlabelled = [case.name for case, found in zip(cases, self._centres, strict=True) if not found]
@@ -71,7 +75,8 @@ class CaseBatches:
         image = torch.from_numpy(images).to(self.device, non_blocking=True)
         label = torch.from_numpy(labels).to(self.device, non_blocking=True)
         generator = seeded_generator(self.config.seed, iteration, AUGMENT)
-        image, moved = augment(image, label, self.augmentation, generator, self.config.patch)
+        patch, spacing_mm = self.config.patch, self.plan.spacing_mm
+        image, moved = augment(image, label, self.augmentation, generator, patch, spacing_mm, self._ct)
         assert moved is not None  # a label went in
         return self._blanked(image, torch.from_numpy(present), iteration), self._target(moved[:, 0])
 

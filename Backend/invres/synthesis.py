@@ -11,12 +11,17 @@ from torch import Tensor
 
 from . import InvresError
 from .augmentation import (
+    ISOTROPIC,
+    Spacing,
     apply_bias_field,
     apply_low_resolution,
     draw_displacement,
+    in_voxels,
     rotation_matrix,
     sample_labels,
     sampling_grid,
+    thick_axis,
+    turns_allowed,
 )
 from .augmentation import input_patch as augmentation_input_patch
 from .config import DARKEST, AugmentationConfig
@@ -58,6 +63,7 @@ def synthesise(
     patch: Triple,
     channels: int = 1,
     finer: int = 1,
+    spacing_mm: Spacing = ISOTROPIC,
 ) -> tuple[Tensor, Tensor]:
     """An image of random contrast for each label map, and the label map moved with it.
 
@@ -65,6 +71,7 @@ def synthesise(
     channels: images of the same anatomy, each of a contrast and with artefacts of its own.
     finer: voxels of the label map along each axis of one image voxel. Above 1 the image voxel is the mean of what lies
     in it, so that it has true partial volume, and the label that of its centre; `patch` counts image voxels.
+    spacing_mm: of the voxels (D, H, W), as for `augment`.
     Returns image (N, channels, *patch) float32, each channel with mean 0 and standard deviation 1 (where the background
     is masked: inside the mask, and 0 outside, as prepared images are), and labels (N, 1, *patch) of the type given.
     All random numbers come from `generator` (on the CPU): the same seed gives the same result on CPU and GPU.
@@ -79,7 +86,7 @@ def synthesise(
     _check_patch(labels, fine_patch)
     images, moved = [], []
     for label in labels:
-        grid = _draw_grid(label, config, generator, fine_patch)
+        grid = _draw_grid(label, config, generator, fine_patch, spacing_mm)
         objects = sample_labels(label, grid)
         if finer > 1:
             grid = F.avg_pool3d(grid.movedim(-1, 1), finer).movedim(1, -1)
@@ -108,7 +115,7 @@ def synthesise(
     return torch.stack(images), torch.stack(moved)
 
 
-def input_patch(config: SynthesisConfig, patch: Triple) -> Triple:
+def input_patch(config: SynthesisConfig, patch: Triple, spacing_mm: Spacing = ISOTROPIC) -> Triple:
     """The size of the label patch to cut so that the deformation brings in real voxels; at most 1.5 times `patch`."""
     angle = config.rotation_degrees
     reach = AugmentationConfig(
@@ -119,7 +126,7 @@ def input_patch(config: SynthesisConfig, patch: Triple) -> Triple:
         elastic_voxels=config.elastic_voxels,
         elastic_grid=_control_points(config, patch),
     )
-    return augmentation_input_patch(reach, patch)
+    return augmentation_input_patch(reach, patch, spacing_mm)
 
 
 def background_clusters(image: np.ndarray, inside: np.ndarray, count: int, generator: torch.Generator) -> np.ndarray:
@@ -176,16 +183,23 @@ def tissue_maps_from_gm_wm(gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
     return np.stack((csf, gm, wm)).astype(np.float32)
 
 
-def _draw_grid(array: Tensor, config: SynthesisConfig, generator: torch.Generator, patch: Triple) -> Tensor:
+def _draw_grid(
+    array: Tensor, config: SynthesisConfig, generator: torch.Generator, patch: Triple, spacing_mm: Spacing
+) -> Tensor:
     """A random sampling grid for one sample (C, D, H, W)."""
+    thick = thick_axis(spacing_mm)
     angles = [uniform(generator, -config.rotation_degrees, config.rotation_degrees) for _ in range(3)]
     scales = np.diag([uniform(generator, 1 - config.scale, 1 + config.scale) for _ in range(3)])
     shear = np.eye(3)
     for row, column in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
         shear[row, column] = uniform(generator, -config.shear, config.shear)
-    matrix = np.linalg.inv(rotation_matrix(*angles) @ shear @ scales)
+    if thick is not None:
+        scales[thick, thick] = 1
+        shear[thick, :] = shear[:, thick] = np.eye(3)[thick]
+    turn = rotation_matrix(*turns_allowed(angles, thick))
+    matrix = in_voxels(np.linalg.inv(turn @ shear @ scales), spacing_mm)
     std_voxels = uniform(generator, 0, config.elastic_voxels)
-    displacement = draw_displacement(generator, std_voxels, _control_points(config, patch), patch)
+    displacement = draw_displacement(generator, std_voxels, _control_points(config, patch), patch, spacing_mm)
     _, depth, height, width = array.shape
     return sampling_grid(matrix, displacement, (depth, height, width), patch, array.device)
 

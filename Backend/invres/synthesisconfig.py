@@ -96,7 +96,7 @@ class LabelMapConfig:
     beginning: for so many iterations, `beginning_iterations`, images are synthesised as this says, which ought to be
     easier (fewer kinds of contrast, less noise): a network that is shown everything at once learns slowly at first.
     gain, offset: images are standardised in the patch, but as a whole when a volume is segmented; the difference is
-    made up for by a random factor exp(N(0, gain^2)) and summand N(0, offset^2).
+    made up for by a random factor exp(u), u uniform in +- gain, and a random summand uniform in +- offset.
     """
 
     same_contrast: tuple[tuple[int, ...], ...] = ()

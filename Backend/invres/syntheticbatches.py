@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import InvresError
-from .config import AugmentationConfig, LabelScheme, TrainingConfig
+from .config import AugmentationConfig, LabelScheme, PreparationPlan, TrainingConfig
 from .preprocessing import PreparedCase, inside_values
 from .randomness import happens
 from .sampling import BatchSource, CaseBatches, seeded_generator
@@ -35,6 +35,7 @@ class SyntheticBatches(CaseBatches):
         scheme: LabelScheme,
         config: TrainingConfig,
         device: torch.device,
+        plan: PreparationPlan,
         channel_dropout: float = 0.0,
     ):
         if not cases:
@@ -42,15 +43,16 @@ class SyntheticBatches(CaseBatches):
         self.channels = cases[0].image.shape[0]
         labels = len(inside_values(scheme))
         maps = [_structures(case, labels, config.seed, place) for place, case in enumerate(cases)]
-        super().__init__(maps, scheme, config, AugmentationConfig(channel_dropout=channel_dropout), device)
+        super().__init__(maps, scheme, config, AugmentationConfig(channel_dropout=channel_dropout), device, plan)
         self.synthesis = SynthesisConfig(targets=tuple(range(1, labels + 1)))
-        self.patch_in = input_patch(self.synthesis, config.patch)
+        self.patch_in = input_patch(self.synthesis, config.patch, plan.spacing_mm)
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         maps, _, _ = self._cut(iteration)
         labels = torch.from_numpy(maps).to(self.device)
         generator = seeded_generator(self.config.seed, iteration, SYNTHESISE)
-        image, moved = synthesise(labels, self.synthesis, generator, self.config.patch, self.channels)
+        patch, spacing_mm = self.config.patch, self.plan.spacing_mm
+        image, moved = synthesise(labels, self.synthesis, generator, patch, self.channels, spacing_mm=spacing_mm)
         everything = torch.ones(image.shape[:2], dtype=torch.bool)
         return self._blanked(image, everything, iteration), self._target(moved[:, 0])
 

@@ -14,28 +14,25 @@ from . import InvresError
 from .cardplan import fit_recipe
 from .cases import Dataset, report_missing_channels, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
-from .config import LabelScheme, PreparationPlan, Recipe, TrainingConfig, check_one_piece
+from .config import LabelScheme, PreparationPlan, Recipe, check_one_piece
 from .configjson import to_dict
 from .cropping import CROPS, cropped
 from .devices import choose_device
 from .events import SILENT, Reporter
 from .expectation import of_volumes
-from .faults import is_out_of_memory
 from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
 from .memory import predict_for
-from .metrics import dice_by_label
 from .mirroring import check_mirror, with_kept_flips
 from .modelpackage import ModelPackage, save_package
-from .networks import SegmentationNetwork, build, with_patch
+from .networks import build, with_patch
 from .objectives import Segmentation
-from .prediction import SegmentOptions, confidence_of, predict_probabilities
+from .patchsize import within_cases
 from .prepared import prepare_cases
 from .preprocessing import (
     PreparedCase,
     case_volumes_ml,
     make_plan,
-    scheme_targets,
     with_dropout,
     without_channel,
 )
@@ -59,10 +56,10 @@ from .trainingrun import (
     training_summary,
     write_run,
 )
+from .validation import card_scores, validator
+from .volume import Geometry
 
-__all__ = ["train", "validator"]
-
-VALIDATION_OVERLAP = 0.25  # between windows while training; less than for results, for speed
+__all__ = ["train"]
 
 
 def train(
@@ -110,7 +107,7 @@ def _train(
             plan = make_plan(dataset, names[0], recipe.spacing_mm, report, recipe.clip_hu)
         plan = with_dropout(plan, recipe.augmentation.channel_dropout)
         plan = dataclasses.replace(plan, crop=recipe.crop)
-        recipe = _fitted(recipe, dataset, plan)
+        recipe = within_cases(_fitted(recipe, dataset, plan), _grids(dataset, names[0]), plan.spacing_mm, report)
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
             recipe = dataclasses.replace(recipe, network=with_patch(recipe.network, recipe.training.patch))
@@ -135,7 +132,7 @@ def _train(
         training_cases, validation_cases = (
             prepare_cases(dataset, part, plan, prepared, report, stopped) for part in names
         )
-        batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device)
+        batches = CaseBatches(training_cases, scheme, config, recipe.augmentation, device, plan)
         _check_labelled(batches.unlabelled, len(names[0]), dataset, report)
         validate = validator(validation_cases, scheme, config, device)
     # Not before every case was read: after a mistake in the data the same command is given again.
@@ -156,14 +153,14 @@ def _train(
         scores, confidences = scenes.scores(network) if scenes is not None else (np.empty((0, 0)), [])
         volumes = batches.volumes_ml(plan.spacing_mm)
     else:
-        scores, confidences = _scores(network, validation_cases, scheme, config, device)
+        scores, confidences = card_scores(network, validation_cases, dataset, recipe, device)
         volumes = [case_volumes_ml(case, scheme) for case in training_cases]
     metrics = _metrics("Dice", scores, scheme)
     for number, channel in enumerate(plan.channels):
         if channel.optional:
             # One at a time: they are copies in memory, unlike the prepared cases.
             lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
-            scores, _ = _scores(network, lacking, scheme, config, device)
+            scores, _ = card_scores(network, lacking, dataset, recipe, device)
             for label, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
                 metrics[label] |= spread
     return save_package(
@@ -186,66 +183,6 @@ def _train(
     )
 
 
-def validator(
-    cases: list[PreparedCase], scheme: LabelScheme, config: TrainingConfig, device: torch.device
-) -> Validation | None:
-    """A function from a network to the mean full-volume Dice of each label and their "mean"; None without cases."""
-    chosen = cases[: config.validation_cases] if config.validation_cases else cases
-    if not chosen:
-        return None
-
-    def validate(network: SegmentationNetwork) -> dict[str, float]:
-        scores, _ = _scores(network, chosen, scheme, config, device)
-        means = dict(zip(scheme.names, scores.mean(axis=0).tolist(), strict=True))
-        return {**means, "mean": float(scores.mean())}
-
-    return validate
-
-
-def _predict(
-    network: SegmentationNetwork, case: PreparedCase, scheme: LabelScheme, config: TrainingConfig, device: torch.device
-) -> torch.Tensor:
-    """Probabilities (K, D, H, W) on the prepared grid."""
-    image = torch.from_numpy(np.array(case.image)).to(device)
-    options = SegmentOptions(overlap=VALIDATION_OVERLAP)
-    try:
-        return predict_probabilities(network, image, config.patch, scheme.regions, options)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # The maps of all labels of a whole image may not fit where a training step does.
-    return predict_probabilities(network, image, config.patch, scheme.regions, options, stitch_device="cpu")
-
-
-def _scores(
-    network: SegmentationNetwork,
-    cases: Iterable[PreparedCase],
-    scheme: LabelScheme,
-    config: TrainingConfig,
-    device: torch.device,
-) -> tuple[np.ndarray, list[float]]:
-    """Dice (cases, labels), and the confidence in each case."""
-    scores, confidences = [], []
-    for case in cases:
-        probabilities = _predict(network, case, scheme, config, device)
-        scores.append(_dice(probabilities, case, scheme))
-        confidences.append(confidence_of(probabilities, scheme.regions))
-    return np.array(scores), confidences
-
-
-def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) -> list[float]:
-    """Dice of each label on the prepared grid."""
-    assert case.label is not None  # validation cases are labelled
-    reference = np.asarray(case.label)
-    targets = scheme_targets(reference, scheme)
-    if scheme.regions:
-        predicted = (probabilities > 0.5).cpu().numpy()
-    else:
-        best = probabilities.argmax(dim=0).cpu().numpy()
-        predicted = np.stack([best == index + 1 for index in range(len(scheme.labels))])
-    return dice_by_label(predicted & (reference >= 0), targets)
-
-
 def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:
     """A metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases."""
     spreads: dict[str, Any] = {}
@@ -261,6 +198,11 @@ def _fitted(recipe: Recipe, dataset: Dataset, plan: PreparationPlan) -> Recipe:
         recipe.network, in_channels=len(plan.channels), out_channels=dataset.scheme.out_channels
     )
     return dataclasses.replace(recipe, network=with_patch(network, recipe.training.patch))
+
+
+def _grids(dataset: Dataset, names: Iterable[str]) -> list[Geometry]:
+    """Of the files of these cases, in canonical orientation; none of label maps, which have no images."""
+    return [dataset.geometry(case).canonical() for case in map(dataset.case, names) if any(dataset.present(case))]
 
 
 def _check_labelled(unlabelled: list[str], cases: int, dataset: Dataset, report: Reporter) -> None:
@@ -291,7 +233,12 @@ def _read_run(
 ) -> tuple[Recipe, PreparationPlan, Split]:
     """The run as it was started, but for its length (see `lengthened`)."""
     recipe, plan, scheme, names = started_run(output)
-    recipe = lengthened(recipe, _fitted(asked, dataset, plan), output, report)
+    asked = _fitted(asked, dataset, plan)
+    if asked.training.patch != recipe.training.patch:
+        smaller = within_cases(asked, _grids(dataset, names[0]), plan.spacing_mm)
+        # What the same recipe came to at the start is no other wish.
+        asked = smaller if smaller.training.patch == recipe.training.patch else asked
+    recipe = lengthened(recipe, asked, output, report)
     if scheme != to_dict(dataset.scheme):
         raise InvresError(
             f"The labels of {dataset.name} differ from those that the training in {output} was started with.",

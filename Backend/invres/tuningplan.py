@@ -390,7 +390,8 @@ def _preparation(
         for index, channel in enumerate(channels)
     )
     crop = base.plan.crop_to_nonzero and all(channel.modality != "CT" for channel in settled)
-    return PreparationPlan(settled, spacing, crop, base.plan.crop), dataset, skipped
+    plan = PreparationPlan(settled, spacing, crop, base.plan.crop, base.plan.normalise_first)
+    return plan, dataset, skipped
 
 
 def _readable(dataset: Dataset, report: Reporter) -> tuple[Dataset, list[SkippedCase]]:

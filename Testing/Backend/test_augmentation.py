@@ -16,11 +16,13 @@ from invres.augmentation import (
     augment,
     centre_crop,
     draw_displacement,
+    in_voxels,
     input_patch,
     rotation_matrix,
     sample_image,
     sample_labels,
     sampling_grid,
+    thick_axis,
 )
 from invres.config import AugmentationConfig
 from invres.configjson import from_dict
@@ -115,6 +117,62 @@ def test_rotation_matrices_are_right_handed_in_d_h_w():
     np.testing.assert_allclose(rotation_matrix(90, 0, 0) @ h, w, atol=1e-12)
     np.testing.assert_allclose(rotation_matrix(0, 90, 0) @ w, d, atol=1e-12)
     np.testing.assert_allclose(rotation_matrix(0, 0, 90) @ d, h, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing_mm", [(2.0, 0.8, 1.1), (0.7, 0.9, 2.4), (1.0, 3.0, 3.0)])
+def test_turning_keeps_lengths_in_millimetres_whatever_the_voxels(spacing_mm):
+    matrix = in_voxels(rotation_matrix(15, -12, 9), spacing_mm)
+    offsets = np.random.default_rng(0).normal(size=(3, 50))
+    side = np.array(spacing_mm)[:, None]
+    turned = matrix @ offsets
+    np.testing.assert_allclose(np.linalg.norm(turned * side, axis=0), np.linalg.norm(offsets * side, axis=0))
+    assert np.allclose(in_voxels(matrix, tuple(1 / side[:, 0])), rotation_matrix(15, -12, 9))
+
+
+@pytest.mark.parametrize("side", [0.7, 1.0, 3.0])
+def test_cubic_voxels_of_any_size_give_the_very_same_patch(side):
+    image, label = batch()
+    first = augment(image, label, ALL, generator(5), PATCH)
+    second = augment(image, label, ALL, generator(5), PATCH, (side, side, side))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert np.array_equal(in_voxels(rotation_matrix(15, -12, 9), (side, side, side)), rotation_matrix(15, -12, 9))
+    for config in (ALL, AugmentationConfig()):
+        assert input_patch(config, PATCH) == input_patch(config, PATCH, (side, side, side))
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "axis"),
+    [((5.0, 0.5, 0.5), 0), ((1.0, 3.1, 1.0), 1), ((1.0, 0.8, 3.0), None), ((1, 4, 4), None), ((0.9, 0.8, 6.0), 2)],
+)
+def test_thick_slices_are_those_three_times_as_thick_as_their_pixels(spacing_mm, axis):
+    assert thick_axis(spacing_mm) == axis
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_thick_slices_stay_what_they_are_and_only_move_in_their_plane(axis, seed):
+    """Every voxel holds the number of its slice: after rotation, scaling and displacement it still does."""
+    spacing_mm = tuple(5.0 if other == axis else 0.5 for other in range(3))
+    number = torch.arange(30.0).reshape([30 if other == axis else 1 for other in range(3)])
+    image = number.expand(30, 30, 30)[None, None].contiguous()
+    label = image.to(torch.int16)
+    config = dataclasses.replace(SPATIAL, low_resolution_probability=1.0, low_resolution=(2.0, 2.0))
+    moved, target = augment(image, label, config, generator(seed), (20, 20, 20), spacing_mm)
+    wanted = number.narrow(axis, 5, 20).expand(20, 20, 20)
+    torch.testing.assert_close(moved[0, 0], wanted, atol=1e-3, rtol=0)
+    assert torch.equal(target[0, 0], wanted.to(torch.int16))
+    in_plane = torch.rand(1, 1, 30, 30, 30)
+    varied = augment(in_plane, None, SPATIAL, generator(seed), (20, 20, 20), spacing_mm)[0]
+    assert not torch.allclose(varied[0], centre_crop(in_plane[0], (20, 20, 20)), atol=0.1)
+    size = input_patch(SPATIAL, (20, 20, 20), spacing_mm)
+    assert size[axis] == 20 and all(side > 20 for other, side in enumerate(size) if other != axis)
+
+
+def test_a_displacement_is_as_long_in_millimetres_along_every_axis():
+    control = torch.stack([draw_displacement(generator(seed), 1.0, 5, (99, 99, 99), (3, 1, 1.5)) for seed in range(9)])
+    plain = torch.stack([draw_displacement(generator(seed), 1.0, 5, (99, 99, 99)) for seed in range(9)])
+    side = torch.tensor([3, 1, 1.5]).reshape(3, 1, 1, 1)
+    torch.testing.assert_close(control * side, plain)
 
 
 def test_a_factor_of_two_doubles_the_object():
@@ -219,6 +277,18 @@ def test_a_bias_field_multiplies_and_leaves_the_darkest_voxel_dark():
     image[:, 4, 4, 4] = -1.5
     doubled = apply_bias_field(image, torch.full((1, 4, 4, 4), float(np.log(2))))
     torch.testing.assert_close(doubled, (image + 1.5) * 2 - 1.5)
+
+
+@pytest.mark.parametrize("ct", [(), (1,), (0, 1)])
+def test_a_bias_field_leaves_ct_alone_and_every_other_channel_as_it_would_be(ct):
+    image, _ = batch(samples=1)
+    config = dataclasses.replace(OFF, bias_field_probability=1.0)
+    wanted = augment(image, None, config, generator(), PATCH)[0]
+    found = augment(image, None, config, generator(), PATCH, ct_channels=ct)[0]
+    plain = centre_crop(image, PATCH)
+    for channel in range(2):
+        assert torch.equal(found[0, channel], (plain if channel in ct else wanted)[0, channel])
+        assert not torch.equal(wanted[0, channel], plain[0, channel])
 
 
 def test_low_resolution_averages_in_place():

@@ -8,7 +8,7 @@ import torch
 
 from invres import InvresError
 from invres.config import ChannelPlan
-from invres.expectation import Expectation, merged, of_volumes, unlike_modality, unlike_result
+from invres.expectation import Expectation, merged, of_volumes, unlike_modality, unlike_result, unlike_spacing
 from invres.livebytes import LiveBytes
 from invres.prediction import confidence_of
 
@@ -79,3 +79,20 @@ def test_confidence_needs_no_memory_beside_the_probabilities(regions):
         found = confidence_of(probabilities, regions)
     assert found == pytest.approx(float(wanted), abs=1e-6)
     assert 0 < probe.peak - 4 * probabilities.numel() < 0.1 * 4 * probabilities.numel()
+
+
+@pytest.mark.parametrize(
+    ("given_mm", "told"),
+    [
+        ((2.0, 2.0, 2.0), False),
+        ((2.4, 1.7, 2.0), False),
+        ((2.5, 2.0, 2.0), True),
+        ((2.0, 2.0, 1.6), True),
+        ((1.0, 1.0, 1.0), True),
+    ],
+)
+def test_voxels_of_another_size_than_a_model_learned_to_refine_are_told(given_mm, told):
+    sentences = unlike_spacing((2.0, 2.0, 2.0), given_mm)
+    assert len(sentences) == told
+    if told:
+        assert "2 x 2 x 2 mm" in sentences[0] and " x ".join(f"{side:g}" for side in given_mm) in sentences[0]

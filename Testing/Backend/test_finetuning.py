@@ -153,6 +153,16 @@ def test_spacing_and_normalisation_are_the_base_models_unless_asked_otherwise(ba
     assert open_package(result["model"]).manifest.plan.spacing_mm == (3.0, 2.0, 2.0)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("normalisation", ["base", "data"])
+def test_intensities_are_scaled_in_the_base_models_order(base, phantoms, tmp_path, first, normalisation):
+    older = dataclasses.replace(base.manifest.plan, normalise_first=first)
+    manifest, wishes = dataclasses.replace(base.manifest, plan=older), TuningOptions(normalisation=normalisation)
+    plan = plan_tuning(manifest, read_dataset(phantoms), tmp_path, wishes)
+    assert plan.plan.normalise_first is first
+    assert base.manifest.plan.normalise_first
+
+
 def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
     data = write_dataset(tmp_path / "data", cases=1)
     result = tune(base, data, tmp_path / "run")

@@ -83,6 +83,7 @@ ALLOWED = {
     "memory": "config hollow livebytes losses networkconfig networks reversible step",
     "iqt_figures": "memory networkconfig networks step",
     "cardplan": "config events memory networkconfig networks",
+    "patchsize": "config events networks volume",
     "guard": "events reversible",
     "checkpoint": "events",
     "distributed": "config events",
@@ -105,22 +106,23 @@ ALLOWED = {
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks prediction region volume",
     "enhancement": (
-        "devices diffusion enhancementconfig enhancementscaling enhancementscores events imagepairs modelpackage "
-        "networks outputs prediction scans volume"
+        "devices diffusion enhancementconfig enhancementscaling enhancementscores events expectation imagepairs "
+        "modelpackage networks outputs prediction scans volume"
     ),
     "trainer": (
         "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
         "objectives sampling step"
     ),
+    "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
         "synthesisconfig volume"
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
-        "cardplan cases checkpoint config configjson cropping devices events expectation faults labelmapbatches "
-        "labelmaps memory metrics mirroring modelpackage networks objectives prediction prepared preprocessing "
-        "sampling sides trainer trainingrun"
+        "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches labelmaps "
+        "memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides trainer "
+        "trainingrun validation volume"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
@@ -152,8 +154,8 @@ ALLOWED = {
     ),
     "parttraining": (
         "cases casesplits checkpoint config curves devices events expectation faults files freezing memory "
-        "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer training "
-        "trainingrun transfer tuningplan"
+        "modelpackage networks objectives preprocessing reduction sampling syntheticbatches trainer "
+        "trainingrun transfer tuningplan validation"
     ),
     "tunedmodel": (
         "casecomparison config configjson events expectation files manifest mirroring modelpackage networks sides "

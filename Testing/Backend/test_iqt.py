@@ -593,6 +593,28 @@ def test_a_model_is_evaluated_on_scans_reduced_by_itself(models, tmp_path):
     assert written["summary"]["network"]["total"]["n"] == 3 and written["summary"]["wilcoxon"]["p"] == 0.25
 
 
+def test_voxels_of_another_size_than_those_trained_on_are_told(models, images, tmp_path):
+    """The model learned to refine voxels of (2, 4, 3) mm, which its scans were reduced to, and is given others."""
+    model, source = models["image"], images / "scan.nii.gz"
+    assert model.manifest.plan.spacing_mm == (2.0, 4.0, 3.0)
+    scan = read_scan(scan_of(source, "image"), "image", 1500)
+    low = scan.reduced(TWICE)
+    write_volume(tmp_path / "low.nii.gz", Volume(low.signal[0], low.geometry).oriented_as(scan.direction))
+    write_scan(tmp_path, "other", (16, 18, 14), spacing=(2.0, 1.0, 1.0))
+    command = ("enhance", "-m", model.path, "-o", tmp_path / "out.nrrd", "--json", "-i")
+    for path, told in ((source, True), (tmp_path / "low.nii.gz", False)):
+        warnings = [event["message"] for event in invres(*command, path).of("warning")]
+        assert ["voxels of 2 x 4 x 3 mm" in message for message in warnings] == [True] * told, warnings
+    for folder in ("same", "else"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(source, tmp_path / "same" / "a.nii.gz")
+    shutil.copy(tmp_path / "other.nii.gz", tmp_path / "else" / "b.nii.gz")
+    command = ("evaluate", "-m", model.path, "-o", tmp_path / "m.json", "--json", "-d")
+    assert invres(*command, tmp_path / "same").of("warning") == []
+    (warning,) = invres(*command, tmp_path / "else").of("warning")
+    assert warning["scan"] == "b" and warning["message"].startswith("b: The image has voxels of 2 x 4 x 2")
+
+
 # The verbs ----------------------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,19 @@ STILL = SynthesisConfig(
 )
 
 
+def test_gain_and_offset_are_uniform_within_what_the_configuration_says():
+    plain = batches(dataclasses.replace(SETTINGS, gain=0.0, offset=0.0))
+    varied = batches(dataclasses.replace(SETTINGS, gain=0.5, offset=2.0))
+    gains, offsets = [], []
+    for iteration in range(12):
+        for one, other in zip(plain.batch(iteration)[0], varied.batch(iteration)[0], strict=True):
+            slope, start = np.polyfit(one.numpy().ravel(), other.numpy().ravel(), 1)
+            gains.append(np.log(slope) / 0.5)
+            offsets.append(start / 2.0)
+    for drawn in (gains, offsets):
+        assert 0.6 < np.abs(drawn).max() <= 1 + 1e-4 and min(drawn) < 0 < max(drawn)
+
+
 def test_an_image_voxel_is_the_mean_of_the_finer_voxels_in_it():
     labels = np.full((32, 32, 32), MIDDLE, np.int16)
     labels[:, :, 15:] = LEFT  # the border lies in the middle of an image voxel
@@ -185,6 +198,7 @@ def test_training_on_label_maps_gives_a_package_for_any_contrast_and_resumes_to_
     manifest = open_package(whole.path).manifest
     assert [channel.name for channel in manifest.plan.channels] == ["MR"]
     assert manifest.plan.spacing_mm == (2.0, 2.0, 2.0) and manifest.patch == (16, 24, 16)
+    assert not manifest.plan.normalise_first, "images are synthesised, and scaled, at the spacing of the plan"
     assert manifest.scheme == SCHEME and set(manifest.metrics) == {"middle", "left", "right"}
     assert manifest.metrics["left"]["Dice"]["n"] == 2
     # With a constant learning rate half of a training is the first half of the whole one.

@@ -139,7 +139,7 @@ def random_cases(absent=((), (), ())):
 
 def batches(cases, dropout, augmentation=EVERYTHING):
     config = TrainingConfig(patch=(12, 10, 14), batch_size=3, seed=5)
-    return CaseBatches(cases, SCHEME, config, AugmentationConfig(**augmentation, channel_dropout=dropout), CPU)
+    return CaseBatches(cases, SCHEME, config, AugmentationConfig(**augmentation, channel_dropout=dropout), CPU, TWO)
 
 
 def test_dropout_blanks_whole_channels_and_changes_nothing_else():
@@ -172,7 +172,7 @@ def test_what_a_case_lacks_is_zero_after_every_augmentation_and_what_it_has_stay
 
 def test_synthetic_batches_blank_channels_too_and_need_no_first_channel():
     config = TrainingConfig(patch=(12, 10, 14), batch_size=3, seed=5)
-    source = SyntheticBatches(random_cases(((0,), (), ())), SCHEME, config, CPU, channel_dropout=0.5)
+    source = SyntheticBatches(random_cases(((0,), (), ())), SCHEME, config, CPU, TWO, channel_dropout=0.5)
     source.channels = 2
     gone = [(source.batch(i)[0] == 0).flatten(2).all(dim=2) for i in range(8)]
     assert 0 < int(torch.stack(gone).sum()) < 24 and not any(bool(one.all(dim=1).any()) for one in gone)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ from invres.memory import PeakResident, predict_forward
 from invres.modelpackage import delete_package, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput, build
-from invres.planning import plan_segmentation, remember_speed
+from invres.planning import _bytes, plan_segmentation, remember_speed
 from invres.prediction import SegmentOptions
-from invres.preprocessing import PreparedCase
+from invres.preprocessing import PreparedCase, prepare
 from invres.region import clear_outside, crop_to_region, region_shape
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
@@ -94,6 +96,23 @@ def test_the_predicted_peak_is_what_a_real_run_measures(tmp_path, name, patch, w
     measured = segment(model, files, tmp_path / "o.nrrd", SegmentOptions("cpu"))["measured_bytes"]
     predicted = plan_segmentation(model.manifest, PLAIN.shape, PLAIN.spacing_mm, CPU).predicted_bytes
     assert 0.97 * measured <= predicted <= 2 * measured
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (0.7, 0.8, 0.9)])
+@pytest.mark.parametrize("first", [False, True])
+def test_preparing_stays_below_its_prediction_whatever_is_scaled_first(tmp_path, spacing_mm, first):
+    """In images without empty background every voxel is inside the mask, which takes most memory."""
+    grid = Geometry((60, 64, 68), (1.0, 1.0, 1.0), (0, 0, 0), RAS * [-1, 1, -1])
+    plan = PreparationPlan((ChannelPlan("a"), ChannelPlan("b")), spacing_mm, normalise_first=first)
+    volumes = images(grid)
+    tracemalloc.start()
+    prepared = prepare(volumes, None, plan, SCHEME).geometry.shape
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    manifest = dataclasses.replace(package(tmp_path / "m").manifest, plan=plan)
+    files = sum(volume.array.nbytes for volume in volumes)
+    _, on_host = _bytes(manifest, grid.shape, prepared, prepared, (16, 16, 16), 0.5, torch.device("cuda"))
+    assert peak + files <= on_host
 
 
 def test_where_the_network_is_the_largest_part_the_prediction_is_exact(tmp_path):

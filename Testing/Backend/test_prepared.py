@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 
@@ -12,7 +14,9 @@ from tiny_datasets import files_up_to, leftovers, phantom, write_dataset
 
 from invres import InvresError
 from invres.cases import read_dataset
+from invres.configjson import to_dict
 from invres.events import Recorder
+from invres.files import stamps_of
 from invres.prepared import prepare_cases
 from invres.preprocessing import make_plan, prepare
 from invres.volume import write_volume
@@ -77,6 +81,19 @@ def test_a_changed_file_and_a_changed_plan_are_prepared_anew(tmp_path):
     coarser = dataclasses.replace(plan, spacing_mm=(3.0, 3.0, 3.0))
     third = prepare_cases(dataset, names_of(dataset), coarser, tmp_path / "prepared")[0]
     assert third.geometry.spacing_mm == (3.0, 3.0, 3.0) and third.image.shape != second.image.shape
+
+
+def test_what_was_prepared_before_plans_said_when_intensities_are_scaled_is_found_again(dataset, plan, tmp_path):
+    older = dataclasses.replace(plan, normalise_first=False)
+    said = to_dict(older)
+    del said["normalise_first"]
+    case = dataset.cases[1]
+    content = json.dumps([stamps_of((*case.images, case.label)), said, to_dict(dataset.scheme)])
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    prepare_cases(dataset, [case.name], older, tmp_path)
+    prepare_cases(dataset, [case.name], plan, tmp_path)
+    names = [path.name.rpartition("-")[2] for path in tmp_path.iterdir()]
+    assert key in names and len(names) == 2
 
 
 def test_names_that_look_alike_or_fit_no_file_system_do_not_collide(tmp_path):

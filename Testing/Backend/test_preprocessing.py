@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from grids import GRIDS, PLAIN, RAS, REGIONS, pair, plan_for, rotation
@@ -10,7 +12,7 @@ from invres import InvresError
 from invres.cases import Case, Dataset
 from invres.config import ChannelPlan, Label, LabelScheme
 from invres.events import Recorder
-from invres.preprocessing import make_plan, prepare, scheme_targets
+from invres.preprocessing import make_plan, prepare, scheme_targets, with_dropout
 from invres.volume import Geometry, Volume, write_volume
 
 
@@ -103,6 +105,64 @@ def test_strong_downsampling_does_not_alias():
     assert stripes.shape == (8, 8, 8)
     assert np.ptp(stripes[1:-1], axis=0).max() < 3
     assert stripes[3, 4, 0] - stripes[3, 4, 7] == pytest.approx(10, abs=0.1)
+
+
+def stripped_brain(spacing_mm, background=0.0):
+    """A ball with a dark rim in an empty (or another) background, as a skull-stripped T1 of this spacing shows it."""
+    shape = tuple(round(64 / size) for size in spacing_mm)
+    place = [(np.arange(n) - (n - 1) / 2) * size for n, size in zip(shape, spacing_mm, strict=True)]
+    radius = np.sqrt(sum(np.square(part) for part in np.ix_(*place)))
+    array = np.where(radius < 22, 1000.0, np.where(radius < 27, 300.0, background)).astype(np.float32)
+    return Volume(array, Geometry(shape, spacing_mm, (0, 0, 0), RAS))
+
+
+def rim_value(spacing_mm, first):
+    plan = dataclasses.replace(plan_for((2.0, 2.0, 2.0)), normalise_first=first)
+    image = prepare([stripped_brain(spacing_mm)], None, plan, PLAIN).image[0]
+    middle = [size // 2 for size in image.shape]
+    along = image[:, middle[1], middle[2]]
+    return float(np.median([along[1], along[-2]])), float(image[middle[0], middle[1], middle[2]])
+
+
+def test_a_person_has_the_same_intensities_whatever_resolution_the_scan_has():
+    """The mask is that of the files: what resampling adds around the brain is no part of it."""
+    coarse, fine = rim_value((2.0, 2.0, 2.0), True), rim_value((0.5, 0.5, 0.5), True)
+    assert fine == pytest.approx(coarse, abs=0.1)
+    assert abs(rim_value((0.5, 0.5, 0.5), False)[1] - rim_value((2.0, 2.0, 2.0), False)[1]) > 0.15
+
+
+@pytest.mark.parametrize(("modality", "ct"), [("MR", {}), ("CT", {"clip": (-9.0, 700.0), "mean": 50.0, "std": 25.0})])
+def test_without_resampling_the_order_of_scaling_makes_no_difference(modality, ct):
+    volume = stripped_brain((2.0, 2.0, 2.0))
+    given = volume.array.copy()
+    plan = plan_for((2.0, 2.0, 2.0), modality, **ct)
+    later, first = (
+        prepare([volume], None, dataclasses.replace(plan, normalise_first=value), PLAIN).image
+        for value in (False, True)
+    )
+    assert np.array_equal(later, first) and np.array_equal(volume.array, given)
+
+
+def test_metal_is_clipped_before_it_can_be_smeared_over_its_surroundings():
+    grid = Geometry((24, 24, 24), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+    array = np.zeros(grid.shape, np.int16)
+    array[11:13, 11:13, 11:13] = 3000
+    plan = plan_for((4.0, 4.0, 4.0), "CT", crop=False, clip=(-100.0, 300.0), mean=0.0, std=1.0)
+    later, first = (
+        prepare([Volume(array, grid)], None, dataclasses.replace(plan, normalise_first=value), PLAIN).image
+        for value in (False, True)
+    )
+    assert later.max() > 3 * first.max() and 0 < first.max() < 60
+
+
+def test_with_scaling_first_a_lacking_channel_stays_zero_and_the_mask_is_that_of_the_others():
+    plan = with_dropout(plan_for((4.0, 3.0, 4.0), channels=2), 0.5)
+    plan = dataclasses.replace(plan, normalise_first=True)
+    volume = stripped_brain((2.0, 2.0, 2.0))
+    alone = prepare([None, volume], None, plan, PLAIN)
+    both = prepare([volume, volume], None, plan, PLAIN)
+    assert not alone.image[0].any() and alone.absent == (0,)
+    np.testing.assert_array_equal(alone.image[1], both.image[1])
 
 
 @pytest.mark.parametrize("value", [0, 7])
@@ -213,6 +273,6 @@ def test_a_recipe_may_fix_what_ct_is_clipped_to_and_its_figures_are_those_after_
 def test_the_plan_of_mr_reads_headers_alone_and_needs_a_case(tmp_path):
     dataset = dataset_on_disk(tmp_path, [(5.0, 0.7, 0.7)], "MR")
     plan = make_plan(dataset, dataset.cases)
-    assert plan.channels == (ChannelPlan("c", "MR"),) and plan.crop_to_nonzero
+    assert plan.channels == (ChannelPlan("c", "MR"),) and plan.crop_to_nonzero and plan.normalise_first
     with pytest.raises(InvresError, match="no training case"):
         make_plan(dataset, [])

@@ -80,6 +80,8 @@ def test_a_data_set_as_downloaded_is_trained_segmented_and_scored_by_the_documen
     assert tuple(channel["name"] for channel in manifest["plan"]["channels"]) == channels
     assert tuple(summary) == labels
     assert all(summary[label]["Dice"]["n"] == 1 for label in labels)
+    card = {label: manifest["metrics"][label]["Dice"]["mean"] for label in labels}
+    assert card == pytest.approx({label: summary[label]["Dice"]["mean"] for label in labels}, abs=1e-9)
     assert manifest["training"]["training_cases"] == 2 and manifest["training"]["iterations"] == 2
     assert (manifest["network"]["vae"] is not None) == (recipe in ("iseg", "brats"))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from grids import RAS
 
-from invres.config import AugmentationConfig, Label, LabelScheme, TrainingConfig
+from invres.config import AugmentationConfig, ChannelPlan, Label, LabelScheme, PreparationPlan, TrainingConfig
 from invres.preprocessing import PreparedCase
 from invres.sampling import CaseBatches, seeded_generator
 from invres.volume import Geometry
@@ -37,8 +39,11 @@ MOVING = AugmentationConfig(
 )
 
 
+PLAN = PreparationPlan(spacing_mm=(2.5, 1.1, 0.8))
+
+
 def prepared(name, image, label):
-    grid = Geometry(image.shape[1:], (2.5, 1.1, 0.8), (0, 0, 0), RAS)
+    grid = Geometry(image.shape[1:], PLAN.spacing_mm, (0, 0, 0), RAS)
     return PreparedCase(name, image.astype(np.float32), None if label is None else label.astype(np.int16), grid, grid)
 
 
@@ -58,9 +63,9 @@ def numbered(shape):
     return prepared("numbered", place, np.arange(1, np.prod(shape) + 1).reshape(shape))
 
 
-def source(cases, augmentation=STILL, scheme=SCHEME, **config):
+def source(cases, augmentation=STILL, scheme=SCHEME, plan=PLAN, **config):
     config = TrainingConfig(**{"patch": (12, 10, 14), "batch_size": 2, **config})
-    return CaseBatches(cases, scheme, config, augmentation, torch.device("cpu"))
+    return CaseBatches(cases, scheme, config, augmentation, torch.device("cpu"), plan)
 
 
 def test_an_iteration_always_gives_the_same_batch_in_whatever_order_it_is_asked_for():
@@ -116,6 +121,30 @@ def test_labels_stay_on_their_voxels(augmentation, shape):
         assert apart.transpose(0, 2, 3, 4, 1)[inside].max() <= limit
         seen += inside.sum()
     assert seen > 500
+
+
+def test_the_plan_says_which_channels_have_no_bias_field():
+    case = prepared("both", np.random.default_rng(0).normal(size=(2, 20, 20, 20)), np.ones((20, 20, 20)))
+    plan = PreparationPlan((ChannelPlan("CT", "CT"), ChannelPlan("T1")), (1.0, 1.0, 1.0))
+    biased = dataclasses.replace(STILL, bias_field_probability=1.0)
+    still, found = (source([case], augmentation, plan=plan).batch(0)[0] for augmentation in (STILL, biased))
+    assert torch.equal(found[:, 0], still[:, 0]) and not torch.equal(found[:, 1], still[:, 1])
+
+
+def test_patches_are_turned_in_the_millimetres_of_the_plan():
+    """The image holds places in mm: turned, each voxel is still as far from the middle of the patch."""
+    shape = (41, 41, 41)
+    place = (np.indices(shape) - 20.0) * np.array([2.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
+    case = prepared("turned", place, np.ones(shape))
+    turning = dataclasses.replace(STILL, spatial_probability=1.0, rotation_degrees=(0.0, 30.0, 0.0), scale=(1.0, 1.0))
+    plan = PreparationPlan(spacing_mm=(2.0, 1.0, 1.0))
+    image, _ = source([case], turning, plan=plan, patch=(12, 12, 12), batch_size=1).batch(1)
+    inner = image[0, :, 3:9, 3:9, 3:9].numpy()  # further out the border of the volume may be repeated
+    centred = (np.indices((6, 6, 6)) - 2.5) * np.array([2.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
+    lengths = np.linalg.norm(inner - inner.mean(axis=(1, 2, 3), keepdims=True), axis=0)
+    np.testing.assert_allclose(lengths, np.linalg.norm(centred, axis=0), atol=1e-3)
+    assert np.ptp(inner[0, 3, 3]) > 0.3, "or it was not turned at all"
+    assert source([case], turning, plan=plan).patch_in != source([case], turning, plan=PreparationPlan()).patch_in
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 30), (12, 10, 6), (3, 3, 3)])

@@ -298,3 +298,24 @@ def test_the_shipped_template_gives_a_plausible_brain():
 def test_a_mistake_is_named(call, words):
     with pytest.raises(InvresError, match=words):
         call()
+
+
+@pytest.mark.parametrize("side", [0.7, 2.0])
+def test_cubic_voxels_of_any_size_give_the_very_same_image(side):
+    labels = torch.randint(0, 4, (1, 1, 24, 24, 24), dtype=torch.int16)
+    one, other = (
+        synthesise(labels, SynthesisConfig(), torch.Generator().manual_seed(3), (16, 16, 16), spacing_mm=spacing_mm)
+        for spacing_mm in ((1.0, 1.0, 1.0), (side, side, side))
+    )
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_labels_of_thick_slices_stay_in_their_slices(axis):
+    number = torch.arange(24, dtype=torch.int16).reshape([24 if other == axis else 1 for other in range(3)])
+    labels = number.expand(24, 24, 24)[None, None].contiguous()
+    spacing_mm = tuple(4.0 if other == axis else 1.0 for other in range(3))
+    for seed in range(4):
+        random = torch.Generator().manual_seed(seed)
+        _, moved = synthesise(labels, SynthesisConfig(), random, (16, 16, 16), spacing_mm=spacing_mm)
+        assert torch.equal(moved[0, 0], number.narrow(axis, 4, 16).expand(16, 16, 16))

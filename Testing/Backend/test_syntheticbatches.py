@@ -9,7 +9,7 @@ from grids import RAS
 from test_transfer import scheme
 
 from invres import InvresError
-from invres.config import AugmentationConfig, Label, LabelScheme, TrainingConfig
+from invres.config import AugmentationConfig, Label, LabelScheme, PreparationPlan, TrainingConfig
 from invres.preprocessing import PreparedCase
 from invres.sampling import CaseBatches
 from invres.synthesis import synthesise
@@ -19,6 +19,7 @@ from invres.volume import Geometry
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(patch=(16, 12, 16), batch_size=2, seed=4, foreground_fraction=1.0)
+PLAN = PreparationPlan()
 GRID = Geometry((24, 20, 22), (1, 1, 1), (0, 0, 0), RAS)
 
 
@@ -39,7 +40,7 @@ def cases(count=2, channels=2):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_synthetic_batches_have_all_channels_and_only_the_users_labels(channels):
-    batches = SyntheticBatches(cases(channels=channels), scheme("a", "b"), CONFIG, CPU)
+    batches = SyntheticBatches(cases(channels=channels), scheme("a", "b"), CONFIG, CPU, PLAN)
     seen = set()
     for iteration in range(6):
         image, target = batches.batch(iteration)
@@ -50,7 +51,7 @@ def test_synthetic_batches_have_all_channels_and_only_the_users_labels(channels)
 
 
 def test_each_batch_is_a_function_of_seed_and_iteration():
-    first, again = (SyntheticBatches(cases(), scheme("a", "b"), CONFIG, CPU) for _ in range(2))
+    first, again = (SyntheticBatches(cases(), scheme("a", "b"), CONFIG, CPU, PLAN) for _ in range(2))
     later = again.batch(3)
     for one, other in zip(first.batch(3), later, strict=True):
         assert torch.equal(one, other)
@@ -71,7 +72,7 @@ def test_channels_show_one_anatomy_in_contrasts_of_their_own():
 
 
 def test_what_is_around_the_labels_is_divided_into_structures():
-    batches = SyntheticBatches(cases(1), scheme("a", "b"), CONFIG, CPU)
+    batches = SyntheticBatches(cases(1), scheme("a", "b"), CONFIG, CPU, PLAN)
     numbers = batches.cases[0].image[0]
     label = np.asarray(cases(1)[0].label)
     assert np.array_equal(numbers[label != 0], label[label != 0])
@@ -81,13 +82,13 @@ def test_what_is_around_the_labels_is_divided_into_structures():
 def test_an_image_without_surroundings_still_gives_batches():
     (one,) = cases(1)
     empty = PreparedCase("flat", np.zeros_like(one.image), one.label, GRID, GRID)
-    image, _ = SyntheticBatches([empty], scheme("a", "b"), CONFIG, CPU).batch(0)
+    image, _ = SyntheticBatches([empty], scheme("a", "b"), CONFIG, CPU, PLAN).batch(0)
     assert bool(torch.isfinite(image).all())
 
 
 def test_regions_become_masks():
     regions = LabelScheme((Label("all", (1, 2), 1), Label("core", (2,), 2)), regions=True)
-    _, target = SyntheticBatches(cases(), regions, CONFIG, CPU).batch(0)
+    _, target = SyntheticBatches(cases(), regions, CONFIG, CPU, PLAN).batch(0)
     assert target.shape == (2, 2, 16, 12, 16)
     assert bool((target[:, 1] <= target[:, 0]).all())
 
@@ -107,8 +108,8 @@ def test_the_fraction_is_kept_and_decided_by_the_iteration_alone(fraction):
 
 
 def test_a_fraction_beyond_1_is_refused():
-    real = CaseBatches(cases(), scheme("a", "b"), CONFIG, AugmentationConfig(), CPU)
+    real = CaseBatches(cases(), scheme("a", "b"), CONFIG, AugmentationConfig(), CPU, PLAN)
     with pytest.raises(InvresError, match="from 0 to 1"):
         MixedBatches(real, real, 1.5, 0)
     with pytest.raises(InvresError, match="no case"):
-        SyntheticBatches([], scheme("a"), CONFIG, CPU)
+        SyntheticBatches([], scheme("a"), CONFIG, CPU, PLAN)

@@ -54,7 +54,7 @@ def trainer_of(cases, folder, network=None, stop_at=None, seed=0, validate=None,
     config, stop = recipe.training, StopRequest()
     torch.manual_seed(seed)
     net = build(with_patch(recipe.network, config.patch), config.engine)
-    batches = CaseBatches(cases, SCHEME, config, recipe.augmentation, torch.device("cpu"))
+    batches = CaseBatches(cases, SCHEME, config, recipe.augmentation, torch.device("cpu"), PLAN)
     if stop_at is not None:
         batches = StopsAt(batches, stop, stop_at)
     return Trainer(net, batches, config, folder, Segmentation(False, config.loss), validate, report or Recorder(), stop)

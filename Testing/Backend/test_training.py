@@ -25,21 +25,25 @@ from tiny_datasets import (
     write_recipe,
 )
 
-from invres import Cancelled, InvresError, training
+from invres import Cancelled, InvresError, validation
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig
 from invres.configjson import to_dict
 from invres.events import Recorder
 from invres.inference import load_network
+from invres.metrics import score_case
 from invres.modelpackage import open_package, verify_package
 from invres.networks import NetworkOutput
-from invres.preprocessing import PreparedCase
+from invres.prepared import prepare_cases
+from invres.preprocessing import PreparedCase, make_plan, nonzero_box, scheme_targets
+from invres.restoration import restore_probabilities
 from invres.runfolder import held
 from invres.trainer import StopRequest
-from invres.training import train, validator
+from invres.training import train
 from invres.trainingrun import TrainOptions, started_recipe
-from invres.volume import Geometry, read_volume
+from invres.validation import card_scores, validator
+from invres.volume import Geometry, Volume, read_volume, write_volume
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 1}
 
@@ -123,17 +127,19 @@ def test_a_training_leaves_its_metrics_curves_and_checkpoint_and_nothing_half_wr
     assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.3)
 
 
-def test_the_package_holds_the_best_epochs_weights_and_their_dice_on_the_validation_cases(trained):
+def test_the_package_holds_the_best_epochs_weights_and_their_dice_on_the_validation_cases(trained, phantoms, tmp_path):
     run, package, _ = trained
     checkpoint = load_checkpoint(run)
     weights = package.load_weights()
     assert all(torch.equal(weights[key], tensor) for key, tensor in checkpoint["best_weights"].items())
     means = [entry["dice"]["mean"] for entry in metrics_of(run)]
     assert checkpoint["best_epoch"] == int(np.argmax(means)) + 1
-    best = metrics_of(run)[checkpoint["best_epoch"] - 1]["dice"]
+    command = ("evaluate", "--run", run, "--data", phantoms, "--output", tmp_path / "metrics.json", "--device", "cpu")
+    assert invres(*command).code == 0
+    scored = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["summary"]
     for name in package.manifest.scheme.names:
         spread = package.manifest.metrics[name]["Dice"]
-        assert spread["mean"] == pytest.approx(best[name], abs=1e-5)
+        assert spread["mean"] == pytest.approx(scored[name]["Dice"]["mean"], abs=1e-9) and spread["mean"] > 0
         assert (spread["n"], spread["sd"]) == (1, None), "one case has no spread"
 
 
@@ -190,7 +196,7 @@ def test_the_validation_dice_is_that_of_the_definition(regions):
 
 def test_where_the_maps_of_a_validation_do_not_fit_the_cpu_joins_them(monkeypatch):
     case = PreparedCase("c", np.zeros((1, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.int16), None, None)
-    asked, real = [], training.predict_probabilities
+    asked, real = [], validation.predict_probabilities
 
     def full(*arguments, stitch_device=None):
         asked.append(stitch_device)
@@ -198,11 +204,85 @@ def test_where_the_maps_of_a_validation_do_not_fit_the_cpu_joins_them(monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments, stitch_device=stitch_device)
 
-    monkeypatch.setattr(training, "predict_probabilities", full)
+    monkeypatch.setattr(validation, "predict_probabilities", full)
     scheme = LabelScheme((Label("a", (1,), 1),))
     network = lambda x: NetworkOutput(torch.zeros(len(x), 2, *x.shape[2:]))  # noqa: E731
-    scores, _ = training._scores(network, [case], scheme, TrainingConfig(patch=(4, 4, 4)), torch.device("cpu"))
-    assert asked == [None, "cpu"] and scores.shape == (1, 1)
+    scores = validator([case], scheme, TrainingConfig(patch=(4, 4, 4)), torch.device("cpu"))(network)
+    assert asked == [None, "cpu"] and scores == {"a": 1.0, "mean": 1.0}
+
+
+@pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
+def test_the_cards_dice_counts_what_the_spacing_of_the_network_destroys(tmp_path, labels):
+    """A network that is perfect on its own coarse grid scores 1 there, and on the file's grid what is left of it."""
+    dataset = read_dataset(write_dataset(tmp_path / "data", cases=1, channels=("T1",), labels=labels))
+    plan = make_plan(dataset, dataset.cases, (5.0, 3.0, 3.0))
+    (case,) = prepare_cases(dataset, ["patient00"], plan, tmp_path / "prepared")
+    shape = case.image.shape[1:]
+    targets = torch.from_numpy(scheme_targets(np.asarray(case.label), dataset.scheme)).float()
+    answer = targets if dataset.scheme.regions else torch.cat([0.5 * torch.ones(1, *shape), targets])
+    network = lambda x: NetworkOutput((40 * answer - 20).expand(len(x), *answer.shape))  # noqa: E731
+    recipe = dataclasses.replace(tiny_recipe(), window=shape)
+    scores, confidences = card_scores(network, [case], dataset, recipe, torch.device("cpu"))
+    own = validator([case], dataset.scheme, TrainingConfig(patch=shape), torch.device("cpu"))(network)
+    assert set(own.values()) == {1.0} and scores.shape == (1, 3) and confidences[0] > 0.99
+    assert (scores < 0.97).all() and (scores[0, :2] > 0.6).all()
+    if labels is None:
+        probabilities = torch.softmax(network(torch.zeros(1)).logits[0], 0).numpy()
+        found = restore_probabilities(probabilities, case.geometry, case.original, dataset.scheme)
+        reference = read_volume(dataset.cases[0].label, kind="labels").array
+        wanted = [score.dice for score in score_case(found, reference, dataset.scheme, (1, 1, 1)).values()]
+        assert scores[0].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
+def test_the_card_says_what_evaluate_says_of_a_model_that_mirrors_and_leaves_pieces_out(tmp_path, labels):
+    data, recipe = write_dataset(tmp_path / "data", cases=3, labels=labels), tiny_recipe(epochs=1)
+    augmentation = dataclasses.replace(recipe.augmentation, flip_axes=(1, 2), channel_dropout=0.3)
+    recipe = dataclasses.replace(recipe, augmentation=augmentation, mirror_axes=(1, 2), one_piece=labels is None)
+    package = train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    command = (
+        "evaluate",
+        "--run",
+        tmp_path / "run",
+        "--data",
+        data,
+        "--output",
+        tmp_path / "m.json",
+        "--device",
+        "cpu",
+    )
+    assert invres(*command).code == 0
+    scored = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["summary"]
+    for name, spreads in package.manifest.metrics.items():
+        assert spreads["Dice"]["mean"] == pytest.approx(scored[name]["Dice"]["mean"], abs=1e-9)
+        assert {"Dice without T1", "Dice without T2"} <= spreads.keys()
+
+
+def test_voxels_to_ignore_count_neither_way_in_the_files(tmp_path):
+    folder = write_dataset(tmp_path / "data", cases=1, channels=("T1",))
+    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    description["labels"]["ignore"] = 4
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    path = read_dataset(folder).cases[0].label
+    label = read_volume(path, kind="labels")
+    hidden = label.array.copy()
+    hidden[:, :, ::2] = 4
+    write_volume(path, Volume(hidden, label.geometry))
+    dataset = read_dataset(folder)
+    plan = make_plan(dataset, dataset.cases)
+    (case,) = prepare_cases(dataset, ["patient00"], plan, tmp_path / "prepared")
+    shape = case.image.shape[1:]
+    answer = torch.zeros(4, *shape)
+    answer[1] = 1
+    network = lambda x: NetworkOutput(answer.expand(len(x), *answer.shape))  # noqa: E731
+    recipe = dataclasses.replace(tiny_recipe(), window=shape)
+    scores, _ = card_scores(network, [case], dataset, recipe, torch.device("cpu"))
+    canonical = Volume(hidden, label.geometry).canonical().array
+    found = np.zeros(canonical.shape, bool)
+    found[nonzero_box([dataset.load(dataset.cases[0])[0][0].canonical().array])] = True
+    found &= canonical != 4
+    wanted = 2 * (found & (canonical == 1)).sum() / (found.sum() + (canonical == 1).sum())
+    assert scores[0, 0] == pytest.approx(wanted)
 
 
 def test_validation_needs_cases():
