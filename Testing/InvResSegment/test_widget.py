@@ -640,12 +640,15 @@ def test_sample_data_are_registered_with_checksums(module, monkeypatch):
     logic = types.SimpleNamespace(registerCustomSampleDataSource=lambda **values: registered.append(values))
     monkeypatch.setitem(sys.modules, "SampleData", types.SimpleNamespace(SampleDataLogic=logic))
     slicer.app.emit("startupCompleted")
-    assert {entry["category"] for entry in registered} == {"InvResSegment"}
+    assert [(entry["category"], entry["nodeNames"]) for entry in registered] == [("InvResSegment", ["MRHead"])]
+    icon = Path(module.path).parent / "Resources" / "Icons" / "InvResSegment.png"
     for entry in registered:
         assert len(entry["uris"]) == len(entry["fileNames"]) == len(entry["nodeNames"]) == len(entry["checksums"])
         for uri, checksum in zip(entry["uris"], entry["checksums"], strict=True):
             assert uri.startswith("https://") and uri.endswith(checksum.replace("SHA256:", "SHA256/"))
-        assert Path(entry["thumbnailFileName"]).is_file()
+        thumbnail = Path(entry["thumbnailFileName"]).read_bytes()
+        assert thumbnail != icon.read_bytes(), "a picture of the data and not of the module"
+        assert (int.from_bytes(thumbnail[16:20], "big"), int.from_bytes(thumbnail[20:24], "big")) == (260, 280)
 
 
 def test_the_module_describes_itself(module):
