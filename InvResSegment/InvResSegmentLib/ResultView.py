@@ -55,13 +55,18 @@ class ResultView:
             self.clear()
 
     def _fitTable(self, tableNode) -> None:
-        """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel."""
+        """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel.
+
+        The names share the width that the scroll bar of a long table leaves; a second bar would cover the last row.
+        """
         table = self._ui.volumesTable
         rows = min(tableNode.GetNumberOfRows() if tableNode else 0, ROWS_SHOWN)
-        table.horizontalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
-        table.horizontalHeader().setStretchLastSection(True)
+        header = table.horizontalHeader()
+        header.setSectionResizeMode(qt.QHeaderView.ResizeToContents)
+        if tableNode is not None and tableNode.GetNumberOfColumns():
+            header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
         rowHeight = table.verticalHeader().defaultSectionSize
-        height = table.horizontalHeader().sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
+        height = header.sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
         table.setMinimumHeight(height)
         table.setMaximumHeight(height)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import types
+import unittest
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from InvResSegmentLib import Settings
 from InvResSegmentLib.BatchCase import BatchCase
 from InvResSegmentLib.NrrdFile import writeNrrd
 from InvResSegmentLib.SegmentationLogic import MemoryPlan, SegmentationOutcome
-from panel_driver import addVolume, loadedPanel, tunedManifest, waitUntil
+from InvResSegmentLib.SegmentationResult import SegmentVolume, fillVolumesTable
+from InvResSegmentLib.SelfTest import SelfTest
+from panel_driver import WIDTH, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
 from standins import pythonqt, qtclasses
 
@@ -222,6 +225,22 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     assert not tab.ui.resultButton.visible
     slicer.mrmlScene.RemoveNode(volume)
     waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
+
+
+def test_a_long_table_of_volumes_needs_one_scroll_bar_and_not_two(tab, panel):
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "structures")
+    table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "volumes")
+    names = [f"{side} cerebellar white matter {index}" for side in ("left", "right") for index in range(9)]
+    fillVolumesTable(table, [SegmentVolume(name, name, 281154, 281.154) for name in names])
+    panel.widget.resize(WIDTH, 1400)
+    panel.widget.show()
+    tab._result.show(SegmentationOutcome("done", node, table), None, None)
+    standins.pump(0.1)
+    shown = tab.ui.volumesTable
+    assert shown.verticalScrollBar().visible and not shown.horizontalScrollBar().visible
+    header = shown.horizontalHeader()
+    assert shown.viewport().height >= 10 * shown.rowHeight(0), "the tenth row is seen as a whole"
+    assert header.sectionSize(1) >= header.sectionSizeHint(1), "the names make room, not the figures"
 
 
 def test_the_segment_editor_opens_on_the_result(tab, voxels, monkeypatch):
@@ -517,6 +536,22 @@ def test_the_device_is_remembered(tab, panel):
     waitUntil(lambda: tab.ui.deviceBox.count >= 2 and "Automatic (" in tab.ui.deviceBox.itemText(0), 60)
     tab.ui.deviceBox.setCurrentIndex(tab.ui.deviceBox.count - 1)
     assert qt.QSettings().value("InvResSegment/Device") == "cpu"
+
+
+def test_a_folder_of_models_that_cannot_be_made_is_told(panel, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    tab = panel.modelsTab
+    tab.ui.modelsFolderEdit.currentPath = str(tmp_path / "file" / "models")
+    tab.ui.openFolderButton.click()
+    said = tab.ui.modelsNoticeText.text
+    assert "could not be created: " in said and "Choose another folder" in said
+
+
+def test_the_self_test_is_skipped_where_there_is_no_backend(panel, monkeypatch):
+    monkeypatch.setattr(panel.setup, "ready", False)
+    monkeypatch.setattr(type(panel.setup), "check", lambda self: None)
+    with pytest.raises(unittest.SkipTest, match="There is no backend here: Install what is missing"):
+        SelfTest(unittest.TestCase()).run()
 
 
 def test_models_are_verified_exported_deleted_and_imported(scene, models, tmp_path):
