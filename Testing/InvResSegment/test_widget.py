@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -118,6 +119,18 @@ def test_the_setup_is_closed_once_all_is_well(panel):
     assert panel.setup.problem == ""
     assert panel.ui.setupButton.collapsed
     assert not panel.ui.installButton.visible
+
+
+def test_a_card_that_stays_idle_is_told_by_the_setup(panel):
+    found = panel.dependencies.preflight
+    idle = dataclasses.replace(found, idleCards=("NVIDIA A",), sentences=("torch computes on the CPU only.",))
+    panel.dependencies.preflight = idle
+    panel.setup._show(idle)
+    assert panel.ui.setupButton.text == "Setup: ready, without the GPU" and panel.setup.problem == ""
+    assert "on the CPU only" in panel.ui.setupNoticeText.text
+    panel.dependencies.preflight = found
+    panel.setup._show(found)
+    assert panel.ui.setupButton.text == "Setup: ready"
 
 
 def test_apply_says_what_is_missing(tab):
@@ -500,6 +513,7 @@ def test_installing_into_slicers_python_asks_with_what_it_changes(panel, monkeyp
     steps, begun = ["\u2022 Remove torch 1.9", "\u2022 Install torch"], []
     monkeypatch.setattr("InvResSegmentLib.SetupSection.separatePython", lambda: "")
     monkeypatch.setattr(type(panel.dependencies), "planned", property(lambda _self: steps))
+    monkeypatch.setattr(type(panel.dependencies), "advice", property(lambda _self: ["It is large."]))
     monkeypatch.setattr(panel.setup, "_install", lambda: begun.append(True))
     asked = []
     for answer in (False, True):
@@ -507,7 +521,7 @@ def test_installing_into_slicers_python_asks_with_what_it_changes(panel, monkeyp
             slicer.util, "confirmOkCancelDisplay", lambda text, title, answer=answer: asked.append(text) or answer
         )
         panel.setup._onInstall()
-    assert len(asked) == 2 and all(step in asked[0] for step in steps) and begun == [True]
+    assert len(asked) == 2 and all(step in asked[0] for step in [*steps, "It is large."]) and begun == [True]
 
 
 def test_an_installation_that_has_come_to_its_end_is_not_begun_again(panel, monkeypatch):
