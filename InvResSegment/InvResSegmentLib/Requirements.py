@@ -329,8 +329,8 @@ def _blockers(python: dict, packages: list[PackageState], separate: bool) -> lis
         found.append(
             _(
                 "This Python is one for Intel Macs (x86_64), for which torch ended with 2.2, and 2.8 is needed. On a "
-                "Mac with Apple silicon choose an arm64 Python of your own under Setup; on an Intel Mac nothing helps but "
-                "another computer."
+                "Mac with Apple silicon choose an arm64 Python of your own under Setup; on an Intel Mac nothing helps "
+                "but another computer."
             )
         )
     free = python.get("free_bytes")

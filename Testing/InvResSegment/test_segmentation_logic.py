@@ -247,6 +247,7 @@ def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model
     arguments = backend.requests[-1]
     assert arguments[arguments.index("--locate") + 1] == small_model.path
     assert "Finding the place to segment" in [text for text, _, _ in panel.progress]
+    assert outcome.notes == ["balls found ball in 1 place."], "a note needs nothing done, but it is told"
     told = []
     panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
     standins.waitUntil(lambda: told, 180)

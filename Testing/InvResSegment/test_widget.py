@@ -169,6 +169,47 @@ def test_a_change_of_model_rebuilds_the_pickers_and_keeps_what_fits(tab, voxels)
     assert pickers(tab)["FLAIR"].currentNode() is None
 
 
+def test_the_volume_of_a_model_with_one_channel_is_kept_by_another_one(scene, models, voxels):
+    """The tutorial: a whole head that no name tells to be T1 goes from the model of any contrast to that of T1."""
+    head = addVolume("MRHead", voxels=voxels[0])
+    with loadedPanel(models, bundled=True) as module:
+        tab = module.enter().panel.segmentTab
+        waitUntil(lambda: tab.models and tab.idle, 120)
+        assert pickers(tab)["MR"].currentNode() is head
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is head
+        waitUntil(lambda: tab.ui.applyButton.enabled, 120)
+        assert "MRHead was kept, but it cannot be told to be T1" in tab.ui.matchNoticeText.text
+        head.SetName("MPRAGE T1")
+        choose(tab, "brain-any-contrast")
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is head and tab.ui.matchNotice.isHidden()
+        other = addVolume("another", voxels=voxels[1])
+        choose(tab, "brain-any-contrast")
+        pickers(tab)["MR"].setCurrentNode(other)
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is other and not tab.ui.matchNotice.isHidden()
+        pickers(tab)["T1"].setCurrentNode(head)
+        waitUntil(lambda: tab.ui.matchNotice.isHidden() and tab.idle, 60)
+        assert pickers(tab)["T1"].currentNode() is head, "what a person chooses is not doubted"
+
+
+def test_notes_of_a_run_are_shown_as_information_and_kept_in_the_log(tab, panel, voxels, monkeypatch):
+    addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "found")
+    table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "volumes")
+    outcome = SegmentationOutcome("done", node, table, warnings=["Look there."], notes=["There is no T2."])
+    logic = panel.services.logic
+    monkeypatch.setattr(logic, "start", lambda request, onProgress, onDone: onDone(outcome))
+    tab.ui.applyButton.click()
+    assert tab.ui.warningsNoticeText.text == "Look there." and tab.ui.notesNoticeText.text == "There is no T2."
+    log = tab.ui.logText.toPlainText()
+    assert "Look there." in log and "There is no T2." in log
+    tab._result.clear()
+    assert tab.ui.notesNotice.isHidden()
+
+
 def test_channels_are_matched_and_what_is_not_clear_stays_empty(tab, voxels):
     t1 = addVolume("MPRAGE T1", voxels=voxels[0])
     choose(tab, "two")
@@ -334,7 +375,16 @@ def test_the_window_that_fits_is_the_one_that_is_used(tab, panel, voxels, monkey
         tab._setRunning(False)
 
 
-def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
+def test_an_idle_backend_outlives_the_scene(tab, panel):
+    """The next patient does not wait for torch."""
+    waitUntil(lambda: panel.backend.pid is not None and not panel.backend.busy and tab.ui.deviceBox.count >= 2, 60)
+    worker = panel.backend.pid
+    slicer.mrmlScene.Clear()
+    standins.pump(0.1)
+    assert panel.backend.pid == worker
+
+
+def test_closing_the_scene_ends_the_run(tab, panel):
     addVolume("T1", shape=(48, 48, 48))
     choose(tab, "one")
     waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
@@ -342,8 +392,9 @@ def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
     waitUntil(lambda: panel.backend.pid is not None, 60)
     slicer.mrmlScene.Clear()
     waitUntil(lambda: not tab.running, 2.5)
-    assert not panel.backend.running and not workers() - others
+    assert not panel.services.logic.running
     assert not slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert tab.ui.messageNotice.isHidden(), "of a scene that is gone there is nothing to say"
     assert not tab.ui.applyButton.enabled
     addVolume("T1", shape=(20, 20, 20))  # and the panel goes on with the new scene
     choose(tab, "one")
