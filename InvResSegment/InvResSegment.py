@@ -44,28 +44,20 @@ class InvResSegment(ScriptedLoadableModule):
 
 
 def registerSampleData() -> None:
-    """Offer sample volumes in the module Sample Data, under the name of this module."""
+    """Offer a sample volume in the module Sample Data, under the name of this module."""
     import SampleData
     from slicer.util import TESTING_DATA_URL
 
-    samples = {
-        "MRHead": {"MRHead": ("MR-head.nrrd", "cc211f0dfd9a05ca3841ce1141b292898b2dd2d3f08286affadf823a7e58df93")},
-        "Brain T1 and T2": {
-            "Brain T1": ("MR-brain-T1.nrrd", "2da3f655ed20356ee8cdf32aa0f8f9420385de4b6e407d28e67f9974d7ce1593"),
-            "Brain T2": ("MR-brain-T2.nrrd", "fa1fe5910a69182f2b03c0150d8151ac6c75df986449fb5a6c5ae67141e0f5e7"),
-        },
-    }
-    icon = os.path.join(os.path.dirname(__file__), "Resources", "Icons", "InvResSegment.png")
-    for name, volumes in samples.items():
-        SampleData.SampleDataLogic.registerCustomSampleDataSource(
-            category="InvResSegment",
-            sampleName=name,
-            thumbnailFileName=icon,
-            uris=[f"{TESTING_DATA_URL}SHA256/{digest}" for _file, digest in volumes.values()],
-            fileNames=[file for file, _digest in volumes.values()],
-            nodeNames=list(volumes),
-            checksums=[f"SHA256:{digest}" for _file, digest in volumes.values()],
-        )
+    digest = "cc211f0dfd9a05ca3841ce1141b292898b2dd2d3f08286affadf823a7e58df93"
+    SampleData.SampleDataLogic.registerCustomSampleDataSource(
+        category="InvResSegment",
+        sampleName="MRHead",
+        thumbnailFileName=os.path.join(os.path.dirname(__file__), "Resources", "Icons", "MRHead.png"),
+        uris=[f"{TESTING_DATA_URL}SHA256/{digest}"],
+        fileNames=["MR-head.nrrd"],
+        nodeNames=["MRHead"],
+        checksums=[f"SHA256:{digest}"],
+    )
 
 
 class InvResSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):

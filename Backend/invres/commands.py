@@ -69,7 +69,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     load_torch(report)
     from .inference import NetworkKeeper
     from .inference import segment as run
-    from .planning import remember_speed
+    from .pace import remember_speed
 
     keeper = _kept.setdefault("keeper", NetworkKeeper())
     locate = _locator(package, other, options.device) if other else None
@@ -77,7 +77,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
-        manifest,
+        manifest.sha256,
         found["device"],
         settings["windows"] * flips,
         tuple(settings["window"]),

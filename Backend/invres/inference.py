@@ -26,6 +26,7 @@ from .midline import divided, on_one_side
 from .mirroring import check_mirror
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build
+from .pace import remember_windows
 from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
@@ -87,6 +88,7 @@ def segment_volumes(
     """
     options = options.mirrored_as(package.manifest.mirror_axes)
     found = segment_case(package, network, volumes, options, report)
+    _remember_windows(package, [found], found.labels.geometry, options)
     if options.roi_mm:
         clear_outside(found.labels.array, found.labels.geometry, options.roi_mm)
     return found.labels, found.prediction.probabilities, found.prepared
@@ -262,6 +264,7 @@ def segment(
         clock.add(part.seconds)
     roi_mm = options.roi_mm
     labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
+    _remember_windows(package, parts, labels.geometry, options)
     if manifest.sides and options.sides:
         both = _divided(labels, parts, boxes, manifest, report)
         if both is not None:
@@ -315,6 +318,15 @@ def segment(
         },
         "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _remember_windows(
+    package: ModelPackage, parts: Sequence[_SegmentedCase], grid: Geometry, options: SegmentOptions
+) -> None:
+    """For the plan of the next image on such a grid; what a region of interest needed says nothing of the whole."""
+    if not options.roi_mm:
+        windows = sum(part.prediction.windows for part in parts)
+        remember_windows(package.manifest.sha256, grid, parts[0].prediction.window, options.overlap, windows)
 
 
 def _small_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:

@@ -148,13 +148,19 @@ def _plan_segmentation(options: argparse.Namespace, report: Reporter) -> None:
 
     device, shape, spacing = choose_device(options.device), tuple(options.shape), tuple(options.spacing)
     roi_shape = None if options.roi_shape is None else tuple(options.roi_shape)
+    cut_from = None
     if manifest.plan.crop is not None:
         # Only the crop is prepared; the files themselves are next to nothing beside what a network needs.
-        shape, roi_shape = roi_shape or crop_shape(manifest.plan.crop, shape, spacing), None
+        crop = crop_shape(manifest.plan.crop, shape, spacing)
+        if options.locate and roi_shape is None and crop != shape:
+            cut_from = shape
+        shape, roi_shape = roi_shape or crop, None
     axes = manifest.mirror_axes if options.mirror is None else tuple(options.mirror)
     check_mirror(manifest.scheme, axes)
     window = tuple(options.window)
-    found = plan_segmentation(manifest, shape, spacing, device, window, roi_shape, mirror_axes=axes, report=report)
+    found = plan_segmentation(
+        manifest, shape, spacing, device, window, roi_shape, mirror_axes=axes, cut_from=cut_from, report=report
+    )
     if options.locate:
         before = plan_segmentation(
             segmenter_named(options.locate).manifest,

@@ -16,11 +16,12 @@ from .manifest import Manifest
 from .memory import has_room, predict_forward
 from .mirroring import flips_of
 from .networks import build
+from .pace import remember_speed, speed_of, windows_of
 from .prediction import window_count
 from .region import region_shape
 from .volume import Geometry
 
-__all__ = ["SegmentationPlan", "plan_segmentation", "remember_speed"]
+__all__ = ["SegmentationPlan", "plan_segmentation"]
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -32,17 +33,15 @@ PROBE_SIDE = 32
 PROBE_S = 1.0
 FLOAT = 4
 
-# Seconds per voxel of a window, by weights, device and length of the batch; of the last run or probe.
-_SPEED: dict[tuple[str, str], float] = {}
-
 
 @dataclass(frozen=True)
 class SegmentationPlan:
     """predicted_bytes: peak on the device with `window`; host_bytes: peak in main memory (the same on the CPU).
 
     fits: whether the wanted window fits. window: the largest part of the wanted window that fits, or the wanted one if
-    none does. windows: how many. seconds: expected, None where not known. free_bytes, total_bytes: of the device, None
-    where it does not tell. shape: of the prepared volume, at most. sentence: all of it in words.
+    none does. windows: how many. windows_known: as a run of this process had them, and not as the whole volume would
+    have them. seconds: expected, None where not known. free_bytes, total_bytes: of the device, None where it does not
+    tell. shape: of the prepared volume, at most. sentence: all of it in words.
     """
 
     predicted_bytes: int
@@ -53,6 +52,7 @@ class SegmentationPlan:
     window: Triple
     wanted_window: Triple
     windows: int
+    windows_known: bool
     seconds: float | None
     device: str
     device_title: str
@@ -67,6 +67,7 @@ class SegmentationPlan:
             predicted_bytes=max(before.predicted_bytes, self.predicted_bytes),
             host_bytes=max(before.host_bytes, self.host_bytes),
             fits=before.fits and self.fits,
+            windows_known=before.windows_known and self.windows_known,
             seconds=None if None in times else round(sum(filter(None, times)), 1),
             sentence=f"To find the place: {before.sentence} Then: {self.sentence}",
         )
@@ -81,12 +82,15 @@ def plan_segmentation(
     roi_shape: Triple | None = None,
     overlap: float = 0.5,
     mirror_axes: Sequence[int] | None = None,
+    cut_from: Triple | None = None,
     report: Reporter = SILENT,
 ) -> SegmentationPlan:
     """The plan for a volume of this shape and spacing, both (D, H, W) in the order of the model's axes (superior,
-    anterior, right). roi_shape: voxels of a region of interest. mirror_axes: None = the model's own.
+    anterior, right). roi_shape: voxels of a region of interest. mirror_axes: None = the model's own. cut_from: voxels
+    of a whole image that a volume of this shape is cut out of, in each place that another model finds.
 
-    Empty borders are cropped before segmenting, which only the volume itself shows; so this is an upper bound.
+    Empty borders are cropped before segmenting, which only the volume itself shows; so this is an upper bound. Only the
+    number of windows, and so the time, is that of the last run where an image of this size was segmented before.
     Raises InvresError for sizes that make no sense.
     """
     for name, sizes in (("shape", shape), ("spacing", spacing_mm), ("region", roi_shape or (1, 1, 1))):
@@ -115,7 +119,10 @@ def plan_segmentation(
             break
     assert first is not None
     choice, on_device, on_host, seen = best or first
-    count = window_count(seen, choice, overlap)
+    count, known = window_count(seen, choice, overlap), None
+    if roi_shape is None:
+        known = windows_of(manifest.sha256, replace(grid, shape=cut_from or shape), choice, overlap)
+        count = known or count
     seconds = None
     if best is not None:
         per_voxel = _seconds_per_voxel(manifest, device, choice)
@@ -131,19 +138,14 @@ def plan_segmentation(
         window=choice,
         wanted_window=wanted,
         windows=count,
+        windows_known=known is not None,
         seconds=seconds,
         device=here.name,
         device_title=here.title,
         shape=seen,
         sentence="",
     )
-    return replace(plan, sentence=_sentence(plan, nothing_fits=best is None))
-
-
-def remember_speed(manifest: Manifest, device: str, windows: int, window: Triple, predict_s: float) -> None:
-    """Takes the speed of a finished run for the next plan of the same model in this process."""
-    if windows > 0 and predict_s > 0:
-        _SPEED[manifest.sha256, device] = predict_s / (windows * float(np.prod(window)))
+    return replace(plan, sentence=_sentence(plan, _time_text(plan, manifest, cut_from), nothing_fits=best is None))
 
 
 def build_divisor(manifest: Manifest) -> Triple:
@@ -208,19 +210,22 @@ def _bytes(
 
 def _seconds_per_voxel(manifest: Manifest, device: torch.device, window: Triple) -> float:
     """From the last run; else from windows on made-up data, the largest that takes about a second."""
-    key = manifest.sha256, str(device)
-    if key not in _SPEED:
-        network = build(replace(manifest.network, vae=None)).eval().to(device)
-        start, side = time.perf_counter(), PROBE_SIDE
-        while True:
-            sides = tuple(min(side, extent) for extent in window)
-            _SPEED[key] = _timed(network, manifest.network.in_channels, sides, device) / float(np.prod(sides))
-            side *= 2
-            # The next size takes about eight times as long, twice.
-            next_s = _SPEED[key] * 2 * float(np.prod([min(side, extent) for extent in window]))
-            if sides == tuple(window) or time.perf_counter() - start + next_s > PROBE_S:
-                break
-    return _SPEED[key]
+    known = speed_of(manifest.sha256, str(device))
+    if known is not None:
+        return known
+    network = build(replace(manifest.network, vae=None)).eval().to(device)
+    start, side = time.perf_counter(), PROBE_SIDE
+    while True:
+        depth, height, width = (min(side, extent) for extent in window)
+        sides = depth, height, width
+        taken_s = _timed(network, manifest.network.in_channels, sides, device)
+        per_voxel = taken_s / float(np.prod(sides))
+        side *= 2
+        # The next size takes about eight times as long, twice.
+        next_s = per_voxel * 2 * float(np.prod([min(side, extent) for extent in window]))
+        if sides == tuple(window) or time.perf_counter() - start + next_s > PROBE_S:
+            remember_speed(manifest.sha256, str(device), 1, sides, taken_s)
+            return per_voxel
 
 
 @torch.no_grad()
@@ -245,7 +250,19 @@ def _other_seconds(manifest: Manifest, shape: Triple, whole: Triple) -> float:
     return 0.3 + channels * (voxels + prepared) * 1e-7 + classes * voxels * 3e-8
 
 
-def _sentence(plan: SegmentationPlan, nothing_fits: bool) -> str:
+def _time_text(plan: SegmentationPlan, manifest: Manifest, cut_from: Triple | None) -> str:
+    """The time in words, as sure as it is; "" where it is not known."""
+    if plan.seconds is None:
+        return ""
+    time_text = format_seconds(max(1, plan.seconds))
+    if plan.windows_known:
+        return f", about {time_text}"
+    if cut_from is not None:  # in how many places, only the other model will find out
+        return f", about {time_text} for each place"
+    return f", at most about {time_text}" if manifest.plan.crop_to_nonzero else f", about {time_text}"
+
+
+def _sentence(plan: SegmentationPlan, time_text: str, nothing_fits: bool) -> str:
     free = "" if plan.free_bytes is None else f" of {format_bytes(plan.free_bytes)} free"
     where = "in main memory" if plan.device == "cpu" else f"on {plan.device} ({plan.device_title})"
     need = f"{format_bytes(plan.predicted_bytes)}{free} {where}"
@@ -253,7 +270,6 @@ def _sentence(plan: SegmentationPlan, nothing_fits: bool) -> str:
     if nothing_fits:
         other = "choose a region of interest" if plan.device == "cpu" else "choose the CPU or a region of interest"
         return f"Needs {need}, which is too little: {other}, or close other programs."
-    time_text = "" if plan.seconds is None else f", about {format_seconds(max(1, plan.seconds))}"
     count = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
     if plan.fits:
         return f"Needs {need}{time_text} ({count} of {size} voxels)."

@@ -11,7 +11,9 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -30,9 +32,10 @@ PACKAGES = (
     ("safetensors", "safetensors", ""),
     ("pydicom", "pydicom", ""),
     ("psutil", "psutil", ""),
-    ("memcnn", "memcnn", ""),
     ("monai", "monai", ""),
+    ("memcnn", "memcnn", ""),  # last, as the panel does without: its failure must hide nothing
 )
+DRIVER_LIMIT_S = 10
 
 
 def examine() -> Iterator[dict[str, Any]]:
@@ -88,9 +91,32 @@ def _torch() -> dict[str, Any]:
         cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         # A torch whose libraries are incomplete imports and fails here.
         torch.nn.functional.conv3d(torch.zeros(1, 1, 3, 3, 3), torch.zeros(1, 1, 3, 3, 3))
-        return {"build": torch.__version__, "cuda": torch.version.cuda, "cards": cards}
+        found = {"build": torch.__version__, "cuda": torch.version.cuda, "cards": cards}
+        if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+            found["idle_cards"] = _nvidia_cards()
+        return found
     except Exception as error:
         return {"imports": False, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def _nvidia_cards() -> list[str]:
+    """Names of the NVIDIA cards, as their driver tells them; [] where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        done = subprocess.run(
+            [program, "-L"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=DRIVER_LIMIT_S,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
 
 
 def _free_bytes(folder: str) -> int | None:

@@ -41,10 +41,10 @@ LONGEST_NAME = 60
 class BatchCase:
     """One examination. files: channel -> image; for a case of the scene `nodes`: channel -> volume instead.
 
-    state: "waiting", "running", "done" or "failed". message: why it failed, or what to look at. fileName: of the
-    result, without a folder. model: SHA-256 of the model that made the result. review: "", "edited" or "accepted".
-    segmentation: of a case of the scene, the node with the result. patient: a code that the cases of one
-    person share, "" where that is not known.
+    state: "waiting", "running", "done" or "failed". message: why it failed, or what to look at. notes: what is worth
+    knowing of the result. fileName: of the result, without a folder. model: SHA-256 of the model that made the result.
+    review: "", "edited" or "accepted". segmentation: of a case of the scene, the node with the result. patient: a code
+    that the cases of one person share, "" where that is not known.
     """
 
     name: str
@@ -52,6 +52,7 @@ class BatchCase:
     nodes: dict[str, Any] = field(default_factory=dict)
     state: str = WAITING
     message: str = ""
+    notes: str = ""
     fileName: str = ""
     model: str = ""
     review: str = ""
@@ -99,6 +100,7 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase]) -> None:
             "files": {channel: str(path) for channel, path in case.files.items()},
             "state": WAITING if case.state == RUNNING else case.state,
             "message": case.message,
+            "notes": case.notes,
             "result": case.fileName,
             "model_sha256": case.model,
             "review": case.review,
@@ -131,6 +133,7 @@ def readBatch(folder: Path) -> list[BatchCase]:
                 files={str(channel): Path(path) for channel, path in entry["files"].items()},
                 state=entry["state"] if entry["state"] in (DONE, FAILED) else WAITING,
                 message=str(entry.get("message") or ""),
+                notes=str(entry.get("notes") or ""),
                 fileName=Path(str(entry.get("result") or "")).name,
                 model=str(entry.get("model_sha256") or ""),
                 review=entry["review"] if entry.get("review") in (EDITED, ACCEPTED) else "",
@@ -139,6 +142,6 @@ def readBatch(folder: Path) -> list[BatchCase]:
         except (KeyError, TypeError, AttributeError):
             continue
         if case.state == DONE and not (folder / case.fileName).is_file():
-            case.state, case.review, case.message = WAITING, "", ""
+            case.state, case.review, case.message, case.notes = WAITING, "", "", ""
         found.append(case)
     return found

@@ -36,7 +36,8 @@ class BatchQueue:
     """The cases of one batch, run on the backend that the panel has: one request at a time, so others come between.
 
     Cases of files leave a .seg.nrrd in `folder`, and batch.json beside them as it goes; cases of the scene
-    get a segmentation node. changed: functions to be called when a case or the run has changed.
+    get a segmentation node. changed: functions to be called when a case or the run has changed. log: gets the warnings
+    and notes of each case.
     """
 
     def __init__(self, backend: Any, temporaryFolder: Callable[[], str]) -> None:
@@ -52,6 +53,7 @@ class BatchQueue:
         self.cases: list[BatchCase] = []
         self.changed: list[Callable[[], None]] = []
         self.progress: Callable[[str, float], None] = lambda text, fraction: None
+        self.log: Callable[[str], None] = lambda text: None
         self._keptAt = 0.0
         self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
         self.problem = ""  # why batch.json could not be written, in words
@@ -111,7 +113,7 @@ class BatchQueue:
         self._asRead = {case: _state(case) for case in remembered}
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
-                case.state, case.message, case.model, case.review = WAITING, "", "", ""
+                case.state, case.message, case.notes, case.model, case.review = WAITING, "", "", "", ""
                 case.fileName = freeFileName(case.name, [one.fileName for one in remembered])
                 remembered.append(case)
         scene = [case for case in others if case.inScene]
@@ -182,7 +184,7 @@ class BatchQueue:
         self._model, self._device, self._locator, self._cancelling = model, device, locator, False
         for case in self.cases:
             if case.pending(model.sha256):
-                case.state, case.message = WAITING, ""
+                case.state, case.message, case.notes = WAITING, "", ""
         self._next()
 
     def cancel(self) -> None:
@@ -202,7 +204,7 @@ class BatchQueue:
             self.tell()
             return
         case = self._current = waiting[0]
-        case.state, case.message = RUNNING, ""
+        case.state, case.message, case.notes = RUNNING, "", ""
         self.tell()
         if self._cancelling:  # by one of those who were told
             self._ended(case, WAITING, "")
@@ -228,16 +230,19 @@ class BatchQueue:
         if self._locator is not None:
             arguments += ["--locate", str(self._locator.path)]
         warnings: list[str] = []
+        notes: list[str] = []
 
         def onEvent(event: dict) -> None:
             if event.get("event") == "progress" and event.get("stage") == "segment.tiles":
                 self._report(case, event.get("done", 0) / max(1, event.get("total", 1)))
             elif event.get("event") == "warning" and event.get("message"):
                 warnings.append(event["message"])
+            elif event.get("event") == "note" and event.get("message"):
+                notes.append(event["message"])
 
         def onFinished(outcome: Any) -> None:
             self._requestId = None
-            self._finished(case, outcome, warnings)
+            self._finished(case, outcome, warnings, notes)
 
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
 
@@ -252,13 +257,16 @@ class BatchQueue:
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":
                 case.segmentation = outcome.segmentationNode
-            self._finished(case, outcome, outcome.warnings)
+            self._finished(case, outcome, outcome.warnings, outcome.notes)
 
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
 
-    def _finished(self, case: BatchCase, outcome: Any, warnings: Sequence[str]) -> None:
+    def _finished(self, case: BatchCase, outcome: Any, warnings: Sequence[str], notes: Sequence[str]) -> None:
+        for sentence in (*warnings, *notes):
+            self.log(_("{name}: {sentence}").format(name=case.name, sentence=sentence))
         if outcome.state == "done":
             case.model = self._model.sha256
+            case.notes = " ".join(notes)
             self._ended(case, DONE, " ".join(warnings))
         elif outcome.state == "cancelled":
             self._stopped(case)

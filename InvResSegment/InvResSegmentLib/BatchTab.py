@@ -39,6 +39,7 @@ class BatchTab:
         self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
         self.queue.changed.append(self._update)
         self.queue.progress = self._onProgress
+        self.queue.log = services.log
         self.review = ReviewQueue(self.queue, services.cases)
         self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
         self._intake = BatchIntake(
@@ -100,6 +101,7 @@ class BatchTab:
         self._intake.cancel()
         self.queue.changed.clear()
         self.queue.progress = lambda text, fraction: None
+        self.queue.log = lambda text: None
 
     def _preferred(self, before) -> int:
         """The row of the model that was chosen before, or of the version that has taken its place; else the first."""
@@ -230,7 +232,7 @@ class BatchTab:
                     item = qt.QTableWidgetItem()
                     table.setItem(row, column, item)
                 item.setText(text)
-                item.setToolTip(case.message or text)
+                item.setToolTip("\n".join(filter(None, (case.message, case.notes))) or text)
                 if column == 2:
                     kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
                     kind = kind or icons.get(case.state)

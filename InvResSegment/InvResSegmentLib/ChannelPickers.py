@@ -63,6 +63,32 @@ class ChannelPickers:
         chosen = {name: picker.currentNode() for name, (picker, _confidence) in self._rows.items()}
         return {name: node for name, node in chosen.items() if node is not None}
 
+    @property
+    def onlyVolume(self):
+        """The volume of a model with a single channel, or None."""
+        return next(iter(self.volumes().values()), None) if len(self._rows) == 1 else None
+
+    def takeOver(self, node) -> list[str]:
+        """Choose for the only channel the volume that another model had; returns a sentence where it may not fit."""
+        ((name, (picker, confidence)),) = self._rows.items()
+        (channel,) = self._channels
+        volume = ChannelMatching.describeVolume(node)
+        score = ChannelMatching.score(channel, volume)
+        self._filling = True
+        picker.setCurrentNode(node)
+        self._filling = False
+        if score.confidence >= ChannelMatching.ACCEPTED:
+            percent, reasons = round(100 * score.confidence), ", ".join(score.reasons)
+            self._describe(confidence, _("{percent} % sure").format(percent=percent), reasons)
+            self._onChanged()
+            return []
+        sentence = _("{name} was kept, but it cannot be told to be {channel} ({reasons}): look whether it is.").format(
+            name=volume.name, channel=name, reasons=", ".join(score.reasons)
+        )
+        self._describe(confidence, _("kept"), sentence)
+        self._onChanged()
+        return [sentence]
+
     def setVolumes(self, volumes: dict) -> None:
         """Choose these volumes and empty the other channels; says nothing of confidence."""
         if self.volumes() == {name: node for name, node in volumes.items() if name in self._rows and node is not None}:

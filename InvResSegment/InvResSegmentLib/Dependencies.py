@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -21,7 +22,17 @@ from . import Paths
 from .ChildProcess import ChildProcess
 from .Diagnostics import diagnosticReport
 from .Protocol import LineSplitter, TextTail, parsedEvent
-from .Requirements import TORCH_REQUIREMENT, TORCHVISION, Preflight, Step, constraints, installationSteps, judge
+from .Requirements import (
+    TORCH_REQUIREMENT,
+    TORCHVISION,
+    Preflight,
+    Step,
+    constraints,
+    failureHint,
+    installationAdvice,
+    installationSteps,
+    judge,
+)
 
 __all__ = [
     "Dependencies",
@@ -165,8 +176,8 @@ class Dependencies:
         def onOutput(data: bytes) -> None:
             entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
 
-        def onEnd(exitCode: int, reason: str, errors: str) -> None:
-            self.preflight = judge(entries, exitCode, errors or reason, separate)
+        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
+            self.preflight = judge(entries, exitCode, errors.lastLine or reason, separate)
             onDone(self.preflight)
 
         self._run(("-m", "invres.probe"), onOutput, onEnd)
@@ -174,13 +185,23 @@ class Dependencies:
     @property
     def planned(self) -> list[str]:
         """What `install` would do now, a line a step; [] before the first check."""
-        return [] if self.preflight is None else [f"\u2022 {s.text}" for s in installationSteps(self.preflight, False)]
+        if self.preflight is None:
+            return []
+        return [f"\u2022 {step.text}" for step in installationSteps(self.preflight, bool(separatePython()))]
+
+    @property
+    def advice(self) -> list[str]:
+        """What a person should know before `install`, in sentences; [] before the first check."""
+        if self.preflight is None:
+            return []
+        return installationAdvice(self.preflight, bool(separatePython()), _pyTorchUtils() is not None)
 
     def install(self, onDone: Callable[[InstallOutcome], None]) -> None:
-        """Does what the last `check` calls for, then checks again.
+        """Does what the last `check` calls for, then checks again. Asks nothing: who calls it has shown `planned` and
+        `advice`.
 
         In Slicer's own Python torch comes through the PyTorch extension where it is there, the rest by Slicer's own
-        package installer, both with their own windows. In a separate Python pip runs in the background.
+        package installer, which shows its progress. In a separate Python pip runs in the background.
         """
         preflight = self.preflight
         if preflight is None:
@@ -204,16 +225,18 @@ class Dependencies:
             return
         # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
         self.installPending = True
+        printed = _Printed(self._log)
         try:
-            for step in steps:
-                self._log(f"{step.text}\n")
-                if not self._doInSlicer(step, preflight):
-                    self.installPending = False
-                    self._end(onDone, InstallOutcome("declined", _("The installation was cancelled.")))
-                    return
+            with contextlib.redirect_stdout(printed):
+                for step in steps:
+                    self._log(f"{step.text}\n")
+                    if not self._doInSlicer(step, preflight):
+                        self.installPending = False
+                        self._end(onDone, InstallOutcome("declined", _("The installation was cancelled.")))
+                        return
         except Exception as error:
             self.installPending = False
-            self._end(onDone, _failed(error))
+            self._end(onDone, _failed(error, printed.tail))
             return
         self._verify(onDone)
 
@@ -265,22 +288,23 @@ class Dependencies:
         elif step.kind == "torch":
             return self._installTorch(step, preflight)
         else:
-            return _pipInstall(step.names, _held(preflight, withTorch=True))
+            _pipInstall(step.names, _held(preflight, withTorch=True))
         return True
 
     def _installTorch(self, step: Step, preflight: Preflight) -> bool:
         utilities = _pyTorchUtils()
         if utilities is None:
             self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
-            return _pipInstall(step.names, _held(preflight, withTorch=False))
+            _pipInstall(step.names, _held(preflight, withTorch=False))
+            return True
         logic = utilities.PyTorchUtilsLogic()
         wishes = {
-            "askConfirmation": True,
+            "askConfirmation": False,
             "forceComputationBackend": None,
             "torchVersionRequirement": TORCH_REQUIREMENT,
         }
         known = inspect.signature(logic.installTorch).parameters
-        # It ends with importing torch; None means that the person has declined.
+        # It ends with importing torch; None means that a person has declined, whatever it was told about asking.
         return logic.installTorch(**{name: value for name, value in wishes.items() if name in known}) is not None
 
     def _installSeparately(self, steps: list[Step], onDone: Callable[[InstallOutcome], None]) -> None:
@@ -294,12 +318,13 @@ class Dependencies:
         pip = ["-m", "pip", "--disable-pip-version-check"]
         pip += ["uninstall", "--yes", *step.names] if step.kind == "uninstall" else ["install", *step.names]
 
-        def onEnd(exitCode: int, reason: str, errors: str) -> None:
+        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
             if exitCode == 0 and not reason:
                 self._next(others, onDone)
             else:
-                message = _("{step} failed: {reason}.").format(step=step.text, reason=(errors or reason).rstrip("."))
-                onDone(InstallOutcome("failed", message, _("Look at the log, check the network, and try again.")))
+                said = (errors.lastLine or reason).rstrip(".")
+                message = _("{step} failed: {reason}.").format(step=step.text, reason=said)
+                onDone(InstallOutcome("failed", message, failureHint(tail.text + errors.text)))
 
         tail = TextTail()
         self._run(pip, lambda data: self._log(tail.feed(data)), onEnd)
@@ -314,22 +339,22 @@ class Dependencies:
         self,
         arguments: Sequence[str],
         onOutput: Callable[[bytes], None],
-        onEnd: Callable[[int, str, str], None],
+        onEnd: Callable[[int, str, TextTail], None],
     ) -> None:
-        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the last line of its errors."""
+        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the end of its errors."""
         self.cancel()
         errors = TextTail()
         try:
             command, environment = backendCommand(*arguments), backendEnvironment()
         except OSError as error:
             message = str(error)
-            qt.QTimer.singleShot(0, lambda: onEnd(-1, message, ""))
+            qt.QTimer.singleShot(0, lambda: onEnd(-1, message, errors))
             return
 
         def ended(exitCode: int, reason: str) -> None:
             if self._child is child:
                 self._child = None
-                onEnd(exitCode, reason, errors.lastLine)
+                onEnd(exitCode, reason, errors)
 
         def tooLong() -> None:
             if self._child is child and arguments[-1] == "invres.probe":
@@ -394,8 +419,8 @@ def _held(preflight: Preflight, withTorch: bool) -> list[tuple[str, str]]:
     return held
 
 
-def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> bool:
-    """Installs into Slicer's own Python without replacing what it has; False if the person has declined."""
+def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> None:
+    """Installs into Slicer's own Python without replacing what it has."""
     importlib.invalidate_caches()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "constraints.txt"
@@ -403,14 +428,10 @@ def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> bool:
         packaging = _packaging()
         if packaging is None:
             slicer.util.pip_install([*names, "--constraint", str(path)])
-            return True
-        try:
-            packaging.pip_ensure(list(names), constraints=path, requester="InvResSegment", skip_in_testing=False)
-        except RuntimeError as error:
-            if "declined" not in str(error):
-                raise
-            return False
-    return True
+            return
+        packaging.pip_ensure(
+            list(names), constraints=path, prompt_install=False, requester="InvResSegment", skip_in_testing=False
+        )
 
 
 def _clearLeftovers(preflight: Preflight, names: Sequence[str]) -> None:
@@ -434,7 +455,30 @@ def _distributions(folder: Path, name: str) -> list[Path]:
     return [entry for entry in folder.glob(pattern) if (entry / "RECORD").is_file()]
 
 
-def _failed(error: Exception) -> InstallOutcome:
+class _Printed:
+    """Stands for standard output, where Slicer's installers print what pip says: passes it on and keeps its end."""
+
+    LONGEST_TAIL = 4000
+
+    def __init__(self, onText: Callable[[str], None]) -> None:
+        self._stream, self._onText = sys.stdout, onText
+        self.tail = ""
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        self.tail = (self.tail + text)[-self.LONGEST_TAIL :]
+        if text.strip():  # a line end comes by itself
+            self._onText(text)
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _failed(error: Exception, printed: str) -> InstallOutcome:
+    """printed: the end of what the installers have printed, which says more than their exceptions."""
+    errors = [line.strip() for line in printed.splitlines() if line.lstrip().startswith("ERROR: ")]
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    message = _("The installation failed: {reason}.").format(reason=lines[-1].rstrip("."))
-    return InstallOutcome("failed", message, _("Check the network and the free space, restart Slicer, and try again."))
+    reason = (errors[-1].removeprefix("ERROR: ") if errors else lines[-1]).rstrip(".")
+    message = _("The installation failed: {reason}.").format(reason=reason)
+    return InstallOutcome("failed", message, failureHint(printed + str(error)))

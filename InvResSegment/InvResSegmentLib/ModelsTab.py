@@ -282,5 +282,16 @@ class ModelsTab:
 
     def _onOpenFolder(self) -> None:
         folder = Path(self.ui.modelsFolderEdit.currentPath)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._said = True
+            self._notice.show(
+                ERROR,
+                _("The folder {path} could not be created: {reason}.").format(
+                    path=folder, reason=(error.strerror or str(error)).lower()
+                ),
+                _("Choose another folder for your models."),
+            )
+            return
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(folder)))

@@ -14,6 +14,8 @@ __all__ = [
     "Preflight",
     "Step",
     "constraints",
+    "failureHint",
+    "installationAdvice",
     "installationSteps",
     "judge",
     "satisfies",
@@ -24,7 +26,13 @@ TORCH_REQUIREMENT = ">=2.8,!=2.9.*"
 SLICERS_OWN = ("numpy", "SimpleITK")
 # memcnn names it; its version belongs to torch's, so it comes with torch and is held like it.
 TORCHVISION = "torchvision"
-NEEDED_BYTES = 8 * 1024**3
+# Nothing here needs it but one way of training that the panel does not offer: it comes along with the others.
+OPTIONAL = ("memcnn",)
+TORCH_BYTES = 8 * 1024**3
+OTHER_BYTES = 1024**3
+NO_VERSION = ("No matching distribution found", "Could not find a version that satisfies", "ResolutionImpossible")
+NO_NETWORK = ("Retrying (Retry(", "ConnectionError", "NameResolutionError", "TimeoutError", "ProxyError", "SSLError")
+"""What pip says where nothing fits, and where it has not reached the index: then it says the first as well."""
 # pip unpacks files of torch with about 170 characters below the folder of packages.
 LONGEST_BASE = 260 - 170
 
@@ -49,8 +57,8 @@ class PackageState:
 class Preflight:
     """What was found. ready: everything works. sentences: in plain words, what is missing or in the way.
 
-    blockers: those of them that installing cannot mend. cards: names of CUDA cards that torch sees. report: the probe's
-    answers as they came.
+    blockers: those of them that installing cannot mend. cards: names of CUDA cards that torch sees; idleCards: of
+    NVIDIA cards that it cannot use, being a torch for the CPU. report: the probe's answers as they came.
     """
 
     ready: bool
@@ -61,11 +69,17 @@ class Preflight:
     blockers: tuple[str, ...] = ()
     torchBuild: str = ""
     cards: tuple[str, ...] = ()
+    idleCards: tuple[str, ...] = ()
     report: tuple[dict, ...] = field(default=(), repr=False)
 
     def package(self, name: str) -> PackageState | None:
         """The state of one package."""
         return next((package for package in self.packages if package.name == name), None)
+
+    @property
+    def system(self) -> str:
+        """Name and version of the operating system, as Python tells it."""
+        return str(_pythonOf(self.report).get("system") or "")
 
 
 @dataclass(frozen=True)
@@ -109,24 +123,29 @@ def judge(report: Iterable[dict], exitCode: int, lastWords: str = "", separate: 
     lastWords: the last line of its error output. separate: it ran in a Python of its own and not in Slicer's.
     """
     entries = tuple(report)
-    python = next((entry for entry in entries if entry["event"] == "python"), None)
-    if python is None:
+    python = _pythonOf(entries)
+    if not python:
         said = f" ({lastWords})" if lastWords else ""
         sentence = _("The Python of the backend does not start{said}.").format(said=said)
         return Preflight(False, "", "", (), (sentence,), blockers=(sentence,), report=entries)
     packages = [_package(entry, separate) for entry in entries if entry["event"] == "package"]
     announced = [entry["name"] for entry in entries if entry["event"] == "importing"]
-    if len(announced) > len(packages):
-        # The probe did not survive the import that it announced last.
+    # The probe did not survive the import that it announced last.
+    crashed = announced[-1] if len(announced) > len(packages) else ""
+    if crashed:
         sentence = _("{name} is damaged: Python crashes when it is imported (code {code}).")
-        name = announced[-1]
-        packages.append(PackageState(name, "", "", "broken", sentence.format(name=name, code=exitCode)))
-    blockers = _blockers(python, packages, separate)
-    sentences = [*blockers, *(package.sentence for package in packages if package.sentence)]
-    finished = any(entry["event"] == "end" for entry in entries)
+        packages.append(PackageState(crashed, "", "", "broken", sentence.format(name=crashed, code=exitCode)))
+    needed = [package for package in packages if package.name not in OPTIONAL]
+    blockers = _blockers(python, needed, separate)
+    sentences = [*blockers, *(package.sentence for package in needed if package.sentence)]
+    # What is optional is looked at last, so nothing is hidden behind it.
+    finished = any(entry["event"] == "end" for entry in entries) or crashed in OPTIONAL
     torch = next((e for e in entries if e["event"] == "package" and e["name"] == "torch"), {})
+    idleCards = tuple(torch.get("idle_cards") or ())
+    if idleCards:
+        sentences.append(_idleSentence(idleCards[0], str(torch.get("version") or ""), separate))
     return Preflight(
-        ready=finished and all(package.state == "ok" for package in packages),
+        ready=finished and all(package.state == "ok" for package in needed),
         python=str(python.get("executable") or ""),
         pythonVersion=str(python.get("version") or ""),
         packages=tuple(packages),
@@ -134,6 +153,7 @@ def judge(report: Iterable[dict], exitCode: int, lastWords: str = "", separate: 
         blockers=tuple(blockers),
         torchBuild=str(torch.get("build") or ""),
         cards=tuple(torch.get("cards") or ()),
+        idleCards=idleCards,
         report=entries,
     )
 
@@ -142,14 +162,14 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     """What to do, in order, to make the backend work; [] where nothing is needed.
 
     A torch of another version or a broken one goes first, with what it left behind, since pip would otherwise take it
-    for good. torch comes before the rest, so that nothing brings another one.
+    for good. torch comes before the rest, so that nothing brings another one. What is optional comes with what is not.
     """
     steps: list[Step] = []
+    if preflight.ready:
+        return steps
     torch = preflight.package("torch")
-    lacksVision = any(package.needs == TORCHVISION for package in preflight.packages)
-    if torch is not None and torch.state == "ok" and lacksVision:
-        steps.append(Step("packages", (TORCHVISION,), _("Installing torchvision")))
-    if torch is None or torch.state != "ok":
+    torchComes = torch is None or torch.state != "ok"
+    if torchComes:
         if torch is not None and torch.state in ("outdated", "broken"):
             names = ("torch", TORCHVISION)
             steps.append(Step("uninstall", names, _("Removing torch {version}").format(version=torch.version).rstrip()))
@@ -166,16 +186,61 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     # A probe that crashed has not looked at the packages behind.
     unseen = [
         name
-        for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn", "monai")
+        for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
         if name not in known
     ]
-    needed = [package.needs for package in rest if package.needs not in ("", "torch", TORCHVISION, *own)]
+    coming = (TORCHVISION,) if torchComes else ()
+    needed = [package.needs for package in rest if package.needs not in ("", "torch", *coming, *own)]
     # What only lacks torch has it now.
     wanted = [p.name + p.requirement for p in rest if p.needs not in ("torch", TORCHVISION)]
     names = tuple(dict.fromkeys([*wanted, *needed, *unseen]))
     if names:
         steps.append(Step("packages", names, _("Installing {names}").format(names=", ".join(names))))
     return steps
+
+
+def installationAdvice(preflight: Preflight, separate: bool, withExtension: bool) -> list[str]:
+    """What a person should know before the steps are begun: how much is downloaded, and which torch it will be.
+
+    withExtension: whether Slicer's extension PyTorch, which chooses by the GPU, is there.
+    """
+    if not any(step.kind == "torch" for step in installationSteps(preflight, separate)):
+        return []
+    said = [_("torch is a download of about 3 GB with CUDA, and of less than 1 GB for the CPU only.")]
+    windows = preflight.system.startswith("Windows")
+    if separate and windows:
+        said.append(
+            _(
+                "On Windows pip brings the torch for the CPU only. For an NVIDIA GPU cancel, and install torch into "
+                "this Python as pytorch.org says."
+            )
+        )
+    elif not separate and not withExtension and not _isMac(preflight.system):
+        source = _('The extension "PyTorch", which chooses the torch that fits your GPU, is not installed.') + " "
+        if windows:
+            source += _("What comes without it, from PyPI, computes on the CPU only on Windows.")
+        else:
+            source += _("Without it torch comes from PyPI, whatever your GPU is.")
+        said.append(source)
+        said.append(
+            _(
+                'Better: cancel, install "PyTorch" in the Extensions Manager, restart Slicer, and press Install again. '
+                "Or go on all the same."
+            )
+        )
+    return said
+
+
+def failureHint(said: str) -> str:
+    """What to do when pip has failed, by what it said."""
+    if any(words in said for words in NO_NETWORK):
+        return _("Check the network, restart Slicer, and try again.")
+    if any(words in said for words in NO_VERSION):
+        return _(
+            "pip found no version that fits this Python, this computer and the packages that are here; the network and "
+            "the disk are not to blame. Choose another Python under Setup: 3.10 to 3.13, 64 bit."
+        )
+    return _("Check the network and the free space, restart Slicer, and try again.")
 
 
 def constraints(installed: Iterable[tuple[str, str]]) -> str:
@@ -224,8 +289,29 @@ def _package(entry: dict, separate: bool) -> PackageState:
     return state("ok", "")
 
 
+def _pythonOf(report: Iterable[dict]) -> dict:
+    """What the probe has told of the Python itself; {} where it did not come so far."""
+    return next((entry for entry in report if entry["event"] == "python"), {})
+
+
+def _isMac(system: str) -> bool:
+    return system.startswith(("macOS", "Darwin"))
+
+
+def _idleSentence(card: str, version: str, separate: bool) -> str:
+    sentence = _("torch {version} computes on the CPU only, and this computer has a GPU: {card}.").format(
+        version=version, card=card
+    )
+    if separate:
+        return f"{sentence} " + _("To use it, install torch for CUDA into this Python, as pytorch.org says.")
+    return f"{sentence} " + _(
+        'To use it, install the extension "PyTorch" in the Extensions Manager, uninstall torch in its module, restart '
+        "Slicer, and press Install here."
+    )
+
+
 def _blockers(python: dict, packages: list[PackageState], separate: bool) -> list[str]:
-    """What installing would fail on."""
+    """What installing the packages, those that are needed, would fail on."""
     found = []
     version = _numbers(str(python.get("version") or ""))
     if version and not (3, 10) <= version[:2] < (3, 14):
@@ -238,11 +324,21 @@ def _blockers(python: dict, packages: list[PackageState], separate: bool) -> lis
         found += [p.sentence for p in packages if p.name in SLICERS_OWN and p.state != "ok"]
     if all(package.state == "ok" for package in packages):
         return found
+    torchComes = all(package.name != "torch" or package.state != "ok" for package in packages)
+    if torchComes and _isMac(str(python.get("system") or "")) and python.get("machine") == "x86_64":
+        found.append(
+            _(
+                "This Python is one for Intel Macs (x86_64), for which torch ended with 2.2, and 2.8 is needed. On a "
+                "Mac with Apple silicon choose an arm64 Python of your own under Setup; on an Intel Mac nothing helps "
+                "but another computer."
+            )
+        )
     free = python.get("free_bytes")
-    if isinstance(free, int) and free < NEEDED_BYTES:
+    needed = TORCH_BYTES if torchComes else OTHER_BYTES
+    if isinstance(free, int) and free < needed:
         found.append(
             _("The disk has {free:.1f} GB free, and {needed:.0f} GB are needed to install: free some space.").format(
-                free=free / 1e9, needed=NEEDED_BYTES / 1e9
+                free=free / 1e9, needed=needed / 1e9
             )
         )
     folder = str(python.get("packages_folder") or "")

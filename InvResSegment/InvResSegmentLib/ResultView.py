@@ -1,10 +1,10 @@
-"""The result section: volumes of the segments, what the run took, warnings, 3D and the way into the Segment Editor."""
+"""The result section: volumes of segments, what the run took, warnings, notes, 3D, the way into the Segment Editor."""
 
 import qt
 import slicer
 from slicer.i18n import tr as _
 
-from .Notice import WARNING, Notice
+from .Notice import INFORMATION, WARNING, Notice
 from .Text import escape, formatBytes, formatSeconds
 
 __all__ = ["ResultView", "openInSegmentEditor"]
@@ -19,6 +19,7 @@ class ResultView:
         self._ui = ui
         self._logic = logic
         self._warnings = Notice(ui, "warningsNotice")
+        self._notes = Notice(ui, "notesNotice")
         self._volume = None
         # The table gets no scene: with one it would be emptied whenever something is loaded.
         ui.volumesTable.verticalHeader().setVisible(False)
@@ -35,6 +36,7 @@ class ResultView:
         self._fitTable(outcome.tableNode)
         self._ui.show3DButton.setSegmentationNode(node)
         self._warnings.show(WARNING, *outcome.warnings)
+        self._notes.show(INFORMATION, *outcome.notes)
         self._ui.resultButton.visible = True
         self._ui.resultButton.collapsed = False
 
@@ -44,6 +46,7 @@ class ResultView:
         self._ui.volumesTable.setMRMLTableNode(None)
         self._ui.show3DButton.setSegmentationNode(None)
         self._warnings.clear()
+        self._notes.clear()
         self._ui.resultButton.visible = False
 
     def onNodeRemoved(self, node) -> None:
@@ -55,13 +58,18 @@ class ResultView:
             self.clear()
 
     def _fitTable(self, tableNode) -> None:
-        """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel."""
+        """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel.
+
+        The names share the width that the scroll bar of a long table leaves; a second bar would cover the last row.
+        """
         table = self._ui.volumesTable
         rows = min(tableNode.GetNumberOfRows() if tableNode else 0, ROWS_SHOWN)
-        table.horizontalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
-        table.horizontalHeader().setStretchLastSection(True)
+        header = table.horizontalHeader()
+        header.setSectionResizeMode(qt.QHeaderView.ResizeToContents)
+        if tableNode is not None and tableNode.GetNumberOfColumns():
+            header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
         rowHeight = table.verticalHeader().defaultSectionSize
-        height = table.horizontalHeader().sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
+        height = header.sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
         table.setMinimumHeight(height)
         table.setMaximumHeight(height)
 

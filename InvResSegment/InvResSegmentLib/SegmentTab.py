@@ -48,6 +48,7 @@ class SegmentTab(VTKObservationMixin):
         self._failure = ""  # what the last run ended with, in words
         self._consentGiven = False
         self._unmatched: list[str] = []
+        self._doubts: list[str] = []  # about a volume that was taken over from the model before
 
         self._matchNotice = Notice(self.ui, "matchNotice")
         self._geometry = Notice(self.ui, "geometryNotice")
@@ -183,10 +184,15 @@ class SegmentTab(VTKObservationMixin):
         if self._parameters is None:
             return
         kept = self._pickers.volumes()
+        only = self._pickers.onlyVolume
         self._parameters.model = model.sha256
         self._pickers.setChannels(model.channels)
         self._pickers.setVolumes(kept)
+        doubts = []
+        if only is not None and len(model.channels) == 1 and not self._pickers.volumes():
+            doubts = self._pickers.takeOver(only)
         self._unmatched = self._pickers.match(onlyEmpty=True)
+        self._doubts = doubts  # what is chosen otherwise clears them
         self._message.clear()
         self._update()
 
@@ -200,6 +206,7 @@ class SegmentTab(VTKObservationMixin):
 
     def _onChannelsChanged(self) -> None:
         self._consentGiven = False
+        self._doubts = []
         if self._parameters is not None and self._models.chosen is not None:
             volumes = self._pickers.volumes()
             if volumes != dict(self._parameters.channels.items()):
@@ -249,7 +256,7 @@ class SegmentTab(VTKObservationMixin):
         region = self.ui.roiSelector.currentNode()
         self._observe([*volumes.values(), *([region] if region is not None else [])])
         empty = self._models.chosen is not None and len(volumes) < len(self._models.chosen.channels)
-        self._matchNotice.show(INFORMATION, *(self._unmatched if empty else []))
+        self._matchNotice.show(INFORMATION, *(self._unmatched if empty else self._doubts))
         self._showFindings(list(volumes.values()))
         self._showLocating()
         self._showWays()
@@ -415,13 +422,21 @@ class SegmentTab(VTKObservationMixin):
         if outcome.state == "done":
             first = next(iter(self._request.channels.values()), None)
             self._result.show(outcome, first, predicted)
+            for sentence in (*outcome.warnings, *outcome.notes):
+                self.appendLog(sentence)
             self.appendLog(
                 _("Done in {time}, measured peak {peak}.").format(
                     time=formatSeconds(outcome.seconds), peak=formatBytes(outcome.measuredPeakBytes or None)
                 )
             )
-        elif outcome.state == "cancelled":
+        elif outcome.state == "cancelled" and self._sceneIsThere:
+            # Of a scene that is closed there is nothing to say.
             self._message.show(INFORMATION, outcome.message, _("The scene is as it was."))
+
+    @property
+    def _sceneIsThere(self) -> bool:
+        """Whether the volumes of the last run still are in a scene."""
+        return any(node.GetScene() is not None for node in self._request.channels.values())
 
     def _setRunning(self, running: bool) -> None:
         self._running = running

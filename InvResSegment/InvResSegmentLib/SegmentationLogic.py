@@ -80,7 +80,10 @@ class MemoryPlan:
 
 @dataclass
 class SegmentationOutcome:
-    """How a run ended. state: "done", "failed" or "cancelled"; unless "done" the scene is as it was."""
+    """How a run ended. state: "done", "failed" or "cancelled"; unless "done" the scene is as it was.
+
+    warnings: what to look at, in sentences; notes: what is worth knowing and needs nothing done.
+    """
 
     state: str
     segmentationNode: slicer.vtkMRMLSegmentationNode | None = None
@@ -90,6 +93,7 @@ class SegmentationOutcome:
     measuredPeakBytes: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -106,6 +110,7 @@ class _Run:
     requestId: int | None = None
     fraction: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     verdict: tuple[str, str, str] | None = None  # state, message, hint that this side decided on
     observers: list[tuple[Any, int]] = field(default_factory=list)
 
@@ -354,6 +359,8 @@ class SegmentationLogic:
             self._progress(event.get("stage", ""), event.get("done", 0), event.get("total", 1), event.get("eta_s"))
         elif event.get("event") == "warning" and event.get("message"):
             self._run.warnings.append(event["message"])
+        elif event.get("event") == "note" and event.get("message"):
+            self._run.notes.append(event["message"])
 
     def _progress(self, stage: str, done: float, total: float, eta_s: float | None) -> None:
         run = self._run
@@ -446,7 +453,7 @@ class SegmentationLogic:
             warnings=tuple(run.warnings),
         )
         SegmentationResult.storeProvenance(node, provenance)
-        return SegmentationOutcome("done", node, table, "", "", peak, seconds, run.warnings)
+        return SegmentationOutcome("done", node, table, "", "", peak, seconds, run.warnings, run.notes)
 
     # ---------------------------------------------------------------- what may happen meanwhile
 

@@ -35,15 +35,14 @@ class SelfTest:
         self._test = test
 
     def run(self) -> None:
-        """The whole journey; without the backend's dependencies only as far as that goes."""
+        """The whole journey. Raises unittest.SkipTest where the backend's dependencies are not installed."""
         slicer.util.selectModule("InvResSegment") if slicer.util.mainWindow() else None
         widget = slicer.modules.invressegment.widgetRepresentation().self()
         widget.enter()
         panel = widget.panel
         self._wait(lambda: not panel.setup.checking, "the check of the setup ends")
         if panel.setup.problem:
-            self._test.delayDisplay(f"Skipped, because there is no backend here: {panel.setup.problem}")
-            return
+            self._test.skipTest(f"There is no backend here: {panel.setup.problem}")
         self._segment(panel)
         self._test.delayDisplay("Test passed.")
 

@@ -83,8 +83,9 @@ class SetupSection:
         self.ready = preflight.ready
         python = _("Python {version}").format(version=preflight.pythonVersion)
         if preflight.ready:
+            level = WARNING if preflight.idleCards else GOOD
             self._notice.show(
-                GOOD, _("Everything is installed ({python}).").format(python=python), *preflight.sentences
+                level, _("Everything is installed ({python}).").format(python=python), *preflight.sentences
             )
         else:
             self._notice.show(ERROR if preflight.blockers else WARNING, *_sentences(preflight))
@@ -103,19 +104,22 @@ class SetupSection:
             self._ui.setupButton.text = _("Setup: installing")
         elif self.checking:
             self._ui.setupButton.text = _("Setup: checking")
+        elif self.ready:
+            idle = preflight is not None and preflight.idleCards
+            self._ui.setupButton.text = _("Setup: ready, without the GPU") if idle else _("Setup: ready")
         else:
-            self._ui.setupButton.text = _("Setup: ready") if self.ready else _("Setup: something is missing")
+            self._ui.setupButton.text = _("Setup: something is missing")
 
     # ---------------------------------------------------------------- installing
 
     def _onInstall(self) -> None:
         if path := separatePython():
-            question = _("Install the missing packages into this Python? It may download some gigabytes.")
-            details = [path]
-        else:  # Slicer's own installers ask, too, but not before what stands in the way is removed
-            question = _("Change the packages of Slicer's Python, which other modules use as well?")
-            details = self._dependencies.planned
-        if slicer.util.confirmOkCancelDisplay("\n".join([question, "", *details]).strip(), _("Install")):
+            lines = [_("Install the missing packages into this Python?"), path, ""]
+        else:
+            lines = [_("Change the packages of Slicer's Python, which other modules use as well?"), ""]
+        # All that there is to be asked: the installers that are called then ask nothing.
+        lines += [*self._dependencies.planned, "", *self._dependencies.advice]
+        if slicer.util.confirmOkCancelDisplay("\n".join(lines).strip(), _("Install")):
             self._install()
 
     def _install(self) -> None:

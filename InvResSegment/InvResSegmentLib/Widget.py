@@ -30,7 +30,7 @@ setupChanged, enter, cancel and cleanup."""
 class Services:
     """What the panel gives its tabs. problem: why nothing can be run, in a sentence, or "".
 
-    cases: the `TrainingCases` of the scene. showFineTuning: goes to the tab with them.
+    cases: the `TrainingCases` of the scene. showFineTuning: goes to the tab with them. log: adds lines to the log.
     """
 
     resourcePath: Callable[[str], str]
@@ -42,6 +42,7 @@ class Services:
     refreshModels: Callable[[], None]
     refreshDevices: Callable[[], None]
     showFineTuning: Callable[[], None]
+    log: Callable[[str], None]
 
 
 class Panel:
@@ -80,6 +81,7 @@ class Panel:
             refreshModels=self.refreshModels,
             refreshDevices=self.refreshDevices,
             showFineTuning=lambda: self.ui.tabs.setCurrentWidget(self.fineTuneTab.widget),
+            log=self._log,
         )
 
     # ---------------------------------------------------------------- what the module's widget calls
@@ -108,23 +110,23 @@ class Panel:
     def sceneAboutToClose(self) -> None:
         """The scene is about to be emptied: its run ends, and nothing refers to its nodes any more.
 
-        A batch of files has nothing to do with it and goes on.
+        A batch of files has nothing to do with it and goes on. So does a backend that has nothing to do: the next
+        patient would wait for torch to be loaded again.
         """
-        self._stopBackend(kept=self.batchTab if self.batchTab.onFiles else None)
+        self._letGo(kept=self.batchTab if self.batchTab.onFiles else None)
 
     def stop(self) -> None:
         """End the backend and an installation that is under way."""
         self.setup.stop()
-        self._stopBackend()
+        self._letGo()
+        self.backend.stop()
 
-    def _stopBackend(self, kept=None) -> None:
-        """kept: the tab whose work goes on, and the backend with it."""
+    def _letGo(self, kept=None) -> None:
+        """Of the scene, with what is done to it. kept: the tab whose work goes on."""
         self.setParameterNode(None)  # first: the end of a run would call for the plan of the next one
         for tab in self.tabs:
             if tab is not kept:
                 tab.cancel()
-        if kept is None:
-            self.backend.stop()
 
     def cleanup(self) -> None:
         """The module is unloaded or reloaded."""

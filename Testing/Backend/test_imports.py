@@ -93,18 +93,20 @@ ALLOWED = {
     "enhancementscaling": "enhancementconfig interpolation networks",
     "imagepairs": "config enhancementconfig enhancementscaling enhancementscores events files networks sampling scans",
     "region": "preprocessing volume",
+    "pace": "volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "segmentoptions": "config",
     "segmentfiles": "config manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation manifest memory midline mirroring modelpackage networks pieces prediction "
+        "config devices events expectation manifest memory midline mirroring modelpackage networks pace pieces "
+        "prediction "
         "preprocessing region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
-    "planning": "devices events manifest memory mirroring networks prediction region volume",
+    "planning": "devices events manifest memory mirroring networks pace prediction region volume",
     "enhancement": (
         "devices diffusion enhancementconfig enhancementscaling enhancementscores events expectation imagepairs "
         "modelpackage networks outputs prediction scans volume"
@@ -190,8 +192,8 @@ ALLOWED = {
     ),
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
-        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig "
-        "plan_command planning prediction reproduce_command segmentfiles segmentoptions stopfile trainer training "
+        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig pace "
+        "plan_command prediction reproduce_command segmentfiles segmentoptions stopfile trainer training "
         "trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults networkconfig",

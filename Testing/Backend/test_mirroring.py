@@ -20,7 +20,8 @@ from invres.events import Recorder
 from invres.inference import load_network, segment, segment_volumes
 from invres.manifest import manifest_from_json, manifest_to_json
 from invres.mirroring import check_mirror, flips_of, kept_mirror
-from invres.planning import plan_segmentation, remember_speed
+from invres.pace import remember_speed
+from invres.planning import plan_segmentation
 from invres.prediction import SegmentOptions
 from invres.sides import is_of_one_side
 from invres.training import train
@@ -110,7 +111,7 @@ def test_the_command_line_takes_the_models_way_and_can_be_told_otherwise(package
 
 
 def test_a_plan_counts_every_mirrored_prediction(package):
-    remember_speed(package.manifest, "cpu", 1, (10, 10, 10), 100.0)  # 0.1 s a voxel: the rest is next to nothing
+    remember_speed(package.manifest.sha256, "cpu", 1, (10, 10, 10), 100.0)  # 0.1 s a voxel: the rest is next to nothing
     seconds = [
         plan_segmentation(model.manifest, (8, 9, 7), (1.0, 1.0, 1.0), CPU, mirror_axes=axes).seconds
         for model, axes in ((package, None), (mirrored(package), None), (mirrored(package, (0, 2)), ()))

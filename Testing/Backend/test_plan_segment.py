@@ -21,7 +21,8 @@ from invres.memory import PeakResident, predict_forward
 from invres.modelpackage import delete_package, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput, build
-from invres.planning import _bytes, plan_segmentation, remember_speed
+from invres.pace import remember_speed, windows_of
+from invres.planning import _bytes, plan_segmentation
 from invres.prediction import SegmentOptions
 from invres.preprocessing import PreparedCase, prepare
 from invres.region import clear_outside, crop_to_region, region_shape
@@ -31,6 +32,13 @@ CPU = torch.device("cpu")
 SCHEME = LabelScheme((Label("a", (1,), 1), Label("b", (2,), 2), Label("c", (3,), 3)))
 RAS = np.eye(3)[:, ::-1]
 PLAIN = Geometry((40, 44, 48), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_has_run(monkeypatch):
+    """The models here have the same weights, by which a process remembers them."""
+    monkeypatch.setattr("invres.pace._SPEED", {})
+    monkeypatch.setattr("invres.pace._WINDOWS", {})
 
 
 def package(
@@ -173,9 +181,42 @@ def test_the_largest_window_that_fits_is_found(tmp_path, monkeypatch):
 
 def test_the_time_comes_from_the_last_run_of_the_model(tmp_path):
     manifest = package(tmp_path / "m").manifest
-    remember_speed(manifest, "cpu", 10, (16, 16, 16), 1000.0)
+    remember_speed(manifest.sha256, "cpu", 10, (16, 16, 16), 1000.0)
     plan = plan_segmentation(manifest, (16, 16, 32), (1.0, 1.0, 1.0), CPU)
     assert plan.windows == 3 and plan.seconds == pytest.approx(300, abs=2)
+
+
+def test_the_number_of_windows_is_that_of_the_last_image_of_this_size(tmp_path):
+    """Empty borders are cropped, which only the image shows: before the first one the time is a bound, and said so."""
+    model = package(tmp_path / "m", channels=1)
+    array = images(PLAIN, 1)[0].array.copy()
+    array[:, 20:], array[..., 20:] = 0, 0
+    write_volume(tmp_path / "i.nrrd", Volume(array, PLAIN))
+
+    def plan(shape=PLAIN.shape, **options):
+        return plan_segmentation(model.manifest, shape, PLAIN.spacing_mm, CPU, **options)
+
+    before = plan()
+    assert not before.windows_known and ", at most about " in before.sentence
+    turned = Geometry(PLAIN.shape[::-1], PLAIN.spacing_mm, (5, 6, 7), RAS[:, ::-1])  # the same, with axes exchanged
+    windows = segment(model, {"": tmp_path / "i.nrrd"}, tmp_path / "o.nrrd", SegmentOptions("cpu"))["settings"][
+        "windows"
+    ]
+    after = plan()
+    assert after.windows == windows < before.windows / 2 and after.windows_known
+    assert ", about " in after.sentence and f"({windows} windows of " in after.sentence
+    assert after.predicted_bytes == before.predicted_bytes, "the memory stays a bound"
+    assert windows_of(model.manifest.sha256, turned, (16, 16, 16), 0.5) == windows
+    for other in (plan((40, 44, 49)), plan(window=(24, 24, 24)), plan(overlap=0.25), plan(roi_shape=(9, 9, 9))):
+        assert not other.windows_known
+
+
+def test_a_region_says_nothing_of_the_whole_image(tmp_path):
+    model = package(tmp_path / "m", channels=1)
+    write_volume(tmp_path / "i.nrrd", images(PLAIN, 1)[0])
+    options = SegmentOptions("cpu", roi_mm=middle_box(PLAIN, 4.0))
+    segment(model, {"": tmp_path / "i.nrrd"}, tmp_path / "o.nrrd", options)
+    assert not plan_segmentation(model.manifest, PLAIN.shape, PLAIN.spacing_mm, CPU).windows_known
 
 
 def test_the_time_is_of_the_right_size(tmp_path):

@@ -299,7 +299,12 @@ def test_another_model_finds_the_place_for_a_model_of_crops(queue, scene, small_
     queue.add([*cases_of(images[:1]), BatchCase("loaded", nodes={"T1": node})])
     assert ran(queue, crop_model) == [FAILED, FAILED]
     assert all("crops around the ball" in case.message for case in queue.cases)
+    logged = []
+    queue.log = logged.append
     assert ran(queue, crop_model, small_model) == [DONE, DONE]
+    assert all("balls found ball in 1 place." in case.notes and not case.message for case in queue.cases)
+    assert [case.notes for case in readBatch(queue.folder)] == [queue.cases[0].notes], "kept until tomorrow"
+    assert {line.partition(":")[0] for line in logged} == {"case 0", "loaded"}
     found = queue.cases[1].segmentation
     mask, _ = segmentMask(found, found.GetSegmentation().GetNthSegmentID(0))
     assert dice(mask, classes == 1) > 0.8
@@ -623,6 +628,7 @@ def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, 
 def tab(scene, backend, one_channel_package, tmp_path):
     resources = Path(BatchSources.__file__).parents[1] / "Resources"
     services = SimpleNamespace(
+        log=lambda text: None,
         resourcePath=lambda name: str(resources / name),
         backend=backend,
         cases=TrainingCases(),

@@ -27,13 +27,22 @@ from InvResSegmentLib.Dependencies import (  # noqa: E402
     setSeparatePython,
 )
 from InvResSegmentLib.Diagnostics import diagnosticReport, withoutPersonalData  # noqa: E402
-from InvResSegmentLib.Requirements import constraints, installationSteps, judge, satisfies  # noqa: E402
+from InvResSegmentLib.Requirements import (  # noqa: E402
+    constraints,
+    failureHint,
+    installationAdvice,
+    installationSteps,
+    judge,
+    satisfies,
+)
 
-NAMES = ("numpy", "SimpleITK", "torch", "scipy", "scikit-image", "safetensors", "psutil", "memcnn", "monai")
+NAMES = ("numpy", "SimpleITK", "torch", "scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
 PYTHON = {
     "event": "python",
     "version": "3.12.10",
     "executable": "/opt/Slicer/bin/python-real",
+    "system": "Linux-6.1.0-x86_64-with-glibc2.36",
+    "machine": "x86_64",
     "packages_folder": "/opt/Slicer/lib/Python/lib/python3.12/site-packages",
     "writable": True,
     "free_bytes": 10**11,
@@ -120,8 +129,8 @@ def test_everything_there_is_ready():
             "broken",
         ),
         (
-            {"memcnn": {"imports": False, "needs": "torchvision"}},
-            "memcnn needs torchvision, which is not",
+            {"monai": {"imports": False, "needs": "typing_extensions"}},
+            "monai needs typing_extensions, which is not",
             "incomplete",
         ),
         ({"numpy": {"imports": False, "error": "x"}}, "numpy, a part of Slicer itself, is damaged", "broken"),
@@ -140,7 +149,51 @@ def test_a_package_that_takes_python_down_is_named():
     assert found.sentences == ("torch is damaged: Python crashes when it is imported (code -11).",)
     steps = installationSteps(found)
     assert [step.kind for step in steps] == ["uninstall", "clear", "torch", "packages"]
-    assert steps[-1].names == ("scipy", "scikit-image", "safetensors", "psutil", "memcnn", "monai")
+    assert steps[-1].names == ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
+
+
+@pytest.mark.parametrize(
+    "memcnn", [MISSING, {"imports": False, "needs": "torchvision"}, {"imports": False, "error": "OSError: x"}]
+)
+def test_memcnn_is_no_reason_for_not_being_ready_and_comes_along_with_others(memcnn):
+    """Only `--engine memcnn` needs it, and torchvision is needed by nothing else."""
+    found = judge(report(memcnn=memcnn), 0)
+    assert found.ready and found.sentences == () and installationSteps(found) == []
+    assert found.package("memcnn").state != "ok", "the report tells it all the same"
+    names = {name for step in installationSteps(judge(report(memcnn=memcnn, psutil=MISSING), 0)) for name in step.names}
+    assert {"psutil", memcnn.get("needs", "memcnn")} <= names
+
+
+def test_a_memcnn_that_takes_python_down_hides_nothing():
+    from invres.probe import PACKAGES
+
+    assert PACKAGES[-1][0] == "memcnn", "the packages behind one that crashes are not seen"
+    assert judge(report(memcnn=None), -11).ready
+    assert not judge(report(monai=None), -11).ready
+
+
+def test_a_card_that_torch_cannot_use_is_told():
+    torch = {"version": "2.10.0+cpu", "build": "2.10.0+cpu", "idle_cards": ["NVIDIA A"]}
+    found = judge(report(torch=torch), 0)
+    assert found.ready and found.idleCards == ("NVIDIA A",)
+    assert "computes on the CPU only, and this computer has a GPU: NVIDIA A." in found.sentences[0]
+    assert "Extensions Manager" in found.sentences[0]
+    assert "pytorch.org" in judge(report(torch=torch), 0, separate=True).sentences[0]
+    assert judge(report(torch={"idle_cards": []}), 0).sentences == ()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="writes a program for a shell")
+def test_the_probe_asks_the_driver_for_cards(monkeypatch, tmp_path):
+    from invres import probe
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probe._nvidia_cards() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA RTX A (UUID: GPU-1)'\necho 'GPU 1: Tesla B'\n")
+    program.chmod(0o755)
+    assert probe._nvidia_cards() == ["NVIDIA RTX A", "Tesla B"]
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
+    assert probe._nvidia_cards() == []
 
 
 def test_a_python_that_does_not_start_blocks():
@@ -157,6 +210,7 @@ def test_a_python_that_does_not_start_blocks():
         ({"free_bytes": 10**9}, "The disk has 1.0 GB free"),
         ({"writable": False}, "Packages cannot be written to /opt"),
         ({"long_paths": False, "packages_folder": "C:\\" + "x" * 100}, "has 103 characters"),
+        ({"system": "macOS-14.5-x86_64-i386-64bit"}, "choose an arm64 Python of your own under Setup"),
     ],
 )
 def test_what_would_make_installing_fail_is_said_before(python, sentence):
@@ -164,6 +218,57 @@ def test_what_would_make_installing_fail_is_said_before(python, sentence):
     assert len(found.blockers) == 1 and sentence in found.blockers[0]
     ready = judge(report({**PYTHON, **python}), 0)
     assert ready.ready and bool(ready.blockers) is (python.get("version") is not None)
+
+
+@pytest.mark.parametrize("machine", ["arm64", "x86_64"])
+def test_only_intel_macs_and_only_without_torch_are_refused(machine):
+    python = {**PYTHON, "system": "macOS-14.5-x86_64-i386-64bit", "machine": machine}
+    assert bool(judge(report(python, torch={"version": "2.2.2"}), 0).blockers) is (machine == "x86_64")
+    assert not judge(report(python, psutil=MISSING), 0).blockers, "a torch that is there may have been built by hand"
+    assert not judge(report({**PYTHON, "machine": machine}, torch=MISSING), 0).blockers
+
+
+@pytest.mark.parametrize(("free_bytes", "blocked"), [(5 * 10**8, True), (2 * 10**9, False)])
+def test_a_small_package_needs_no_room_for_torch(free_bytes, blocked):
+    found = judge(report({**PYTHON, "free_bytes": free_bytes}, psutil=MISSING), 0)
+    assert bool(found.blockers) is blocked
+    assert judge(report({**PYTHON, "free_bytes": free_bytes}, torch={"version": "2.9.0"}), 0).blockers
+
+
+@pytest.mark.parametrize(
+    ("system", "separate", "extension", "words"),
+    [
+        ("Linux-6.1", False, True, ["about 3 GB"]),
+        ("Linux-6.1", False, False, ["about 3 GB", "whatever your GPU is", "Extensions Manager"]),
+        ("Windows-11-10.0.22631", False, False, ["about 3 GB", "on the CPU only on Windows", "Extensions Manager"]),
+        ("Windows-11-10.0.22631", True, False, ["about 3 GB", "pytorch.org"]),
+        ("macOS-14.5-arm64", False, False, ["about 3 GB"]),
+    ],
+)
+def test_which_torch_will_come_and_how_large_it_is_is_said_before(system, separate, extension, words):
+    found = judge(report({**PYTHON, "system": system}, torch=MISSING), 0, separate=separate)
+    said = installationAdvice(found, separate, extension)
+    assert all(word in " ".join(said) for word in words)
+    assert ("Extensions Manager" in " ".join(said)) is ("Extensions Manager" in words)
+    small = judge(report({**PYTHON, "system": system}, psutil=MISSING), 0, separate=separate)
+    assert installationAdvice(small, separate, extension) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ERROR: No matching distribution found for torch>=2.8", "no version that fits"),
+        ("ERROR: ResolutionImpossible: for help visit", "no version that fits"),
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: No matching distribution found for torch>=2.8",
+            "Check the network, ",
+        ),
+        ("ERROR: [Errno 28] No space left on device", "Check the network and the free space"),
+    ],
+)
+def test_the_network_is_not_blamed_where_no_version_fits(said, words):
+    assert words in failureHint(said)
 
 
 # --- what is installed ----------------------------------------------------------------------------------------------
@@ -174,7 +279,7 @@ def test_from_nothing_torch_comes_first_and_slicers_own_never():
     steps = installationSteps(judge(report(**missing), 0))
     assert [step.kind for step in steps] == ["torch", "packages"]
     assert steps[0].names == ("torch>=2.8,!=2.9.*", "torchvision")
-    assert steps[1].names == ("scikit-image", "safetensors", "psutil", "memcnn", "monai")
+    assert steps[1].names == ("scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
     everything = {name.replace("-", "_"): MISSING for name in NAMES}
     names = installationSteps(judge(report(**everything), 0, separate=True), separate=True)[1].names
     assert {"numpy", "SimpleITK"} <= set(names), "a separate Python needs them"
@@ -207,8 +312,8 @@ def test_a_broken_package_is_taken_out_first_and_what_lacks_another_gets_it():
     ]
     steps = installationSteps(judge(report(scikit_image={"imports": False, "needs": "networkx"}), 0))
     assert steps[0].names == ("scikit-image", "networkx")
-    steps = installationSteps(judge(report(memcnn={"imports": False, "needs": "torchvision"}), 0))
-    assert [(step.kind, step.names) for step in steps] == [("packages", ("torchvision",))]
+    steps = installationSteps(judge(report(memcnn={"imports": False, "needs": "torchvision"}, psutil=MISSING), 0))
+    assert [(step.kind, step.names) for step in steps] == [("packages", ("psutil", "torchvision"))]
 
 
 def test_constraints_hold_what_is_there():
@@ -225,8 +330,9 @@ def calls(monkeypatch):
     qt.QSettings().clear()
     monkeypatch.setattr(slicer.util, "pip_uninstall", lambda names: done.append(("uninstall", names)))
 
-    def pip_ensure(requirements, constraints=None, requester=None, skip_in_testing=True):
+    def pip_ensure(requirements, constraints=None, prompt_install=True, requester=None, skip_in_testing=True):
         done.append(("ensure", requirements, Path(constraints).read_text(), requester))
+        assert not prompt_install, "the panel has asked already"
 
     packaging = types.ModuleType("slicer.packaging")
     packaging.pip_ensure = pip_ensure
@@ -267,7 +373,7 @@ def test_torch_comes_by_the_pytorch_extension_and_the_rest_by_slicers_installer(
     dependencies, outcome = installed(monkeypatch, report(torch=MISSING, monai=MISSING))
     assert outcome.state == "done" and not dependencies.installPending
     (what, asks, backend, requirement), (ensure, names, held, requester) = calls
-    assert (what, asks, backend, requirement) == ("torch", True, None, ">=2.8,!=2.9.*")
+    assert (what, asks, backend, requirement) == ("torch", False, None, ">=2.8,!=2.9.*")
     assert (ensure, names, requester) == ("ensure", ["monai"], "InvResSegment")
     assert "numpy==1.0\n" in held and "SimpleITK==1.0\n" in held and re.search(r"^torch==[0-9.]+$", held, re.M)
 
@@ -280,7 +386,7 @@ def test_an_older_pytorch_extension_without_all_parameters_serves_too(monkeypatc
 
     sys.modules["PyTorchUtils"].PyTorchUtilsLogic = Logic
     assert installed(monkeypatch, report(torch=MISSING))[1].state == "done"
-    assert calls == [("old torch", True)]
+    assert calls == [("old torch", False)]
 
 
 def test_slicer_5_10_and_no_pytorch_extension(monkeypatch, calls):
@@ -303,12 +409,6 @@ def test_a_person_may_decline(monkeypatch, calls):
     dependencies, outcome = installed(monkeypatch, report(torch=MISSING, monai=MISSING))
     assert outcome.state == "declined" and [call[0] for call in calls] == ["torch"] and not dependencies.installPending
 
-    def declined(*_arguments, **_options):
-        raise RuntimeError("User declined package installation")
-
-    sys.modules["slicer.packaging"].pip_ensure = declined
-    assert installed(monkeypatch, report(monai=MISSING))[1].state == "declined"
-
 
 def test_a_failure_is_told_in_a_sentence(monkeypatch, calls):
     def fails(*_arguments, **_options):
@@ -318,6 +418,15 @@ def test_a_failure_is_told_in_a_sentence(monkeypatch, calls):
     dependencies, outcome = installed(monkeypatch, report(monai=MISSING))
     assert outcome.state == "failed" and outcome.message.startswith("The installation failed: ") and outcome.hint
     assert not dependencies.installPending
+
+    def findsNothing(*_arguments, **_options):
+        print("ERROR: No matching distribution found for monai")  # as Slicer does, line by line
+        raise subprocess.CalledProcessError(1, "pip install")
+
+    sys.modules["slicer.packaging"].pip_ensure = findsNothing
+    dependencies, outcome = installed(monkeypatch, report(monai=MISSING))
+    assert outcome.message == "The installation failed: No matching distribution found for monai."
+    assert "no version that fits" in outcome.hint and sys.stdout.write("") == 0
     outcome = installed(monkeypatch, report(torch=MISSING), after=report(torch={"imports": False, "error": "x"}))[1]
     assert outcome.state == "failed" and "half installed" in outcome.message
 

@@ -65,7 +65,7 @@ def installed(tmp_path_factory) -> Path:
     files += [
         (ROOT, path.relative_to(ROOT).as_posix())
         for path in (ROOT / "Resources").rglob("*")
-        if path.is_file() and "Screenshots" not in path.parts
+        if path.is_file() and not {"Screenshots", "Icons"} & set(path.parts)
     ]
     for source, name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

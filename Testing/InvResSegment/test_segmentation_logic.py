@@ -241,16 +241,22 @@ def test_a_region_restricts_what_is_found(scene, panel, small_model, moved):
 def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model, crop_model):
     request, node, classes = one_request(scene, crop_model, MATRICES["sagittal"], locator=small_model)
     assert panel.logic.missing(request) == []
+    told = []
+    panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
+    standins.waitUntil(lambda: told, 180)
+    assert " for each place" in told[0][0].sentence
     outcome = panel.run(request)
     assert outcome.state == "done", outcome.message
     assert masks_in_world(outcome.segmentationNode, classes == 1, node) > 0.8
     arguments = backend.requests[-1]
     assert arguments[arguments.index("--locate") + 1] == small_model.path
     assert "Finding the place to segment" in [text for text, _, _ in panel.progress]
+    assert outcome.notes == ["balls found ball in 1 place."], "a note needs nothing done, but it is told"
     told = []
     panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
     standins.waitUntil(lambda: told, 180)
     assert told[0][0].fits and told[0][0].sentence.startswith("To find the place: Needs ")
+    assert " for each place" not in told[0][0].sentence, "now the number of windows is known"
 
 
 @pytest.mark.parametrize("mirrored", [True, False])

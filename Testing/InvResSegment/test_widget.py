@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import shutil
 import sys
 import types
+import unittest
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ from InvResSegmentLib import Settings
 from InvResSegmentLib.BatchCase import BatchCase
 from InvResSegmentLib.NrrdFile import writeNrrd
 from InvResSegmentLib.SegmentationLogic import MemoryPlan, SegmentationOutcome
-from panel_driver import addVolume, loadedPanel, tunedManifest, waitUntil
+from InvResSegmentLib.SegmentationResult import SegmentVolume, fillVolumesTable
+from InvResSegmentLib.SelfTest import SelfTest
+from panel_driver import WIDTH, addVolume, loadedPanel, tunedManifest, waitUntil
 from small_models import ONE, TWO, example, trained_package
 from standins import pythonqt, qtclasses
 
@@ -117,6 +121,18 @@ def test_the_setup_is_closed_once_all_is_well(panel):
     assert not panel.ui.installButton.visible
 
 
+def test_a_card_that_stays_idle_is_told_by_the_setup(panel):
+    found = panel.dependencies.preflight
+    idle = dataclasses.replace(found, idleCards=("NVIDIA A",), sentences=("torch computes on the CPU only.",))
+    panel.dependencies.preflight = idle
+    panel.setup._show(idle)
+    assert panel.ui.setupButton.text == "Setup: ready, without the GPU" and panel.setup.problem == ""
+    assert "on the CPU only" in panel.ui.setupNoticeText.text
+    panel.dependencies.preflight = found
+    panel.setup._show(found)
+    assert panel.ui.setupButton.text == "Setup: ready"
+
+
 def test_apply_says_what_is_missing(tab):
     assert "Choose a model." in tab.ui.applyButton.toolTip
     choose(tab, "two")
@@ -151,6 +167,47 @@ def test_a_change_of_model_rebuilds_the_pickers_and_keeps_what_fits(tab, voxels)
     assert set(pickers(tab)) == {"T1", "FLAIR"}
     assert pickers(tab)["T1"].currentNode() is t1
     assert pickers(tab)["FLAIR"].currentNode() is None
+
+
+def test_the_volume_of_a_model_with_one_channel_is_kept_by_another_one(scene, models, voxels):
+    """The tutorial: a whole head that no name tells to be T1 goes from the model of any contrast to that of T1."""
+    head = addVolume("MRHead", voxels=voxels[0])
+    with loadedPanel(models, bundled=True) as module:
+        tab = module.enter().panel.segmentTab
+        waitUntil(lambda: tab.models and tab.idle, 120)
+        assert pickers(tab)["MR"].currentNode() is head
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is head
+        waitUntil(lambda: tab.ui.applyButton.enabled, 120)
+        assert "MRHead was kept, but it cannot be told to be T1" in tab.ui.matchNoticeText.text
+        head.SetName("MPRAGE T1")
+        choose(tab, "brain-any-contrast")
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is head and tab.ui.matchNotice.isHidden()
+        other = addVolume("another", voxels=voxels[1])
+        choose(tab, "brain-any-contrast")
+        pickers(tab)["MR"].setCurrentNode(other)
+        choose(tab, "hippocampus-t1")
+        assert pickers(tab)["T1"].currentNode() is other and not tab.ui.matchNotice.isHidden()
+        pickers(tab)["T1"].setCurrentNode(head)
+        waitUntil(lambda: tab.ui.matchNotice.isHidden() and tab.idle, 60)
+        assert pickers(tab)["T1"].currentNode() is head, "what a person chooses is not doubted"
+
+
+def test_notes_of_a_run_are_shown_as_information_and_kept_in_the_log(tab, panel, voxels, monkeypatch):
+    addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "found")
+    table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "volumes")
+    outcome = SegmentationOutcome("done", node, table, warnings=["Look there."], notes=["There is no T2."])
+    logic = panel.services.logic
+    monkeypatch.setattr(logic, "start", lambda request, onProgress, onDone: onDone(outcome))
+    tab.ui.applyButton.click()
+    assert tab.ui.warningsNoticeText.text == "Look there." and tab.ui.notesNoticeText.text == "There is no T2."
+    log = tab.ui.logText.toPlainText()
+    assert "Look there." in log and "There is no T2." in log
+    tab._result.clear()
+    assert tab.ui.notesNotice.isHidden()
 
 
 def test_channels_are_matched_and_what_is_not_clear_stays_empty(tab, voxels):
@@ -222,6 +279,22 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     assert not tab.ui.resultButton.visible
     slicer.mrmlScene.RemoveNode(volume)
     waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
+
+
+def test_a_long_table_of_volumes_needs_one_scroll_bar_and_not_two(tab, panel):
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "structures")
+    table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "volumes")
+    names = [f"{side} cerebellar white matter {index}" for side in ("left", "right") for index in range(9)]
+    fillVolumesTable(table, [SegmentVolume(name, name, 281154, 281.154) for name in names])
+    panel.widget.resize(WIDTH, 1400)
+    panel.widget.show()
+    tab._result.show(SegmentationOutcome("done", node, table), None, None)
+    standins.pump(0.1)
+    shown = tab.ui.volumesTable
+    assert shown.verticalScrollBar().visible and not shown.horizontalScrollBar().visible
+    header = shown.horizontalHeader()
+    assert shown.viewport().height >= 10 * shown.rowHeight(0), "the tenth row is seen as a whole"
+    assert header.sectionSize(1) >= header.sectionSizeHint(1), "the names make room, not the figures"
 
 
 def test_the_segment_editor_opens_on_the_result(tab, voxels, monkeypatch):
@@ -302,7 +375,16 @@ def test_the_window_that_fits_is_the_one_that_is_used(tab, panel, voxels, monkey
         tab._setRunning(False)
 
 
-def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
+def test_an_idle_backend_outlives_the_scene(tab, panel):
+    """The next patient does not wait for torch."""
+    waitUntil(lambda: panel.backend.pid is not None and not panel.backend.busy and tab.ui.deviceBox.count >= 2, 60)
+    worker = panel.backend.pid
+    slicer.mrmlScene.Clear()
+    standins.pump(0.1)
+    assert panel.backend.pid == worker
+
+
+def test_closing_the_scene_ends_the_run(tab, panel):
     addVolume("T1", shape=(48, 48, 48))
     choose(tab, "one")
     waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
@@ -310,8 +392,9 @@ def test_closing_the_scene_ends_the_run_and_the_backend(others, tab, panel):
     waitUntil(lambda: panel.backend.pid is not None, 60)
     slicer.mrmlScene.Clear()
     waitUntil(lambda: not tab.running, 2.5)
-    assert not panel.backend.running and not workers() - others
+    assert not panel.services.logic.running
     assert not slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert tab.ui.messageNotice.isHidden(), "of a scene that is gone there is nothing to say"
     assert not tab.ui.applyButton.enabled
     addVolume("T1", shape=(20, 20, 20))  # and the panel goes on with the new scene
     choose(tab, "one")
@@ -481,6 +564,7 @@ def test_installing_into_slicers_python_asks_with_what_it_changes(panel, monkeyp
     steps, begun = ["\u2022 Remove torch 1.9", "\u2022 Install torch"], []
     monkeypatch.setattr("InvResSegmentLib.SetupSection.separatePython", lambda: "")
     monkeypatch.setattr(type(panel.dependencies), "planned", property(lambda _self: steps))
+    monkeypatch.setattr(type(panel.dependencies), "advice", property(lambda _self: ["It is large."]))
     monkeypatch.setattr(panel.setup, "_install", lambda: begun.append(True))
     asked = []
     for answer in (False, True):
@@ -488,7 +572,7 @@ def test_installing_into_slicers_python_asks_with_what_it_changes(panel, monkeyp
             slicer.util, "confirmOkCancelDisplay", lambda text, title, answer=answer: asked.append(text) or answer
         )
         panel.setup._onInstall()
-    assert len(asked) == 2 and all(step in asked[0] for step in steps) and begun == [True]
+    assert len(asked) == 2 and all(step in asked[0] for step in [*steps, "It is large."]) and begun == [True]
 
 
 def test_an_installation_that_has_come_to_its_end_is_not_begun_again(panel, monkeypatch):
@@ -517,6 +601,22 @@ def test_the_device_is_remembered(tab, panel):
     waitUntil(lambda: tab.ui.deviceBox.count >= 2 and "Automatic (" in tab.ui.deviceBox.itemText(0), 60)
     tab.ui.deviceBox.setCurrentIndex(tab.ui.deviceBox.count - 1)
     assert qt.QSettings().value("InvResSegment/Device") == "cpu"
+
+
+def test_a_folder_of_models_that_cannot_be_made_is_told(panel, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    tab = panel.modelsTab
+    tab.ui.modelsFolderEdit.currentPath = str(tmp_path / "file" / "models")
+    tab.ui.openFolderButton.click()
+    said = tab.ui.modelsNoticeText.text
+    assert "could not be created: " in said and "Choose another folder" in said
+
+
+def test_the_self_test_is_skipped_where_there_is_no_backend(panel, monkeypatch):
+    monkeypatch.setattr(panel.setup, "ready", False)
+    monkeypatch.setattr(type(panel.setup), "check", lambda self: None)
+    with pytest.raises(unittest.SkipTest, match="There is no backend here: Install what is missing"):
+        SelfTest(unittest.TestCase()).run()
 
 
 def test_models_are_verified_exported_deleted_and_imported(scene, models, tmp_path):
@@ -640,12 +740,15 @@ def test_sample_data_are_registered_with_checksums(module, monkeypatch):
     logic = types.SimpleNamespace(registerCustomSampleDataSource=lambda **values: registered.append(values))
     monkeypatch.setitem(sys.modules, "SampleData", types.SimpleNamespace(SampleDataLogic=logic))
     slicer.app.emit("startupCompleted")
-    assert {entry["category"] for entry in registered} == {"InvResSegment"}
+    assert [(entry["category"], entry["nodeNames"]) for entry in registered] == [("InvResSegment", ["MRHead"])]
+    icon = Path(module.path).parent / "Resources" / "Icons" / "InvResSegment.png"
     for entry in registered:
         assert len(entry["uris"]) == len(entry["fileNames"]) == len(entry["nodeNames"]) == len(entry["checksums"])
         for uri, checksum in zip(entry["uris"], entry["checksums"], strict=True):
             assert uri.startswith("https://") and uri.endswith(checksum.replace("SHA256:", "SHA256/"))
-        assert Path(entry["thumbnailFileName"]).is_file()
+        thumbnail = Path(entry["thumbnailFileName"]).read_bytes()
+        assert thumbnail != icon.read_bytes(), "a picture of the data and not of the module"
+        assert (int.from_bytes(thumbnail[16:20], "big"), int.from_bytes(thumbnail[20:24], "big")) == (260, 280)
 
 
 def test_the_module_describes_itself(module):
