@@ -321,7 +321,7 @@ def segment(
 
 
 def _remember_windows(
-    package: ModelPackage, parts: Sequence[_SegmentedCase], grid: Geometry, options: SegmentOptions
+    package: ModelPackage, parts: Sequence[SegmentedCase], grid: Geometry, options: SegmentOptions
 ) -> None:
     """For the plan of the next image on such a grid; what a region of interest needed says nothing of the whole."""
     if not options.roi_mm:
