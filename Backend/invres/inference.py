@@ -326,7 +326,7 @@ def _remember_windows(
     """For the plan of the next image on such a grid; what a region of interest needed says nothing of the whole."""
     if not options.roi_mm:
         windows = sum(part.prediction.windows for part in parts)
-        remember_windows(package.manifest.sha256, grid, parts[0].prediction.window, options.overlap, windows)
+        remember_windows(package.id, grid, parts[0].prediction.window, options.overlap, windows)
 
 
 def _small_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:

@@ -12,7 +12,8 @@ Triple = tuple[int, int, int]
 
 # Seconds per voxel of a window, by weights and device; of the last run or probe.
 _SPEED: dict[tuple[str, str], float] = {}
-# Windows by weights, grid of the whole image, window and overlap; of the last run.
+# Windows by package, grid of the whole image, window and overlap; of the last run. Not by weights: how an image is
+# prepared counts as well.
 _WINDOWS: dict[tuple[str, Triple, tuple[float, ...], Triple, float], int] = {}
 
 
@@ -27,22 +28,22 @@ def speed_of(sha256: str, device: str) -> float | None:
     return _SPEED.get((sha256, device))
 
 
-def remember_windows(sha256: str, grid: Geometry, window: Triple, overlap: float, windows: int) -> None:
+def remember_windows(package_id: str, grid: Geometry, window: Triple, overlap: float, windows: int) -> None:
     """Takes how many windows a whole image needed, its empty borders cropped, or the places that were found in it.
 
     grid: of the image; mirrored predictions do not count.
     """
-    _WINDOWS[_key(sha256, grid, window, overlap)] = windows
+    _WINDOWS[_key(package_id, grid, window, overlap)] = windows
 
 
-def windows_of(sha256: str, grid: Geometry, window: Triple, overlap: float) -> int | None:
+def windows_of(package_id: str, grid: Geometry, window: Triple, overlap: float) -> int | None:
     """How many windows the last image on such a grid needed; None where there was none."""
-    return _WINDOWS.get(_key(sha256, grid, window, overlap))
+    return _WINDOWS.get(_key(package_id, grid, window, overlap))
 
 
 def _key(
-    sha256: str, grid: Geometry, window: Triple, overlap: float
+    package_id: str, grid: Geometry, window: Triple, overlap: float
 ) -> tuple[str, Triple, tuple[float, ...], Triple, float]:
     """Only the size of the grid counts, not where it lies; rounded, as spacings reach the plan as text."""
     canonical = grid.canonical()
-    return sha256, canonical.shape, tuple(round(float(mm), 4) for mm in canonical.spacing_mm), window, overlap
+    return package_id, canonical.shape, tuple(round(float(mm), 4) for mm in canonical.spacing_mm), window, overlap

@@ -121,7 +121,7 @@ def plan_segmentation(
     choice, on_device, on_host, seen = best or first
     count, known = window_count(seen, choice, overlap), None
     if roi_shape is None:
-        known = windows_of(manifest.sha256, replace(grid, shape=cut_from or shape), choice, overlap)
+        known = windows_of(manifest.id, replace(grid, shape=cut_from or shape), choice, overlap)
         count = known or count
     seconds = None
     if best is not None:

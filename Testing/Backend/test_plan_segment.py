@@ -21,7 +21,7 @@ from invres.memory import PeakResident, predict_forward
 from invres.modelpackage import delete_package, open_package, save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import NetworkOutput, build
-from invres.pace import remember_speed, windows_of
+from invres.pace import remember_speed, remember_windows, windows_of
 from invres.planning import _bytes, plan_segmentation
 from invres.prediction import SegmentOptions
 from invres.preprocessing import PreparedCase, prepare
@@ -206,9 +206,21 @@ def test_the_number_of_windows_is_that_of_the_last_image_of_this_size(tmp_path):
     assert after.windows == windows < before.windows / 2 and after.windows_known
     assert ", about " in after.sentence and f"({windows} windows of " in after.sentence
     assert after.predicted_bytes == before.predicted_bytes, "the memory stays a bound"
-    assert windows_of(model.manifest.sha256, turned, (16, 16, 16), 0.5) == windows
+    assert windows_of(model.id, turned, (16, 16, 16), 0.5) == windows
     for other in (plan((40, 44, 49)), plan(window=(24, 24, 24)), plan(overlap=0.25), plan(roi_shape=(9, 9, 9))):
         assert not other.windows_known
+
+
+def test_in_how_many_places_a_model_of_crops_will_look_is_left_open(tmp_path):
+    model = package(tmp_path / "m", channels=1)
+
+    def sentence():
+        crop, whole = (16, 16, 16), (40, 44, 48)
+        return plan_segmentation(model.manifest, crop, PLAIN.spacing_mm, CPU, cut_from=whole).sentence
+
+    assert " for each place (1 window of " in sentence()
+    remember_windows(model.id, PLAIN, (16, 16, 16), 0.5, 2)
+    assert " for each place" not in sentence() and "at most" not in sentence() and "(2 windows of " in sentence()
 
 
 def test_a_region_says_nothing_of_the_whole_image(tmp_path):

@@ -664,7 +664,8 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         assert tab.ui.modelList.currentItem().text() == "brain-any-contrast"
         (picker,) = pickers(tab).values()
         assert picker.currentNode() is volume
-        assert tab.ui.applyButton.enabled and not tab.ui.locateBox.visible
+        waitUntil(lambda: tab.ui.applyButton.enabled, 120)
+        assert not tab.ui.locateBox.visible
         box = tab.ui.mirrorBox
         assert box.visible and box.text == "Average over 2 mirrored images (more exact)"
         assert tab._makeRequest().mirrored
@@ -675,7 +676,7 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         assert tab._makeRequest().keepPieces
         panel = module.enter().panel
         panel._onModels([], "The folder cannot be read.")
-        assert panel.modelsTab.ui.modelsTable.rowCount == 2
+        assert panel.modelsTab.ui.modelsTable.rowCount == len(tab.models) > 2
         told = panel.modelsTab.ui.modelsNoticeText.text
         assert "The models could not be listed anew: The folder cannot be read." in told
         panel.refreshModels()
@@ -740,7 +741,7 @@ def test_sample_data_are_registered_with_checksums(module, monkeypatch):
     logic = types.SimpleNamespace(registerCustomSampleDataSource=lambda **values: registered.append(values))
     monkeypatch.setitem(sys.modules, "SampleData", types.SimpleNamespace(SampleDataLogic=logic))
     slicer.app.emit("startupCompleted")
-    assert [(entry["category"], entry["nodeNames"]) for entry in registered] == [("InvResSegment", ["MRHead"])]
+    assert {(entry["category"], *entry["nodeNames"]) for entry in registered} == {("InvResSegment", "MRHead")}
     icon = Path(module.path).parent / "Resources" / "Icons" / "InvResSegment.png"
     for entry in registered:
         assert len(entry["uris"]) == len(entry["fileNames"]) == len(entry["nodeNames"]) == len(entry["checksums"])
