@@ -216,7 +216,7 @@ def prepare(
 
     image = np.zeros((len(volumes), *target.shape), dtype=np.float32)
     by_mask = any(plan.channels[place].modality != "CT" for place in places)
-    # Smoothing and interpolation make voxels outside a brain differ from zero, so the mask of the files is another one.
+    # From the files: smoothing and interpolation make voxels outside a brain differ from zero.
     mask = _body([volume.array[box] for volume in given]) if by_mask and plan.normalise_first else None
     for place, volume in zip(places, given, strict=True):
         scaled_as = plan.channels[place] if plan.normalise_first else None

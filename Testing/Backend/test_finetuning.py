@@ -182,7 +182,7 @@ def test_one_case_is_enough_but_proves_nothing(base, tmp_path):
 
 
 def test_a_model_that_got_worse_is_a_candidate_unless_it_is_promoted(base, phantoms, tmp_path):
-    ruinous = {"learning_rate": 3.0, "iterations_per_epoch": 10, "validation_count": 1}
+    ruinous = {"learning_rate": 30.0, "iterations_per_epoch": 10, "validation_count": 1}
     result = tune(base, phantoms, tmp_path / "run", **ruinous)
     proof = json.loads((tmp_path / "run" / "comparison.json").read_text(encoding="utf-8"))
     assert proof["difference"]["mean"] < 0 and not result["promoted"]
