@@ -158,7 +158,8 @@ def configured(repository, tmp_path_factory):
     source = tmp_path / "a source"
     for part in ("Backend", "InvResSegment", "Resources", "Testing"):
         shutil.copytree(repository / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copy(repository / "CMakeLists.txt", source)
+    for file in ("CMakeLists.txt", "LICENSE.txt", "NOTICE"):
+        shutil.copy(repository / file, source)
     slicer = tmp_path / "slicer"
     slicer.mkdir()
     for name, text in (("SlicerConfig.cmake", SLICER), ("Use.cmake", USE), ("Empty.cmake", "")):
@@ -183,6 +184,15 @@ def test_cmake_configures_and_ships_every_file_of_the_backend(configured):
     wanted = {path for path in wanted if not path.startswith(("Resources/Screenshots/", "Resources/Icons/"))}
     assert wanted | {"Backend/pyproject.toml"} <= shipped
     assert not {path for path in shipped if "Screenshots" in path or "__pycache__" in path}
+
+
+def test_the_licences_go_with_the_package(configured, tmp_path):
+    _source, build = configured
+    command = ["cmake", "--install", build, "--prefix", tmp_path, "--component", "Runtime"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("LICENSE.txt", "NOTICE"):
+        assert len(list(tmp_path.rglob(f"Backend/{name}"))) == 1
 
 
 def test_no_file_is_shipped_to_a_place_twice(configured):
