@@ -177,6 +177,8 @@ def save_package(
             weights_bytes=(folder / WEIGHTS).stat().st_size,
         )
         (folder / MANIFEST).write_bytes(manifest_to_json(manifest))
+        # safetensors keeps its file to its owner; a package may be read by whoever may read the folder.
+        (folder / WEIGHTS).chmod((folder / MANIFEST).stat().st_mode)
         if log is not None and log.is_file():
             (folder / LOG).write_bytes(log.read_bytes())
         publish(folder, target)

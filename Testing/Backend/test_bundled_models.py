@@ -71,10 +71,15 @@ def test_both_in_sequence_find_two_hippocampi(packages, head, tmp_path):
     (result,) = outcome.of("result")
     assert len(result["settings"]["boxes_mm"]) == 2
     # About 3.3 mL a side are usual, and this template is larger than most heads; front and back are about equal.
-    assert all(2.5 < volume < 6 for volume in result["volumes_ml"].values())
+    volumes = result["volumes_ml"]
+    assert [*volumes] == [
+        f"{side} {part} hippocampus" for part in ("anterior", "posterior") for side in ("left", "right")
+    ]
+    assert all(1.2 < volume < 3 for volume in volumes.values())
     labels = read_volume(tmp_path / "out.nii.gz", kind="labels").canonical()
     right, left = labels.array[:, :, labels.array.shape[2] // 2 :], labels.array[:, :, : labels.array.shape[2] // 2]
+    assert set(np.unique(left)) == {0, 1, 2} and set(np.unique(right)) == {0, 11, 12}
     sizes = [int(np.count_nonzero(side)) for side in (right, left)]
     assert 0.75 < sizes[0] / sizes[1] < 1.33
-    places = np.argwhere(labels.array == 1)[:, 1].mean(), np.argwhere(labels.array == 2)[:, 1].mean()
+    places = [np.argwhere(np.isin(labels.array, values))[:, 1].mean() for values in ((1, 11), (2, 12))]
     assert places[0] > places[1], "the anterior part lies in front"

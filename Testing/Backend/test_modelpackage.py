@@ -154,6 +154,12 @@ def test_weights_stored_in_16_bits_come_back_as_float32(tmp_path, dtype):
         assert torch.equal(weights[key], tensor.float()), key
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_whoever_may_read_the_manifest_may_read_the_weights(tmp_path):
+    path = _save(tmp_path / "model").path
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {(path / "manifest.json").stat().st_mode & 0o777}
+
+
 def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
     base = torch.arange(24.0).reshape(2, 3, 4)
     state = {"a": base, "b": base.view(-1), "c": base.transpose(0, 2), "d": base[1], "n": torch.tensor(5)}
