@@ -618,8 +618,8 @@ def test_a_full_disk_while_the_segmentation_is_written_is_told(place, tmp_path):
 
 
 def test_more_memory_than_there_is_gives_exit_code_3(data, tmp_path):
-    # 4 bytes each make more than the 128 TiB that a process can address.
-    recipe = write_recipe(tmp_path / "r.json", patch=[2, 4, 10**13])
+    # The kernels alone take more than the 128 TiB that a process can address.
+    recipe = write_recipe(tmp_path / "r.json", {"channels": [2 * 10**6, 16 * 10**6]})
     outcome = invres("train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--json")
     assert outcome.code == 3 and outcome.err == ""
     assert outcome.events[-1]["code"] == "out_of_memory" and "smaller patch" in outcome.events[-1]["hint"]
