@@ -117,6 +117,8 @@ def test_a_training_starts_at_the_interpolation(data, tmp_path, kind, name):
     network, plan = loaded_enhancer(package, CPU)
     low = read_scan(find_scans(data, kind)[0], kind, 1500).reduced(TWICE)
     wanted = interpolation_of(low.channels())
+    if kind == "tensor":  # which end where the brain does
+        wanted = wanted * np.kron(low.mask, np.ones(TWICE))
     found = enhanced(network, plan, (7, 7, 7), low)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
     if kind == "image":  # one channel: the figure of validation is in its standard deviations

@@ -193,7 +193,8 @@ def test_a_structure_with_two_sides_becomes_two_segments(scene, panel, one_chann
         patch=known.patch,
         sides=[Side("ball", 3, 5)],
     )
-    request, _, classes = one_request(scene, model_info(package), matrix(origin=(30, 20, 5)))
+    # The ball lies on the right of where the scanner's axis has the middle, and the image on both sides of it.
+    request, _, classes = one_request(scene, model_info(package), matrix(origin=(-11.4, 20, 5)))
     outcome = panel.run(request)
     inside = outcome.segmentationNode.GetSegmentation()
     names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]

@@ -119,6 +119,7 @@ def test_real_mr_of_the_hippocampus_trains_and_is_segmented(data_dir, tmp_path):
     recipe["training"] |= {"epochs": 1, "iterations_per_epoch": 25, "learning_rate": 0.01, "warmup_iterations": 2}
     recipe["training"] |= {"patch": [24, 40, 24], "batch_size": 2}
     recipe["augmentation"] = {"spatial_probability": 0.0, "elastic_probability": 0.0}
+    recipe["mirror_axes"] = []
     (tmp_path / "few.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     checked = run("check", "--data", data)
