@@ -21,6 +21,7 @@ from .config import ENGINES, MEMORY_SETTINGS, OPTIMIZERS
 from .configjson import nearest
 from .events import JsonReporter, Reporter, TerminalReporter
 from .faults import fault_of
+from .interruption import terminable
 from .networkconfig import ENHANCEMENT_NETWORKS, NETWORKS
 
 __all__ = ["main"]
@@ -88,7 +89,9 @@ def _verb(name: str) -> Callable[[argparse.Namespace, Reporter], None]:
 
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-        getattr(commands, name)(options, report)
+        # The worker ends as its requests do.
+        with contextlib.nullcontext() if name == "worker" else terminable():
+            getattr(commands, name)(options, report)
 
     return run
 

@@ -16,7 +16,7 @@ from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
-from .events import Reporter, format_bytes, format_seconds
+from .events import Reporter, WhileHeard, format_bytes, format_seconds
 from .interruption import postponed
 from .manifest import check_name
 from .model_commands import describe, models
@@ -131,7 +131,8 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     if recipe is not None and recipe.enhancement is None and recipe.label_maps is None:
         # A run that is resumed goes on as it was started, whatever is asked for now.
         dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0 or options.resume)
-    load_torch(report)
+    heard = WhileHeard(report)
+    load_torch(heard)
     from .labelmaps import read_label_maps
     from .segmentfiles import each_channel
     from .trainer import StopRequest
@@ -160,7 +161,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         name=options.name,
     )
     with StopRequest().listening() as stop:
-        package = run(dataset, recipe, options.output, choices, report, stop)
+        package = run(dataset, recipe, options.output, choices, heard, stop)
     say(report, f"Model: {package.path}")
     for name, values in package.manifest.metrics.items():
         say(report, f"  {name}: Dice {spread(values['Dice'])} in validation")

@@ -12,7 +12,7 @@ from . import InvresError
 from .config import Recipe
 from .configjson import to_dict
 from .console import load_torch, package_named, say
-from .events import Reporter, format_seconds
+from .events import Reporter, WhileHeard, format_seconds
 from .files import written_whole
 from .modelpackage import ModelPackage
 
@@ -80,7 +80,7 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
         options.device, options.resume, licence=options.licence, source=options.source, name=options.name
     )
     with StopRequest().listening() as stop:
-        package = train_enhancer(scans, recipe, options.output, choices, report, stop)
+        package = train_enhancer(scans, recipe, options.output, choices, WhileHeard(report), stop)
     unit, factor = _UNITS[recipe.enhancement.kind]
     if recipe.enhancement.kind == "image":
         unit = "standard deviations of an image"

@@ -23,6 +23,7 @@ __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metri
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _WORST_CASES = 3
+_WITHIN = {**dict.fromkeys(("Dice", "IoU", "NSD"), (0.0, 1.0)), **dict.fromkeys(("HD", "HD95"), (0.0, np.inf))}
 # Columns of the table: metric, heading, decimals.
 _COLUMNS = (("HD95", "HD95 mm", 2), ("HD", "HD mm", 2), ("NSD", "NSD", 3), ("VolumeError_ml", "volume error ml", 2))
 
@@ -275,7 +276,10 @@ def _summary(scores: list[LabelScore], patients: Sequence[str]) -> dict[str, Any
     values = [_values(score) for score in scores]
     shown = ("Dice", "IoU", "HD", "HD95", "NSD", "VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
     summary: dict[str, Any] = {
-        metric: spread_over_patients([case[metric] for case in values], patients) for metric in shown
+        metric: spread_over_patients(
+            [case[metric] for case in values], patients, _WITHIN.get(metric, (-np.inf, np.inf))
+        )
+        for metric in shown
     }
     relative = [score.volume_error_relative for score in scores]
     there = [number for number, value in enumerate(relative) if value is not None]

@@ -17,6 +17,7 @@ __all__ = [
     "Recorder",
     "Reporter",
     "TerminalReporter",
+    "WhileHeard",
     "aligned",
     "format_bytes",
     "format_seconds",
@@ -113,6 +114,22 @@ class FilteredReporter(Reporter):
     def emit(self, event: dict[str, Any]) -> None:
         if self._keep(event["event"]):
             self._report.emit(event)
+
+
+class WhileHeard(Reporter):
+    """Passes events on as long as that works: a pipe that nobody reads any more, a terminal that is gone, or a full
+    disk behind standard output must not end hours of work."""
+
+    def __init__(self, report: Reporter) -> None:
+        super().__init__()
+        self._report, self._heard = report, True
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if self._heard:
+            try:
+                self._report.emit(event)
+            except OSError:
+                self._heard = False
 
 
 class Recorder(Reporter):

@@ -8,9 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["end_wanted", "postponed"]
+__all__ = ["end_wanted", "postponed", "terminable"]
 
 _end = threading.Event()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block by KeyboardInterrupt, as SIGINT does, so that the end is told and nothing is left half
+    written; where it is ignored or handled otherwise that stays so."""
+    plain = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not plain:
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

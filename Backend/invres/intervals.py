@@ -54,11 +54,13 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     return found
 
 
-def spread_over_patients(values: Sequence[float], patients: Sequence[Hashable]) -> dict[str, object]:
+def spread_over_patients(
+    values: Sequence[float], patients: Sequence[Hashable], within: tuple[float, float] = (-np.inf, np.inf)
+) -> dict[str, object]:
     """`spread` of the values, with `ci95`: of the mean, over the means of the patients, whose own cases are not
-    independent; None for one patient."""
+    independent; None for one patient. within: what values can be, beyond which the interval does not go."""
     of_patient: dict[Hashable, list[float]] = {}
     for value, patient in zip(values, patients, strict=True):
         of_patient.setdefault(patient, []).append(value)
     bounds = interval([float(np.mean(some)) for some in of_patient.values()])
-    return {**spread(values), "ci95": None if bounds is None else list(bounds)}
+    return {**spread(values), "ci95": None if bounds is None else np.clip(bounds, *within).tolist()}

@@ -17,7 +17,7 @@ from .memory import has_room, predict_forward
 from .mirroring import flips_of
 from .networks import build
 from .pace import remember_speed, speed_of, windows_of
-from .prediction import window_count
+from .prediction import window_count, window_within
 from .region import region_shape
 from .volume import Geometry
 
@@ -96,9 +96,9 @@ def plan_segmentation(
     for name, sizes in (("shape", shape), ("spacing", spacing_mm), ("region", roi_shape or (1, 1, 1))):
         if not all(size > 0 and np.isfinite(size) for size in sizes):
             raise InvresError(f"The {name} must be three sizes above 0, got {list(sizes)}.")
-    wanted = window if min(window) > 0 else manifest.patch
     grid = Geometry(shape, spacing_mm, (0, 0, 0), np.eye(3)[:, ::-1])
     whole = grid.with_spacing(manifest.plan.spacing_mm).shape
+    wanted = window_within(window if min(window) > 0 else manifest.patch, manifest.patch, whole)
     here = device_info(device)
     main = here if device.type == "cpu" else device_info(torch.device("cpu"))
     choices = _windows(wanted, build_divisor(manifest))

@@ -28,6 +28,7 @@ __all__ = [
     "predict_probabilities",
     "predict_within_memory",
     "window_count",
+    "window_within",
 ]
 
 Triple = tuple[int, int, int]
@@ -119,6 +120,13 @@ def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
     return count
 
 
+def window_within(window: Triple, patch: Triple, shape: Triple) -> Triple:
+    """The window, no longer along any axis than the image or, where that is shorter, than the model's own: what is
+    beyond both is filled up with repeated border, which costs memory and tells the network nothing."""
+    depth, height, width = (min(wanted, max(own, size)) for wanted, own, size in zip(window, patch, shape, strict=True))
+    return depth, height, width
+
+
 @dataclass(frozen=True)
 class Prediction:
     """window: the one that had room. measured_bytes: peak of live tensors; on a card that of its allocator."""
@@ -138,8 +146,9 @@ def predict_within_memory(
     report: Reporter,
 ) -> Prediction:
     device = next(network.parameters()).device
-    window = options.window if min(options.window) > 0 else patch
-    stitch = device
+    shape: Triple = prepared.image.shape[1:]
+    wanted = window_within(options.window if min(options.window) > 0 else patch, patch, shape)
+    window, stitch = wanted, device
     while True:
         try:
             return _predict_measured(scheme, network, device, prepared, window, options, stitch, report)
@@ -156,7 +165,7 @@ def predict_within_memory(
             window = smaller
             report.warning(f"Memory ran out; the window is now {'x'.join(map(str, window))} voxels.")
         elif device.type == "cuda":
-            device, window = torch.device("cpu"), options.window if min(options.window) > 0 else patch
+            device, window = torch.device("cpu"), wanted
             network.to(device)
             report.warning("The GPU has too little free memory for this model; the CPU takes over, which is slower.")
         else:

@@ -118,10 +118,12 @@ def manifest_metrics(cases: list[CaseComparison]) -> dict[str, Any]:
     patients = [one.patient for one in cases]
     for name in cases[0].tuned:
         metrics[name] = {}
-        for metric, key in (("Dice", "Dice"), ("HD95", "HD95_mm")):
-            metrics[name][metric] = spread_over_patients([one.tuned[name][key] for one in cases], patients)
+        for metric, key, most in (("Dice", "Dice", 1.0), ("HD95", "HD95_mm", float("inf"))):
+            values = [one.tuned[name][key] for one in cases]
+            metrics[name][metric] = spread_over_patients(values, patients, (0.0, most))
         for channel in dict.fromkeys(channel for one in cases for channel in one.without):
             some = [one for one in cases if channel in one.without]
             values = [one.without[channel][name] for one in some]
-            metrics[name][f"Dice without {channel}"] = spread_over_patients(values, [one.patient for one in some])
+            of_patients = [one.patient for one in some]
+            metrics[name][f"Dice without {channel}"] = spread_over_patients(values, of_patients, (0.0, 1.0))
     return metrics

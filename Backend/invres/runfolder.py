@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 import psutil
 
 from . import InvresError
-from .events import Reporter
+from .events import Reporter, WhileHeard
 from .faults import fault_of
 
 __all__ = ["EVENTS", "RUN", "RecordingReporter", "held", "kind_of_run"]
@@ -84,17 +84,12 @@ class RecordingReporter(Reporter):
 
     def __init__(self, report: Reporter, folder: Path):
         super().__init__()
-        self._report, self._path = report, folder / EVENTS
+        self._report, self._path = WhileHeard(report), folder / EVENTS
         self._last_progress: tuple[Any, float] = ("", 0.0)
-        self._heard = True
         self._append({"event": "started", "pid": os.getpid()})
 
     def emit(self, event: dict[str, Any]) -> None:
-        if self._heard:
-            try:
-                self._report.emit(event)
-            except OSError:  # a pipe that nobody reads, a full disk behind standard output
-                self._heard = False
+        self._report.emit(event)
         if event["event"] == "progress":
             now, stage = time.monotonic(), event["stage"]
             before, then = self._last_progress

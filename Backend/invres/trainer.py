@@ -39,7 +39,7 @@ Validation = Callable[[Any], dict[str, float]]
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM inside `listening()`, or by hand; the loop saves and stops at the next step.
+    """Set by SIGINT, SIGTERM or SIGHUP inside `listening()`, or by hand; the loop saves and stops at the next step.
 
     finish: the loop ends at the next step as if the training were complete, with the best weights so far.
     """
@@ -58,7 +58,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # The terminal is gone; `nohup` has it ignored, which stays so.
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        previous = {number: signal.signal(number, self) for number in numbers}
         try:
             yield self
         finally:

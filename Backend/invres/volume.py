@@ -301,15 +301,16 @@ def _check_scalar(path: str | os.PathLike[str], header: Header) -> None:
 
 
 def _finite(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
-    """`array` without NaN and infinities, with a warning that says how many there were and where."""
-    if array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
+    """`array` without NaN, infinities and what float32, which all is computed in, cannot hold; with a warning that says
+    how many there were and where."""
+    if array.dtype.kind != "f" or (finite := np.abs(array) <= np.finfo(np.float32).max).all():
         return array
     where = np.nonzero(~finite)
     smallest = array[finite].min() if finite.any() else array.dtype.type(0)
     box = ", ".join(f"{axis} {w.min()} to {w.max()}" for axis, w in zip(("k", "j", "i"), where, strict=True))
     report.warning(
-        f"{name}: {len(where[0])} voxels are NaN or infinite (slices {box}); they were set to the smallest finite "
-        f"value, {float(smallest):g}."
+        f"{name}: {len(where[0])} voxels are NaN, infinite or beyond 3.4e38 (slices {box}); they were set to the "
+        f"smallest other value, {float(smallest):g}."
     )
     return np.where(finite, array, smallest)
 

@@ -220,6 +220,43 @@ def test_a_signal_while_torch_is_imported_waits_for_its_end(place, tmp_path, num
     assert (tmp_path / "ended").exists(), "nothing is raised in the middle of the import"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+def test_sigterm_ends_a_segmentation_with_a_word(place, tmp_path):
+    code = (
+        "import os, signal, sys\nimport invres.commands\n"
+        "invres.commands.segment = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or __import__('time').sleep(30)\n"
+        "from invres.cli import main\nsys.exit(main(['segment', '-m', 'x', '-i', 'x', '-o', 'x', '--json']))"
+    )
+    found = python(code)
+    assert found.returncode == 130 and "Traceback" not in found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["event"] == "error"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
+def test_a_training_goes_on_when_nobody_reads_what_it_says(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    recipe = write_recipe(tmp_path / "recipe.json", iterations_per_epoch=1, epochs=2)
+    command = [
+        sys.executable,
+        "-m",
+        "invres",
+        "train",
+        "-d",
+        data,
+        "-r",
+        recipe,
+        "-o",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    read, write = os.pipe()
+    os.close(read)
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(BACKEND)}, stdout=write, stderr=write)
+    os.close(write)
+    assert (tmp_path / "run" / "model" / "manifest.json").is_file()
+
+
 def test_a_reader_that_goes_away_makes_no_traceback(place):
     command = [sys.executable, "-m", "invres", "describe", str(place / "model"), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(BACKEND)}

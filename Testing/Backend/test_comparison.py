@@ -148,6 +148,12 @@ def test_of_many_labels_hardly_any_gets_worse_by_chance():
     assert p_value([0.1]) == 1 and p_value([0.0, 0.0]) == 1 and p_value([0.1, 0.1]) == 0
 
 
+def test_an_interval_does_not_go_beyond_what_values_can_be():
+    assert spread_over_patients([0.1, 1.0], ["p", "q"], (0.0, 1.0))["ci95"] == [0.0, 1.0]
+    low, high = spread_over_patients([0.1, 1.0], ["p", "q"])["ci95"]
+    assert low < 0 and high > 1
+
+
 def test_cases_of_one_patient_count_once():
     assert spread_over_patients([0.1, 0.3], ["p", "p"])["ci95"] is None
     found = spread_over_patients([0.1, 0.3, 0.4], ["p", "p", "q"])

@@ -196,7 +196,7 @@ ALLOWED = {
         "plan_command prediction reproduce_command segmentfiles segmentoptions stopfile trainer training "
         "trainingrun tuningplan worker"
     ),
-    "cli": "commands config configjson events faults networkconfig",
+    "cli": "commands config configjson events faults interruption networkconfig",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))

@@ -22,6 +22,7 @@ from invres.inference import load_network, segment, segment_volumes
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import NetworkOutput, build
+from invres.planning import plan_segmentation
 from invres.prediction import SegmentOptions, predict_probabilities
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
@@ -257,6 +258,21 @@ def test_a_model_that_tells_left_from_right_is_not_mirrored_across_the_middle(tm
         segment(package, inputs, tmp_path / "out.nii.gz", SegmentOptions(mirror_axes=(0, 2)), network=network)
     assert not (tmp_path / "out.nii.gz").exists()
     segment(package, inputs, tmp_path / "out.nii.gz", SegmentOptions(mirror_axes=(0, 1)), network=network)
+
+
+def test_a_window_beyond_the_volume_is_cut_to_it(tmp_path):
+    """Or a wish for 5000 voxels would be filled up with repeated border until memory runs out."""
+    package = package_of(tmp_path / "model")
+    volume, _ = steps_volume(GRIDS["canonical"])
+    write_volume(tmp_path / "image.nii.gz", volume)
+    options, network = SegmentOptions(window=(5000, 5000, 6)), Known(4)
+    found = segment(package, {"": tmp_path / "image.nii.gz"}, tmp_path / "o.nii.gz", options, network=network)
+    depth, height, width = found["settings"]["window"]
+    shape = volume.geometry.canonical().shape
+    assert (depth, height, width) == (max(shape[0], 8), max(shape[1], 9), 6)
+    assert plan_segmentation(
+        package.manifest, shape, (1.0, 1.0, 1.0), torch.device("cpu"), (5000, 5000, 6)
+    ).wanted_window == (depth, height, width)
 
 
 def test_the_vae_branch_takes_no_part_in_segmenting(tmp_path):

@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_program_is_refused(cases, tmp_path):
         trainer_of(cases, tmp_path).resume()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_a_signal_asks_for_a_stop_and_a_second_one_does_not_wait(number):
     before = signal.getsignal(number)
     with StopRequest().listening() as stop:
@@ -196,6 +196,17 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_does_not_wait(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().listening() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- the disk ------------------------------------------------------------------------------------------------------

@@ -420,6 +420,18 @@ def refused(path, pattern, **how):
     return caught.value
 
 
+def test_values_beyond_float32_are_set_like_infinite_ones(tmp_path):
+    volume, report = make_volume(), Recorder()
+    array = volume.array.astype(np.float64)
+    array[1, 2, 3] = 1e39
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "a.nrrd"))
+    found = read_volume(tmp_path / "a.nrrd", report=report).array
+    assert (
+        np.isfinite(found.astype(np.float32)).all() and found[1, 2, 3] == np.delete(array.ravel(), array.argmax()).min()
+    )
+    assert "1 voxels are NaN, infinite or beyond 3.4e38" in warnings_of(report)[0]
+
+
 def test_a_missing_file_is_named(tmp_path):
     refused(tmp_path / "nothing.nii.gz", "There is no file .*nothing.nii.gz")
 
