@@ -236,20 +236,8 @@ def test_sigterm_ends_a_segmentation_with_a_word(place, tmp_path):
 def test_a_training_goes_on_when_nobody_reads_what_it_says(tmp_path):
     data = write_dataset(tmp_path / "data")
     recipe = write_recipe(tmp_path / "recipe.json", iterations_per_epoch=1, epochs=2)
-    command = [
-        sys.executable,
-        "-m",
-        "invres",
-        "train",
-        "-d",
-        data,
-        "-r",
-        recipe,
-        "-o",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-    ]
+    words = ["train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu"]
+    command = [sys.executable, "-m", "invres", *words]
     read, write = os.pipe()
     os.close(read)
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(BACKEND)}, stdout=write, stderr=write)
