@@ -251,8 +251,8 @@ def segment(
     arrays = [None if volume is None else volume.array for volume in volumes]
     for sentence in unlike_modality(manifest.plan.channels, arrays):
         report.warning(sentence)
-    if small := _small_window(options.window, manifest.patch):
-        report.warning(small)
+    if odd := _odd_window(options.window, manifest.patch):
+        report.warning(odd)
     if network is None:
         network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
     clock.lap("load")
@@ -329,15 +329,21 @@ def _remember_windows(
         remember_windows(package.id, grid, parts[0].prediction.window, options.overlap, windows)
 
 
-def _small_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:
-    """A sentence where the window is less than half as long as the model's own along an axis, else ""."""
-    if not any(0 < size < length / 2 for size, length in zip(window, own, strict=True)):
-        return ""
+def _odd_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:
+    """A sentence where the window is less than half or more than one and a half times as long as the model's own along
+    an axis, else ""."""
     wanted, trained = ("x".join(map(str, sizes)) for sizes in (window, own))
-    return (
-        f"The window of {wanted} voxels is far below the {trained} that the model was trained with: it sees less "
-        "around each voxel, and the result may be worse."
-    )
+    if any(0 < size < length / 2 for size, length in zip(window, own, strict=True)):
+        return (
+            f"The window of {wanted} voxels is far below the {trained} that the model was trained with: it sees less "
+            "around each voxel, and the result may be worse."
+        )
+    if any(size > 1.5 * length for size, length in zip(window, own, strict=True)):
+        return (
+            f"The window of {wanted} voxels is far above the {trained} that the model was trained with: what its norms "
+            "divide by is another than in training, and the result may be worse."
+        )
+    return ""
 
 
 class _Clock:

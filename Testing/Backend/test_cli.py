@@ -611,6 +611,14 @@ def test_probabilities_without_an_ending_are_a_base(place, tmp_path):
     assert warning.startswith("The window of 16x16x7 voxels is far below the 16x16x16")
 
 
+def test_a_window_far_beyond_the_models_own_is_told(place, tmp_path):
+    flags = ["-o", tmp_path / "o.nrrd", "--device", "cpu", "--window", 16, 26, 16]
+    outcome = invres("segment", "-m", place / "single", "-i", place / "t1.nii.gz", *flags, "--json")
+    assert outcome.code == 0, outcome
+    (warning,) = [event["message"] for event in outcome.of("warning") if "window" in event["message"]]
+    assert warning.startswith("The window of 16x26x16 voxels is far above the 16x16x16")
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(place, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # root may write everywhere
     output = tmp_path / "below" / "o.seg.nrrd"
