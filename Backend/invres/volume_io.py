@@ -133,8 +133,12 @@ def write_image(
     *,
     metadata: dict[str, str] | None = None,
     compress: bool = True,
+    layers: bool = False,
 ) -> None:
     """Writes (D, H, W) or (T, D, H, W) voxels; complete or not at all. A missing folder is made.
+
+    layers: of an NRRD file, the first axis are label maps of one grid, in the way that Slicer keeps segments that
+    overlap: a list of values for each voxel.
 
     Raises InvresError for an ending that is not in WRITABLE_ENDINGS and where the disk does not take the file.
     """
@@ -147,12 +151,19 @@ def write_image(
         )
     if path.is_dir():
         raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
-    image = to_sitk(array, affine)
+    image = to_sitk(array[0] if layers else array, affine)
+    if layers:
+        listed = sitk.GetImageFromArray(np.moveaxis(array, 0, -1), isVector=True)
+        listed.CopyInformation(image)
+        image = listed
     for key, value in (metadata or {}).items():
         image.SetMetaData(key, value)
     try:
         with written_whole(path, ending) as temporary:
             sitk.WriteImage(image, os.fspath(temporary), useCompression=compress)
+            if layers:
+                # ITK calls them a vector, which Slicer would take for a direction in space.
+                temporary.write_bytes(temporary.read_bytes().replace(b"kinds: vector ", b"kinds: list ", 1))
             # ITK writes NIfTI without noticing a full disk.
             header = read_header(temporary)
             if header.nifti is not None:

@@ -257,15 +257,15 @@ def importSegmentation(
         segmentationNode.SetReferenceImageGeometryParameterFromVolumeNode(inputNode)
     done = done if done is not None else ImportedSegments()
     stated = {label.value: label for label in labels}
-    # One image for all: the labels of a model exclude each other, and a shared image is a fraction of the memory.
-    image = _imageIn(segmentationNode, inputNode, result.labels)
+    # One image for all labels that exclude each other: a shared image is a fraction of the memory.
+    images = [_imageIn(segmentationNode, inputNode, layer) for layer in result.layers]
     for segment in result.segments:
         label = stated.get(segment.value, segment)
         if label.colour is None or not label.terminology:
             label = replace(
                 label, colour=label.colour or segment.colour, terminology=label.terminology or segment.terminology
             )
-        done.segmentIds.append(_put(segmentation, image, label, origin, done))
+        done.segmentIds.append(_put(segmentation, images[segment.layer], label, origin, done))
     _refreshRepresentations(segmentation)
     return done
 

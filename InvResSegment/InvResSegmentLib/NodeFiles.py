@@ -94,10 +94,7 @@ def newSegmentation(
     node = emptySegmentation(name, passing)
     segmentation = node.GetSegmentation()
     segmentation.SetSourceRepresentationName(BINARY_LABELMAP)
-    image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*found.labels.shape[::-1])
-    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(found.labels).ravel(), deep=True))
-    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(found.matrix))
+    images = [_image(layer, found.matrix) for layer in found.layers]
     for label in found.segments:
         stated = label if colour is None else replace(label, colour=tuple(255 * part for part in colour))
         segment = slicer.vtkSegment()
@@ -107,9 +104,17 @@ def newSegmentation(
             segment.SetColor(*(part / 255 for part in stated.colour))
         if stated.terminology:
             segment.SetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), stated.terminology)
-        segment.AddRepresentation(BINARY_LABELMAP, image)  # one image for all: they share it
+        segment.AddRepresentation(BINARY_LABELMAP, images[label.layer])  # one for all of a layer: they share it
         segmentation.AddSegment(segment, segmentation.GenerateUniqueSegmentID(f"InvResSegment_{stated.value}"))
     return node
+
+
+def _image(labels: np.ndarray, matrix: np.ndarray) -> slicer.vtkOrientedImageData:
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*labels.shape[::-1])
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labels).ravel(), deep=True))
+    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(matrix))
+    return image
 
 
 def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:

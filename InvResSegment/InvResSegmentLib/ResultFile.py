@@ -40,11 +40,20 @@ class SegmentLabel:
 
 @dataclass(frozen=True, eq=False)
 class ResultFile:
-    """labels: whole numbers (K, J, I); matrix: 4x4 (i, j, k, 1) -> RAS mm; segments: in the order of the file."""
+    """labels: whole numbers (K, J, I); matrix: 4x4 (i, j, k, 1) -> RAS mm; segments: in the order of the file.
+
+    further: label maps like `labels`, of segments that overlap those of the first.
+    """
 
     labels: np.ndarray
     matrix: np.ndarray
     segments: tuple[SegmentLabel, ...]
+    further: tuple[np.ndarray, ...] = ()
+
+    @property
+    def layers(self) -> tuple[np.ndarray, ...]:
+        """All label maps, counted as `SegmentLabel.layer` does."""
+        return (self.labels, *self.further)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +71,12 @@ class Masks:
 
 
 def readResultFile(path: str | Path) -> ResultFile:
-    """The labels of a .seg.nrrd of one layer. Raises DamagedFile for anything else, OSError if it cannot be read."""
+    """The labels of a .seg.nrrd. Raises DamagedFile for anything else, OSError if it cannot be read."""
     found = readMasks(path)
-    if found.layers.shape[3] != 1:
-        raise DamagedFile("it is no label map of three dimensions")
     if not found.segments:
         raise DamagedFile("it names no segment")
-    return ResultFile(found.layers[..., 0], found.matrix, found.segments)
+    first, *further = np.moveaxis(found.layers, 3, 0)
+    return ResultFile(first, found.matrix, found.segments, tuple(further))
 
 
 def readMasks(path: str | Path) -> Masks:

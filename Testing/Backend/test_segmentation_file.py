@@ -223,6 +223,42 @@ def test_slicer_reads_the_side_of_a_label_that_was_divided(slicer):
         assert entry.GetTypeModifierObject().GetCodeMeaning() == word
 
 
+REGIONS = LabelScheme((Label("whole", (1, 2, 4), 2), Label("core", (1, 4), 1), Label("hot", (4,), 4)), regions=True)
+
+
+def nested():
+    """A label map of regions: the whole around the core around the hot spot."""
+    volume = label_volume()
+    array = np.zeros(volume.array.shape, np.uint8)
+    array[1:4, 1:6, 1:7], array[1:4, 2:5, 2:6], array[2, 3, 3:5] = 2, 1, 4
+    return Volume(array, volume.geometry)
+
+
+def test_regions_overlap_in_layers_of_their_own(tmp_path):
+    volume = nested()
+    write_segmentation(tmp_path / "a.seg.nrrd", volume, REGIONS)
+    write_segmentation(tmp_path / "a.nii.gz", volume, REGIONS)
+    for name in ("a.seg.nrrd", "a.nii.gz"):
+        assert np.array_equal(read_volume(tmp_path / name, kind="labels").array, volume.array)
+    header = (tmp_path / "a.seg.nrrd").read_bytes().split(b"\n\n")[0].decode()
+    assert "kinds: list domain domain domain" in header and "sizes: 3 " in header
+
+
+def test_slicer_reads_regions_with_all_that_they_hold(slicer, scene, tmp_path):
+    volume = nested()
+    write_segmentation(tmp_path / "a.seg.nrrd", volume, REGIONS)
+    node = slicer_reads(slicer, scene, tmp_path / "a.seg.nrrd")
+    segmentation = node.GetSegmentation()
+    for index, label in enumerate(REGIONS.labels):
+        segment_id = segmentation.GetNthSegmentID(index)
+        assert segmentation.GetSegment(segment_id).GetName() == label.name
+        array, affine = labelmap_of(slicer, node, segment_id)
+        drawn, expected = np.argwhere(array), np.argwhere(np.isin(volume.array, label.values))
+        assert len(drawn) == len(expected) > 0
+        world = np.c_[drawn, np.ones(len(drawn))] @ affine.T
+        assert np.allclose(world, np.c_[expected, np.ones(len(expected))] @ volume.geometry.affine.T, atol=1e-6)
+
+
 def test_slicer_takes_the_reference_geometry(slicer, scene, tmp_path):
     volume = label_volume()
     write_segmentation(tmp_path / "a.seg.nrrd", volume, SCHEME)

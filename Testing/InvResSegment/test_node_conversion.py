@@ -7,10 +7,11 @@ import pytest
 import SimpleITK as sitk
 import slicer
 import vtk
-from InvResSegmentLib import NodeConversion
+from InvResSegmentLib import NodeConversion, NodeFiles
 from InvResSegmentLib.NodeConversion import ConversionError, SegmentLabel
 from small_models import BRAIN, MATRICES, TWO, add_transform, add_volume, dice, matrix, rotation
 
+from invres.config import Label, LabelScheme
 from invres.volume import Geometry, Volume, read_volume, write_segmentation
 
 SHAPE = (6, 8, 10)  # K, J, I
@@ -249,6 +250,26 @@ def test_long_and_foreign_paths_are_read(scene, tmp_path):
     NodeConversion.exportVolume(node, folder / "a.nrrd")
     path = write_result(folder / "r.seg.nrrd", node, classes())
     assert np.array_equal(NodeConversion.readResult(path, node).labels, classes())
+
+
+@pytest.mark.parametrize("how", ["import", "outline"])
+def test_regions_that_overlap_are_whole_segments(scene, tmp_path, how):
+    """As of a tumour: the whole holds its core, though a label map has room for one of them in each voxel."""
+    regions = LabelScheme((Label("whole", (1, 2), 2), Label("core", (1,), 1)), regions=True)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2:9, 3:12, 4:15], labels[4:7, 5:9, 6:11] = 2, 1
+    node = add_volume(scene, np.ones(SHAPE, np.int16), MATRICES["oblique"])
+    path = write_result(tmp_path / "r.seg.nrrd", node, labels, regions)
+    if how == "import":
+        segmentation = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "result")
+        NodeConversion.importSegmentation(NodeConversion.readResult(path, node), node, segmentation, "a" * 64)
+    else:
+        segmentation = NodeFiles.newSegmentation(NodeFiles.readLabels(path), "outline")
+    inside = segmentation.GetSegmentation()
+    for index, label in enumerate(regions.labels):
+        assert inside.GetNthSegment(index).GetName() == label.name
+        mask, _ = NodeConversion.segmentMask(segmentation, inside.GetNthSegmentID(index))
+        assert np.array_equal(mask, np.isin(labels, label.values))
 
 
 # ---------------------------------------------------------------- into a segmentation that has segments
