@@ -15,6 +15,7 @@ from .cases import Case, Dataset, case_problems, split_cases
 from .config import LabelScheme
 from .dataset_json import read_json
 from .events import SILENT, Recorder, Reporter
+from .layouts import LABELS_JSON, label_list_of
 from .preprocessing import IMAGE_TOLERANCE_MM, LABEL_TOLERANCE_MM
 from .volume import Geometry, Volume
 
@@ -159,7 +160,7 @@ def _check_case(
     close = stored.same_as(stored_label, tolerance_mm=LABEL_TOLERANCE_MM)
     label = (Volume(label.array, stored) if close else label).canonical()
     labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
-    yield from _check_label_values(case.name, labelled[case.name], dataset.scheme)
+    yield from _check_label_values(case.name, labelled[case.name], dataset)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         yield from _check_label_place(case.name, volumes, label.array, modalities)
     else:
@@ -186,7 +187,8 @@ def _check_volume(case: str, channel: str, modality: str, volume: Volume) -> Ite
         )
 
 
-def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iterator[Finding]:
+def _check_label_values(case: str, found: set[int], dataset: Dataset) -> Iterator[Finding]:
+    scheme = dataset.scheme
     known = {value for entry in scheme.labels for value in entry.values}
     if scheme.ignore_value is not None:
         known.add(scheme.ignore_value)
@@ -205,8 +207,20 @@ def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iter
             "warning",
             "unknown_label_value",
             f"The label of {case} has values that the data set does not name: {values}.",
-            "They count as background; add them to `labels` in dataset.json to learn them.",
+            _how_to_name(dataset),
         )
+
+
+def _how_to_name(dataset: Dataset) -> str:
+    """What to do about label values that the data set does not name."""
+    listed = label_list_of(dataset)
+    if not listed:
+        return f"They count as background, for {dataset.layout} has no such labels; correct them, if that is wrong."
+    if listed == LABELS_JSON:
+        there = "add them to" if (dataset.root / listed).is_file() else "name all label values in"
+        return f'They count as background; {there} {listed} beside the data ({{"1": "anterior"}}) to learn them.'
+    where = f"`labels` in {listed}" if listed == "dataset.json" else listed
+    return f"They count as background; add them to {where} to learn them."
 
 
 def _label_grid(case: str, image: Geometry, label: Geometry) -> Finding:

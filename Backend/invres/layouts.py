@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,19 @@ from .segmentation_file import segment_names
 from .volume import read_channels, read_volume
 from .volume_io import read_header
 
-__all__ = ["FOLDER_PAIRS", "FOLDER_READERS"]
+__all__ = ["FOLDER_PAIRS", "FOLDER_READERS", "LABELS_JSON", "label_list_of"]
 
 FOLDER_PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 LABEL_STEMS = ("label", "labels", "seg", "segmentation")
-# Label values are looked up in this many label files where nothing states them.
-LABEL_FILES_READ = 8
+# Label values are looked up in so many label files at most where nothing states them; all, for nearly every data set.
+# A value that is in others only is told of by the data doctor, which reads every file.
+LABEL_FILES_READ = 500
+LABELS_JSON = "labels.json"
+# Formats whose labels are what their publishers say, whatever the files hold.
+PUBLISHED = ("BraTS 2020", "KiTS19", "iSeg", "HCP")
+BIDS = "BIDS derivatives"
+PER_CASE = "a folder per case"
 # What Slicer calls segments that nobody has named.
 UNNAMED = re.compile(r"segment([ _]\d+)?")
 # What decides whether a name that not all cases have is a channel.
@@ -138,7 +144,7 @@ def _bids(root: Path) -> Dataset | None:
     if not found:
         return None
     channels, cases = _with_channels(found)
-    return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, "BIDS derivatives")
+    return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, BIDS)
 
 
 def _ambiguous(case: str, what: str, first: Path, second: Path) -> InvresError:
@@ -150,15 +156,19 @@ def _ambiguous(case: str, what: str, first: Path, second: Path) -> InvresError:
 
 def _bids_scheme(root: Path, cases: list[Case]) -> LabelScheme:
     """Label names from the first *_dseg.tsv (columns index and name) at the root, a derivative's, or a case's."""
-    folders = [root, *list_folders(root / "derivatives")]
-    folders += list(dict.fromkeys(case.label.parent for case in cases if case.label is not None))
-    for table in (file for folder in folders for file in list_files(folder) if file.name.endswith("dseg.tsv")):
+    if (table := _bids_table(root, cases)) is not None:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
         if not rows or not all(is_number(row.get("index")) and row.get("name") for row in rows):
             raise InvresError(f"{table} must have the columns index and name.", hint="Correct its first line.")
         return plain_scheme((row["name"], (int(row["index"]),)) for row in rows)
     return _scheme_of_files(root, cases)
+
+
+def _bids_table(root: Path, cases: Iterable[Case]) -> Path | None:
+    folders = [root, *list_folders(root / "derivatives")]
+    folders += list(dict.fromkeys(case.label.parent for case in cases if case.label is not None))
+    return next((file for folder in folders for file in list_files(folder) if file.name.endswith("dseg.tsv")), None)
 
 
 def _folder_pair(root: Path) -> Dataset | None:
@@ -184,7 +194,11 @@ def _folder_pair(root: Path) -> Dataset | None:
     count = _channel_count(cases)
     channels = ["image"] if count == 1 else [f"channel_{index}" for index in range(count)]
     scheme = _scheme_of_files(root, cases)
-    return make_dataset(root.name, channels, scheme, cases, root, f"{images} and {labels} folders", True)
+    return make_dataset(root.name, channels, scheme, cases, root, _pair_name((images, labels)), True)
+
+
+def _pair_name(folders: tuple[str, str]) -> str:
+    return f"{folders[0]} and {folders[1]} folders"
 
 
 def _channel_count(cases: list[Case]) -> int:
@@ -218,13 +232,13 @@ def _folder_per_case(root: Path) -> Dataset | None:
     if not found:
         return None
     channels, cases = _with_channels(found)
-    return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, "a folder per case")
+    return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, PER_CASE)
 
 
 def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
-    """Names from a labels.json beside the data; else those that Slicer's segmentations give; else the values found in a
-    few label files, as label_1, label_2..."""
-    if (path := root / "labels.json").is_file():
+    """Names from a labels.json beside the data; else those that Slicer's segmentations give; else the values found in
+    the label files, as label_1, label_2..."""
+    if (path := root / LABELS_JSON).is_file():
         labels = read_json(path)
         if not isinstance(labels, dict):
             raise InvresError(f"{path} must be an object, got {labels!r}.", hint='Write {"1": "anterior"}.')
@@ -234,11 +248,28 @@ def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
     found: set[int] = set()
     for index in chosen:
         try:
-            found.update(int(value) for value in np.unique(read_volume(files[index], kind="labels").array))
+            found |= _values(read_volume(files[index], kind="labels").array)
         except InvresError:
             continue  # an unreadable file is named with its case when that case is loaded
     names = _segment_names(root, files)
     return plain_scheme((names.get(value, f"label_{value}"), (value,)) for value in found | names.keys())
+
+
+def _values(array: np.ndarray) -> set[int]:
+    """The values of a label map. Counting spares the sorting of `np.unique`."""
+    if array.dtype in (np.uint8, np.uint16):
+        return set(np.flatnonzero(np.bincount(array.ravel())).tolist())
+    return {int(value) for value in np.unique(array)}
+
+
+def label_list_of(dataset: Dataset) -> str:
+    """The file that lists the labels of a data set, or may do so; "" where its format says what they are."""
+    if dataset.layout in PUBLISHED:
+        return ""
+    if dataset.layout == BIDS and (table := _bids_table(dataset.root, dataset.cases)) is not None:
+        return table.name
+    free = dataset.layout in (BIDS, PER_CASE, *(_pair_name(pair) for pair in FOLDER_PAIRS))
+    return LABELS_JSON if free else "dataset.json"
 
 
 def _segment_names(root: Path, files: list[Path]) -> dict[int, str]:

@@ -227,6 +227,14 @@ def test_a_pair_of_folders_is_read_with_or_without_names(tmp_path, folders, name
     assert dataset.scheme.names == (("anterior", "posterior") if named else ("label_1", "label_4"))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_a_label_value_of_one_case_in_thirty_is_found(tmp_path, kind):
+    for number in range(30):
+        put(tmp_path / f"c{number:02d}" / "T1.nii.gz")
+        put(tmp_path / f"c{number:02d}" / "label.nii.gz", [1, 2] if number == 14 else [1], kind)
+    assert read_dataset(tmp_path).scheme.names == ("label_1", "label_2")
+
+
 @pytest.mark.parametrize("ending", [".hdr", ".nii", ".nii.gz"])
 def test_iseg_is_known_by_its_file_names(tmp_path, ending):
     for subject in (1, 2, 10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -222,3 +223,21 @@ def test_a_label_that_a_case_lacks_and_others_have_is_named(build):
     assert found[0].message == "half has no y, which other cases have; its voxels are learned as background."
     nobody = LabelScheme((Label("x", (1,), 1), Label("z", (3,), 2)))
     assert not [one for one in check_dataset(build.dataset(nobody)) if one.code == "missing_label_value"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "named", "wanted"),
+    [
+        ("nnU-Net v2", False, "add them to `labels` in dataset.json"),
+        ("a folder per case", False, "name all label values in labels.json"),
+        ("images and labels folders", True, "add them to labels.json"),
+        ("BIDS derivatives", False, "name all label values in labels.json"),
+        ("KiTS19", False, "KiTS19 has no such labels"),
+    ],
+)
+def test_the_file_is_named_in_which_a_label_value_is_to_be_written(build, layout, named, wanted):
+    build.add("bad", label=label_of(1, 2, 7))
+    if named:
+        (build.folder / "labels.json").write_text('{"1": "x", "2": "y"}')
+    (finding,) = check_dataset(dataclasses.replace(build.dataset(), layout=layout))
+    assert finding.code == "unknown_label_value" and wanted in finding.action
