@@ -65,7 +65,7 @@ ALLOWED = {
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
     "prepared": "cases config configjson events files preprocessing volume",
-    "doctor": "cases config dataset_json events layouts preprocessing volume",
+    "doctor": "cases config dataset_json events expectation layouts preprocessing volume",
     "evaluation": "config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
