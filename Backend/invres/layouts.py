@@ -40,7 +40,8 @@ LABEL_STEMS = ("label", "labels", "seg", "segmentation")
 LABEL_FILES_READ = 500
 LABELS_JSON = "labels.json"
 # Formats whose labels are what their publishers say, whatever the files hold.
-PUBLISHED = ("BraTS 2020", "KiTS19", "iSeg", "HCP")
+PUBLISHED = ("BraTS 2020", "BraTS 2023", "KiTS19", "iSeg", "HCP")
+BRATS_CHANNELS = ["T1", "T1ce", "T2", "FLAIR"]
 BIDS = "BIDS derivatives"
 PER_CASE = "a folder per case"
 # What Slicer calls segments that nobody has named.
@@ -68,7 +69,29 @@ def _brats(root: Path) -> Dataset | None:
         Label("enhancing_tumour", (4,), 4),
     )
     scheme = LabelScheme(regions, regions=True)
-    return make_dataset(root.name, ["T1", "T1ce", "T2", "FLAIR"], scheme, cases, root, "BraTS 2020") if cases else None
+    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2020") if cases else None
+
+
+def _brats_2023(root: Path) -> Dataset | None:
+    """BraTS 2023 and 2024: BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c,t2w,t2f,seg}.nii.gz.
+
+    Of glioma, metastases, meningioma and Africa (GLI, MET, MEN, SSA), whose labels are the same; the children's (PED)
+    have others in 2024, so they are read as any folder per case. The last number is that of the visit. Enhancing tumour
+    is 3, where it was 4 until 2020; channels and regions have the names of 2020, so that models of either know the data
+    of both.
+    """
+    cases = []
+    for folder in list_folders(root, r"BraTS-(GLI|MET|MEN|SSA)-\d+-\d+"):
+        files = {stem_of(file).removeprefix(f"{folder.name}-").lower(): file for file in list_volumes(folder)}
+        images = tuple(files.get(key, folder / f"{folder.name}-{key}.nii.gz") for key in ("t1n", "t1c", "t2w", "t2f"))
+        cases.append(Case(folder.name, images, files.get("seg"), folder.name.rpartition("-")[0]))
+    regions = (
+        Label("whole_tumour", (1, 2, 3), 2),
+        Label("tumour_core", (1, 3), 1),
+        Label("enhancing_tumour", (3,), 3),
+    )
+    scheme = LabelScheme(regions, regions=True)
+    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2023") if cases else None
 
 
 def _kits(root: Path) -> Dataset | None:
@@ -212,13 +235,14 @@ def _channel_count(cases: list[Case]) -> int:
 
 
 def _folder_per_case(root: Path) -> Dataset | None:
-    """A folder per case with files named by channel (T1.nii.gz, or CASE_T1.nii.gz) and label, seg or segmentation."""
+    """A folder per case with files named by channel (T1.nii.gz, CASE_T1.nii.gz or CASE-T1.nii.gz) and label, seg or
+    segmentation."""
     found: list[Found] = []
     for folder in list_folders(root):
         images: dict[str, Path] = {}
         label = None
         for file in list_volumes(folder):
-            channel = stem_of(file).removeprefix(f"{folder.name}_")
+            channel = stem_of(file).removeprefix(f"{folder.name}_").removeprefix(f"{folder.name}-")
             if channel.lower() in LABEL_STEMS:
                 if label is not None:
                     raise _ambiguous(folder.name, "label", label, file)
@@ -331,6 +355,7 @@ def _with_channels(found: list[Found]) -> tuple[list[str], list[Case]]:
 # In the order of trial: names that no other format uses come first.
 FOLDER_READERS: tuple[Callable[[Path], Dataset | None], ...] = (
     _brats,
+    _brats_2023,
     _kits,
     _iseg,
     _hcp,
