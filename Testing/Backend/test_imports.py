@@ -118,7 +118,7 @@ ALLOWED = {
     "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
-        "synthesisconfig volume"
+        "synthesisconfig validation volume"
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
