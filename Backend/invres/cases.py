@@ -40,7 +40,7 @@ Split = tuple[tuple[str, ...], tuple[str, ...]]
 
 FORMATS = (
     "a dataset.json (nnU-Net v2 or Decathlon), folders images and labels, a folder per case, "
-    "BIDS, iSeg, BraTS 2020, KiTS19 or HCP"
+    "BIDS, iSeg, BraTS 2020 or 2023, KiTS19 or HCP"
 )
 
 

@@ -12,9 +12,11 @@ import numpy as np
 
 from . import InvresError
 from .cases import Case, Dataset, case_problems, split_cases
-from .config import LabelScheme
+from .config import ChannelPlan
 from .dataset_json import read_json
 from .events import SILENT, Recorder, Reporter
+from .expectation import unlike_modality
+from .layouts import LABELS_JSON, label_list_of
 from .preprocessing import IMAGE_TOLERANCE_MM, LABEL_TOLERANCE_MM
 from .volume import Geometry, Volume
 
@@ -72,7 +74,7 @@ def check_dataset(dataset: Dataset, report: Reporter = SILENT) -> list[Finding]:
         report.progress("check.cases", index + 1, len(dataset.cases))
     findings += _spacing_outliers(spacings)
     findings += _duplicates(dataset, digests)
-    findings += _missing_labels(dataset.scheme, labelled)
+    findings += _missing_labels(dataset, labelled)
     findings += _whole_dataset(dataset)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(findings, key=lambda finding: (order[finding.severity], finding.case))
@@ -159,7 +161,7 @@ def _check_case(
     close = stored.same_as(stored_label, tolerance_mm=LABEL_TOLERANCE_MM)
     label = (Volume(label.array, stored) if close else label).canonical()
     labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
-    yield from _check_label_values(case.name, labelled[case.name], dataset.scheme)
+    yield from _check_label_values(case.name, labelled[case.name], dataset)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         yield from _check_label_place(case.name, volumes, label.array, modalities)
     else:
@@ -184,9 +186,20 @@ def _check_volume(case: str, channel: str, modality: str, volume: Volume) -> Ite
             f"The {channel} volume of {case} starts at {lowest:g} and looks like CT, but its channel is not called CT.",
             "It is z-scored like MR; name the channel CT in dataset.json to have Hounsfield units clipped and scaled.",
         )
+    elif modality == "CT" and unlike_modality([ChannelPlan(channel, modality)], [volume.array]):
+        yield Finding(
+            case,
+            "warning",
+            "not_hounsfield",
+            f"The {channel} volume of {case} does not look like CT in Hounsfield units: its smallest value is "
+            f"{lowest:g}, and air has about -1000.",
+            "It is clipped and scaled as Hounsfield units all the same; export it with its rescaling, or give the "
+            "channel another name if it is no CT.",
+        )
 
 
-def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iterator[Finding]:
+def _check_label_values(case: str, found: set[int], dataset: Dataset) -> Iterator[Finding]:
+    scheme = dataset.scheme
     known = {value for entry in scheme.labels for value in entry.values}
     if scheme.ignore_value is not None:
         known.add(scheme.ignore_value)
@@ -196,7 +209,7 @@ def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iter
             "warning",
             "empty_label",
             f"The label of {case} is empty: it holds background only.",
-            "The case is trained on as it is; remove it if something should be labelled.",
+            "The case teaches background only; draw what should be labelled, or remove the case.",
         )
     if unknown := sorted(found - known):
         values = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
@@ -205,8 +218,20 @@ def _check_label_values(case: str, found: set[int], scheme: LabelScheme) -> Iter
             "warning",
             "unknown_label_value",
             f"The label of {case} has values that the data set does not name: {values}.",
-            "They count as background; add them to `labels` in dataset.json to learn them.",
+            _how_to_name(dataset),
         )
+
+
+def _how_to_name(dataset: Dataset) -> str:
+    """What to do about label values that the data set does not name."""
+    listed = label_list_of(dataset)
+    if not listed:
+        return f"They count as background, for {dataset.layout} has no such labels; correct them, if that is wrong."
+    if listed == LABELS_JSON:
+        there = "add them to" if (dataset.root / listed).is_file() else "name all label values in"
+        return f'They count as background; {there} {listed} beside the data ({{"1": "anterior"}}) to learn them.'
+    where = f"`labels` in {listed}" if listed == "dataset.json" else listed
+    return f"They count as background; add them to {where} to learn them."
 
 
 def _label_grid(case: str, image: Geometry, label: Geometry) -> Finding:
@@ -312,9 +337,33 @@ def _duplicates(dataset: Dataset, digests: dict[str, str]) -> Iterator[Finding]:
         )
 
 
-def _missing_labels(scheme: LabelScheme, labelled: dict[str, set[int]]) -> Iterator[Finding]:
-    """Cases without a label that others have; those whose label map is empty are told of by `_check_label_values`."""
-    used = [label for label in scheme.labels if any(values & set(label.values) for values in labelled.values())]
+def _missing_labels(dataset: Dataset, labelled: dict[str, set[int]]) -> Iterator[Finding]:
+    """Labels that no case has, and cases without a label that others have; those whose label map is empty are told of
+    by `_check_label_values`.
+    """
+    labels = dataset.scheme.labels
+    used = [label for label in labels if any(values & set(label.values) for values in labelled.values())]
+    if labelled and not used:
+        names = f" ({', '.join(label.name for label in labels)})" if labels else ""
+        yield Finding(
+            "",
+            "error",
+            "nothing_labelled",
+            f"No case of {dataset.name} has a labelled voxel{names}.",
+            "Draw what is to be learned, or correct the label values; training refuses the data set until then.",
+        )
+        return
+    listed = label_list_of(dataset)
+    for label in (one for one in labels if labelled and one not in used):
+        yield Finding(
+            "",
+            "warning",
+            "unused_label",
+            f"No case has the label {label.name} ({', '.join(map(str, label.values))}), so it cannot be learned.",
+            f"Take it out of {listed} or correct the value there, unless cases with it are to come."
+            if listed
+            else "Nothing to do where there is none to be seen; else add a case that has it.",
+        )
     for case, values in labelled.items():
         missing = [label.name for label in used if not values & set(label.values)]
         if values and missing:

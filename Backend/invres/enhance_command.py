@@ -75,7 +75,7 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
     from .trainingrun import TrainOptions
 
     assert recipe.enhancement is not None  # the caller has looked
-    scans = find_scans(options.data, recipe.enhancement.kind)
+    scans = find_scans(options.data, recipe.enhancement.kind, report)
     choices = TrainOptions(
         options.device, options.resume, licence=options.licence, source=options.source, name=options.name
     )
@@ -100,7 +100,7 @@ def evaluate_enhancement(options: argparse.Namespace, report: Reporter) -> None:
     from .scans import find_scans
 
     plan = _plan(package)
-    scans = find_scans(options.data, plan.kind)
+    scans = find_scans(options.data, plan.kind, report)
     load_torch(report)
     from .enhancement import EnhanceOptions, errors_of_scans
     from .enhancementscores import summary_of

@@ -23,6 +23,7 @@ from .networks import SegmentationNetwork
 from .prediction import confidence_of, predict_probabilities
 from .preprocessing import SAME_SPACING, nonzero_box
 from .synthesisconfig import LabelMapConfig
+from .validation import mean_of_present
 from .volume import read_volume, resample
 
 __all__ = ["CHANNEL", "SyntheticScenes", "label_map_batches", "label_map_plan", "read_label_maps"]
@@ -94,13 +95,14 @@ class SyntheticScenes:
         config = TrainingConfig(patch=self._window, batch_size=1, seed=seed)
         maps = [_prepared(dataset.case(name), recipe, folder, report) for name in names]
         self._count = SCENES * len(maps)
+        self._present = np.zeros(len(self._names), dtype=bool)
         settings = dataclasses.replace(_settings(recipe), beginning=None, beginning_iterations=0)
         self._batches = LabelMapBatches(maps, dataset.scheme, settings, config, device, complete=False)
 
     def validate(self, network: SegmentationNetwork) -> dict[str, float]:
-        """The mean Dice of each label, and of all as "mean"."""
+        """The mean Dice of each label, and of all that the maps have as "mean"."""
         means = self.scores(network)[0].mean(axis=0)
-        return {**dict(zip(self._names, means.tolist(), strict=True)), "mean": float(means.mean())}
+        return {**dict(zip(self._names, means.tolist(), strict=True)), "mean": mean_of_present(means, self._present)}
 
     def scores(self, network: SegmentationNetwork) -> tuple[np.ndarray, list[float]]:
         """Dice (scenes, labels), and the confidence of each scene."""
@@ -114,6 +116,7 @@ class SyntheticScenes:
                 np.stack([(array == label).cpu().numpy() for label in labels]) for array in (found, target[0])
             )
             scores.append(dice_by_label(predicted, reference))
+            self._present |= reference.any(axis=(1, 2, 3))
         return np.array(scores), confidences
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,20 @@ from .segmentation_file import segment_names
 from .volume import read_channels, read_volume
 from .volume_io import read_header
 
-__all__ = ["FOLDER_PAIRS", "FOLDER_READERS"]
+__all__ = ["FOLDER_PAIRS", "FOLDER_READERS", "LABELS_JSON", "label_list_of"]
 
 FOLDER_PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 LABEL_STEMS = ("label", "labels", "seg", "segmentation")
-# Label values are looked up in this many label files where nothing states them.
-LABEL_FILES_READ = 8
+# Label values are looked up in so many label files at most where nothing states them; all, for nearly every data set.
+# A value that is in others only is told of by the data doctor, which reads every file.
+LABEL_FILES_READ = 500
+LABELS_JSON = "labels.json"
+# Formats whose labels are what their publishers say, whatever the files hold.
+PUBLISHED = ("BraTS 2020", "BraTS 2023", "KiTS19", "iSeg", "HCP")
+BRATS_CHANNELS = ["T1", "T1ce", "T2", "FLAIR"]
+BIDS = "BIDS derivatives"
+PER_CASE = "a folder per case"
 # What Slicer calls segments that nobody has named.
 UNNAMED = re.compile(r"segment([ _]\d+)?")
 # What decides whether a name that not all cases have is a channel.
@@ -62,7 +69,29 @@ def _brats(root: Path) -> Dataset | None:
         Label("enhancing_tumour", (4,), 4),
     )
     scheme = LabelScheme(regions, regions=True)
-    return make_dataset(root.name, ["T1", "T1ce", "T2", "FLAIR"], scheme, cases, root, "BraTS 2020") if cases else None
+    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2020") if cases else None
+
+
+def _brats_2023(root: Path) -> Dataset | None:
+    """BraTS 2023 and 2024: BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c,t2w,t2f,seg}.nii.gz.
+
+    Of glioma, metastases, meningioma and Africa (GLI, MET, MEN, SSA), whose labels are the same; the children's (PED)
+    have others in 2024, so they are read as any folder per case. The last number is that of the visit. Enhancing tumour
+    is 3, where it was 4 until 2020; channels and regions have the names of 2020, so that models of either know the data
+    of both.
+    """
+    cases = []
+    for folder in list_folders(root, r"BraTS-(GLI|MET|MEN|SSA)-\d+-\d+"):
+        files = {stem_of(file).removeprefix(f"{folder.name}-").lower(): file for file in list_volumes(folder)}
+        images = tuple(files.get(key, folder / f"{folder.name}-{key}.nii.gz") for key in ("t1n", "t1c", "t2w", "t2f"))
+        cases.append(Case(folder.name, images, files.get("seg"), folder.name.rpartition("-")[0]))
+    regions = (
+        Label("whole_tumour", (1, 2, 3), 2),
+        Label("tumour_core", (1, 3), 1),
+        Label("enhancing_tumour", (3,), 3),
+    )
+    scheme = LabelScheme(regions, regions=True)
+    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2023") if cases else None
 
 
 def _kits(root: Path) -> Dataset | None:
@@ -138,7 +167,7 @@ def _bids(root: Path) -> Dataset | None:
     if not found:
         return None
     channels, cases = _with_channels(found)
-    return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, "BIDS derivatives")
+    return make_dataset(root.name, channels, _bids_scheme(root, cases), cases, root, BIDS)
 
 
 def _ambiguous(case: str, what: str, first: Path, second: Path) -> InvresError:
@@ -150,15 +179,19 @@ def _ambiguous(case: str, what: str, first: Path, second: Path) -> InvresError:
 
 def _bids_scheme(root: Path, cases: list[Case]) -> LabelScheme:
     """Label names from the first *_dseg.tsv (columns index and name) at the root, a derivative's, or a case's."""
-    folders = [root, *list_folders(root / "derivatives")]
-    folders += list(dict.fromkeys(case.label.parent for case in cases if case.label is not None))
-    for table in (file for folder in folders for file in list_files(folder) if file.name.endswith("dseg.tsv")):
+    if (table := _bids_table(root, cases)) is not None:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
         if not rows or not all(is_number(row.get("index")) and row.get("name") for row in rows):
             raise InvresError(f"{table} must have the columns index and name.", hint="Correct its first line.")
         return plain_scheme((row["name"], (int(row["index"]),)) for row in rows)
     return _scheme_of_files(root, cases)
+
+
+def _bids_table(root: Path, cases: Iterable[Case]) -> Path | None:
+    folders = [root, *list_folders(root / "derivatives")]
+    folders += list(dict.fromkeys(case.label.parent for case in cases if case.label is not None))
+    return next((file for folder in folders for file in list_files(folder) if file.name.endswith("dseg.tsv")), None)
 
 
 def _folder_pair(root: Path) -> Dataset | None:
@@ -184,7 +217,11 @@ def _folder_pair(root: Path) -> Dataset | None:
     count = _channel_count(cases)
     channels = ["image"] if count == 1 else [f"channel_{index}" for index in range(count)]
     scheme = _scheme_of_files(root, cases)
-    return make_dataset(root.name, channels, scheme, cases, root, f"{images} and {labels} folders", True)
+    return make_dataset(root.name, channels, scheme, cases, root, _pair_name((images, labels)), True)
+
+
+def _pair_name(folders: tuple[str, str]) -> str:
+    return f"{folders[0]} and {folders[1]} folders"
 
 
 def _channel_count(cases: list[Case]) -> int:
@@ -198,13 +235,14 @@ def _channel_count(cases: list[Case]) -> int:
 
 
 def _folder_per_case(root: Path) -> Dataset | None:
-    """A folder per case with files named by channel (T1.nii.gz, or CASE_T1.nii.gz) and label, seg or segmentation."""
+    """A folder per case with files named by channel (T1.nii.gz, CASE_T1.nii.gz or CASE-T1.nii.gz) and label, seg or
+    segmentation."""
     found: list[Found] = []
     for folder in list_folders(root):
         images: dict[str, Path] = {}
         label = None
         for file in list_volumes(folder):
-            channel = stem_of(file).removeprefix(f"{folder.name}_")
+            channel = stem_of(file).removeprefix(f"{folder.name}_").removeprefix(f"{folder.name}-")
             if channel.lower() in LABEL_STEMS:
                 if label is not None:
                     raise _ambiguous(folder.name, "label", label, file)
@@ -218,13 +256,13 @@ def _folder_per_case(root: Path) -> Dataset | None:
     if not found:
         return None
     channels, cases = _with_channels(found)
-    return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, "a folder per case")
+    return make_dataset(root.name, channels, _scheme_of_files(root, cases), cases, root, PER_CASE)
 
 
 def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
-    """Names from a labels.json beside the data; else those that Slicer's segmentations give; else the values found in a
-    few label files, as label_1, label_2..."""
-    if (path := root / "labels.json").is_file():
+    """Names from a labels.json beside the data; else those that Slicer's segmentations give; else the values found in
+    the label files, as label_1, label_2..."""
+    if (path := root / LABELS_JSON).is_file():
         labels = read_json(path)
         if not isinstance(labels, dict):
             raise InvresError(f"{path} must be an object, got {labels!r}.", hint='Write {"1": "anterior"}.')
@@ -234,11 +272,28 @@ def _scheme_of_files(root: Path, cases: list[Case]) -> LabelScheme:
     found: set[int] = set()
     for index in chosen:
         try:
-            found.update(int(value) for value in np.unique(read_volume(files[index], kind="labels").array))
+            found |= _values(read_volume(files[index], kind="labels").array)
         except InvresError:
             continue  # an unreadable file is named with its case when that case is loaded
     names = _segment_names(root, files)
     return plain_scheme((names.get(value, f"label_{value}"), (value,)) for value in found | names.keys())
+
+
+def _values(array: np.ndarray) -> set[int]:
+    """The values of a label map. Counting spares the sorting of `np.unique`."""
+    if array.dtype in (np.uint8, np.uint16):
+        return set(np.flatnonzero(np.bincount(array.ravel())).tolist())
+    return {int(value) for value in np.unique(array)}
+
+
+def label_list_of(dataset: Dataset) -> str:
+    """The file that lists the labels of a data set, or may do so; "" where its format says what they are."""
+    if dataset.layout in PUBLISHED:
+        return ""
+    if dataset.layout == BIDS and (table := _bids_table(dataset.root, dataset.cases)) is not None:
+        return table.name
+    free = dataset.layout in (BIDS, PER_CASE, *(_pair_name(pair) for pair in FOLDER_PAIRS))
+    return LABELS_JSON if free else "dataset.json"
 
 
 def _segment_names(root: Path, files: list[Path]) -> dict[int, str]:
@@ -300,6 +355,7 @@ def _with_channels(found: list[Found]) -> tuple[list[str], list[Case]]:
 # In the order of trial: names that no other format uses come first.
 FOLDER_READERS: tuple[Callable[[Path], Dataset | None], ...] = (
     _brats,
+    _brats_2023,
     _kits,
     _iseg,
     _hcp,

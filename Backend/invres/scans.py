@@ -21,6 +21,9 @@ __all__ = ["Scan", "ScanFiles", "find_scans", "read_scan", "scan_of"]
 Triple = tuple[int, int, int]
 MASK = "_mask"
 HCP_MASK = "nodif_brain_mask"
+# Label maps of a data set, by their folder (labels, labelsTr) and by the end of their name.
+LABEL_FOLDER = "label"
+LABEL_ENDINGS = ("_seg", "_dseg", "_label", "_labels")
 DEEPEST = 4  # folders below the one that is given; HCP has subject/T1w/Diffusion
 
 
@@ -92,11 +95,13 @@ class Scan:
         return dataclasses.replace(self, signal=signal, mask=self.mask[box], geometry=self.geometry.crop(box))
 
 
-def find_scans(root: Path, kind: Kind) -> tuple[ScanFiles, ...]:
+def find_scans(root: Path, kind: Kind, report: Reporter = SILENT) -> tuple[ScanFiles, ...]:
     """The scans in a folder and the folders in it, of one file, or of a text file with a path a line.
 
     kind "tensor": every volume with a .bval and a .bvec beside it (or `bvals` and `bvecs`, as in HCP). kind "image":
     every other volume. A file of the same name ending in `_mask`, or HCP's `nodif_brain_mask`, is the scan's mask.
+    In a folder, label maps are left out, as a note says: files ending in `_seg`, `_dseg`, `_label` or `_labels`, and
+    folders whose name starts with `label`. Files that are given by name are always taken.
     Raises InvresError where there is none, or two have one name.
     """
     if root.is_file() and root.suffix.lower() == ".txt":
@@ -108,12 +113,22 @@ def find_scans(root: Path, kind: Kind) -> tuple[ScanFiles, ...]:
         files = _volumes_below(root, DEEPEST)
     base = root if root.is_dir() else root.parent
     found = []
+    left_out = 0
     for file in files:
         stem = stem_of(file)
+        if root.is_dir() and _is_label_map(file, root):
+            left_out += 1
+            continue
         if stem.endswith(MASK) or stem == HCP_MASK or (gradient_files(file) is None) == (kind == "tensor"):
             continue
         named = file.parent.relative_to(base) / stem if file.is_relative_to(base) else Path(stem)
         found.append(dataclasses.replace(scan_of(file, kind), name=named.as_posix()))
+    if left_out:
+        what, they = ("file is", "it looks") if left_out == 1 else ("files are", "they look")
+        report.note(
+            f"{left_out} {what} left out, for {they} like label maps by folder ({LABEL_FOLDER}...) or name "
+            f"({', '.join(LABEL_ENDINGS)})."
+        )
     if not found:
         what = "diffusion scan (a 4D volume with .bval and .bvec beside it)" if kind == "tensor" else "volume"
         raise InvresError(
@@ -124,6 +139,12 @@ def find_scans(root: Path, kind: Kind) -> tuple[ScanFiles, ...]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvresError(f"Two scans have the name {twice}.", hint="Rename or remove one of them.")
     return tuple(found)
+
+
+def _is_label_map(file: Path, root: Path) -> bool:
+    """By the names of the file and of the folders below `root`."""
+    folders = (part.lower() for part in file.parent.relative_to(root).parts)
+    return stem_of(file).lower().endswith(LABEL_ENDINGS) or any(part.startswith(LABEL_FOLDER) for part in folders)
 
 
 def scan_of(image: Path, kind: Kind) -> ScanFiles:

@@ -56,7 +56,7 @@ from .trainingrun import (
     training_summary,
     write_run,
 )
-from .validation import card_scores, validator
+from .validation import card_scores, labels_in_files, validator
 from .volume import Geometry
 
 __all__ = ["train"]
@@ -155,13 +155,16 @@ def _train(
     else:
         scores, confidences = card_scores(network, validation_cases, dataset, recipe, device)
         volumes = [case_volumes_ml(case, scheme) for case in training_cases]
-    metrics = _metrics("Dice", scores, scheme)
+    # A label that no case held out has would be on the card with a Dice of 1 for not being found.
+    label_maps = recipe.label_maps is not None or not names[1]
+    shown = np.ones(len(scheme.labels), dtype=bool) if label_maps else labels_in_files(names[1], dataset)
+    metrics = _metrics("Dice", scores, scheme, shown)
     for number, channel in enumerate(plan.channels):
         if channel.optional:
             # One at a time: they are copies in memory, unlike the prepared cases.
             lacking = (one for case in validation_cases if (one := without_channel(case, number)) is not None)
             scores, _ = card_scores(network, lacking, dataset, recipe, device)
-            for label, spread in _metrics(f"Dice without {channel.name}", scores, scheme).items():
+            for label, spread in _metrics(f"Dice without {channel.name}", scores, scheme, shown).items():
                 metrics[label] |= spread
     return save_package(
         output / MODEL,
@@ -183,10 +186,14 @@ def _train(
     )
 
 
-def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme) -> dict[str, Any]:
-    """A metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases."""
+def _metrics(metric: str, table: np.ndarray, scheme: LabelScheme, shown: np.ndarray) -> dict[str, Any]:
+    """A metric (cases, labels) as mean, sd and n by label, for the package; nothing where there are no cases.
+
+    shown: bool (labels), those to have.
+    """
     spreads: dict[str, Any] = {}
-    for name, column in zip(scheme.names, table.T, strict=True) if len(table) else ():
+    columns = zip(scheme.names, table.T, shown, strict=True) if len(table) else ()
+    for name, column in ((name, column) for name, column, wanted in columns if wanted):
         sd = float(column.std(ddof=1)) if len(column) > 1 else None
         spreads[name] = {metric: {"mean": float(column.mean()), "sd": sd, "n": len(column)}}
     return spreads

@@ -19,7 +19,7 @@ from .restoration import restore_probabilities
 from .trainer import Validation
 from .volume import Volume, read_volume
 
-__all__ = ["card_scores", "validator"]
+__all__ = ["card_scores", "labels_in_files", "mean_of_present", "validator"]
 
 Triple = tuple[int, int, int]
 
@@ -31,7 +31,8 @@ def validator(
 ) -> Validation | None:
     """A function from a network to the mean Dice of each label and their "mean", of whole cases; None without cases.
 
-    It is taken on the prepared grid, which is quick and tells one epoch from another; not what spacing costs.
+    It is taken on the prepared grid, which is quick and tells one epoch from another; not what spacing costs. The mean,
+    by which an epoch is chosen, is that of `mean_of_present`.
     """
     chosen = cases[: config.validation_cases] if config.validation_cases else cases
     if not chosen:
@@ -39,14 +40,38 @@ def validator(
     options = SegmentOptions(overlap=VALIDATION_OVERLAP)
 
     def validate(network: SegmentationNetwork) -> dict[str, float]:
-        scores = []
+        scores, present = [], np.zeros(len(scheme.labels), dtype=bool)
         for case in chosen:
             probabilities = _predict(network, case, scheme.regions, config.patch, options, device)
-            scores.append(_dice(probabilities, case, scheme))
-        means = dict(zip(scheme.names, np.mean(scores, axis=0).tolist(), strict=True))
-        return {**means, "mean": float(np.mean(scores))}
+            dice, there = _dice(probabilities, case, scheme)
+            scores.append(dice)
+            present |= there
+        means = np.mean(scores, axis=0)
+        return {
+            **dict(zip(scheme.names, means.tolist(), strict=True)),
+            "mean": mean_of_present(means, present),
+        }
 
     return validate
+
+
+def mean_of_present(means: np.ndarray, present: np.ndarray) -> float:
+    """The mean over labels of their Dice, without those that no reference has; of all where none has any.
+
+    A label that is nowhere scores 1 for not being found, from the first epoch on: that says nothing of the network.
+    """
+    return float(means[present].mean() if present.any() else means.mean())
+
+
+def labels_in_files(names: Iterable[str], dataset: Dataset) -> np.ndarray:
+    """Which labels have a voxel in the label map of any of the named cases, bool (labels); all where none has."""
+    present = np.zeros(len(dataset.scheme.labels), dtype=bool)
+    for name in names:
+        path = dataset.case(name).label
+        if path is not None and not present.all():
+            reference = read_volume(path, kind="labels").array
+            present |= [np.isin(reference, entry.values).any() for entry in dataset.scheme.labels]
+    return present if present.any() else ~present
 
 
 def card_scores(
@@ -95,8 +120,8 @@ def _predict(
     return predict_probabilities(network, image, window, regions, options, stitch_device="cpu")
 
 
-def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) -> list[float]:
-    """Dice of each label on the prepared grid."""
+def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) -> tuple[list[float], np.ndarray]:
+    """Dice of each label on the prepared grid, and which labels the reference has there."""
     assert case.label is not None  # validation cases are labelled
     reference = np.asarray(case.label)
     targets = scheme_targets(reference, scheme)
@@ -105,7 +130,7 @@ def _dice(probabilities: torch.Tensor, case: PreparedCase, scheme: LabelScheme) 
     else:
         best = probabilities.argmax(dim=0).cpu().numpy()
         predicted = np.stack([best == index + 1 for index in range(len(scheme.labels))])
-    return dice_by_label(predicted & (reference >= 0), targets)
+    return dice_by_label(predicted & (reference >= 0), targets), np.asarray(targets.any(axis=(1, 2, 3)))
 
 
 def _file_dice(found: Volume, name: str, dataset: Dataset) -> list[float]:

@@ -200,7 +200,7 @@ def test_bids_subjects_are_patients_and_names_come_from_the_table(tmp_path, sess
     assert [(label.name, label.values) for label in dataset.scheme.labels] == [("Lesion", (3,))]
 
 
-@pytest.mark.parametrize("prefix", ["", "{}_"])
+@pytest.mark.parametrize("prefix", ["", "{}_", "{}-"])
 @pytest.mark.parametrize("label", ["label", "seg", "Segmentation", "labels"])
 def test_a_folder_per_case_is_read_with_its_label_values(tmp_path, label, prefix):
     for case in ("anna", "bert"):
@@ -225,6 +225,14 @@ def test_a_pair_of_folders_is_read_with_or_without_names(tmp_path, folders, name
     dataset = read_dataset(tmp_path)
     assert len(dataset.cases) == 2 and dataset.channel_names == ("image",)
     assert dataset.scheme.names == (("anterior", "posterior") if named else ("label_1", "label_4"))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_a_label_value_of_one_case_in_thirty_is_found(tmp_path, kind):
+    for number in range(30):
+        put(tmp_path / f"c{number:02d}" / "T1.nii.gz")
+        put(tmp_path / f"c{number:02d}" / "label.nii.gz", [1, 2] if number == 14 else [1], kind)
+    assert read_dataset(tmp_path).scheme.names == ("label_1", "label_2")
 
 
 @pytest.mark.parametrize("ending", [".hdr", ".nii", ".nii.gz"])
@@ -260,6 +268,33 @@ def test_brats_has_four_channels_and_three_regions(tmp_path, ending):
         ((1, 4), 1),
         ((4,), 4),
     ]
+
+
+def test_brats_2023_has_the_channels_and_regions_of_2020_and_visits_of_patients(tmp_path):
+    for name in ("BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-MET-00002-000"):
+        for channel in ("t1n", "t1c", "t2w", "t2f"):
+            put(tmp_path / name / f"{name}-{channel}.nii.gz")
+        if "MET" not in name:
+            put(tmp_path / name / f"{name}-seg.nii.gz", [1, 2, 3])
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "BraTS 2023" and dataset.channel_names == ("T1", "T1ce", "T2", "FLAIR")
+    endings = [path.name.rpartition("-")[2] for path in dataset.cases[0].images]
+    assert endings == ["t1n.nii.gz", "t1c.nii.gz", "t2w.nii.gz", "t2f.nii.gz"]
+    assert [case.patient for case in dataset.cases] == ["BraTS-GLI-00001", "BraTS-GLI-00001", "BraTS-MET-00002"]
+    assert len(dataset.labelled_cases) == 2 and dataset.scheme.regions
+    assert [(label.name, label.values, label.output_value) for label in dataset.scheme.labels] == [
+        ("whole_tumour", (1, 2, 3), 2),
+        ("tumour_core", (1, 3), 1),
+        ("enhancing_tumour", (3,), 3),
+    ]
+
+
+def test_other_cases_of_brats_are_folders_with_the_values_found(tmp_path):
+    put(tmp_path / "BraTS-PED-00001-000" / "BraTS-PED-00001-000-t1n.nii.gz")
+    put(tmp_path / "BraTS-PED-00001-000" / "BraTS-PED-00001-000-seg.nii.gz", [1, 4])
+    dataset = read_dataset(tmp_path)
+    assert dataset.layout == "a folder per case" and dataset.channel_names == ("t1n",)
+    assert dataset.scheme.names == ("label_1", "label_4")
 
 
 def test_kits_is_ct_and_its_test_cases_have_no_label(tmp_path):

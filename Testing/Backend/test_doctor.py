@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -182,7 +183,9 @@ def test_the_same_voxels_in_two_cases_are_found_and_a_leak_is_an_error(build, ot
 
 def test_label_values_with_gaps_are_noted_as_renumbered(build):
     scheme = LabelScheme((Label("x", (1,), 1), Label("y", (2,), 2), Label("z", (205,), 205)))
-    (finding,) = check_dataset(build.dataset(scheme))
+    for name in ("good3", "good4"):
+        build.add(name, label=label_of(1, 2, 205))
+    (finding,) = [one for one in check_dataset(build.dataset(scheme)) if one.code != "missing_label_value"]
     assert (finding.code, finding.case, finding.severity) == ("labels_renumbered", "", "note")
     assert "1, 2, 205" in finding.message
 
@@ -222,3 +225,53 @@ def test_a_label_that_a_case_lacks_and_others_have_is_named(build):
     assert found[0].message == "half has no y, which other cases have; its voxels are learned as background."
     nobody = LabelScheme((Label("x", (1,), 1), Label("z", (3,), 2)))
     assert not [one for one in check_dataset(build.dataset(nobody)) if one.code == "missing_label_value"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "named", "wanted"),
+    [
+        ("nnU-Net v2", False, "add them to `labels` in dataset.json"),
+        ("a folder per case", False, "name all label values in labels.json"),
+        ("images and labels folders", True, "add them to labels.json"),
+        ("BIDS derivatives", False, "name all label values in labels.json"),
+        ("KiTS19", False, "KiTS19 has no such labels"),
+    ],
+)
+def test_the_file_is_named_in_which_a_label_value_is_to_be_written(build, layout, named, wanted):
+    build.add("bad", label=label_of(1, 2, 7))
+    if named:
+        (build.folder / "labels.json").write_text('{"1": "x", "2": "y"}')
+    (finding,) = check_dataset(dataclasses.replace(build.dataset(), layout=layout))
+    assert finding.code == "unknown_label_value" and wanted in finding.action
+
+
+def test_a_label_that_no_case_has_is_named_once(build):
+    scheme = LabelScheme((*SCHEME.labels, Label("ghost", (3,), 3)))
+    (finding,) = check_dataset(build.dataset(scheme))
+    assert (finding.severity, finding.code, finding.case) == ("warning", "unused_label", "")
+    assert finding.message == "No case has the label ghost (3), so it cannot be learned."
+    assert finding.action.startswith("Take it out of dataset.json or correct the value")
+    (published,) = check_dataset(dataclasses.replace(build.dataset(scheme), layout="KiTS19"))
+    assert "dataset.json" not in published.action
+
+
+@pytest.mark.parametrize("values", [(), (7,)], ids=["empty", "other values"])
+def test_no_labelled_voxel_in_any_case_is_an_error_as_training_refuses_it(tmp_path, values):
+    build = Builder(tmp_path)
+    for name in ("a", "b"):
+        build.add(name, label=label_of(*values))
+    (error,) = [one for one in check_dataset(build.dataset()) if one.severity == "error"]
+    assert (error.code, error.case) == ("nothing_labelled", "")
+    assert error.message == "No case of tiny has a labelled voxel (x, y)."
+
+
+def test_a_ct_without_a_negative_value_is_told_of(build):
+    air = np.full(GRID.shape, -1000.0, np.float32)
+    air[2:-2] = 40
+    dataset = Builder(build.folder)
+    dataset.add("scan", image=air)
+    dataset.add("shifted", image=air + 1024)
+    dataset.cases = [dataclasses.replace(case, images=case.images[:1]) for case in dataset.cases]
+    one = Dataset("tiny", ("CT",), ("CT",), SCHEME, tuple(dataset.cases), build.folder, "test")
+    (finding,) = check_dataset(one)
+    assert (finding.severity, finding.code, finding.case) == ("warning", "not_hounsfield", "shifted")

@@ -65,7 +65,7 @@ ALLOWED = {
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
     "prepared": "cases config configjson events files preprocessing volume",
-    "doctor": "cases config dataset_json events preprocessing volume",
+    "doctor": "cases config dataset_json events expectation layouts preprocessing volume",
     "evaluation": "config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
@@ -118,7 +118,7 @@ ALLOWED = {
     "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
     "labelmaps": (
         "cases config dataset_json events files labelmapbatches metrics networks prediction preprocessing "
-        "synthesisconfig volume"
+        "synthesisconfig validation volume"
     ),
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (

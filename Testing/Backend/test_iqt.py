@@ -191,6 +191,22 @@ def test_scans_are_found_with_what_lies_beside_them(tmp_path):
         find_scans(tmp_path / "a" / "t1.nii.gz", "tensor")
 
 
+def test_label_maps_are_no_scans_and_a_note_says_how_many_are_left_out(tmp_path):
+    for place in ("imagesTr", "labelsTr", "Labels/manual", "more"):
+        (tmp_path / place).mkdir(parents=True)
+    grid = Geometry((6,) * 3, (1,) * 3, (0,) * 3, RAS)
+    label_maps = ("labelsTr/a", "Labels/manual/a", "more/b_seg", "more/b_dseg", "more/b_LABEL", "more/b_labels")
+    for name in ("imagesTr/a", "more/b", "more/b_mask", *label_maps):
+        write_volume(tmp_path / f"{name}.nii.gz", Volume(np.ones((6, 6, 6), np.uint8), grid))
+    report = Recorder()
+    assert [scan.name for scan in find_scans(tmp_path, "image", report)] == ["imagesTr/a", "more/b"]
+    (note,) = [event["message"] for event in report.events if event["event"] == "note"]
+    assert note.startswith("6 files are left out, for they look like label maps")
+    # What is given itself is taken, whatever it is called.
+    assert len(find_scans(tmp_path / "labelsTr", "image")) == 1
+    assert len(find_scans(tmp_path / "more" / "b_seg.nii.gz", "image")) == 1
+
+
 def test_the_diffusion_folder_of_hcp_is_trained_on_and_evaluated_as_unpacked(tmp_path):
     """Diffusion Preprocessed: `data` with `bvals`, `bvecs` and a mask, and the coils' `grad_dev` beside it."""
     for subject in ("100307", "100408"):

@@ -194,6 +194,26 @@ def test_the_validation_dice_is_that_of_the_definition(regions):
     assert few(Answer())["mean"] == pytest.approx(np.mean(scores[:2]))
 
 
+def test_a_label_that_no_validation_case_has_does_not_choose_the_epoch(tmp_path):
+    label = np.zeros((4, 4, 4), np.int16)
+    label[1] = 1
+    case = PreparedCase("c", np.zeros((1, 4, 4, 4), np.float32), label, None, None)
+    scheme = LabelScheme((Label("a", (1,), 1), Label("ghost", (2,), 2)))
+    network = lambda x: NetworkOutput(torch.zeros(len(x), 3, *x.shape[2:]))  # noqa: E731
+    scores = validator([case], scheme, TrainingConfig(patch=(4, 4, 4)), torch.device("cpu"))(network)
+    assert scores == {"a": 0.0, "ghost": 1.0, "mean": 0.0}
+
+
+def test_a_label_that_no_validation_case_has_is_not_on_the_card(tmp_path):
+    folder = write_dataset(tmp_path / "data", cases=3, channels=("T1",))
+    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    description["labels"]["ghost"] = 9
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    dataset = read_dataset(folder)
+    package = train(dataset, tiny_recipe(epochs=1), tmp_path / "run", TrainOptions(device="cpu", validation_count=1))
+    assert tuple(package.manifest.metrics) == tuple(name for name in dataset.scheme.names if name != "ghost")
+
+
 def test_where_the_maps_of_a_validation_do_not_fit_the_cpu_joins_them(monkeypatch):
     case = PreparedCase("c", np.zeros((1, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.int16), None, None)
     asked, real = [], validation.predict_probabilities
