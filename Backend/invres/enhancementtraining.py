@@ -34,6 +34,7 @@ from .trainingrun import (
     lengthened,
     note_budget,
     remembered,
+    resumable,
     run_folder,
     started_run,
     training_summary,
@@ -63,7 +64,7 @@ def train_enhancer(
     if settings is None:
         raise InvresError(f"The recipe {recipe.name} segments images.", hint="Give one with the key enhancement.")
     with run_folder(output, options.resume):
-        return _train(scans, recipe, settings, output, options, report, stop)
+        return _train(scans, recipe, settings, output, resumable(output, options, report), report, stop)
 
 
 def _train(

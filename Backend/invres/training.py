@@ -50,6 +50,7 @@ from .trainingrun import (
     lengthened,
     note_budget,
     remembered,
+    resumable,
     run_folder,
     started_recipe,
     started_run,
@@ -78,7 +79,7 @@ def train(
     does not fit; Cancelled after a stop was requested (everything is saved).
     """
     with run_folder(output, options.resume):
-        return _train(dataset, recipe, output, options, report, stop)
+        return _train(dataset, recipe, output, resumable(output, options, report), report, stop)
 
 
 def _train(

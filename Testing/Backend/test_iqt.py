@@ -622,6 +622,8 @@ def test_the_verbs_train_and_resume(images, tmp_path):
     recipe = tmp_path / "iqt.json"
     recipe.write_text(json.dumps(to_dict(recipe_of())), encoding="utf-8")
     command = ("train", "-d", images, "-r", recipe, "-o", tmp_path / "run")
+    new = invres("train", "-d", images, "-r", recipe, "-o", tmp_path / "new", "--resume", "--json")
+    assert new.code == 0 and "so the training starts" in " ".join(event["message"] for event in new.of("note")), new
     outcome = invres(*command, "--licence", "CC0-1.0", "--source", "A ball.")
     assert outcome.code == 0 and "RMSE of cubic interpolation" in outcome.out, outcome
     manifest = open_package(tmp_path / "run" / "model").manifest
