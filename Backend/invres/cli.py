@@ -49,11 +49,29 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         # Before Python 3.14 argparse takes -1.5e-05 for an option's name.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it. What is unknown to a verb is told by the verb, whose options it may have meant."""
+        self._given = list(args or ())
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _nearest_option(self) -> str:
+        """A question for the option that a misspelt one may have meant; "" where none is misspelt, or none is near."""
+        names = [text.partition("=")[0] for text in self._given if text.startswith("--")]
+        known = [text for text in self._option_string_actions if text.startswith("--")]
+        unknown = [name for name in names if not any(text.startswith(name) for text in known)]
+        return next((question for name in unknown if (question := nearest(name, known))), "")
 
     def error(self, message: str) -> NoReturn:
         hint = f"See `{self.prog} --help`."
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             hint = f"{nearest(found[1], re.findall(r'[^, ]+', found[2].replace(chr(39), '')))} {hint}".strip()
+        elif message.startswith(("unrecognized arguments", "the following arguments are required")):
+            hint = f"{self._nearest_option()} {hint}".strip()
         raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=hint, code="usage")
 
 

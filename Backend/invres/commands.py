@@ -16,7 +16,7 @@ from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
-from .events import Reporter, format_bytes, format_seconds
+from .events import Reporter, TerminalReporter, format_bytes, format_seconds
 from .interruption import postponed
 from .manifest import check_name
 from .model_commands import describe, models
@@ -65,6 +65,9 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         options.one_piece,
     )
     check_files(manifest, inputs, options.output, options.probabilities)
+    # Said to a person only: the panel and scripts name files that they have made for this.
+    if isinstance(report, TerminalReporter) and options.output.exists():
+        report.note(f"{options.output} was there before and is replaced.")
     other = _other_model(package, options.locate) if options.locate else None
     load_torch(report)
     from .inference import NetworkKeeper

@@ -17,7 +17,7 @@ from .diffusion import COMPONENTS
 from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter
 from .imagepairs import PatchPairs, PatchScores, choose_centres, plan_of, prepare_pairs
-from .manifest import PATCHES
+from .manifest import PATCHES, check_name
 from .memory import predict_enhancement
 from .modelpackage import ModelPackage, save_package
 from .networks import BORDER, build_enhancer
@@ -86,6 +86,7 @@ def _train(
         options = remembered(output, options)
         assert recipe.enhancement is not None  # `_resumed` has looked
         settings = recipe.enhancement
+    check_name(options.name or recipe.name)  # before hours of training, after which no package could be saved
     config = recipe.training
     if min(config.patch) <= 2 * BORDER:
         raise InvresError(
