@@ -21,6 +21,8 @@ BENCH_SECONDS = 420.0  # after which `bench` starts no further try for the large
 
 def bench(options: argparse.Namespace, report: Reporter) -> None:
     check_sizes(options)
+    if options.rounds < 1:
+        raise InvresError(f"--rounds must be 1 or more, got {options.rounds}.", hint="5 is usual.")
     load_torch(report, "benchmark")
     from .benchmark import bench_gradients, bench_memory, bench_time, describe_machine, table
     from .cube import bench_cube
@@ -107,6 +109,12 @@ def bench(options: argparse.Namespace, report: Reporter) -> None:
         lambda: bench_variants(*size, report),
         ["network", "variant", "patch", "memory", "precision", *peaks, "error"],
     )
+    rows = [row for part in results.values() if isinstance(part, list) for row in part]
+    if rows and all(row.get("error") for row in rows):
+        raise InvresError(
+            f"Nothing could be measured; the first error is: {str(rows[0]['error']).rstrip('.')}.",
+            hint="Try another --patch, --channels or --classes.",
+        )
     if options.output and isinstance(results.get("depth"), list):
         draw_depth(results["depth"], options.output / "depth.png")
     say(report, "\n".join(texts))

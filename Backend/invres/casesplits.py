@@ -44,6 +44,10 @@ def plan_parts(cases: Sequence[Case], seed: int, folds: int = 0, validation_coun
     """
     patients = sorted({case.patient for case in cases})
     np.random.RandomState(seed).shuffle(patients)
+    if validation_count < 0:
+        raise InvresError(
+            f"{validation_count} cases cannot be held out.", hint="Give 1 or more, or 0 to have the cases split."
+        )
     if folds and validation_count:
         raise InvresError("Folds and a validation count cannot be asked for together.", hint="Give one of them.")
     if folds and not 2 <= folds <= len(patients):

@@ -50,11 +50,29 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         # Before Python 3.14 argparse takes -1.5e-05 for an option's name.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it. What is unknown to a verb is told by the verb, whose options it may have meant."""
+        self._given = list(args or ())
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _nearest_option(self) -> str:
+        """A question for the option that a misspelt one may have meant; "" where none is misspelt, or none is near."""
+        names = [text.partition("=")[0] for text in self._given if text.startswith("--")]
+        known = [text for text in self._option_string_actions if text.startswith("--")]
+        unknown = [name for name in names if not any(text.startswith(name) for text in known)]
+        return next((question for name in unknown if (question := nearest(name, known))), "")
 
     def error(self, message: str) -> NoReturn:
         hint = f"See `{self.prog} --help`."
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             hint = f"{nearest(found[1], re.findall(r'[^, ]+', found[2].replace(chr(39), '')))} {hint}".strip()
+        elif message.startswith(("unrecognized arguments", "the following arguments are required")):
+            hint = f"{self._nearest_option()} {hint}".strip()
         raise InvresError(f"{message[:1].upper()}{message[1:]}.", hint=hint, code="usage")
 
 
@@ -169,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("-r", "--recipe", help="name or JSON file (default: default; with --resume that of the run)")
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
-    one.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
     one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="instead of the recipe's")
     one.add_argument("-t", "--time", metavar="30m", help="time budget: 90s, 30m, 2h")
     one.add_argument("--epochs", type=int, help="end after so many (default: the recipe's)")
@@ -188,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_fold,
         help="validated on, of 5 or of splits_final.json (default: 0); all: train on every case",
     )
-    one.add_argument("--validation-count", type=int, default=0, help="validate on this many cases instead of a fold")
+    one.add_argument("--validation-count", type=int, help="validate on this many cases instead of a fold")
     one.add_argument("--name", default="", help="of the trained model (default: the recipe's)")
     one.add_argument("--licence", default="", help="licence of the trained model, written into the package")
     one.add_argument("--source", default="", help="where the data come from, in words, written into the package")
@@ -340,8 +358,8 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default fp32)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default: the recipe's, or adam)")
-    one.add_argument("--folds", type=int, default=0, help="hold each patient out once, in this many groups")
-    one.add_argument("--validation-count", type=int, default=0, help="hold this many cases out of a single training")
+    one.add_argument("--folds", type=int, help="hold each patient out once, in this many groups")
+    one.add_argument("--validation-count", type=int, help="hold this many cases out of a single training")
     one.add_argument("--new-labels", action="store_true", help="the cases may have no label of the model's")
     one.add_argument("--check-base", type=Path, metavar="DATA", help="also see what is forgotten of these cases")
     one.add_argument("--promote", action="store_true", help="take the tuned model whatever the proof says")

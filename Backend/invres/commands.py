@@ -16,7 +16,7 @@ from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
-from .events import Reporter, WhileHeard, format_bytes, format_seconds
+from .events import Reporter, TerminalReporter, WhileHeard, format_bytes, format_seconds
 from .interruption import postponed
 from .manifest import check_name
 from .model_commands import describe, models
@@ -65,6 +65,9 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         options.one_piece,
     )
     check_files(manifest, inputs, options.output, options.probabilities)
+    # Said to a person only: the panel and scripts name files that they have made for this.
+    if isinstance(report, TerminalReporter) and options.output.exists():
+        report.note(f"{options.output} was there before and is replaced.")
     other = _other_model(package, options.locate) if options.locate else None
     load_torch(report)
     from .inference import NetworkKeeper
@@ -116,11 +119,16 @@ def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callabl
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
-    of_run = options.resume and options.recipe is None
+    from .runfolder import RUN
+
+    # A run that ended before its first step has nothing to go on from, so the same command starts it.
+    resumed = options.resume and (options.output / RUN).is_file()
+    of_run = resumed and options.recipe is None
     recipe = None if of_run else _changed(recipe_named(options.recipe or "default"), options)
     vram_bytes = parse_bytes(options.vram) if options.vram else 0
     if options.name:
         check_name(options.name)
+    _check_counts(options)
     if options.fold is not None and options.validation_count:
         raise InvresError(
             "--fold and --validation-count both say which cases are held out.", hint="Give one of them.", code="usage"
@@ -130,7 +138,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     dataset = None
     if recipe is not None and recipe.enhancement is None and recipe.label_maps is None:
         # A run that is resumed goes on as it was started, whatever is asked for now.
-        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0 or options.resume)
+        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0 or resumed)
     heard = WhileHeard(report)
     load_torch(heard)
     from .labelmaps import read_label_maps
@@ -139,7 +147,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .training import train as run
     from .trainingrun import TrainOptions, started_recipe
 
-    if options.resume:
+    if resumed:
         started = started_recipe(options.output)
         recipe = _changed(started, options) if recipe is None else _with_budget(recipe, started, options)
     assert recipe is not None
@@ -154,7 +162,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         device=options.device,
         resume=options.resume,
         fold={None: 0, "all": None}.get(options.fold, options.fold),
-        validation_count=options.validation_count,
+        validation_count=options.validation_count or 0,
         licence=options.licence,
         source=options.source,
         vram_bytes=vram_bytes,
@@ -188,7 +196,18 @@ def _say_if_learned_nothing(package: ModelPackage, report: Reporter) -> None:
         )
 
 
+def _check_counts(options: argparse.Namespace) -> None:
+    """Raises InvresError for numbers of cases or groups that would hold nothing out."""
+    count, folds = options.validation_count, vars(options).get("folds")
+    if count is not None and count < 1:
+        every = "to train on every case use --fold all" if "fold" in options else "or leave it out"
+        raise InvresError(f"--validation-count must be at least 1, got {count}.", hint=f"Give 1 or more; {every}.")
+    if folds is not None and folds < 2:
+        raise InvresError(f"--folds must be at least 2, got {folds}.", hint="Give 2 or more, or leave it out.")
+
+
 def finetune(options: argparse.Namespace, report: Reporter) -> None:
+    _check_counts(options)
     package = segmenter_named(options.model)
     wishes = {
         field: value
@@ -221,8 +240,8 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         resume=options.resume,
         recipe=recipe,
         wishes=wishes,
-        folds=options.folds,
-        validation_count=options.validation_count,
+        folds=options.folds or 0,
+        validation_count=options.validation_count or 0,
         freeze=options.freeze,
         vae=options.vae,
         synthetic=options.synthetic,

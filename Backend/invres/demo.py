@@ -63,8 +63,9 @@ def tissues_of(labels: np.ndarray, scheme: LabelScheme) -> np.ndarray:
 def run(package: ModelPackage, output: Path, device: str = "auto", report: Reporter = SILENT) -> dict[str, Any]:
     """Segments the T1 and scores it. Returns paths, figures and a readable `text`.
 
-    package: a model of one MR channel with labels of the brain.
+    package: a model of one MR channel with labels of the brain. Raises InvresError for a model of something else.
     """
+    _check_brain(package)
     output.mkdir(parents=True, exist_ok=True)
     manifest, chosen = package.manifest, choose_device(device)
     t1, reference = template()
@@ -122,6 +123,16 @@ def run(package: ModelPackage, output: Path, device: str = "auto", report: Repor
         "model": str(package.path),
         "text": text,
     }
+
+
+def _check_brain(package: ModelPackage) -> None:
+    manifest = package.manifest
+    names = [name.casefold() for name in manifest.scheme.names]
+    if manifest.plan.crop is not None or not any(word in name for name in names for word in (*_FLUID, *_WHITE)):
+        raise InvresError(
+            f"{package.name} is not a model of the whole brain, whose tissues the demo scores.",
+            hint="Choose a model with labels of fluid or white matter, or leave --model out.",
+        )
 
 
 def _template_files() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from .diffusion import COMPONENTS
 from .enhancementconfig import EnhancementConfig
 from .events import SILENT, Reporter
 from .imagepairs import PatchPairs, PatchScores, choose_centres, plan_of, prepare_pairs
-from .manifest import PATCHES
+from .manifest import PATCHES, check_name
 from .memory import predict_enhancement
 from .modelpackage import ModelPackage, save_package
 from .networks import BORDER, build_enhancer
@@ -34,6 +34,7 @@ from .trainingrun import (
     lengthened,
     note_budget,
     remembered,
+    resumable,
     run_folder,
     started_run,
     training_summary,
@@ -63,7 +64,7 @@ def train_enhancer(
     if settings is None:
         raise InvresError(f"The recipe {recipe.name} segments images.", hint="Give one with the key enhancement.")
     with run_folder(output, options.resume):
-        return _train(scans, recipe, settings, output, options, report, stop)
+        return _train(scans, recipe, settings, output, resumable(output, options, report), report, stop)
 
 
 def _train(
@@ -85,6 +86,7 @@ def _train(
         options = remembered(output, options)
         assert recipe.enhancement is not None  # `_resumed` has looked
         settings = recipe.enhancement
+    check_name(options.name or recipe.name)  # before hours of training, after which no package could be saved
     config = recipe.training
     if min(config.patch) <= 2 * BORDER:
         raise InvresError(

@@ -17,6 +17,8 @@ _NO_MEMORY = (
     "cublas_status_alloc_failed",
     # cuDNN, where no way to compute a convolution fits: https://github.com/pytorch/pytorch/issues/108645
     "unable to find an engine to execute this computation",
+    # MONAI's sliding windows, which put this in the place of what torch said.
+    "seems to be oom",
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

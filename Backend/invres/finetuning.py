@@ -23,6 +23,7 @@ from .devices import choose_device
 from .events import SILENT, Reporter
 from .files import written_whole
 from .labelmatching import check_known, named_by_value
+from .manifest import check_name
 from .modelpackage import ModelPackage
 from .parttraining import NOTHING_TO_KEEP, TRANSFER, PartTrainer
 from .proof import Proof, manifest_metrics, read_reference
@@ -118,6 +119,7 @@ def _held(
         return finished_result(output, options.promote, report)
     # A mistake there is told before hours of training, and before there is a run that only --resume goes on with.
     options = plan.remembered(options, report) if started else options
+    check_name(options.name or base.name)
     reference = read_reference(options.check_base, base, plan.plan, report) if options.check_base else None
     if reference is not None and crop is not None:
         reference = cropped(reference, crop, output / REFERENCE_CROPS, report, lambda: stop.requested)

@@ -143,9 +143,15 @@ def _boxes(
     """What a whole image is cut to for a model that was trained on crops, nothing for other models and for crops; and
     the bytes that finding it took."""
     plan = package.manifest.plan
-    if plan.crop is None or (is_crop(plan.crop, volumes) and not options.roi_mm):
+    if plan.crop is None:
+        return [], 0
+    if is_crop(plan.crop, volumes) and not options.roi_mm:
+        if locate is not None:
+            report.note("The image is a crop already, so nothing has to be located and --locate is left out.")
         return [], 0
     if options.roi_mm:
+        if locate is not None:
+            report.note("With --roi nothing has to be located, so --locate is left out.")
         return [options.roi_mm], 0
     if locate is not None:
         return locate(volumes, report)

@@ -95,7 +95,7 @@ class Manifest:
     weights_bytes: int
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        _check_text(self.name)
         for key, digits in (("id", 32), ("parent", 32), ("sha256", 64)):
             value = getattr(self, key)
             if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value) and not (key == "parent" and value == ""):
@@ -150,7 +150,17 @@ class Manifest:
 
 
 def check_name(name: str) -> None:
-    """Raises InvresError for what cannot be the name of a model."""
+    """Raises InvresError for what a new model cannot be called. Older ones with such a name are still read."""
+    _check_text(name)
+    # `--model` takes these for a path, so the model could not be named.
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise InvresError(
+            f"The name of a model cannot be . or .. and has neither / nor \\, got {name!r}.",
+            hint="Choose another name (--name), with - or _ instead.",
+        )
+
+
+def _check_text(name: str) -> None:
     if not name.strip() or not name.isprintable():
         raise InvresError(f"name must be printable text that is not empty, got {name!r}.")
 

@@ -20,7 +20,7 @@ from .enhancementconfig import EnhancementPlan
 from .events import SILENT, Reporter
 from .expectation import Expectation
 from .lineage import active_members, family_of, read_active, set_active
-from .manifest import Manifest, TrainingSummary, manifest_from_json, manifest_to_json
+from .manifest import Manifest, TrainingSummary, check_name, manifest_from_json, manifest_to_json
 from .networkconfig import NetworkConfig
 from .packagefiles import (
     AGAIN,
@@ -132,6 +132,7 @@ def save_package(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    check_name(name)
     target = _absolute(path)
     for key, tensor in state_dict.items():
         if not bool(torch.isfinite(tensor).all()):

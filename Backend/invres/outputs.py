@@ -12,6 +12,7 @@ from .files import WRITABLE_ENDINGS
 
 __all__ = ["beside", "check_outputs", "check_report", "with_ending"]
 
+SEGMENTATION = ".seg.nrrd"
 ANOTHER = "Choose another name."
 
 
@@ -72,6 +73,13 @@ def beside(path: Path, name: str) -> Path:
 
 
 def _check_name(path: Path, also: str) -> None:
+    if not also and path.name.lower().endswith(SEGMENTATION):
+        # It would be written as an image, which a program that goes by the ending takes for labels.
+        raise InvresError(
+            f"{path.name} has the ending of a segmentation, but an image is written: the allowed endings are "
+            f"{', '.join(WRITABLE_ENDINGS)}.",
+            hint="Choose one of these endings.",
+        )
     if not path.name.lower().endswith(WRITABLE_ENDINGS):
         raise InvresError(
             f"{path.name} cannot be written: the allowed endings are {', '.join(WRITABLE_ENDINGS)}{also}.",

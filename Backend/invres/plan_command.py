@@ -32,16 +32,42 @@ TENSOR = 6  # components
 PATCHES = {False: (128, 128, 128), True: (11, 11, 11)}  # whether the network enhances; the second is published
 
 
+_OF_STEPS = ("patch", "channels", "classes", "batch", "recipe", "network", "vram", "measure")
+_OF_VOLUMES = ("shape", "roi_shape", "mirror", "window", "locate")
+
+
 def plan(options: argparse.Namespace, report: Reporter) -> None:
     if options.training and not options.model:
         raise InvresError(
             "`invres plan --training` needs the model: --model M.",
             hint="Without a model, leave --training out: then a network is planned.",
         )
+    if options.training:
+        _refuse(options, (*_OF_STEPS, *_OF_VOLUMES, "spacing"), "do not count for fine-tuning; the model has its sizes")
+    elif options.model:
+        of_training = (*_OF_STEPS, *_CHOICES, "vae")
+        _refuse(options, of_training, "are for training a network, and --model asks for segmenting")
+    else:
+        _refuse(options, _OF_VOLUMES, "are for segmenting, which needs --model M")
     if options.model:
         (_plan_tuning if options.training else _plan_segmentation)(options, report)
     else:
         _plan_training(options, report)
+
+
+def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Raises InvresError where options are given that would not count: their absence in the answer is not seen."""
+    given = {name: getattr(options, name) for name in names}
+    # Not None alone: without the options, --window has zeros and --measure is False; --no-vae is False as well.
+    asked = [
+        f"--{name.replace('_', '-')}"
+        for name, value in given.items()
+        if (any(value) if name == "window" else value if name == "measure" else value is not None)
+    ]
+    if asked:
+        raise InvresError(
+            f"The following options {why}: {', '.join(asked)}.", hint="Leave them out, or see `invres plan --help`."
+        )
 
 
 def _plan_training(options: argparse.Namespace, report: Reporter) -> None:

@@ -21,6 +21,11 @@ def named_inputs(texts: Sequence[str], channels: Sequence[ChannelPlan]) -> dict[
         # A path may hold "=" itself.
         if not separator or Path(text).exists():
             channel, path = "", text
+        if not path:
+            raise InvresError(
+                f"The path after {text} is empty." if text else "The path of an input is empty.",
+                hint=f"Give a file or a DICOM folder: {each_channel(channels)}.",
+            )
         if channel in inputs:
             raise InvresError(
                 f"The channel {channel} is given twice." if channel else "Two inputs have no channel name.",

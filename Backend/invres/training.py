@@ -22,6 +22,7 @@ from .events import SILENT, Reporter
 from .expectation import of_volumes
 from .labelmapbatches import LabelMapBatches
 from .labelmaps import SyntheticScenes, label_map_batches, label_map_plan
+from .manifest import check_name
 from .memory import predict_for
 from .mirroring import check_mirror, with_kept_flips
 from .modelpackage import ModelPackage, save_package
@@ -50,6 +51,7 @@ from .trainingrun import (
     lengthened,
     note_budget,
     remembered,
+    resumable,
     run_folder,
     started_recipe,
     started_run,
@@ -78,7 +80,7 @@ def train(
     does not fit; Cancelled after a stop was requested (everything is saved).
     """
     with run_folder(output, options.resume):
-        return _train(dataset, recipe, output, options, report, stop)
+        return _train(dataset, recipe, output, resumable(output, options, report), report, stop)
 
 
 def _train(
@@ -111,6 +113,7 @@ def _train(
         if options.vram_bytes:
             recipe = fit_recipe(recipe, options.vram_bytes, dataset.scheme.regions, report)
             recipe = dataclasses.replace(recipe, network=with_patch(recipe.network, recipe.training.patch))
+    check_name(options.name or recipe.name)  # before hours of training, after which no package could be saved
     if set(names[0]) & set(names[1]):
         report.warning("There is only one patient, so the Dice is measured on the training case itself; expect less.")
     scheme, config = dataset.scheme, recipe.training

@@ -39,6 +39,7 @@ __all__ = [
     "lengthened",
     "note_budget",
     "remembered",
+    "resumable",
     "run_folder",
     "software_versions",
     "started_recipe",
@@ -107,6 +108,14 @@ def run_folder(output: Path, resume: bool) -> Iterator[None]:
                 f"There is already a training in {output}.", hint="Add --resume to go on, or give another folder."
             )
         yield
+
+
+def resumable(output: Path, options: TrainOptions, report: Reporter) -> TrainOptions:
+    """The options, to start a training where one is to be resumed that ended before it had begun."""
+    if not options.resume or (output / RUN).is_file():
+        return options
+    report.note(f"There is nothing in {output} to resume, so the training starts.")
+    return dataclasses.replace(options, resume=False)
 
 
 def remembered(output: Path, options: TrainOptions) -> TrainOptions:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_datasets import invres
 
 from invres import benchmark, cube, variants
 from invres.benchmark import ENGINE_TABLE, bench_gradients, bench_memory, bench_time, describe_machine, table
@@ -270,3 +271,15 @@ def test_variants_stand_beside_what_they_are_variants_of(monkeypatch):
         assert many["ratio"] == many["peak_bytes"] / by_key[name, "plain", "low"]["peak_bytes"]
     baseline, *ours = [row for row in rows if row["variant"] == "whole volume"]
     assert baseline["network"] == "unet3d" and baseline["ratio"] == 1 and all(row["ratio"] < 1 for row in ours)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_table_of_nothing_but_errors_is_an_error(monkeypatch, tmp_path, all_of_them):
+    rows = [{"network": "unet3d", "error": "ValueError: too small."}]
+    rows += [] if all_of_them else [{"network": "unet3d", "peak_bytes": 8}]
+    monkeypatch.setattr(benchmark, "bench_memory", lambda *_: rows)
+    outcome = invres("bench", "memory", "-o", tmp_path, "--json")
+    assert outcome.code == (2 if all_of_them else 0), outcome
+    if all_of_them:
+        assert "the first error is: ValueError: too small." in outcome.events[-1]["message"]
+    assert "too small" in (tmp_path / "bench.md").read_text(encoding="utf-8")

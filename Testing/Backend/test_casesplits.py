@@ -68,6 +68,7 @@ def test_the_seed_decides():
         ({"folds": 1}, "1 folds were asked for"),
         ({"folds": 5}, "the data have 4 patients"),
         ({"validation_count": 4}, "leave no patient of 4"),
+        ({"validation_count": -2}, "-2 cases cannot be held out"),
         ({"folds": 2, "validation_count": 1}, "cannot be asked for together"),
     ],
 )

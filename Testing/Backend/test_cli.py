@@ -131,6 +131,30 @@ def test_the_version_is_told():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("segment", "--modle", "a", "-i", "b", "-o", "c"), "Did you mean '--model'? See `invres segment --help`."),
+        (("describe", "x", "--jsn"), "Did you mean '--json'? See `invres describe --help`."),
+        (("segment", "-m", "a", "-i", "b", "c", "-o", "d"), "See `invres segment --help`."),
+        (("segment", "--mod", "a", "-i", "b"), "See `invres segment --help`."),
+    ],
+)
+def test_a_wrong_option_leads_to_its_verb(arguments, hint):
+    error = invres(*arguments, "--json").events[-1]
+    assert (error["code"], error["hint"]) == ("usage", hint)
+
+
+def test_a_person_is_told_what_is_replaced(place, tmp_path):
+    output = tmp_path / "out.nii.gz"
+    command = ("segment", "-m", place / "single", "-i", place / "t1.nii.gz", "-o", output, "--device", "cpu")
+    told = f"{output} was there before and is replaced."
+    assert told not in invres(*command).err
+    assert told in invres(*command).err
+    again = invres(*command, "--json")
+    assert again.code == 0 and told not in [event["message"] for event in again.of("note")]
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ((), "The following arguments are required: VERB."),
@@ -263,6 +287,7 @@ def test_a_reader_that_goes_away_makes_no_traceback(place):
         (torch.OutOfMemoryError("CUDA out of memory."), 3, "out_of_memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"), 3, "out_of_memory"),
         (RuntimeError("GET was unable to find an engine to execute this computation"), 3, "out_of_memory"),
+        (RuntimeError("roi size (96, 96, 96)\nSeems to be OOM. Please try smaller"), 3, "out_of_memory"),
         (OSError(28, "No space left on device", "/a/b"), 2, "disk_full"),
         (OSError(28, "No space left on device"), 2, "disk_full"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "bad_input"),
@@ -517,13 +542,14 @@ def test_an_input_that_is_no_volume_is_told(place, refused, tmp_path, kind, endi
         (["T1=t1"], "The model Phantom takes the 2 channels T1, T2; got T1."),
         (["T1=t1", "FLAIR=t2"], "takes the 2 channels T1, T2; got T1, FLAIR."),
         (["T1=t1", "T1=t2"], "The channel T1 is given twice."),
+        (["T1=t1", "T2="], "The path after T2= is empty."),
         (["t1", "t2"], "Two inputs have no channel name."),
         (["t1"], "holds 1 volume."),
     ],
 )
 def test_wrong_channels_are_told_with_how_to_give_them(place, refused, tmp_path, inputs, told):
     named = [text.replace("=t", f"={place}/t") if "=" in text else f"{place}/{text}" for text in inputs]
-    flags = [f"--input={text}.nii.gz" for text in named]
+    flags = [f"--input={text}" if text.endswith("=") else f"--input={text}.nii.gz" for text in named]
     message, hint = refused("segment", "-m", place / "model", *flags, "-o", tmp_path / "o.nrrd", "--device", "cpu")
     assert told in message and "--input T1=FILE --input T2=FILE" in hint
 
@@ -750,8 +776,6 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["-n", "unet3d", "-r", "WIDTHS"], "fixes the widths of fully_invres and cannot serve unet3d", "network"),
         (["-n", "unet3d", "--engine", "reversible"], "unet3d does not run under the engine 'reversible'", ""),
         (["--device", "gpu"], "There is no device 'gpu'", ""),
-        (["--resume"], "There is no training in", "--resume"),
-        (["--resume", "-r", "default"], "There is no training in", "--resume"),
         (["--time=-5m"], "A time is given as 90s, 30m or 2h, got '-5m'.", ""),
         (["--time", "0"], "A time is given as 90s, 30m or 2h, got '0'.", ""),
         (["--time", "soon"], "A time is given as 90s, 30m or 2h, got 'soon'.", ""),
@@ -760,6 +784,8 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
         (["--fold", "5"], "There is no fold 5; the data set has the folds 0 to 1.", ""),
         (["--fold", "-1"], "There is no fold -1", ""),
+        (["--validation-count", "0"], "--validation-count must be at least 1, got 0.", "use --fold all"),
+        (["--validation-count", "-2"], "--validation-count must be at least 1, got -2.", "use --fold all"),
         (["--validation-count", "2"], "must be 1 to 1 for 2 labelled cases, got 2", ""),
         (["-d", "NOWHERE"], "There is no data set at", ""),
         (["-d", "RECIPES"], "No data set format was recognised", ""),
@@ -894,6 +920,16 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["plan", "--memory", "least"], "invalid choice: 'least'"),
         (["plan", "-n", "unet3d", "--engine", "memcnn"], "unet3d does not run under the engine 'memcnn'"),
         (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
+        (["finetune", "-m", "x", "-d", "nowhere", "-o", "run", "--validation-count", -2], "least 1, got -2."),
+        (["finetune", "-m", "x", "-d", "nowhere", "-o", "run", "--folds", -1], "--folds must be at least 2, got -1."),
+        (["plan", "--shape", 9, 9, 9, "--mirror"], "are for segmenting, which needs --model M: --shape, --mirror."),
+        (["plan", "--window", 8, 8, 8, "--locate", "x"], "needs --model M: --window, --locate."),
+        (["plan", "-m", "x", "--vram", "8GB", "--no-vae"], "--model asks for segmenting: --vram, --vae."),
+        (["plan", "-m", "x", "--training", "--patch", 8, 8, 8, "--batch", 0], "sizes: --patch, --batch."),
+        (["plan", "-m", "x", "--training", "--shape", 8, 8, 8], "do not count for fine-tuning; the model"),
+        (["bench", "time", "--rounds", 0], "--rounds must be 1 or more, got 0."),
+        (["train", "-d", "x", "-o", "run", "--name", "a/b"], "has neither / nor \\, got 'a/b'."),
+        (["finetune", "-m", "brain-any-contrast", "-d", "x", "-o", "run", "--name", ".."], "cannot be . or .."),
         (["check", "-d", "nowhere"], "There is no data set at nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "m.json"], "nowhere"),
         (["evaluate", "-p", "nowhere", "-r", "nowhere", "-o", "."], "is a folder, not a file"),

@@ -80,3 +80,15 @@ def test_what_is_told_can_be_read_by_people_and_programs(outcome):
 def test_a_model_that_is_not_there_is_told(tmp_path):
     outcome = invres("demo", "--model", "brain-any-contrst", "--output", tmp_path / "out")
     assert outcome.code == 2 and "brain-any-contrst" in outcome.err and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_of_a_brain_is_refused(package, tmp_path):
+    scheme = LabelScheme(tuple(Label(name, (value,), value) for value, name in enumerate(("a", "b", "c", "d"), 1)))
+    fields = {name: getattr(package.manifest, name) for name in ("network", "plan", "patch")}
+    other = save_package(tmp_path / "m", name="liver", state_dict=package.load_weights(), scheme=scheme, **fields)
+    outcome = invres("demo", "--model", other.path, "--output", tmp_path / "out", "--json")
+    error = outcome.events[-1]
+    assert error["message"] == "liver is not a model of the whole brain, whose tissues the demo scores."
+    assert outcome.code == 2 and "--roi" not in error["hint"] and not (tmp_path / "out").exists()
+    crops = invres("demo", "--model", "hippocampus-t1", "--output", tmp_path / "out")
+    assert crops.code == 2 and "is not a model of the whole brain" in crops.err

@@ -638,6 +638,8 @@ def test_the_verbs_train_and_resume(images, tmp_path):
     recipe = tmp_path / "iqt.json"
     recipe.write_text(json.dumps(to_dict(recipe_of())), encoding="utf-8")
     command = ("train", "-d", images, "-r", recipe, "-o", tmp_path / "run")
+    new = invres("train", "-d", images, "-r", recipe, "-o", tmp_path / "new", "--resume", "--json")
+    assert new.code == 0 and "so the training starts" in " ".join(event["message"] for event in new.of("note")), new
     outcome = invres(*command, "--licence", "CC0-1.0", "--source", "A ball.")
     assert outcome.code == 0 and "RMSE of cubic interpolation" in outcome.out, outcome
     manifest = open_package(tmp_path / "run" / "model").manifest
@@ -674,7 +676,9 @@ def test_segmenting_and_enhancing_models_are_not_mixed_up(models, images, tmp_pa
     recipe = write_recipe(tmp_path / "recipe.json", epochs=1, iterations_per_epoch=1)
     assert invres("train", "-d", segmenting, "-r", recipe, "-o", tmp_path / "seg").code == 0
     source, output = images / "scan.nii.gz", tmp_path / "out.nii.gz"
+    labels = tmp_path / "e.seg.nrrd"
     for command, told in (
+        (("enhance", "-m", models["image"].path, "-i", source, "-o", labels), "has the ending of a segmentation, but"),
         (("segment", "-m", models["image"].path, "-i", source, "-o", output), "enhances images; it does not segment"),
         (("finetune", "-m", models["image"].path, "-d", segmenting, "-o", tmp_path / "f"), "does not segment them"),
         (
@@ -686,7 +690,7 @@ def test_segmenting_and_enhancing_models_are_not_mixed_up(models, images, tmp_pa
     ):
         outcome = invres(*command)
         assert outcome.code == 2 and told in outcome.err and len(outcome.err.splitlines()) == 1, outcome
-    assert not output.exists()
+    assert not output.exists() and not labels.exists()
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,10 @@ def test_a_crop_is_segmented_as_it_is_and_a_whole_image_is_refused_without_a_pla
     write_volume(tmp_path / "crop.nii.gz", image(grid))
     asked = []
     arguments = [{"T1": tmp_path / "crop.nii.gz"}, tmp_path / "out.nii.gz", SegmentOptions(device="cpu")]
-    found = segment(head[1], *arguments, locate=lambda *given: asked.append(given))
+    report = Recorder()
+    found = segment(head[1], *arguments, locate=lambda *given: asked.append(given), report=report)
+    notes = " ".join(event["message"] for event in report.events if event["event"] == "note")
+    assert "is a crop already, so nothing has to be located and --locate is left out." in notes
     assert not asked and found["settings"]["boxes_mm"] == []
     grid = dataclasses.replace(grid, shape=(30, 15, 14))
     write_volume(tmp_path / "crop.nii.gz", image(grid))
@@ -160,7 +163,11 @@ def test_a_region_is_cut_out_for_a_model_of_crops(head, tmp_path):
     write_volume(tmp_path / "head.nii.gz", volume)
     box = (2.0, 15.0, 3.0, 14.0, 5.0, 18.0)
     options = SegmentOptions(device="cpu", roi_mm=box)
-    segment(head[1], {"T1": tmp_path / "head.nii.gz"}, tmp_path / "out.nii.gz", options, network=network)
+    asked, report = [], Recorder()
+    given = {"network": network, "locate": lambda *volumes: asked.append(volumes), "report": report}
+    segment(head[1], {"T1": tmp_path / "head.nii.gz"}, tmp_path / "out.nii.gz", options, **given)
+    notes = [event["message"] for event in report.events if event["event"] == "note"]
+    assert not asked and "With --roi nothing has to be located, so --locate is left out." in notes
     (part,), where = cut_out([volume], box)
     write_volume(tmp_path / "part.nii.gz", part)
     segment(head[1], {"T1": tmp_path / "part.nii.gz"}, tmp_path / "alone.nii.gz", network=network)

@@ -695,3 +695,13 @@ def test_a_name_that_fits_none_or_several_models_is_said_so(tmp_path):
     assert first.id[:8] in caught.value.message and second.id[:8] in caught.value.message
     with pytest.raises(InvresError, match="There is no model package"):
         find_package("folder/none", [tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", ".", ".."])
+def test_a_name_that_reads_like_a_path_is_refused_but_read_where_it_is(tmp_path, name):
+    with pytest.raises(InvresError, match="The name of a model cannot be") as caught:
+        _save(tmp_path / "new", name=name)
+    assert "--name" in caught.value.hint and not (tmp_path / "new").exists()
+    old = _save(tmp_path / "old").path / "manifest.json"
+    old.write_text(json.dumps(json.loads(old.read_text(encoding="utf-8")) | {"name": name}), encoding="utf-8")
+    assert open_package(tmp_path / "old").name == name

@@ -25,7 +25,7 @@ from tiny_datasets import (
     write_recipe,
 )
 
-from invres import Cancelled, InvresError, validation
+from invres import Cancelled, InvresError, console, validation
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig
@@ -500,10 +500,19 @@ def test_a_damaged_run_is_told(phantoms, tmp_path, content):
         train(read_dataset(phantoms), tiny_recipe(), tmp_path, TrainOptions(device="cpu", resume=True))
 
 
-def test_there_must_be_something_to_resume(phantoms, tmp_path):
-    with pytest.raises(InvresError, match="no training in") as caught:
-        train(read_dataset(phantoms), tiny_recipe(), tmp_path / "nothing", TrainOptions(resume=True))
-    assert "--resume" in caught.value.hint
+@pytest.mark.parametrize("further", [(), ("--recipe",)], ids=["its recipe", "a recipe"])
+def test_what_never_began_is_started_by_resuming(phantoms, tmp_path, monkeypatch, further):
+    recipe, run = write_recipe(tmp_path / "default.json", **QUICK), tmp_path / "run"
+    monkeypatch.setattr(console, "recipes_dir", lambda: tmp_path)
+    command = ("train", "-d", phantoms, "-o", run, "--resume", "--device", "cpu", "--json")
+    first = invres(*command, *((*further, recipe) if further else ()))
+    assert first.code == 0, first
+    assert [event["message"] for event in first.of("note") if "nothing in" in event["message"]] == [
+        f"There is nothing in {run} to resume, so the training starts."
+    ]
+    again = invres(*command)
+    assert again.code == 0 and again.events[-1]["model"] == first.events[-1]["model"]
+    assert not [event for event in again.of("note") if "nothing in" in event["message"]]
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
