@@ -123,8 +123,8 @@ ALLOWED = {
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
         "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches labelmaps "
-        "memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides trainer "
-        "trainingrun validation volume"
+        "manifest memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides "
+        "trainer trainingrun validation volume"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
@@ -165,7 +165,7 @@ ALLOWED = {
     ),
     "finetuning": (
         "casecomparison cases casesplits checkpoint comparison config configjson cropping devices events files "
-        "labelmatching modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun "
+        "labelmatching manifest modelpackage parttraining prediction proof runfolder stopfile trainer trainingrun "
         "tunedmodel tuningplan"
     ),
     "overlay": "config files volume",
@@ -193,7 +193,7 @@ ALLOWED = {
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
         "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig pace "
-        "plan_command prediction reproduce_command segmentfiles segmentoptions stopfile trainer training "
+        "plan_command prediction reproduce_command runfolder segmentfiles segmentoptions stopfile trainer training "
         "trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults networkconfig",
