@@ -123,8 +123,8 @@ ALLOWED = {
     "trainingrun": "checkpoint config configjson curves events files modelpackage networkconfig runfolder trainer",
     "training": (
         "cardplan cases checkpoint config configjson cropping devices events expectation labelmapbatches labelmaps "
-        "manifest memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides trainer "
-        "trainingrun validation volume"
+        "manifest memory mirroring modelpackage networks objectives patchsize prepared preprocessing sampling sides "
+        "trainer trainingrun validation volume"
     ),
     "enhancementtraining": (
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
