@@ -20,7 +20,7 @@ import torch
 from invres import InvresError, modelpackage
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan
 from invres.events import Recorder
-from invres.manifest import Manifest
+from invres.manifest import Manifest, manifest_to_json
 from invres.modelpackage import (
     ModelPackage,
     export_package,
@@ -648,9 +648,13 @@ def test_importing_replaces_the_same_model_and_keeps_another_of_the_same_name(tm
 
 @pytest.mark.parametrize("name", ["../../evil", "..", "a/b", "C:\\x", "...", "kidney.invres", "海馬" * 60])
 def test_an_imported_model_stays_inside_the_models_folder_whatever_its_name(tmp_path, name):
-    imported = import_package(_save(tmp_path / "x.invres", name=name).path, tmp_path / "models")
+    """Also one with a name that could not be given today."""
+    package = _save(tmp_path / "x")
+    named = dataclasses.replace(package.manifest, name=name)
+    (package.path / "manifest.json").write_bytes(manifest_to_json(named))
+    imported = import_package(package.path, tmp_path / "models")
     assert imported.path.parent == tmp_path / "models" and imported.path.is_dir()
-    assert sorted(os.listdir(tmp_path)) == ["models", "x.invres"]
+    assert sorted(os.listdir(tmp_path)) == ["models", "x"]
 
 
 def test_listing_skips_what_is_broken_with_a_warning_and_repeats_no_model(tmp_path):

@@ -188,14 +188,17 @@ def test_a_checkpoint_of_another_program_is_refused(cases, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_a_signal_asks_for_a_stop_and_a_second_one_does_not_wait(number):
-    before = signal.getsignal(number)
-    with StopRequest().listening() as stop:
-        assert not stop.requested
-        signal.raise_signal(number)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
+    found = signal.signal(number, signal.SIG_DFL)  # where the tests were started by nohup one is ignored
+    try:
+        with StopRequest().listening() as stop:
+            assert not stop.requested
             signal.raise_signal(number)
-    assert signal.getsignal(number) is before
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, found)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
