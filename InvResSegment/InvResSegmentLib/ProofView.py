@@ -190,7 +190,7 @@ def _setCell(table, row: int, column: int, text: str, toolTip: str = ""):
 def _number(value: Any, digits: int, sign: str = "") -> str:
     if not isinstance(value, (int, float)):
         return NOTHING
-    return f"{value:{sign}.{digits}f}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no negative zero
 
 
 def _spreadText(spread: dict[str, Any], digits: int) -> str:

@@ -136,6 +136,11 @@ def test_a_segment_that_the_base_model_lacks_is_no_zero(view, run):
     assert cells(view.ui.proofTable)[0][2] == cells(view.ui.proofTable)[0][4] == "–"
 
 
+@pytest.mark.parametrize(("value", "shown"), [(-0.04, "+0.0"), (0.04, "+0.0"), (-0.06, "-0.1"), (None, "–")])
+def test_a_difference_of_nothing_has_no_minus(value, shown):
+    assert proof_module._number(value, 1, "+") == shown
+
+
 # ---------------------------------------------------------------- a case in the views
 
 
