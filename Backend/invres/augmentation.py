@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import InvresError
-from .config import AugmentationConfig
+from .config import AugmentationConfig, check_axes
 from .randomness import happens, log_uniform, normal_noise, smooth_field, uniform
 
 __all__ = [
@@ -359,8 +359,7 @@ def _check(image: Tensor, label: Tensor | None, config: AugmentationConfig, patc
         )
     if config.elastic_grid < 2:
         raise InvresError(f"augmentation.elastic_grid must be 2 or more, got {config.elastic_grid}.")
-    if any(axis not in (0, 1, 2) for axis in config.flip_axes):
-        raise InvresError(f"augmentation.flip_axes may hold 0, 1 and 2 (D, H, W), got {list(config.flip_axes)}.")
+    check_axes("augmentation.flip_axes", config.flip_axes)
     for name in ("scale", "gamma", "low_resolution"):
         low, high = getattr(config, name)
         if not 0 < low <= high:

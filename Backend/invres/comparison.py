@@ -16,7 +16,7 @@ from .config import LabelScheme
 from .configjson import to_dict
 from .events import aligned
 from .files import written_whole
-from .intervals import interval, p_value, rejected, spread
+from .intervals import interval, p_value, patient_means, rejected, spread
 from .metrics import EMPTY_DISTANCE_MM
 
 __all__ = ["comparison_table", "summarise", "write_comparison"]
@@ -52,12 +52,9 @@ def summarise(
     held_out: False where the model was trained on these very cases, which proves nothing. which: cases, in words.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
-    by_patient: dict[str, list[float]] = {}
-    for one in cases:
-        if (value := one.difference()) is not None:
-            by_patient.setdefault(one.patient, []).append(value)
-    differences = [float(np.mean(values)) for values in by_patient.values()]
-    overall = _difference(differences)
+    overall = _difference(
+        patient_means((one.patient, value) for one in cases if (value := one.difference()) is not None)
+    )
     verdict = _verdict(overall, held_out)
     labels = {name: _label_summary(name, cases) for name in scheme.names}
     worse = _worse_labels(scheme.names, cases) if held_out else []
@@ -149,11 +146,9 @@ def _difference(values: Sequence[float]) -> dict[str, Any]:
 
 def _patient_differences(name: str, metric: str, cases: Sequence[CaseComparison]) -> list[float]:
     """Tuned minus base of a label, a mean for each patient."""
-    by_patient: dict[str, list[float]] = {}
-    for one in cases:
-        if name in one.base:
-            by_patient.setdefault(one.patient, []).append(one.tuned[name][metric] - one.base[name][metric])
-    return [float(np.mean(values)) for values in by_patient.values()]
+    return patient_means(
+        (one.patient, one.tuned[name][metric] - one.base[name][metric]) for one in cases if name in one.base
+    )
 
 
 def _worse_labels(names: Sequence[str], cases: Sequence[CaseComparison]) -> list[str]:

@@ -95,18 +95,24 @@ class SyntheticScenes:
         config = TrainingConfig(patch=self._window, batch_size=1, seed=seed)
         maps = [_prepared(dataset.case(name), recipe, folder, report) for name in names]
         self._count = SCENES * len(maps)
-        self._present = np.zeros(len(self._names), dtype=bool)
         settings = dataclasses.replace(_settings(recipe), beginning=None, beginning_iterations=0)
         self._batches = LabelMapBatches(maps, dataset.scheme, settings, config, device, complete=False)
 
     def validate(self, network: SegmentationNetwork) -> dict[str, float]:
         """The mean Dice of each label, and of all that the maps have as "mean"."""
-        means = self.scores(network)[0].mean(axis=0)
-        return {**dict(zip(self._names, means.tolist(), strict=True)), "mean": mean_of_present(means, self._present)}
+        scores, _, present = self._looked_at(network)
+        means = scores.mean(axis=0)
+        return {**dict(zip(self._names, means.tolist(), strict=True)), "mean": mean_of_present(means, present)}
 
     def scores(self, network: SegmentationNetwork) -> tuple[np.ndarray, list[float]]:
         """Dice (scenes, labels), and the confidence of each scene."""
+        scores, confidences, _ = self._looked_at(network)
+        return scores, confidences
+
+    def _looked_at(self, network: SegmentationNetwork) -> tuple[np.ndarray, list[float], np.ndarray]:
+        """What `scores` gives, and which labels any of the scenes has."""
         scores, confidences, labels = [], [], range(1, len(self._names) + 1)
+        present = np.zeros(len(labels), dtype=bool)
         for number in range(self._count):
             image, target = self._batches.batch(number)
             probabilities = predict_probabilities(network, image[0], self._window, False)
@@ -116,8 +122,8 @@ class SyntheticScenes:
                 np.stack([(array == label).cpu().numpy() for label in labels]) for array in (found, target[0])
             )
             scores.append(dice_by_label(predicted, reference))
-            self._present |= reference.any(axis=(1, 2, 3))
-        return np.array(scores), confidences
+            present |= reference.any(axis=(1, 2, 3))
+        return np.array(scores), confidences, present
 
 
 def _settings(recipe: Recipe) -> LabelMapConfig:

@@ -41,7 +41,6 @@ LABEL_FILES_READ = 500
 LABELS_JSON = "labels.json"
 # Formats whose labels are what their publishers say, whatever the files hold.
 PUBLISHED = ("BraTS 2020", "BraTS 2023", "KiTS19", "iSeg", "HCP")
-BRATS_CHANNELS = ["T1", "T1ce", "T2", "FLAIR"]
 BIDS = "BIDS derivatives"
 PER_CASE = "a folder per case"
 # What Slicer calls segments that nobody has named.
@@ -63,13 +62,7 @@ def _brats(root: Path) -> Dataset | None:
         label = files.get("seg") or next((file for key, file in files.items() if key.endswith("segm")), None)
         images = tuple(files.get(key, folder / f"{folder.name}_{key}.nii.gz") for key in ("t1", "t1ce", "t2", "flair"))
         cases.append(Case(folder.name, images, label))
-    regions = (
-        Label("whole_tumour", (1, 2, 4), 2),
-        Label("tumour_core", (1, 4), 1),
-        Label("enhancing_tumour", (4,), 4),
-    )
-    scheme = LabelScheme(regions, regions=True)
-    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2020") if cases else None
+    return _brats_dataset(root, cases, 4, "BraTS 2020")
 
 
 def _brats_2023(root: Path) -> Dataset | None:
@@ -85,13 +78,19 @@ def _brats_2023(root: Path) -> Dataset | None:
         files = {stem_of(file).removeprefix(f"{folder.name}-").lower(): file for file in list_volumes(folder)}
         images = tuple(files.get(key, folder / f"{folder.name}-{key}.nii.gz") for key in ("t1n", "t1c", "t2w", "t2f"))
         cases.append(Case(folder.name, images, files.get("seg"), folder.name.rpartition("-")[0]))
+    return _brats_dataset(root, cases, 3, "BraTS 2023")
+
+
+def _brats_dataset(root: Path, cases: list[Case], enhancing: int, layout: str) -> Dataset | None:
+    """Channels and regions of BraTS. enhancing: the value of enhancing tumour."""
     regions = (
-        Label("whole_tumour", (1, 2, 3), 2),
-        Label("tumour_core", (1, 3), 1),
-        Label("enhancing_tumour", (3,), 3),
+        Label("whole_tumour", (1, 2, enhancing), 2),
+        Label("tumour_core", (1, enhancing), 1),
+        Label("enhancing_tumour", (enhancing,), enhancing),
     )
     scheme = LabelScheme(regions, regions=True)
-    return make_dataset(root.name, BRATS_CHANNELS, scheme, cases, root, "BraTS 2023") if cases else None
+    channels = ["T1", "T1ce", "T2", "FLAIR"]
+    return make_dataset(root.name, channels, scheme, cases, root, layout) if cases else None
 
 
 def _kits(root: Path) -> Dataset | None:

@@ -98,7 +98,7 @@ def plan_segmentation(
             raise InvresError(f"The {name} must be three sizes above 0, got {list(sizes)}.")
     grid = Geometry(shape, spacing_mm, (0, 0, 0), np.eye(3)[:, ::-1])
     whole = grid.with_spacing(manifest.plan.spacing_mm).shape
-    wanted = window_within(window if min(window) > 0 else manifest.patch, manifest.patch, whole)
+    wanted = window_within(window, manifest.patch, whole)
     here = device_info(device)
     main = here if device.type == "cpu" else device_info(torch.device("cpu"))
     choices = _windows(wanted, build_divisor(manifest))

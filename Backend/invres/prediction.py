@@ -122,8 +122,11 @@ def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
 
 def window_within(window: Triple, patch: Triple, shape: Triple) -> Triple:
     """The window, no longer along any axis than the image or, where that is shorter, than the model's own: what is
-    beyond both is filled up with repeated border, which costs memory and tells the network nothing."""
-    depth, height, width = (min(wanted, max(own, size)) for wanted, own, size in zip(window, patch, shape, strict=True))
+    beyond both is filled up with repeated border, which costs memory and tells the network nothing.
+
+    window: (0, 0, 0) for `patch`, the model's own."""
+    asked = window if min(window) > 0 else patch
+    depth, height, width = (min(wanted, max(own, size)) for wanted, own, size in zip(asked, patch, shape, strict=True))
     return depth, height, width
 
 
@@ -147,7 +150,7 @@ def predict_within_memory(
 ) -> Prediction:
     device = next(network.parameters()).device
     shape: Triple = prepared.image.shape[1:]
-    wanted = window_within(options.window if min(options.window) > 0 else patch, patch, shape)
+    wanted = window_within(options.window, patch, shape)
     window, stitch = wanted, device
     while True:
         try:

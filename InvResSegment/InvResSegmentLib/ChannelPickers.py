@@ -78,8 +78,7 @@ class ChannelPickers:
         picker.setCurrentNode(node)
         self._filling = False
         if score.confidence >= ChannelMatching.ACCEPTED:
-            percent, reasons = round(100 * score.confidence), ", ".join(score.reasons)
-            self._describe(confidence, _("{percent} % sure").format(percent=percent), reasons)
+            self._describe(confidence, _sure(score.confidence), ", ".join(score.reasons))
             self._onChanged()
             return []
         sentence = _("{name} was kept, but it cannot be told to be {channel} ({reasons}): look whether it is.").format(
@@ -129,8 +128,7 @@ class ChannelPickers:
                 sentences.append(found.sentence)
             else:
                 picker.setCurrentNodeID(found.volume.key)
-                percent = round(100 * found.confidence)
-                self._describe(confidence, _("{percent} % sure").format(percent=percent), found.sentence)
+                self._describe(confidence, _sure(found.confidence), found.sentence)
         self._filling = False
         self._onChanged()
         return sentences if described else []
@@ -171,3 +169,7 @@ class ChannelPickers:
     def _describe(label, text: str, toolTip: str) -> None:
         label.text = text
         label.toolTip = toolTip
+
+
+def _sure(confidence: float) -> str:
+    return _("{percent} % sure").format(percent=round(100 * confidence))

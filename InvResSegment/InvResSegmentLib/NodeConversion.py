@@ -28,6 +28,7 @@ __all__ = [
     "exportVolume",
     "fromVtkMatrix",
     "importSegmentation",
+    "labelImage",
     "linearTransformBetween",
     "readResult",
     "regionInVolume",
@@ -258,7 +259,7 @@ def importSegmentation(
     done = done if done is not None else ImportedSegments()
     stated = {label.value: label for label in labels}
     # One image for all labels that exclude each other: a shared image is a fraction of the memory.
-    images = [_imageIn(segmentationNode, inputNode, layer) for layer in result.layers]
+    images = [_imageIn(segmentationNode, inputNode, layer) for layer in np.moveaxis(result.layers, 3, 0)]
     for segment in result.segments:
         label = stated.get(segment.value, segment)
         if label.colour is None or not label.terminology:
@@ -268,6 +269,15 @@ def importSegmentation(
         done.segmentIds.append(_put(segmentation, images[segment.layer], label, origin, done))
     _refreshRepresentations(segmentation)
     return done
+
+
+def labelImage(labels: np.ndarray, matrix: np.ndarray) -> slicer.vtkOrientedImageData:
+    """Labels (K, J, I) as an image that segments can share. matrix: 4x4 (i, j, k, 1) -> RAS mm of its frame."""
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*labels.shape[::-1])
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labels).ravel(), deep=True))
+    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(matrix))
+    return image
 
 
 def segmentMask(segmentationNode: slicer.vtkMRMLSegmentationNode, segmentId: str) -> tuple[np.ndarray, np.ndarray]:
@@ -406,16 +416,12 @@ def _imageIn(
 ) -> slicer.vtkOrientedImageData:
     """Labels on the input's grid as an image in the segmentation's frame; resampled (nearest) only where no turn,
     shift or scaling leads there."""
-    image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*labels.shape[::-1])
-    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labels).ravel(), deep=True))
     # The volume's own numbers: those of a file are rounded.
     matrix = volumeMatrix(inputNode)
     between = linearTransformBetween(inputNode, segmentationNode)
     if between is not None and _skew((between @ matrix)[:3, :3]) <= RIGHT_ANGLE_TOLERANCE:
-        image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(between @ matrix))
-        return image
-    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(matrix))
+        return labelImage(labels, between @ matrix)
+    image = labelImage(labels, matrix)
     transform = vtk.vtkGeneralTransform()
     slicer.vtkMRMLTransformNode.GetTransformBetweenNodes(
         inputNode.GetParentTransformNode(), segmentationNode.GetParentTransformNode(), transform

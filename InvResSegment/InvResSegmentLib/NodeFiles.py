@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import slicer
 from slicer.i18n import tr as _
-from vtk.util.numpy_support import numpy_to_vtk
 
-from .NodeConversion import BINARY_LABELMAP, ConversionError, toVtkMatrix, volumeArray, volumeMatrix
+from .NodeConversion import BINARY_LABELMAP, ConversionError, labelImage, volumeArray, volumeMatrix
 from .NrrdFile import writeNrrd
 from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile, readSegments
 
@@ -74,7 +73,7 @@ def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) ->
     for number, (name, of_label) in enumerate((values or {}).items(), 1):
         labels[np.isin(array, list(of_label))] = number
         segments.append(SegmentLabel(name, number))
-    return ResultFile(labels, matrix, tuple(segments))
+    return ResultFile(labels[..., None], matrix, tuple(segments))
 
 
 def emptySegmentation(name: str, passing: bool = False) -> slicer.vtkMRMLSegmentationNode:
@@ -94,7 +93,7 @@ def newSegmentation(
     node = emptySegmentation(name, passing)
     segmentation = node.GetSegmentation()
     segmentation.SetSourceRepresentationName(BINARY_LABELMAP)
-    images = [_image(layer, found.matrix) for layer in found.layers]
+    images = [labelImage(layer, found.matrix) for layer in np.moveaxis(found.layers, 3, 0)]
     for label in found.segments:
         stated = label if colour is None else replace(label, colour=tuple(255 * part for part in colour))
         segment = slicer.vtkSegment()
@@ -107,14 +106,6 @@ def newSegmentation(
         segment.AddRepresentation(BINARY_LABELMAP, images[label.layer])  # one for all of a layer: they share it
         segmentation.AddSegment(segment, segmentation.GenerateUniqueSegmentID(f"InvResSegment_{stated.value}"))
     return node
-
-
-def _image(labels: np.ndarray, matrix: np.ndarray) -> slicer.vtkOrientedImageData:
-    image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*labels.shape[::-1])
-    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labels).ravel(), deep=True))
-    image.SetGeometryFromImageToWorldMatrix(toVtkMatrix(matrix))
-    return image
 
 
 def loadSegmentation(path: Path, name: str) -> slicer.vtkMRMLSegmentationNode:

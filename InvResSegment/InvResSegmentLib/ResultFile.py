@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DamagedFile", "Masks", "ResultFile", "SegmentLabel", "readMasks", "readResultFile", "readSegments"]
+__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readMasks", "readResultFile", "readSegments"]
 
 _TYPES = {"unsigned char": "u1", "signed char": "i1", "short": "i2", "unsigned short": "u2"}
 _TYPES |= {"int": "i4", "unsigned int": "u4", "uint8": "u1", "int8": "i1", "int16": "i2", "uint16": "u2"}
@@ -40,29 +40,17 @@ class SegmentLabel:
 
 @dataclass(frozen=True, eq=False)
 class ResultFile:
-    """labels: whole numbers (K, J, I); matrix: 4x4 (i, j, k, 1) -> RAS mm; segments: in the order of the file.
-
-    further: label maps like `labels`, of segments that overlap those of the first.
-    """
-
-    labels: np.ndarray
-    matrix: np.ndarray
-    segments: tuple[SegmentLabel, ...]
-    further: tuple[np.ndarray, ...] = ()
-
-    @property
-    def layers(self) -> tuple[np.ndarray, ...]:
-        """All label maps, counted as `SegmentLabel.layer` does."""
-        return (self.labels, *self.further)
-
-
-@dataclass(frozen=True, eq=False)
-class Masks:
-    """The segments of a file whose voxels may overlap. layers: whole numbers (K, J, I, layers); matrix: as above."""
+    """The segments of a file. layers: whole numbers (K, J, I, layers), one layer unless segments overlap; matrix: 4x4
+    (i, j, k, 1) -> RAS mm; segments: in the order of the file."""
 
     layers: np.ndarray
     matrix: np.ndarray
     segments: tuple[SegmentLabel, ...]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label map (K, J, I) of the first layer."""
+        return self.layers[..., 0]
 
     def mask(self, number: int) -> np.ndarray:
         """The voxels (K, J, I) of a segment, counted from 0."""
@@ -75,11 +63,10 @@ def readResultFile(path: str | Path) -> ResultFile:
     found = readMasks(path)
     if not found.segments:
         raise DamagedFile("it names no segment")
-    first, *further = np.moveaxis(found.layers, 3, 0)
-    return ResultFile(first, found.matrix, found.segments, tuple(further))
+    return found
 
 
-def readMasks(path: str | Path) -> Masks:
+def readMasks(path: str | Path) -> ResultFile:
     """The segments of any .seg.nrrd; there may be none. Raises DamagedFile, OSError if it cannot be read."""
     with open(path, "rb") as stream:
         fields, values = _header(stream)
@@ -103,7 +90,7 @@ def readMasks(path: str | Path) -> Masks:
     segments = _segments(values)
     if any(not 0 <= segment.layer < size[0] for segment in segments):
         raise DamagedFile("it names a layer that it does not hold")
-    return Masks(array.astype(dtype.newbyteorder("="), copy=False), _matrix(fields), segments)
+    return ResultFile(array.astype(dtype.newbyteorder("="), copy=False), _matrix(fields), segments)
 
 
 def readSegments(path: str | Path) -> tuple[SegmentLabel, ...]:

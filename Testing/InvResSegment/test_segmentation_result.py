@@ -25,7 +25,9 @@ def labels():
 def segmented(scene, node):
     change = SceneChange()
     segmentation = SegmentationResult.createSegmentationNode(scene, node, change)
-    result = ResultFile(labels(), NodeConversion.volumeMatrix(node), (SegmentLabel("a", 1), SegmentLabel("b", 4)))
+    result = ResultFile(
+        labels()[..., None], NodeConversion.volumeMatrix(node), (SegmentLabel("a", 1), SegmentLabel("b", 4))
+    )
     change.target = segmentation.GetID()
     NodeConversion.importSegmentation(result, node, segmentation, "a" * 64, done=change.segments)
     return segmentation, change
