@@ -10,9 +10,10 @@ scored on the cases of the fold that was left out, in the file's own voxels; not
 finished fold is kept in FOLDER: after a kill the same command goes on. Prints Markdown, after each fold all that there
 is so far. One thread.
 
---folds takes only the first ones, --optimizer another optimizer than the recipe's. Once the step times are measured,
-several processes may work in one FOLDER, each on its own fold (--only). With --bundle PATH the recipe's
-network as trained for the first fold is written as a package: the figures on its card are of these very weights.
+--folds takes only the first ones, --optimizer another optimizer than the recipe's, --steps trains every network for as
+many steps, whatever they take. Once the step times are measured, several processes may work in one FOLDER, each on its
+own fold (--only). With --bundle PATH the recipe's network as trained for the first fold is written as a package: the
+figures on its card are of these very weights.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def main() -> None:
     training = training.with_optimizer(options.optimizer or training.optimizer)
     recipe = dataclasses.replace(recipe, training=training)
     networks = _networks()
-    settings = {"seconds": options.seconds, "precision": options.precision, "optimizer": training.optimizer}
+    length = {"steps": options.steps} if options.steps else {"seconds": options.seconds}
+    settings = {**length, "precision": options.precision, "optimizer": training.optimizer}
     begun = options.output / "settings.json"
     if begun.is_file() and _read(begun) != settings:
         raise SystemExit(
@@ -104,7 +106,7 @@ def main() -> None:
     for fold in range(options.folds) if options.only is None else [options.only]:
         for name in options.networks:
             engine, seconds = min(steps[name].items(), key=lambda found: found[1])
-            count = EPOCHS * max(1, round(options.seconds / seconds / EPOCHS))
+            count = EPOCHS * max(1, round((options.steps or options.seconds / seconds) / EPOCHS))
             run, kept = options.output / f"{name}_{fold}", _kept(options.output, name, fold)
             if not kept.is_file():
                 _write(kept, _fold(networks[name], recipe, engine, data, run, count, fold))
@@ -125,6 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=shared / "hippocampus_msd", help="folder with images/ and labels/")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="of training steps, for each fold of each network")
+    parser.add_argument("--steps", type=int, default=0, help="of each training, instead of --seconds; tens are counted")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--optimizer", choices=("adam", "muon"), help="default: the recipe's")
     parser.add_argument("--bundle", type=Path, help="where the package is written; adds its network to --networks")
@@ -282,8 +285,9 @@ def _markdown(
     options: argparse.Namespace, data: Dataset, steps: dict[str, dict[str, float]], networks: dict[str, NetworkConfig]
 ) -> str:
     lines = [
-        f"`python Testing/Benchmarks/crossvalidation.py --seconds {options.seconds:g} "
-        f"--precision {options.precision} --folds {options.folds} --networks "
+        "`python Testing/Benchmarks/crossvalidation.py "
+        + (f"--steps {options.steps} " if options.steps else f"--seconds {options.seconds:g} ")
+        + f"--precision {options.precision} --folds {options.folds} --networks "
         + " ".join(f'"{name}"' for name in options.networks)
         + (f" --optimizer {options.optimizer}" if options.optimizer else "")
         + f" --output FOLDER`, {os.cpu_count()}-core CPU "
