@@ -31,6 +31,8 @@ _MEMORY = (
     "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
 )
 
+ENDINGS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 _OPTIMIZER = "muon needs fewer steps than adam, and keeps half the state that adam keeps beside the weights"
@@ -125,17 +127,30 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(run=_verb(run))
         return one
 
-    one = add("segment", "Segments a volume with a model.", "segment")
+    one = add("segment", "Segments a volume, or all cases of a folder, with a model.", "segment")
     one.add_argument("-m", "--model", required=True, help="name of a model, or path of a package")
     one.add_argument(
         "-i",
         "--input",
-        required=True,
         action="append",
         metavar="[CHANNEL=]FILE",
-        help="image file or DICOM folder, once for each channel (T1=a.nii.gz); or one 4D file with all",
+        help="image file or DICOM folder, once for each channel (T1=a.nii.gz); or one 4D file with all; with --data: "
+        "what the data call the model's CHANNEL, where that is not its name (MR=FLAIR)",
     )
-    one.add_argument("-o", "--output", required=True, type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha")
+    one.add_argument(
+        "-d",
+        "--data",
+        type=Path,
+        help="instead: all cases of a data set, or of a folder of scans; goes on where it was ended",
+    )
+    one.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha; with --data a folder",
+    )
+    one.add_argument("--ending", choices=ENDINGS, help="of the files in the folder, with --data (default .nii.gz)")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
     _mirror(one, "")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 from . import InvresError
@@ -16,7 +15,7 @@ from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
 from .enhance_command import enhance, train_enhancement
 from .evaluate_command import evaluate
-from .events import Reporter, TerminalReporter, WhileHeard, format_bytes, format_seconds
+from .events import Reporter, WhileHeard, format_bytes
 from .interruption import postponed
 from .manifest import check_name
 from .model_commands import describe, models
@@ -24,6 +23,7 @@ from .modelpackage import ModelPackage
 from .networkconfig import VAEConfig
 from .plan_command import plan
 from .reproduce_command import reproduce
+from .segment_command import segment
 
 __all__ = [
     "bench",
@@ -43,79 +43,6 @@ __all__ = [
 ]
 
 NOTHING_LEARNED = 0.1  # mean Dice (chosen)
-# The network of the last segmentation, for the next one in the same process.
-_kept: dict[str, Any] = {}
-
-
-def segment(options: argparse.Namespace, report: Reporter) -> None:
-    package = segmenter_named(options.model)
-    manifest = package.manifest
-    from .segmentfiles import check_files, named_inputs
-    from .segmentoptions import SegmentOptions
-
-    # All that can be told before torch is imported, which takes seconds.
-    inputs = named_inputs(options.input, manifest.plan.channels)
-    choices = SegmentOptions(
-        options.device,
-        options.overlap,
-        None if options.mirror is None else tuple(options.mirror),
-        tuple(options.window),
-        tuple(options.roi or ()),
-        options.sides,
-        options.one_piece,
-    )
-    check_files(manifest, inputs, options.output, options.probabilities)
-    # Said to a person only: the panel and scripts name files that they have made for this.
-    if isinstance(report, TerminalReporter) and options.output.exists():
-        report.note(f"{options.output} was there before and is replaced.")
-    other = _other_model(package, options.locate) if options.locate else None
-    load_torch(report)
-    from .inference import NetworkKeeper
-    from .inference import segment as run
-    from .pace import remember_speed
-
-    keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = _locator(package, other, options.device) if other else None
-    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
-    settings = found["settings"]
-    flips = 2 ** len(settings["mirror_axes"])
-    remember_speed(
-        manifest.sha256,
-        found["device"],
-        settings["windows"] * flips,
-        tuple(settings["window"]),
-        found["seconds"]["predict"],
-    )
-    say(report, f"Segmentation: {found['output']}")
-    for name, volume in found["volumes_ml"].items():
-        say(report, f"  {name}: {volume:.2f} mL")
-    say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
-    report.result(**found)
-
-
-def _other_model(package: ModelPackage, model: str) -> ModelPackage:
-    """The model that finds the boxes for the package. Raises InvresError where there is nothing to find for it."""
-    if package.manifest.plan.crop is None:
-        raise InvresError(
-            f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
-        )
-    return segmenter_named(model)
-
-
-def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callable[..., Any]:
-    """Finds the boxes that the package wants to see in a whole image, with another model."""
-    from .devices import choose_device
-    from .inference import NetworkKeeper
-    from .locating import locate
-
-    crop = package.manifest.plan.crop
-    assert crop is not None  # `_other_model` has looked
-    keeper = _kept.setdefault("locator", NetworkKeeper())
-
-    def find(volumes: Any, report: Reporter) -> Any:
-        return locate(other, keeper.network(other, choose_device(device)), volumes, crop, report)
-
-    return find
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:

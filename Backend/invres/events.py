@@ -12,6 +12,7 @@ from typing import Any, TextIO
 __all__ = [
     "SCORES",
     "SILENT",
+    "CaseReporter",
     "FilteredReporter",
     "JsonReporter",
     "Recorder",
@@ -114,6 +115,21 @@ class FilteredReporter(Reporter):
     def emit(self, event: dict[str, Any]) -> None:
         if self._keep(event["event"]):
             self._report.emit(event)
+
+
+class CaseReporter(Reporter):
+    """Passes warnings on with the name of their case, and keeps them in `warnings`; all else is left out: progress is
+    that of the cases, not of the windows of each."""
+
+    def __init__(self, report: Reporter, case: str) -> None:
+        super().__init__()
+        self._report, self._case = report, case
+        self.warnings: list[str] = []
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["event"] == "warning":
+            self.warnings.append(event["message"])
+            self._report.emit({**event, "message": f"{self._case}: {event['message']}", "case": self._case})
 
 
 class WhileHeard(Reporter):

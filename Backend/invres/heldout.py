@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from . import InvresError
-from .cases import Case, Dataset
+from .caseinputs import inputs_of
+from .cases import Dataset
 from .cropping import CROPS, cropped
-from .events import SILENT, Reporter
+from .events import SILENT, CaseReporter, Reporter
 from .files import safe_name
 from .inference import NetworkKeeper, segment
 from .modelpackage import open_package
@@ -51,10 +51,10 @@ def segment_held_out(
         # With the labels of the references.
         segment(
             package,
-            _inputs(dataset, case),
+            inputs_of(dataset, case),
             output,
             SegmentOptions(device, sides=False),
-            report=_OfCase(report, case.name),
+            report=CaseReporter(report, case.name),
             keeper=keeper,
             locate=lambda *_: ([], 0),  # for a model of crops they are crops, as large as they may be
         )
@@ -62,22 +62,3 @@ def segment_held_out(
         patients[case.name] = case.patient or case.name
     report.progress("evaluate.segment", len(names), len(names))
     return pairs, patients
-
-
-class _OfCase(Reporter):
-    """Passes warnings on with the name of the case; progress is counted in cases, not in the windows of each."""
-
-    def __init__(self, report: Reporter, case: str):
-        super().__init__()
-        self._report, self._case = report, case
-
-    def emit(self, event: dict[str, Any]) -> None:
-        if event["event"] == "warning":
-            self._report.emit({**event, "message": f"{self._case}: {event['message']}", "case": self._case})
-
-
-def _inputs(dataset: Dataset, case: Case) -> dict[str, Path]:
-    """The files of a case by channel; one file of all channels has no name."""
-    names = [""] if dataset.channels_in_one_file else dataset.channel_names
-    there = zip(names, case.images, dataset.present(case), strict=True)
-    return {name: image for name, image, present in there if present and image is not None}

@@ -53,7 +53,7 @@ def files_of_channels(
     given = {key.casefold(): path for key, path in inputs.items()}
     needed = {channel.name.casefold() for channel in channels if not channel.optional}
     if len(given) < len(inputs) or not needed <= given.keys() <= {name.casefold() for name in names}:
-        got = ", ".join(name or "a file without a channel name" for name in inputs)
+        got = ", ".join(name or "a file without a channel name" for name in inputs) or "none"
         optional = ", ".join(channel.name for channel in channels if channel.optional)
         may_miss = f" It can do without some of {optional}." if optional else ""
         raise InvresError(

@@ -130,7 +130,9 @@ ALLOWED = {
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
         "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
-    "heldout": "cases cropping events files inference modelpackage prediction trainingrun",
+    "caseinputs": "cases config dataset_json segmentfiles",
+    "batch": "caseinputs events faults files inference modelpackage runfolder segmentoptions",
+    "heldout": "caseinputs cases cropping events files inference modelpackage prediction trainingrun",
     "worker": "events interruption",
     "peers": "",
     "operations": "",
@@ -186,15 +188,19 @@ ALLOWED = {
         "modelpackage outputs scans trainer trainingrun"
     ),
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
+    "segment_command": (
+        "batch caseinputs console devices events inference locating mirroring modelpackage pace segmentfiles "
+        "segmentoptions"
+    ),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
         "prediction tuningmemory"
     ),
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
-        "finetuning inference interruption labelmaps locating manifest model_commands modelpackage networkconfig pace "
-        "plan_command prediction reproduce_command runfolder segmentfiles segmentoptions stopfile trainer training "
-        "trainingrun tuningplan worker"
+        "finetuning interruption labelmaps manifest model_commands modelpackage networkconfig plan_command "
+        "reproduce_command runfolder segment_command segmentfiles stopfile trainer training trainingrun tuningplan "
+        "worker"
     ),
     "cli": "commands config configjson events faults interruption networkconfig",
     "__main__": "cli",

@@ -1,0 +1,155 @@
+"""`invres segment`: one case from its files, or all cases of a folder."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import InvresError
+from .console import load_torch, say, segmenter_named
+from .events import Reporter, TerminalReporter, WhileHeard, format_seconds
+from .modelpackage import ModelPackage
+from .segmentoptions import SegmentOptions
+
+__all__ = ["segment"]
+
+# The network of the last segmentation, for the next one in the same process.
+_kept: dict[str, Any] = {}
+
+
+def segment(options: argparse.Namespace, report: Reporter) -> None:
+    package = segmenter_named(options.model)
+    if options.data is None and not options.input:
+        raise InvresError(
+            "Nothing to segment was named.",
+            hint="Give the files of one case (--input), or a folder with cases (--data).",
+            code="usage",
+        )
+    # All that can be told before torch is imported, which takes seconds.
+    choices = SegmentOptions(
+        options.device,
+        options.overlap,
+        None if options.mirror is None else tuple(options.mirror),
+        tuple(options.window),
+        tuple(options.roi or ()),
+        options.sides,
+        options.one_piece,
+    )
+    (_one_case if options.data is None else _all_cases)(package, choices, options, report)
+
+
+def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
+    from .segmentfiles import check_files, named_inputs
+
+    manifest = package.manifest
+    if options.ending:
+        raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
+    inputs = named_inputs(options.input, manifest.plan.channels)
+    check_files(manifest, inputs, options.output, options.probabilities)
+    # Said to a person only: the panel and scripts name files that they have made for this.
+    if isinstance(report, TerminalReporter) and options.output.exists():
+        report.note(f"{options.output} was there before and is replaced.")
+    other = _other_model(package, options.locate) if options.locate else None
+    load_torch(report)
+    from .inference import NetworkKeeper
+    from .inference import segment as run
+    from .pace import remember_speed
+
+    keeper = _kept.setdefault("keeper", NetworkKeeper())
+    locate = _locator(package, other, options.device) if other else None
+    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
+    settings = found["settings"]
+    flips = 2 ** len(settings["mirror_axes"])
+    remember_speed(
+        manifest.sha256,
+        found["device"],
+        settings["windows"] * flips,
+        tuple(settings["window"]),
+        found["seconds"]["predict"],
+    )
+    say(report, f"Segmentation: {found['output']}")
+    for name, volume in found["volumes_ml"].items():
+        say(report, f"  {name}: {volume:.2f} mL")
+    say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
+    report.result(**found)
+
+
+def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
+    from .caseinputs import cases_to_segment, chosen_channels
+    from .mirroring import check_mirror
+
+    manifest, channels = package.manifest, package.manifest.plan.channels
+    if options.probabilities is not None:
+        raise InvresError(
+            "--probabilities is for one case.", hint="Leave it out, or segment case by case.", code="usage"
+        )
+    check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
+    _check_folder(options.output, options.data)
+    chosen = chosen_channels(options.input or (), channels, package.name)
+    cases = cases_to_segment(options.data, channels, package.name, chosen)
+    report.note(f"{len(cases)} case{'' if len(cases) == 1 else 's'} in {options.data}: {_shown(cases)}.")
+    other = _other_model(package, options.locate) if options.locate else None
+    heard = WhileHeard(report)
+    load_torch(heard)
+    from .batch import segment_cases
+
+    locate = _locator(package, other, options.device) if other else None
+    ending = options.ending or ".nii.gz"
+    found = segment_cases(package, cases, options.output, choices, ending, heard, locate=locate)
+    before = f" ({found['there_before']} were there before)" if found["there_before"] else ""
+    say(report, f"Segmentations: {len(cases)}{before}, in {found['output']}")
+    say(report, f"Volumes: {found['table']}")
+    if warned := found["warned"]:
+        say(
+            report, f"Look at {', '.join(warned[:10])}{' and more' if len(warned) > 10 else ''}: see the remarks there."
+        )
+    report.result(**found)
+
+
+def _shown(cases: Any) -> str:
+    first = cases[0]
+    files = ", ".join(f"{name + '=' if name else ''}{path.name}" for name, path in first.inputs.items())
+    return f"{first.name} is {files or 'without any file'}"
+
+
+def _check_folder(output: Path, data: Path) -> None:
+    """Raises InvresError for a file, and for a folder in which the results would be taken for cases the next time."""
+    if output.is_file():
+        raise InvresError(
+            f"{output} is a file, but with --data the results need a folder.", hint="Give another --output."
+        )
+    folder = data if data.is_dir() else data.parent
+    if folder.resolve() in (output.resolve(), output.resolve().parent):
+        raise InvresError(
+            f"The results would lie among the data, in {output}.",
+            hint=f"Give another --output, such as {shlex.quote(folder.name + '_segmented')}.",
+            code="output_is_input",
+        )
+
+
+def _other_model(package: ModelPackage, model: str) -> ModelPackage:
+    """The model that finds the boxes for the package. Raises InvresError where there is nothing to find for it."""
+    if package.manifest.plan.crop is None:
+        raise InvresError(
+            f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
+        )
+    return segmenter_named(model)
+
+
+def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callable[..., Any]:
+    """Finds the boxes that the package wants to see in a whole image, with another model."""
+    from .devices import choose_device
+    from .inference import NetworkKeeper
+    from .locating import locate
+
+    crop = package.manifest.plan.crop
+    assert crop is not None  # `_other_model` has looked
+    keeper = _kept.setdefault("locator", NetworkKeeper())
+
+    def find(volumes: Any, report: Reporter) -> Any:
+        return locate(other, keeper.network(other, choose_device(device)), volumes, crop, report)
+
+    return find
