@@ -31,7 +31,7 @@ class NiftiHeader:
 
     size: (x, y, z[, t]). dtype: of one component, in the byte order of the file.
     scale: (slope, intercept) or None. affines: what sform and qform say, as far as the header declares them:
-    4x4, (x, y, z, 1) -> RAS mm.
+    4x4, (x, y, z, 1) -> RAS mm. is_nifti: an Analyze file has no place for them.
     """
 
     data_file: Path
@@ -42,6 +42,7 @@ class NiftiHeader:
     dtype: np.dtype
     scale: tuple[float, float] | None
     affines: tuple[np.ndarray, ...]
+    is_nifti: bool
 
 
 def read_nifti_header(path: Path) -> NiftiHeader | None:
@@ -120,6 +121,7 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         dtype=np.dtype(order + _TYPES.get(kind, "u1")),
         scale=(slope, intercept) if scaled and (slope, intercept) != (1, 0) else None,
         affines=tuple(np.diag([unit_mm] * 3 + [1.0]) @ affine for affine in affines),
+        is_nifti=is_nifti,
     )
 
 

@@ -90,6 +90,11 @@ def _read_file_header(path: Path) -> Header:
             f"{path.name}: sform and qform put its voxels up to {apart_mm:.3g} mm apart; the one that ITK and 3D "
             "Slicer take was used. Other programs may take the other one: write the file again with a single position."
         )
+    elif nifti is not None and nifti.is_nifti and not own:
+        warnings.append(
+            f"{path.name}: the header does not say how the image lies in the body (sform and qform are both undeclared), "
+            "so left and right may be exchanged."
+        )
     affine, sentence = repaired_axes(path, affine, shape)
     texts = {} if reader is None else {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     return Header(

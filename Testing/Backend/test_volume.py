@@ -177,6 +177,19 @@ def test_an_analyze_pair_without_orientation_is_read(tmp_path):
         assert np.array_equal(volume.array, make_volume("canonical").array)
 
 
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
+def test_a_nifti_that_does_not_say_how_it_lies_is_read_with_a_warning(tmp_path, codes):
+    write_volume(tmp_path / "a.nii", make_volume("canonical"))
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<2h", raw, 252, *codes)
+    (tmp_path / "a.nii").write_bytes(raw)
+    report = Recorder()
+    volume = read_volume(tmp_path / "a.nii", report=report)
+    assert np.allclose(volume.geometry.spacing_mm, SPACING)
+    told = [sentence for sentence in warnings_of(report) if "left and right may be exchanged" in sentence]
+    assert len(told) == (codes == (0, 0))
+
+
 @pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (0.5, -3), (2, 0), (float("nan"), 0)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 def test_scaled_nifti_values_are_those_that_itk_reads(tmp_path, slope, intercept, dtype):
