@@ -287,16 +287,20 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "models",
-        "Lists, verifies, imports, exports or deletes model packages, and goes through their versions.",
+        "Lists, verifies, imports, exports, deletes or joins model packages, and goes through their versions.",
         "models",
     )
-    actions = ("list", "verify", "import", "export", "delete", "history", "diff", "rollback")
+    actions = ("list", "verify", "import", "export", "delete", "join", "history", "diff", "rollback")
     one.add_argument("action", choices=actions)
     one.add_argument("model", nargs="?", help="name, id or path (not for list)")
     one.add_argument(
-        "other", nargs="?", help="diff: the newer model (default: what `model` was tuned from is the older)"
+        "others",
+        nargs="*",
+        metavar="other",
+        help="diff: the newer model (default: what `model` was tuned from is the older); join: the further ones",
     )
-    one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write")
+    one.add_argument("-o", "--output", type=Path, help="export: the .invres file to write; join: that or a folder")
+    one.add_argument("--name", help="join: of the new model (default: that of the first)")
     one.add_argument("--models-dir", type=Path, help="folder of your own models (default: ~/InvResSegment/Models)")
 
     add("devices", "Lists the devices that can be computed on, with their memory.", "devices")

@@ -35,6 +35,7 @@ from .tunedmodel import RESULT, contender_of, finished_result, save_tuned, write
 from .tuningplan import (
     TuningOptions,
     TuningPlan,
+    check_single,
     merged_scheme,
     plan_tuning,
     read_plan,
@@ -68,6 +69,7 @@ def finetune(
     Raises InvresError for a folder with another run and for data that do not fit; Cancelled after a stop was requested
     (everything is saved); OutOfMemory where neither a thriftier engine nor smaller patches help.
     """
+    check_single(base.manifest)
     if output.exists() and not output.is_dir():
         raise InvresError(f"{output} is a file, but fine-tuning needs a folder.", hint="Give another --output.")
     output.mkdir(parents=True, exist_ok=True)

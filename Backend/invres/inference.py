@@ -25,7 +25,7 @@ from .memory import PeakResident
 from .midline import divided, on_one_side
 from .mirroring import check_mirror
 from .modelpackage import ModelPackage
-from .networks import SegmentationNetwork, build
+from .networks import SegmentationNetwork, build_predictor
 from .pace import remember_windows
 from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
@@ -46,7 +46,7 @@ SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
 def load_network(package: ModelPackage, device: torch.device) -> SegmentationNetwork:
     """The package's network with its weights, ready to predict. The VAE branch is not built: it only trains."""
-    network = build(dataclasses.replace(package.manifest.network, vae=None))
+    network = build_predictor(package.manifest.network, package.manifest.members)
     weights = {k: v for k, v in package.load_weights().items() if not k.startswith("vae.")}
     network.load_state_dict(weights)
     return network.to(device).eval()

@@ -66,6 +66,7 @@ class Manifest:
     sides: labels of scheme that segmenting divides into left and right (see `midline`); older manifests have none.
     one_piece: all labels together are one connected structure, so that segmenting leaves out loose pieces (`pieces`).
     mirror_axes: segmenting averages predictions of images mirrored along these axes (D, H, W).
+    members: so many networks of this configuration, whose logits are averaged (`networks.ensemble`, `joining`).
     enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
@@ -87,6 +88,7 @@ class Manifest:
     sides: tuple[Side, ...] = ()
     one_piece: bool = False
     mirror_axes: tuple[int, ...] = ()
+    members: int = 1
     enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."
@@ -110,6 +112,10 @@ class Manifest:
             )
         if len(self.plan.channels) == 1 and self.plan.channels[0].optional:
             raise InvresError("plan.channels has a single channel, which cannot be optional.")
+        if self.members < 1 or (self.members > 1 and (self.network.enhances or self.network.vae is not None)):
+            raise InvresError(
+                f"members must be 1, or more for networks that segment and have no VAE branch, got {self.members}."
+            )
         if (self.enhancement is not None) != self.network.enhances:
             raise InvresError(
                 f"network.name is {self.network.name}, which {'enhances' if self.network.enhances else 'segments'} "

@@ -6,7 +6,6 @@ On a card the peak of the allocator is reported beside the live bytes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from .config import LossWeights, TrainingConfig
 from .hollow import run_without_values
 from .livebytes import LiveBytes
 from .networkconfig import NetworkConfig
-from .networks import BORDER, build, build_enhancer, with_patch
+from .networks import BORDER, build, build_enhancer, build_predictor, with_patch
 from .reversible import abridged, role
 from .step import enhancement_step, make_optimizer, training_step
 
@@ -240,15 +239,17 @@ def _used_bytes(device: torch.device) -> int:
     return total - free
 
 
-def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1) -> tuple[int, int]:
+def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1, members: int = 1) -> tuple[int, int]:
     """Bytes of the network's parameters and buffers, and the peak that segmenting one batch of windows adds to them.
+
+    members: of an ensemble.
 
     Found on hollow tensors like `predict_training`. The VAE branch takes no part in segmenting.
     """
 
     def pass_through() -> tuple[int, int]:
         with torch.no_grad():
-            network = build(dataclasses.replace(config, vae=None)).eval()
+            network = build_predictor(config, members).eval()
             tiles = torch.zeros(batch_size, config.in_channels, *window)
             held = [*network.parameters(), *network.buffers()]
             probe = LiveBytes()

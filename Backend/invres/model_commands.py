@@ -10,11 +10,11 @@ from typing import Any
 
 from . import InvresError
 from .configjson import to_dict
-from .console import package_named, say, spread, user_models_dir
+from .console import load_torch, package_named, say, spread, user_models_dir
 from .events import Reporter
 from .interruption import postponed
 from .lineage import active_members, read_active
-from .manifest import Manifest
+from .manifest import Manifest, check_name
 from .modelpackage import (
     ModelPackage,
     bundled_models_dir,
@@ -37,7 +37,7 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
     optional = [channel.name for channel in manifest.plan.channels if channel.optional]
     lines = [
         f"{manifest.name} {manifest.version}: {manifest.description}".rstrip(": "),
-        f"  network    {manifest.network.name}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
+        f"  network    {_network(manifest)}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
         f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
         *([f"  optional   {', '.join(optional)}; one channel must be there"] if optional else []),
         *_purpose(manifest),
@@ -77,11 +77,15 @@ def models(options: argparse.Namespace, report: Reporter) -> None:
         return
     if not options.model:
         raise InvresError(f"`invres models {options.action}` needs a model: its name or its path.")
+    if options.action != "join" and len(options.others) > (options.action == "diff"):
+        raise InvresError(f"`invres models {options.action}` cannot do with {options.others[-1]}.", code="usage")
     if options.action == "import":
         package = import_package(options.model, folder)
         say(report, f"Imported: {package.path}")
         _note_name(package, folder, report)
         report.result(path=str(package.path))
+    elif options.action == "join":
+        _join(options, folder, report)
     elif options.action in ("history", "diff", "rollback"):
         _versions(options, folder, report)
     elif options.action == "export":
@@ -129,6 +133,23 @@ def _one_of(packages: Sequence[ModelPackage]) -> str:
     return " or ".join(f"{package.id[:8]} ({package.path})" for package in packages)
 
 
+def _join(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
+    packages = [package_named(model, folder) for model in (options.model, *options.others)]
+    if options.output is None:
+        raise InvresError("`invres models join` needs --output: a folder, or FILE.invres.")
+    load_torch(report, "joining")
+    from .joining import join_packages
+
+    name = options.name or packages[0].name
+    check_name(name)
+    joined = join_packages(packages, options.output, name)
+    say(report, f"Joined {joined.manifest.members} networks: {joined.path}")
+    for label, values in joined.manifest.metrics.items():
+        if "Dice" in values:
+            say(report, f"  {label}: Dice {spread(values['Dice'])}, of the members, each on what it held out")
+    report.result(path=str(joined.path), members=joined.manifest.members, metrics=joined.manifest.metrics)
+
+
 def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
     from .versions import difference, difference_table, history, history_table, rollback
 
@@ -139,7 +160,7 @@ def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> No
         say(report, history_table(found))
         report.result(versions=found)
     elif options.action == "diff":
-        other = package_named(options.other, folder) if options.other else None
+        other = package_named(options.others[0], folder) if options.others else None
         compared = difference(package, other, installed)
         say(report, difference_table(compared))
         report.result(**compared)
@@ -147,6 +168,11 @@ def _versions(options: argparse.Namespace, folder: Path, report: Reporter) -> No
         parent = rollback(package, installed, folder)
         say(report, f"{package.name} now stands for version {parent.manifest.version} ({parent.path}) again.")
         report.result(active=parent.id, path=str(parent.path), version=parent.manifest.version, before=package.id)
+
+
+def _network(manifest: Manifest) -> str:
+    name = manifest.network.name
+    return name if manifest.members == 1 else f"average of {manifest.members} networks {name}"
 
 
 def _purpose(manifest: Manifest) -> list[str]:

@@ -82,8 +82,8 @@ class ModelPackage:
     def id(self) -> str:
         return self.manifest.id
 
-    def load_weights(self) -> dict[str, Tensor]:
-        """The network's state on the CPU; tensors stored in 16 bits come back as float32.
+    def load_weights(self, as_stored: bool = False) -> dict[str, Tensor]:
+        """The network's state on the CPU; tensors stored in 16 bits come back as float32, unless `as_stored`.
 
         Raises InvresError if the weights are not the bytes that the manifest vouches for.
         """
@@ -93,7 +93,7 @@ class ModelPackage:
         with member(self.path, WEIGHTS) as stream:
             data = stream.read(self.manifest.weights_bytes + 1)
         _check_hash(self, hashlib.sha256(data).hexdigest())
-        narrow = (torch.float16, torch.bfloat16)
+        narrow = () if as_stored else (torch.float16, torch.bfloat16)
         return {key: tensor.float() if tensor.dtype in narrow else tensor for key, tensor in load(data).items()}
 
 
@@ -114,6 +114,7 @@ def save_package(
     sides: Sequence[Side] = (),
     one_piece: bool = False,
     mirror_axes: Sequence[int] = (),
+    members: int = 1,
     enhancement: EnhancementPlan | None = None,
     licence: str = "",
     intended_use: str = Manifest.intended_use,
@@ -170,6 +171,7 @@ def save_package(
             sides=tuple(sides),
             one_piece=one_piece,
             mirror_axes=tuple(mirror_axes),
+            members=members,
             enhancement=enhancement,
             licence=licence,
             intended_use=intended_use,
@@ -232,7 +234,7 @@ def verify_package(path: str | os.PathLike[str]) -> ModelPackage:
     weights = package.load_weights()
     # On "meta" a network has shapes but no memory and no time for random numbers.
     with torch.device("meta"):
-        expected = build_any(package.manifest.network).state_dict()
+        expected = build_any(package.manifest.network, package.manifest.members).state_dict()
     for key, tensor in expected.items():
         if key not in weights:
             raise InvresError(f"The weights in {package.path.name} lack {key}.", hint=EXPORT)

@@ -15,7 +15,7 @@ from .events import SILENT, Reporter, format_bytes, format_seconds
 from .manifest import Manifest
 from .memory import has_room, predict_forward
 from .mirroring import flips_of
-from .networks import build
+from .networks import build, build_predictor
 from .pace import remember_speed, speed_of, windows_of
 from .prediction import window_count, window_within
 from .region import region_shape
@@ -189,7 +189,7 @@ def _bytes(
     predicted = int(np.prod(seen))
     count = window_count(seen, window, overlap)
     batch = 1 if on_card else min(2, count)
-    weights, forward = predict_forward(manifest.network, window, batch)
+    weights, forward = predict_forward(manifest.network, window, batch, manifest.members)
     files = channels * voxels * FLOAT
     image = channels * predicted * FLOAT
     logits = (classes + 1) * padded * FLOAT
@@ -213,7 +213,7 @@ def _seconds_per_voxel(manifest: Manifest, device: torch.device, window: Triple)
     known = speed_of(manifest.sha256, str(device))
     if known is not None:
         return known
-    network = build(replace(manifest.network, vae=None)).eval().to(device)
+    network = build_predictor(manifest.network, manifest.members).eval().to(device)
     start, side = time.perf_counter(), PROBE_SIDE
     while True:
         depth, height, width = (min(side, extent) for extent in window)

@@ -15,7 +15,7 @@ from .manifest import Manifest
 from .memory import has_room, predict_for
 from .networks import build, with_patch
 from .reduction import lighter
-from .tuningplan import DEFAULTS, wanted_vae
+from .tuningplan import DEFAULTS, check_single, wanted_vae
 
 __all__ = ["TuningMemory", "plan_tuning_memory"]
 
@@ -52,6 +52,7 @@ def plan_tuning_memory(
     On a card a fine-tuning gives up what does not fit before it begins; on the CPU it begins as asked.
     Raises InvresError for wishes that make no sense.
     """
+    check_single(manifest)
     config = dataclasses.replace(DEFAULTS, patch=manifest.patch, **wishes)
     wanted = dataclasses.replace(manifest.network, vae=wanted_vae(manifest.network, vae))
     here = device_info(device)

@@ -32,6 +32,7 @@ __all__ = [
     "SkippedCase",
     "TuningOptions",
     "TuningPlan",
+    "check_single",
     "merged_scheme",
     "plan_tuning",
     "prepare_readable",
@@ -53,6 +54,15 @@ DEFAULTS = TrainingConfig(
 NEW_LABELS_LEARNING_RATE = 1e-3
 """Where the head begins anew for some label: at the rate above its random rows hardly move in a short training."""
 _LENGTHS = ("epochs", "time_s")
+
+
+def check_single(manifest: Manifest) -> None:
+    """Raises InvresError for a model that is the average of several networks."""
+    if manifest.members > 1:
+        raise InvresError(
+            f"{manifest.name} is the average of {manifest.members} networks, which are not fine-tuned together.",
+            hint="Fine-tune one of the models that it was joined from.",
+        )
 
 
 @dataclass(frozen=True)

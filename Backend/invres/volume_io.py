@@ -92,8 +92,8 @@ def _read_file_header(path: Path) -> Header:
         )
     elif nifti is not None and nifti.is_nifti and not own:
         warnings.append(
-            f"{path.name}: the header does not say how the image lies in the body (sform and qform are both undeclared), "
-            "so left and right may be exchanged."
+            f"{path.name}: the header does not say how the image lies in the body (neither sform nor qform is "
+            "declared), so left and right may be exchanged."
         )
     affine, sentence = repaired_axes(path, affine, shape)
     texts = {} if reader is None else {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}

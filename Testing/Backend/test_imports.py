@@ -73,6 +73,7 @@ ALLOWED = {
         "config configjson enhancementconfig events expectation lineage manifest networkconfig networks packagefiles "
         "sides"
     ),
+    "joining": "config configjson expectation manifest modelpackage networks",
     "versions": "configjson events lineage modelpackage",
     "transfer": "config manifest networks",
     "labelmatching": "config events transfer",
@@ -178,7 +179,7 @@ ALLOWED = {
     "fixedbudget": "events memory networkconfig networks published reproduction",
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
-    "model_commands": "configjson console events interruption lineage manifest modelpackage versions",
+    "model_commands": "configjson console events interruption joining lineage manifest modelpackage versions",
     "bench_command": "benchmark console cube depth devices events files variants",
     "reproduce_command": (
         "benchmark console devices events fixedbudget furthertables invrestables prediction reproduction"

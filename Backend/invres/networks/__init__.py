@@ -9,6 +9,7 @@ from ..networkconfig import NETWORKS, NetworkConfig
 from .autoencoder_unet import AutoencoderUNet
 from .base import Network, NetworkOutput, SegmentationNetwork
 from .compact_fcn import CompactFCN
+from .ensemble import ANY, INTENSITIES, Ensemble
 from .espcn import BORDER, ESPCN, ElongatedESPCN, shuffle, unshuffle
 from .fully_invres import FullyInvRes
 from .mbconv_unet import MBConvUNet
@@ -18,15 +19,19 @@ from .partially_invres import PartiallyInvRes
 from .unet3d import UNet3D
 
 __all__ = [
+    "ANY",
     "BORDER",
     "ESPCN",
+    "INTENSITIES",
     "STEMS",
+    "Ensemble",
     "Network",
     "NetworkOutput",
     "SegmentationNetwork",
     "build",
     "build_any",
     "build_enhancer",
+    "build_predictor",
     "is_head",
     "is_rim",
     "shuffle",
@@ -71,9 +76,20 @@ def build_enhancer(config: NetworkConfig, engine: str = "auto", memory: str = "l
     return _ENHANCERS[config.name](config, engine, memory)
 
 
-def build_any(config: NetworkConfig) -> Network:
-    """The network that `config` describes, whatever it gives."""
-    return build_enhancer(config) if config.enhances else build(config)
+def build_any(config: NetworkConfig, members: int = 1) -> Network:
+    """The network that a package has the weights of, whatever it gives; members: see `build_predictor`."""
+    if config.enhances:
+        return build_enhancer(config)
+    return build(config) if members == 1 else build_predictor(config, members)
+
+
+def build_predictor(config: NetworkConfig, members: int = 1) -> SegmentationNetwork:
+    """The network that a model segments with, freshly initialised: without the VAE branch, which only trains.
+
+    members: so many of them, whose logits are averaged (`Ensemble`).
+    """
+    config = dataclasses.replace(config, vae=None)
+    return build(config) if members == 1 else Ensemble([build(config) for _ in range(members)])
 
 
 def with_patch(config: NetworkConfig, patch: tuple[int, int, int]) -> NetworkConfig:
