@@ -15,6 +15,7 @@ from .cases import Case, Dataset
 from .config import ChannelPlan, LabelScheme
 from .events import SILENT, Reporter
 from .files import safe_name
+from .fingerprints import fingerprints
 from .inference import segment_volumes
 from .manifest import Manifest
 from .metrics import score_masks
@@ -47,6 +48,7 @@ class CaseComparison:
     label. without: channel that was left out -> label name -> Dice of the tuned
     model, for each channel that it can do without. confidence: of the tuned model (`prediction.confidence_of`).
     empty: by "base" and "tuned", label name -> which mask is empty (`metrics.LabelScore.empty`).
+    base_knows: the base model was trained on one of the case's images.
     """
 
     case: str
@@ -59,6 +61,7 @@ class CaseComparison:
     without: dict = field(default_factory=dict)
     confidence: float = 0.0
     empty: dict = field(default_factory=dict)
+    base_knows: bool = False
 
     def difference(self, metric: str = "Dice") -> float | None:
         """Tuned minus base, mean over the labels that both have; None where there is none."""
@@ -116,8 +119,19 @@ def compare_case(
             rescored, _, _ = _scores(predicted, reference, scheme, dataset.scheme)
             without[channel.name] = {name: of_label["Dice"] for name, of_label in rescored.items()}
     values = {one.name: list(one.values) for one in dataset.scheme.labels} if files else {}
+    knows = base is not None and not {*base.package.manifest.trained_on}.isdisjoint(fingerprints(volumes))
     return CaseComparison(
-        case.name, case.patient, scores["base"], scores["tuned"], worst, files, values, without, confidence, empty
+        case.name,
+        case.patient,
+        scores["base"],
+        scores["tuned"],
+        worst,
+        files,
+        values,
+        without,
+        confidence,
+        empty,
+        knows,
     )
 
 

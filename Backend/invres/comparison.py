@@ -65,7 +65,7 @@ def summarise(
         "n_patients": len({one.patient for one in cases}),
         "verdict": verdict,
         "promotable": held_out and not worse and not dropped and _promotable(verdict, overall, tuned_dice),
-        "sentence": _sentence(verdict, overall, cases, held_out, which) + _of_labels(worse, dropped),
+        "sentence": _sentence(verdict, overall, cases, held_out, which) + _of_labels(worse, dropped) + _known(cases),
         "difference": overall,
         "labels": labels,
         "worse_labels": worse,
@@ -235,6 +235,15 @@ def _sentence(
 def _of_labels(worse: Sequence[str], dropped: Sequence[str]) -> str:
     told = f" Labels that got worse: {', '.join(worse)}." if worse else ""
     return told + (f" Labels of the base model that it no longer has: {', '.join(dropped)}." if dropped else "")
+
+
+def _known(cases: Sequence[CaseComparison]) -> str:
+    known = [one.case for one in cases if one.base_knows]
+    if not known:
+        return ""
+    which = "all of these cases" if len(known) == len(cases) else f"{len(known)} of these {len(cases)} cases"
+    names = ", ".join(known[:5]) + (" and more" if len(known) > 5 else "")
+    return f" The base model was itself trained on {which}, which flatters it ({names})."
 
 
 def _worst_label(one: CaseComparison) -> str:

@@ -247,8 +247,11 @@ class _Run:
         metrics = manifest_metrics(scored) if held_out and scored else {}
         # With one patient in its training cases, as in a training from the start.
         seen = self.trainer.seen(part, [one.confidence for one in scored])
+        known = [*manifest.trained_on, *self.trainer.trained_on(part)]
         log = self.trainer.folder(kept) / METRICS
-        package = save_tuned(self.output, manifest, plan, options, weights, summary, metrics, seen, promoted, log)
+        package = save_tuned(
+            self.output, manifest, plan, options, weights, summary, metrics, seen, known, promoted, log
+        )
         result = write_result(self.output, manifest, plan, package, proof, comparison, self.output / TRANSFER)
         for index in range(len(plan.parts) - 1):
             (self.trainer.folder(index) / CHECKPOINT).unlink(missing_ok=True)

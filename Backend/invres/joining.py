@@ -70,6 +70,7 @@ def join_packages(packages: Sequence[ModelPackage], path: str | os.PathLike[str]
         one_piece=first.one_piece,
         mirror_axes=first.mirror_axes,
         members=members,
+        trained_on=[image for manifest in manifests for image in manifest.trained_on],
         licence=first.licence,
         intended_use=first.intended_use,
     )

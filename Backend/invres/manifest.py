@@ -67,6 +67,7 @@ class Manifest:
     one_piece: all labels together are one connected structure, so that segmenting leaves out loose pieces (`pieces`).
     mirror_axes: segmenting averages predictions of images mirrored along these axes (D, H, W).
     members: so many networks of this configuration, whose logits are averaged (`networks.ensemble`, `joining`).
+    trained_on: `fingerprints` of the images that it and those before it learned from, sorted.
     enhancement: of a model that enhances images (image quality transfer) and has no labels; None if it segments.
 
     Raises InvresError for values that contradict one another or the format.
@@ -89,6 +90,7 @@ class Manifest:
     one_piece: bool = False
     mirror_axes: tuple[int, ...] = ()
     members: int = 1
+    trained_on: tuple[str, ...] = ()
     enhancement: EnhancementPlan | None = None
     licence: str = ""
     intended_use: str = "Research; not a medical device."

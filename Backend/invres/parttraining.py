@@ -172,6 +172,10 @@ class PartTrainer:
         volumes = [case_volumes_ml(case, self.plan.scheme) for case in self._cases(part.train, SILENT)]
         return of_volumes(self.plan.scheme.names, volumes, confidences)
 
+    def trained_on(self, part: Part) -> list[str]:
+        """The fingerprints of the images of a part's training cases."""
+        return [one for case in self._cases(part.train, SILENT) for one in case.fingerprints]
+
     def _cases(self, names: Sequence[str], report: Reporter) -> list[PreparedCase]:
         """The cases that can still be read; others may have changed since the run was begun, and are left out."""
         cases, skipped = prepare_readable(self._dataset, names, self.plan.plan, self._output / "prepared", report)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .config import PreparationPlan
 from .configjson import to_dict
 from .events import SILENT, Reporter
 from .files import stamps_of
+from .fingerprints import fingerprints
 from .preprocessing import PreparedCase, prepare
 from .volume import Geometry
 
@@ -49,7 +51,8 @@ def prepare_cases(
         if found is None:
             shutil.rmtree(home, ignore_errors=True)
             volumes, label = dataset.load(case, report)
-            _write(home, prepare(volumes, label, plan, dataset.scheme, name, report))
+            known = fingerprints(volumes)
+            _write(home, replace(prepare(volumes, label, plan, dataset.scheme, name, report), fingerprints=known))
             found = _read(home, name)
             assert found is not None
         prepared.append(found)
@@ -75,7 +78,8 @@ def _write(home: Path, case: PreparedCase) -> None:
         np.save(temporary / "image.npy", case.image)
         if case.label is not None:
             np.save(temporary / "label.npy", case.label)
-        rest = {"geometry": _to_json(case.geometry), "original": _to_json(case.original), "absent": case.absent}
+        grids = {"geometry": _to_json(case.geometry), "original": _to_json(case.original)}
+        rest = {**grids, "absent": case.absent, "fingerprints": case.fingerprints}
         (temporary / "grids.json").write_text(json.dumps(rest), encoding="utf-8")
         for path in temporary.iterdir():
             with open(path, "rb+") as stream:
@@ -109,6 +113,7 @@ def _read_whole(home: Path, name: str) -> PreparedCase:
         _from_json(rest["geometry"]),
         _from_json(rest["original"]),
         tuple(rest.get("absent", ())),
+        tuple(rest.get("fingerprints", ())),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def _train(
         sides=sides_of_recipe(recipe),
         one_piece=recipe.one_piece,
         mirror_axes=recipe.mirror_axes,
+        trained_on=itertools.chain.from_iterable(case.fingerprints for case in training_cases),
         licence=options.licence,
         log=output / METRICS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def save_tuned(
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
     seen: Expectation,
+    trained_on: Sequence[str],
     promoted: bool,
     log: Path,
 ) -> ModelPackage:
@@ -84,6 +85,7 @@ def save_tuned(
         sides=_kept_sides(base, plan.scheme),
         one_piece=_stays_one_piece(base, plan.scheme),
         mirror_axes=kept_mirror(plan.scheme, base.mirror_axes),
+        trained_on=trained_on,
         licence=options.licence or base.licence,
         intended_use=base.intended_use,
         parent=base.id,

@@ -25,6 +25,7 @@ from invres.checkpoint import load_checkpoint
 from invres.configjson import to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
+from invres.fingerprints import fingerprints
 from invres.inference import load_network, segment
 from invres.memory import has_room
 from invres.modelpackage import find_package, import_package, open_package, save_package, verify_package
@@ -111,6 +112,26 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert len(measured) == 4 + 8, "in the second step of each training, and at the end of each epoch"
     assert all(value == pytest.approx(predicted, rel=0.3) for value in measured)
     assert not same_weights(folder, base.path)
+
+
+def test_cases_that_the_base_model_has_learned_from_are_told(base, phantoms, tuned, tmp_path):
+    run, result, _ = tuned
+    data = read_dataset(phantoms)
+    learned = {name: fingerprints(data.load(data.case(name))[0]) for name in ("patient00", "patient01", "patient02")}
+    known = [name for name, images in learned.items() if {*images} <= {*base.manifest.trained_on}]
+    assert len(known) == 2, "one was held out from the base model"
+    proof = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    assert sorted(one["case"] for one in proof["cases"] if one["base_knows"]) == sorted(known)
+    assert "The base model was itself trained on 2 of these 3 cases, which flatters it (" in result["sentence"]
+    package = open_package(result["model"])
+    assert {*package.manifest.trained_on} == {image for images in learned.values() for image in images}
+    stranger = write_dataset(tmp_path / "other", cases=2)
+    for path in (stranger / "imagesTr").iterdir():
+        volume = read_volume(path)
+        write_volume(path, Volume(volume.array + 1, volume.geometry))
+    again = tune(package, stranger, tmp_path / "run")
+    assert "flatters" not in again["sentence"]
+    assert {*package.manifest.trained_on} < {*open_package(again["model"]).manifest.trained_on}, "none is forgotten"
 
 
 def test_the_proof_is_in_the_result_and_in_files(tuned):

@@ -64,7 +64,8 @@ ALLOWED = {
     "preprocessing": "config events volume",
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
-    "prepared": "cases config configjson events files preprocessing volume",
+    "fingerprints": "volume",
+    "prepared": "cases config configjson events files fingerprints preprocessing volume",
     "doctor": "cases config dataset_json events expectation layouts preprocessing volume",
     "evaluation": "config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
@@ -145,8 +146,8 @@ ALLOWED = {
     "stopfile": "files trainer",
     "reduction": "checkpoint config configjson networks",
     "casecomparison": (
-        "cases config events files inference manifest metrics modelpackage networks prediction preprocessing "
-        "transfer volume"
+        "cases config events files fingerprints inference manifest metrics modelpackage networks prediction "
+        "preprocessing transfer volume"
     ),
     "comparison": "casecomparison config configjson events files intervals metrics",
     "tuningplan": (
