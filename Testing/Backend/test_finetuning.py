@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -111,6 +112,15 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert len(measured) == 4 + 8, "in the second step of each training, and at the end of each epoch"
     assert all(value == pytest.approx(predicted, rel=0.3) for value in measured)
     assert not same_weights(folder, base.path)
+
+
+def test_a_run_of_several_trainings_says_once_that_there_are_no_curves(base, phantoms, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
+    report = Recorder()
+    tune(base, phantoms, tmp_path / "run", report)
+    assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
+    assert len([message for message in told(report, "note") if "`pip install matplotlib`" in message]) == 1
 
 
 def test_the_proof_is_in_the_result_and_in_files(tuned):
