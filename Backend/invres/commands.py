@@ -60,7 +60,6 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     from .runfolder import RUN
 
     _check_alone()
-
     # A run that ended before its first step has nothing to go on from, so the same command starts it.
     resumed = options.resume and (options.output / RUN).is_file()
     of_run = resumed and options.recipe is None
