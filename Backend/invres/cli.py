@@ -206,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="instead of the recipe's")
     one.add_argument("-t", "--time", metavar="30m", help="time budget: 90s, 30m, 2h")
     one.add_argument("--epochs", type=int, help="end after so many (default: the recipe's)")
+    one.add_argument(
+        "--patience",
+        type=int,
+        metavar="EPOCHS",
+        help="end after so many without a better score of the held-out cases, 0 = never (default: the recipe's)",
+    )
+    one.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     one.add_argument("--seed", type=int, help="of all that is drawn at random (default: the recipe's)")
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default: the recipe's)")
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default: the recipe's)")
@@ -214,6 +221,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (default: as the recipe has it)"
+    )
+    one.add_argument(
+        "--set",
+        dest="values",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of the recipe, by its dotted key, as JSON or a word: 'training.patch=[96,96,96]', "
+        "'spacing_mm=[1,1,1]', training.schedule=poly; once for each",
     )
     one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 from typing import Any
@@ -22,6 +23,7 @@ from .model_commands import describe, models
 from .modelpackage import ModelPackage
 from .networkconfig import VAEConfig
 from .plan_command import plan
+from .recipekeys import key_and_value, with_values
 from .reproduce_command import reproduce
 from .segment_command import segment
 
@@ -43,11 +45,21 @@ __all__ = [
 ]
 
 NOTHING_LEARNED = 0.1  # mean Dice (chosen)
+_OF_TRAINING = {
+    **{key: key for key in ("epochs", "seed", "engine", "precision", "memory", "optimizer")},
+    **{"early_stop_epochs": "patience", "learning_rate": "lr", "time_s": "time"},
+}
+_OPTIONS = {
+    **{f"training.{key}": option for key, option in _OF_TRAINING.items()},
+    **{"network.name": "network", "network.vae": "vae", "augmentation.channel_dropout": "channel-dropout"},
+}
+"""Keys of a recipe that have an option of their own."""
 
 
 def train(options: argparse.Namespace, report: Reporter) -> None:
     from .runfolder import RUN
 
+    _check_alone()
     # A run that ended before its first step has nothing to go on from, so the same command starts it.
     resumed = options.resume and (options.output / RUN).is_file()
     of_run = resumed and options.recipe is None
@@ -123,6 +135,17 @@ def _say_if_learned_nothing(package: ModelPackage, report: Reporter) -> None:
         )
 
 
+def _check_alone() -> None:
+    """Raises InvresError where a launcher of torch (torchrun) has begun several processes for one training."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if count.isdigit() and int(count) > 1:
+        raise InvresError(
+            f"This is one of {count} processes (WORLD_SIZE), but a training is one process on one device.",
+            hint="Start it without torchrun, and choose the device with --device.",
+            code="usage",
+        )
+
+
 def _check_counts(options: argparse.Namespace) -> None:
     """Raises InvresError for numbers of cases or groups that would hold nothing out."""
     count, folds = options.validation_count, vars(options).get("folds")
@@ -134,23 +157,10 @@ def _check_counts(options: argparse.Namespace) -> None:
 
 
 def finetune(options: argparse.Namespace, report: Reporter) -> None:
+    _check_alone()
     _check_counts(options)
     package = segmenter_named(options.model)
-    wishes = {
-        field: value
-        for field, value in (
-            ("epochs", options.epochs),
-            ("early_stop_epochs", options.patience),
-            ("learning_rate", options.lr),
-            ("seed", options.seed),
-            ("engine", options.engine),
-            ("precision", options.precision),
-            ("memory", options.memory),
-            ("optimizer", options.optimizer),
-            ("time_s", _seconds(options.time) if options.time else None),
-        )
-        if value is not None
-    }
+    wishes = _wishes(options)
     recipe = recipe_named(options.recipe) if options.recipe else None
     if options.name:
         check_name(options.name)
@@ -244,8 +254,21 @@ def demo(options: argparse.Namespace, report: Reporter) -> None:
     report.result(**found)
 
 
+def _wishes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the training, by the keys of `TrainingConfig`."""
+    wishes = {key: value for key, option in _OF_TRAINING.items() if (value := getattr(options, option)) is not None}
+    if "time_s" in wishes:
+        wishes["time_s"] = _seconds(wishes["time_s"])
+    return wishes
+
+
 def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with the command line's wishes."""
+    """The recipe with the command line's wishes. Raises InvresError where `--set` and another option say the same."""
+    for key, _ in map(key_and_value, options.values):
+        option = _OPTIONS.get(key, "")
+        if option and getattr(options, option.replace("-", "_")) is not None:
+            raise InvresError(f"--{option} and --set both give {key}.", hint="Give one of them.", code="usage")
+    wishes = _wishes(options)
     network, training = recipe.network, recipe.training
     if options.network and options.network != network.name:
         if network.channels or network.blocks or network.decoder_blocks:
@@ -256,20 +279,13 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         network = dataclasses.replace(network, name=options.network)
     if options.vae is not None and options.vae != (network.vae is not None):
         network = dataclasses.replace(network, vae=VAEConfig() if options.vae else None)
-    wishes: dict[str, Any] = {
-        key: getattr(options, key)
-        for key in ("epochs", "seed", "engine", "precision", "memory")
-        if getattr(options, key) is not None
-    }
-    if options.time:
-        wishes["time_s"] = _seconds(options.time)
     augmentation = recipe.augmentation
     if options.channel_dropout is not None:
         augmentation = dataclasses.replace(augmentation, channel_dropout=options.channel_dropout)
+    training = training.with_optimizer(wishes.get("optimizer", training.optimizer))
     training = dataclasses.replace(training, **wishes)
-    if options.optimizer:
-        training = training.with_optimizer(options.optimizer)
-    return dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
+    changed = dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
+    return with_values(changed, options.values)
 
 
 def _seconds(text: str) -> float:

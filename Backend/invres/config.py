@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,6 +304,8 @@ class Recipe:
     enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not all(0 < side < math.inf for side in self.spacing_mm):
+            raise InvresError(f"The recipe's spacing_mm must be three sizes above 0, got {list(self.spacing_mm)}.")
         if self.clip_hu is not None and not self.clip_hu[0] < self.clip_hu[1]:
             raise InvresError(f"The recipe's clip_hu must be a lower and a higher number, got {list(self.clip_hu)}.")
         if (self.enhancement is not None) != self.network.enhances:

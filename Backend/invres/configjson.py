@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from . import InvresError
 
-__all__ = ["from_dict", "nearest", "to_dict"]
+__all__ = ["dotted_hint", "dotted_keys", "from_dict", "nearest", "to_dict"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A question for the known word that one may have meant; "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def dotted_keys(cls: type) -> list[str]:
+    """The keys of a configuration and of the configurations in it, as "training" and "training.patch"."""
+    keys = []
+    for key, kind in typing.get_type_hints(cls).items():
+        keys.append(key)
+        parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+        for part in filter(dataclasses.is_dataclass, parts):
+            keys += [f"{key}.{inner}" for inner in dotted_keys(typing.cast(type, part))]
+    return keys
+
+
+def dotted_hint(key: str, cls: type) -> str:
+    """What to do about a key that is none of `dotted_keys`: the nearest one, or those that there are.
+
+    Its last word counts most, so that "patch" leads to "training.patch".
+    """
+    known = dotted_keys(cls)
+    *parents, word = key.split(".")
+    last = {one: one.rpartition(".")[2] for one in known}
+    near = difflib.get_close_matches(_SYNONYMS.get(word.lower(), word), last.values(), n=1)
+    if alike := [one for one in known if last[one] in near]:
+        best = min(alike, key=lambda one: (-len({*parents} & {*one.split(".")}), one.count(".")))
+        return f"Did you mean {best!r}?"
+    beside = [one for one in known if one.rpartition(".")[0] == ".".join(parents)]
+    return f"Known keys: {', '.join(beside or [one for one in known if '.' not in one])}."
 
 
 def to_dict(config: Any) -> Any:

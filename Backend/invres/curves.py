@@ -7,12 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .events import SCORES
+from .events import SCORES, Reporter
 from .files import written_whole
 
-__all__ = ["draw_curves"]
+__all__ = ["Curves", "draw_curves"]
 
 FEW = 6  # points on a line: they are marked, as a single one draws no line; and labels: more stand beside the axes
+
+
+class Curves:
+    """Draws the curves of a run's trainings, and says once where matplotlib is missing."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def draw(self, folder: Path, report: Reporter) -> None:
+        """`draw_curves`, of which nothing ends a training: a full disk is a warning."""
+        try:
+            drawn = draw_curves(folder)
+        except OSError as error:
+            report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+            return
+        if drawn is None and not self._told:
+            self._told = True
+            report.note(
+                "curves.png is not drawn, as the package matplotlib is not installed (`pip install matplotlib`); "
+                "metrics.jsonl has its figures."
+            )
 
 
 def draw_curves(folder: Path) -> Path | None:

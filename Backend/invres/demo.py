@@ -141,7 +141,7 @@ def _template_files() -> dict[str, Path]:
     if found is None or not found.submodule_search_locations:
         raise InvresError(
             "The demo's MR volume comes with the package nilearn, which is not installed.",
-            hint="Run `pip install invres[demo]`.",
+            hint="Run `pip install nilearn matplotlib`.",
         )
     folder = Path(found.submodule_search_locations[0]) / "datasets" / "data"
     files = {key: folder / f"mni_icbm152_{key}_tal_nlin_sym_09a_converted.nii.gz" for key in ("t1", "gm", "wm")}

@@ -55,7 +55,7 @@ def fcn_4(request: Request) -> Comparison:
             "compact blocks and in-place norms keep the baseline's Dice.",
             "The gain is in percentage points of the mean Dice over labels; the paper does not say of what it is 5 %.",
             "Fill the column with two trainings. SMALL: invres train --recipe kits19 --data FOLDER --output SMALL. "
-            'LARGE: the same with --output LARGE and a copy of the recipe file in which "patch" is [152, 256, 256]. '
+            "LARGE: the same with --output LARGE --set 'training.patch=[152,256,256]'. "
             "For each: invres evaluate --run SMALL --data FOLDER --output SMALL.json. Then: invres reproduce fcn-4 "
             f"--metrics {small}=SMALL.json --metrics {large}=LARGE.json.",
         ),

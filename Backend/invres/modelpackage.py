@@ -322,8 +322,11 @@ def import_package(source: str | os.PathLike[str], models_dir: str | os.PathLike
 
 
 def bundled_models_dir() -> Path:
-    """`Resources/Models` beside `Backend`, in the source tree and in an installed extension alike; may not exist."""
-    return Path(__file__).resolve().parents[2] / "Resources" / "Models"
+    """`Resources/Models`: in the package where pip has installed it (Backend/setup.py), and beside `Backend` in the
+    source tree and in an installed extension alike; may not exist."""
+    package = Path(__file__).resolve().parent
+    places = (package / "Resources", package.parents[1] / "Resources")
+    return next((folder for folder in places if folder.is_dir()), places[-1]) / "Models"
 
 
 def list_packages(models_dirs: Iterable[str | os.PathLike[str]], report: Reporter = SILENT) -> list[ModelPackage]:

@@ -30,7 +30,7 @@ def draw_overlay(
         from matplotlib.patches import Patch
     except ImportError:
         raise InvresError(
-            "Pictures need the package matplotlib, which is not installed.", hint="Run `pip install invres[report]`."
+            "Pictures need the package matplotlib, which is not installed.", hint="Run `pip install matplotlib`."
         ) from None
     base = image.canonical()
     maps = [("Image", None), *((caption, Volume(labels, image.geometry).canonical().array) for caption, labels in rows)]

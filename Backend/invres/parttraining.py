@@ -16,7 +16,7 @@ from .cases import Dataset
 from .casesplits import Part
 from .checkpoint import CHECKPOINT, load_checkpoint
 from .config import TrainingConfig
-from .curves import draw_curves
+from .curves import Curves
 from .devices import device_info
 from .events import SILENT, Reporter, format_bytes
 from .expectation import Expectation, of_volumes
@@ -65,6 +65,7 @@ class PartTrainer:
         self._base, self._dataset, self._output = base, dataset, output
         self._device, self._report, self._stop = device, report, stop
         self._base_weights = base.load_weights()
+        self._curves = Curves()
 
     def folder(self, index: int) -> Path:
         """Where the checkpoint and the record of a part are."""
@@ -161,10 +162,7 @@ class PartTrainer:
             adapt_checkpoint(folder, network)
             trainer.resume()
         result = trainer.run()
-        try:
-            draw_curves(folder)
-        except OSError as error:
-            report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+        self._curves.draw(folder, report)
         return result, network.engine
 
     def seen(self, part: Part, confidences: Iterable[float]) -> Expectation:

@@ -17,7 +17,7 @@ from . import InvresError, __version__
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe
 from .configjson import from_dict, to_dict
-from .curves import draw_curves
+from .curves import Curves
 from .events import Reporter, format_bytes, format_seconds
 from .files import write_changed
 from .modelpackage import ModelPackage, open_package
@@ -79,15 +79,12 @@ class WithCurves(Reporter):
 
     def __init__(self, report: Reporter, folder: Path):
         super().__init__()
-        self._report, self._folder = report, folder
+        self._report, self._folder, self._curves = report, folder, Curves()
 
     def emit(self, event: dict[str, Any]) -> None:
         self._report.emit(event)
         if event["event"] == "epoch":
-            try:
-                draw_curves(self._folder)
-            except OSError as error:
-                self._report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+            self._curves.draw(self._folder, self._report)
 
 
 @contextmanager

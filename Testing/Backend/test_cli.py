@@ -36,6 +36,7 @@ from invres.memory import predict_enhancement, predict_for
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
+from invres.trainingrun import started_recipe
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 TRAINING_VERBS = ("train", "enhance", "finetune", "evaluate", "check", "plan", "bench", "reproduce", "demo")
@@ -404,6 +405,58 @@ def test_the_options_of_the_command_line_override_the_recipe(data, tmp_path, mon
     described = invres("describe", tmp_path / "run/model").out.splitlines()[0]
     assert described == "tiny 1.0.0: Trained with the recipe tiny on Phantoms (1 case)."
     assert "Warning: The mean Dice in validation is 0." in outcome.err and "too short to learn" in outcome.err
+
+
+def test_any_value_of_a_recipe_is_set_on_the_command_line_and_stays_when_it_is_resumed(data, tmp_path):
+    written = write_recipe(tmp_path / "r.json", epochs=2, iterations_per_epoch=1)
+    arguments = ["train", "-d", data, "-r", written, "-o", tmp_path / "run", "--device", "cpu", "--fold", "all"]
+    asked = ["--lr", 0.02, "--patience", 7]
+    for value in (
+        "training.patch=[8, 12, 16]",
+        'training={"schedule": "poly", "batch_size": 1}',
+        "training.batch_size=3",
+        "augmentation.rotation_degrees=[30,20,10]",
+        "spacing_mm=[2,1,1]",
+        "network.vae.latent=4",
+        "description=For = signs.",
+    ):
+        asked += ["--set", value]
+    outcome = invres(*arguments, *asked)
+    assert outcome.code == 0, outcome.err
+    recipe = started_recipe(tmp_path / "run")
+    training, before = recipe.training, Recipe.read(written).training
+    assert (training.learning_rate, training.early_stop_epochs, training.schedule) == (0.02, 7, "poly")
+    assert (training.patch, training.batch_size, recipe.spacing_mm) == ((8, 12, 16), 3, (2.0, 1.0, 1.0))
+    assert recipe.augmentation.rotation_degrees == (30.0, 20.0, 10.0) and recipe.description == "For = signs."
+    assert recipe.network.vae is not None and (recipe.network.vae.latent, recipe.network.vae.patch) == (4, (8, 12, 16))
+    kept = dataclasses.replace(
+        training, patch=before.patch, batch_size=2, learning_rate=0.01, early_stop_epochs=0, schedule="cosine"
+    )
+    assert kept == before, "what was not asked for is the recipe's"
+
+    same = invres(*arguments, *asked, "--resume", "--epochs", 3, "--json")
+    assert same.code == 0 and not same.of("warning"), same.out
+    assert load_checkpoint(tmp_path / "run")["iteration"] == 3
+    other = invres(
+        *(word for word in arguments if word not in ("-r", written)),
+        *("--resume", "--lr", 0.5, "--patience", 1, "--set", "training.batch_size=1", "--set", "training.epochs=4"),
+        "--json",
+    )
+    assert other.code == 0, other.out
+    (warning,) = [event["message"] for event in other.of("warning")]
+    assert warning.startswith("The training goes on as it was started; what is asked otherwise now is left out: ")
+    for key in ("training.learning_rate", "training.early_stop_epochs", "training.batch_size"):
+        assert key in warning
+    assert load_checkpoint(tmp_path / "run")["iteration"] == 4 and "training.epochs" not in warning
+    assert started_recipe(tmp_path / "run").training == dataclasses.replace(training, epochs=4)
+
+
+@pytest.mark.parametrize("verb", [("train",), ("finetune", "-m", "hippocampus-t1")], ids=["train", "finetune"])
+def test_one_of_several_processes_is_told_to_start_alone(data, refused, tmp_path, monkeypatch, verb):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
+    message, hint = refused(*verb, "-d", data, "-o", tmp_path / "run")
+    assert message == "This is one of 2 processes (WORLD_SIZE), but a training is one process on one device."
+    assert "without torchrun" in hint
 
 
 def test_the_optimizer_of_the_command_line_trains_with_the_decay_that_goes_with_it(data, tmp_path):
@@ -780,6 +833,23 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--time", "0"], "A time is given as 90s, 30m or 2h, got '0'.", ""),
         (["--time", "soon"], "A time is given as 90s, 30m or 2h, got 'soon'.", ""),
         (["--epochs", "0"], "training.epochs must be 1 or more, got 0.", ""),
+        (["--patience", "-1"], "training.early_stop_epochs must be 0 or more, got -1.", ""),
+        (["--lr", "0"], "training.learning_rate must be above 0, got 0.0.", ""),
+        (["--set", "patch=[8,8,8]"], "--set: a recipe has no key 'patch'.", "Did you mean 'training.patch'?"),
+        (["--set", "training.lr=1"], "has no key 'training.lr'.", "Did you mean 'training.learning_rate'?"),
+        (["--set", "trainng.patch=1"], "has no key 'trainng.patch'.", "Did you mean 'training.patch'?"),
+        (["--set", "vae.latent=1"], "has no key 'vae.latent'.", "Did you mean 'network.vae.latent'?"),
+        (["--set", "training.rotation=1"], "no key 'training.rotation'", "'augmentation.rotation_degrees'?"),
+        (["--set", "training.patch.0=8"], "has no key 'training.patch.0'.", "Known keys: name, description, network,"),
+        (["--set", 'training={"epoch":3}'], "training has the unknown key 'epoch'", "Did you mean 'epochs'?"),
+        (["--set", "training.patch=[8,8]"], "training: patch must have 3 entries, got 2.", ""),
+        (["--set", "training.patch=[8,8"], "training: patch must be a list, got '[8,8'.", ""),
+        (["--set", "training.epochs=three"], "training: epochs must be a whole number, got 'three'.", ""),
+        (["--set", "training.learning_rate=NaN"], "learning_rate must be a number, got 'NaN'.", ""),
+        (["--set", "spacing_mm=[0,1,1]"], "spacing_mm must be three sizes above 0, got [0.0, 1.0, 1.0].", ""),
+        (["--set", "training.patch"], "--set needs a key and a value, got 'training.patch'.", "training.patch=[96,96"),
+        (["--set", "training.epochs=2", "--epochs", "3"], "--epochs and --set both give training.epochs.", "one"),
+        (["--set", "network.vae=null", "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--seed", "-1"], "training.seed must be 0 or more, got -1.", ""),
         (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
         (["--fold", "5"], "There is no fold 5; the data set has the folds 0 to 1.", ""),

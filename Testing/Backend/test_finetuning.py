@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -132,6 +133,15 @@ def test_cases_that_the_base_model_has_learned_from_are_told(base, phantoms, tun
     again = tune(package, stranger, tmp_path / "run")
     assert "flatters" not in again["sentence"]
     assert {*package.manifest.trained_on} < {*open_package(again["model"]).manifest.trained_on}, "none is forgotten"
+
+
+def test_a_run_of_several_trainings_says_once_that_there_are_no_curves(base, phantoms, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
+    report = Recorder()
+    tune(base, phantoms, tmp_path / "run", report)
+    assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
+    assert len([message for message in told(report, "note") if "`pip install matplotlib`" in message]) == 1
 
 
 def test_the_proof_is_in_the_result_and_in_files(tuned):

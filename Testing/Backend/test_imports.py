@@ -26,6 +26,7 @@ ALLOWED = {
     "configjson": "",
     "networkconfig": "configjson",
     "config": "configjson enhancementconfig networkconfig synthesisconfig",
+    "recipekeys": "config configjson",
     "expectation": "config",
     "sides": "config",
     "mirroring": "config events sides",
@@ -88,7 +89,6 @@ ALLOWED = {
     "patchsize": "config events networks volume",
     "guard": "events reversible",
     "checkpoint": "events",
-    "distributed": "config events",
     "sampling": "augmentation config events preprocessing randomness synthesis",
     "enhancementscores": "events",
     "interpolation": "networks",
@@ -114,7 +114,7 @@ ALLOWED = {
         "modelpackage networks outputs prediction scans volume"
     ),
     "trainer": (
-        "checkpoint config configjson distributed events files guard livebytes losses memory networkconfig networks "
+        "checkpoint config configjson events files guard livebytes losses memory networkconfig networks "
         "objectives sampling step"
     ),
     "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
@@ -200,7 +200,7 @@ ALLOWED = {
     ),
     "commands": (
         "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
-        "finetuning interruption labelmaps manifest model_commands modelpackage networkconfig plan_command "
+        "finetuning interruption labelmaps manifest model_commands modelpackage networkconfig plan_command recipekeys "
         "reproduce_command runfolder segment_command segmentfiles stopfile trainer training trainingrun tuningplan "
         "worker"
     ),

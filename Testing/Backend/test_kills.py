@@ -19,7 +19,7 @@ from test_finetuning import options, same_weights
 from test_locating import saved
 from tiny_datasets import BACKEND, leftovers, write_dataset
 
-from invres import checkpoint, parttraining
+from invres import checkpoint, curves, parttraining
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
 from invres.events import Reporter
@@ -89,9 +89,13 @@ def _live(base, data, run, phase="", moment=0, delay_s=0.0):
     os.replace, os.rename = life.around(os.replace), life.around(os.rename)
     checkpoint.torch.save = life.saving(checkpoint.torch.save)
     # What takes seconds in each life and writes nothing that is resumed from.
-    for name, stub in (("draw_curves", lambda _: None), ("predict_for", lambda *_: SimpleNamespace(peak_bytes=0))):
-        assert hasattr(parttraining, name)
-        setattr(parttraining, name, stub)
+    stubs = (
+        (curves, "draw_curves", lambda folder: folder),
+        (parttraining, "predict_for", lambda *_: SimpleNamespace(peak_bytes=0)),
+    )
+    for module, name, stub in stubs:
+        assert hasattr(module, name)
+        setattr(module, name, stub)
     finetune(open_package(base), read_dataset(data, checked=False), run, options(resume=True, **LENGTH), life)
 
 

@@ -1,0 +1,54 @@
+"""Single values of a recipe by their dotted keys, as the command line's `--set KEY=VALUE` gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import InvresError
+from .config import Recipe
+from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
+
+__all__ = ["key_and_value", "with_values"]
+
+
+def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
+    """The recipe with each KEY=VALUE of `given` in it, in their order; checked as a recipe file is.
+
+    An object is merged into the one that is there; a part that the recipe lacks (`crop`, `network.vae`) begins with its
+    defaults. Raises InvresError for unknown keys, with the nearest one, and for wrong values.
+    """
+    data = to_dict(recipe)
+    for text in given:
+        key, value = key_and_value(text)
+        if key not in dotted_keys(Recipe):
+            raise InvresError(f"--set: a recipe has no key {key!r}.", hint=dotted_hint(key, Recipe))
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        data = _merged(data, value)
+    return from_dict(Recipe, data, "--set") if given else recipe
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; the value as JSON or, where it is none, as text. Raises InvresError where it is not of this form."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals):
+        raise InvresError(
+            f"--set needs a key and a value, got {text!r}.", hint="Write it as 'training.patch=[96,96,96]'."
+        )
+    try:
+        return key, json.loads(value, parse_constant=_refused)
+    except ValueError:
+        return key, value
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _refused(word: str) -> NoReturn:
+    """NaN and Infinity, which JSON does not have and nothing can be trained with, stay words."""
+    raise ValueError(word)
