@@ -23,9 +23,9 @@ __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metri
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _WORST_CASES = 3
-_WITHIN = {**dict.fromkeys(("Dice", "IoU", "NSD"), (0.0, 1.0)), **dict.fromkeys(("HD", "HD95"), (0.0, np.inf))}
-# Columns of the table: metric, heading, decimals.
-_COLUMNS = (("HD95", "HD95 mm", 2), ("HD", "HD mm", 2), ("NSD", "NSD", 3), ("VolumeError_ml", "volume error ml", 2))
+_DISTANCES = {"HD95": 2, "HD": 2, "ASD": 3, "MHD": 3}
+"""In mm, with the decimals that the table shows."""
+_WITHIN = {**dict.fromkeys(("Dice", "IoU", "NSD"), (0.0, 1.0)), **dict.fromkeys(_DISTANCES, (0.0, np.inf))}
 
 
 def evaluate(
@@ -126,8 +126,8 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 def summary_table(metrics: dict[str, Any]) -> str:
     """What `evaluate` returned as an aligned table for people: a row per label, then the cases of lowest Dice."""
-    headings = ["label", "n", "Dice mean ± sd [95 % CI]", *(heading for _, heading, _ in _COLUMNS), "empty p/r/both"]
-    rows = [headings]
+    rows = [["label", "n", "Dice mean ± sd [95 % CI]", "NSD", "volume error ml", "empty p/r/both"]]
+    distances = [["label", *(f"{metric} mm" for metric in _DISTANCES)]]
     for name, of_label in metrics["summary"].items():
         empty = of_label["empty"]
         rows.append(
@@ -135,12 +135,13 @@ def summary_table(metrics: dict[str, Any]) -> str:
                 name,
                 str(of_label["Dice"]["n"]),
                 f"{_mean_sd(of_label['Dice'], 3)} {_interval(of_label['Dice'], 3)}",
-                *(_mean_sd(of_label[metric], decimals) for metric, _, decimals in _COLUMNS),
+                _mean_sd(of_label["NSD"], 3),
+                _mean_sd(of_label["VolumeError_ml"], 2),
                 f"{empty['predicted']}/{empty['reference']}/{empty['both']}",
             ]
         )
-    lines = aligned(rows)
-    lines.insert(1, "-" * len(lines[0]))
+        distances.append([name, *(_mean_sd(of_label[metric], digits) for metric, digits in _DISTANCES.items())])
+    lines = [*_ruled(rows), "", *_ruled(distances)]
     lines += [
         "",
         f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
@@ -264,6 +265,8 @@ def _values(score: LabelScore) -> dict[str, float]:
         "n_ref": score.tp + score.fn,
         "HD": score.hausdorff_mm,
         "HD95": score.hd95_mm,
+        "ASD": score.asd_mm,
+        "MHD": score.mhd_mm,
         "NSD": score.nsd,
         "VolumePredicted_ml": score.volume_predicted_ml,
         "VolumeReference_ml": score.volume_reference_ml,
@@ -274,7 +277,8 @@ def _values(score: LabelScore) -> dict[str, float]:
 def _summary(scores: list[LabelScore], patients: Sequence[str]) -> dict[str, Any]:
     """Spread of each metric of one label over cases."""
     values = [_values(score) for score in scores]
-    shown = ("Dice", "IoU", "HD", "HD95", "NSD", "VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
+    volumes = ("VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
+    shown = ("Dice", "IoU", *_DISTANCES, "NSD", *volumes)
     summary: dict[str, Any] = {
         metric: spread_over_patients(
             [case[metric] for case in values], patients, _WITHIN.get(metric, (-np.inf, np.inf))
@@ -303,6 +307,12 @@ def _worst_cases(metrics: dict[str, Any]) -> list[list[str]]:
         label = f"worst {metrics['label_names'][key]}: Dice {worst['Dice']:.3f}, HD95 {worst['HD95']:.2f} mm"
         rows.append([f"  {case['name']}", f"{mean_dice(case):.3f}", label])
     return rows
+
+
+def _ruled(rows: list[list[str]]) -> list[str]:
+    """`aligned`, with a rule below the headings."""
+    lines = aligned(rows)
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _mean_sd(spread: dict[str, Any], decimals: int) -> str:
