@@ -231,13 +231,20 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "evaluate",
-        "Scores segmentations against references, a training on what it held out, or a model that enhances on scans.",
+        "Scores segmentations against references, trainings on what they held out, or a model that enhances on scans.",
         "evaluate",
     )
     one.add_argument("-p", "--predictions", type=Path, help="folder or file")
     one.add_argument("-r", "--references", type=Path, help="folder or file")
     one.add_argument(
-        "--run", dest="trained", type=Path, metavar="RUN", help="instead: segment and score what this training held out"
+        "--run",
+        dest="trained",
+        type=Path,
+        metavar="RUN",
+        nargs="+",
+        action="extend",
+        help="instead: segment and score what this training held out; several are the folds of one cross-validation, "
+        "whose cases are scored together",
     )
     one.add_argument(
         "-m", "--model", help="instead: a model that enhances: reduce the scans of --data, enhance, compare"
@@ -247,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
         "-d",
         "--data",
         type=Path,
-        help="data set whose label names and regions to use; with --run its own; with --model: scans",
+        help="data set whose label names, regions and patients to use; with --run: where that of the training is now "
+        "(default: where it was); with --model: scans",
     )
     one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
     _device(one)

@@ -94,6 +94,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         source=options.source,
         vram_bytes=vram_bytes,
         name=options.name,
+        data=str(options.data.absolute()),
     )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, heard, stop)

@@ -34,17 +34,19 @@ def evaluate(
     scheme: LabelScheme | None = None,
     report: Reporter = SILENT,
     tolerance_mm: float = 1.0,
+    patients: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Scores every prediction that has a reference of the same name (without ending), or one file against one.
 
-    predictions, references: a folder or a file each; label volumes on the same grid.
+    predictions, references: a folder or a file each; label volumes on the same grid. patients: as `score_pairs` takes
+    them.
     Returns what `score_pairs` does, with the further keys `missing_predictions` and `missing_references`.
     A name that only one side has is left out, listed and warned of.
     Raises: InvresError for a missing path, no common name, two files of one name, and as `score_pairs` does.
     """
     pairs, missing_predictions, missing_references = _pairs(Path(predictions), Path(references))
     _warn_of_missing(missing_predictions, missing_references, len(pairs), report)
-    found = score_pairs(pairs, scheme, report, tolerance_mm)
+    found = score_pairs(pairs, scheme, report, tolerance_mm, patients)
     return {**found, "missing_predictions": missing_predictions, "missing_references": missing_references}
 
 
@@ -58,7 +60,8 @@ def score_pairs(
     """Scores label files against their references: (name of the case, prediction, reference), on the same grid each.
 
     scheme: the labels to score; None takes every value but 0 found in the references.
-    tolerance_mm: of the normalised surface Dice (NSD). patients: of the cases; None takes each as one of its own.
+    tolerance_mm: of the normalised surface Dice (NSD). patients: of the cases by name; one that it does not have is a
+    patient of its own.
 
     Returns plain JSON values, finite throughout, with the keys of nnU-Net v2's summary.json (`metric_per_case`, `mean`,
     `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
@@ -83,6 +86,7 @@ def score_pairs(
         cases.append(
             {
                 "name": name,
+                "patient": (patients or {}).get(name) or name,
                 "reference_file": str(reference),
                 "prediction_file": str(prediction),
                 "metrics": {keys[label]: _values(of_label) for label, of_label in score.items()},
@@ -91,7 +95,7 @@ def score_pairs(
         )
     report.progress("evaluate.cases", len(pairs), len(pairs))
 
-    of_patients = [(patients or {}).get(case["name"], case["name"]) for case in cases]
+    of_patients = [case["patient"] for case in cases]
     metrics = tuple(_values(next(iter(scores[0].values()))))
     mean = {
         key: {metric: float(np.mean([case["metrics"][key][metric] for case in cases])) for metric in metrics}

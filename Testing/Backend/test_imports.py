@@ -132,7 +132,9 @@ ALLOWED = {
     ),
     "caseinputs": "cases config dataset_json segmentfiles",
     "batch": "caseinputs events faults files inference modelpackage runfolder segmentoptions",
-    "heldout": "caseinputs cases cropping events files inference modelpackage prediction trainingrun",
+    "heldout": (
+        "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
+    ),
     "worker": "events interruption",
     "peers": "",
     "operations": "",
