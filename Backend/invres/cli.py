@@ -260,6 +260,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
     _device(one)
 
+    one = add("compare", "Compares two results of `invres evaluate` on the same cases, case by case.", "compare")
+    one.add_argument("a", type=Path, metavar="A.json", help="what `invres evaluate` wrote for one model")
+    one.add_argument("b", type=Path, metavar="B.json", help="and for the other; differences are B minus A")
+    one.add_argument("-o", "--output", type=Path, help="JSON file to write")
+
     one = add("check", "Examines a data set and says what will be done about each finding.", "check")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
 

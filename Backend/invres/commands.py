@@ -10,6 +10,7 @@ from typing import Any
 
 from . import InvresError
 from .bench_command import bench
+from .compare_command import compare
 from .config import Recipe
 from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
@@ -28,6 +29,7 @@ from .segment_command import segment
 __all__ = [
     "bench",
     "check",
+    "compare",
     "demo",
     "describe",
     "devices",

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import InvresError
 from .config import Label, LabelScheme
-from .events import SILENT, Reporter, aligned
+from .events import SILENT, Reporter, aligned, listed
 from .files import written_whole
 from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
@@ -151,9 +151,12 @@ def summary_table(metrics: dict[str, Any]) -> str:
         f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
         f"Dice 0, distance {metrics['empty_distance_mm']} mm; both: Dice 1, distance 0.",
     ]
+    if both := {name: of["empty"]["both"] for name, of in metrics["summary"].items() if of["empty"]["both"]}:
+        counts = ", ".join(f"{name} {count} of {metrics['summary'][name]['Dice']['n']}" for name, count in both.items())
+        lines.append(f"Cases in these means that count as Dice 1 for being empty in both: {counts}.")
     for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
         if metrics.get(key):
-            lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
+            lines.append(f"Not scored, {what}: {listed(metrics[key])}.")
     lines += ["", "Lowest Dice (mean over labels):", *aligned(_worst_cases(metrics))]
     return "\n".join(lines)
 
@@ -174,7 +177,7 @@ def _pairs(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, P
     if not common:
         raise InvresError(
             f"No prediction in {predictions} has a reference of the same name in {references}: "
-            f"predictions are {_listed(sorted(predicted))}, references are {_listed(sorted(wanted))}.",
+            f"predictions are {listed(sorted(predicted))}, references are {listed(sorted(wanted))}.",
             hint="Name both alike, for example case_01.nii.gz; the ending may differ.",
         )
     # A single file is a choice of one case: the rest of the other folder is not missing.
@@ -209,7 +212,7 @@ def _warn_of_missing(predictions: list[str], references: list[str], scored: int,
     for missing, what in ((predictions, "no prediction"), (references, "no reference")):
         if missing:
             counted = "1 case is" if scored == 1 else f"{scored} cases are"
-            report.warning(f"{counted} scored; left out for there is {what} of them: {_listed(missing)}.")
+            report.warning(f"{counted} scored; left out for there is {what} of them: {listed(missing)}.")
 
 
 def _scheme_of(references: list[Path]) -> LabelScheme:
@@ -232,7 +235,7 @@ def _score_files(
     for values, what in ((predicted.array, "prediction"), (wanted.array, "reference")):
         foreign = np.unique(values[np.isin(values, sorted(known), invert=True)])
         if foreign.size:
-            held = _listed([str(value) for value in foreign])
+            held = listed([str(value) for value in foreign])
             report.warning(f"The {what} of {name} holds values that are no label and count as background: {held}.")
     return score_case(predicted.array, wanted.array, scheme, wanted.geometry.spacing_mm, tolerance_mm)
 
@@ -329,8 +332,3 @@ def _interval(spread: dict[str, Any], decimals: int) -> str:
     if spread["ci95"] is None:
         return "[n/a]"
     return "[{:.{d}f}, {:.{d}f}]".format(*spread["ci95"], d=decimals)
-
-
-def _listed(names: list[str], shown: int = 10) -> str:
-    """Names for a sentence; a long list is cut short."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

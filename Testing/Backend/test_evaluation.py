@@ -257,6 +257,14 @@ def test_empty_masks_are_counted_and_every_number_is_finite(folders):
     assert found["summary"]["tumour"]["VolumeError_relative"]["n"] == 1
     assert [case["empty"]["2"] for case in found["metric_per_case"]] == ["both", "predicted", "reference"]
     json.dumps(found, allow_nan=False)
+    told = "Cases in these means that count as Dice 1 for being empty in both: tumour 1 of 3."
+    assert told in summary_table(found).splitlines()
+
+
+def test_without_empty_masks_none_are_told_of(folders):
+    predictions, references, write = folders
+    write("a", labels(), labels())
+    assert "count as Dice 1" not in summary_table(evaluate(predictions, references, TWO))
 
 
 def test_one_case_has_no_spread_and_says_so(folders):
