@@ -247,13 +247,20 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add(
         "evaluate",
-        "Scores segmentations against references, a training on what it held out, or a model that enhances on scans.",
+        "Scores segmentations against references, trainings on what they held out, or a model that enhances on scans.",
         "evaluate",
     )
     one.add_argument("-p", "--predictions", type=Path, help="folder or file")
     one.add_argument("-r", "--references", type=Path, help="folder or file")
     one.add_argument(
-        "--run", dest="trained", type=Path, metavar="RUN", help="instead: segment and score what this training held out"
+        "--run",
+        dest="trained",
+        type=Path,
+        metavar="RUN",
+        nargs="+",
+        action="extend",
+        help="instead: segment and score what this training held out; several are the folds of one cross-validation, "
+        "whose cases are scored together",
     )
     one.add_argument(
         "-m", "--model", help="instead: a model that enhances: reduce the scans of --data, enhance, compare"
@@ -263,10 +270,16 @@ def _parser() -> argparse.ArgumentParser:
         "-d",
         "--data",
         type=Path,
-        help="data set whose label names and regions to use; with --run its own; with --model: scans",
+        help="data set whose label names, regions and patients to use; with --run: where that of the training is now "
+        "(default: where it was); with --model: scans",
     )
     one.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default 1 mm)")
     _device(one)
+
+    one = add("compare", "Compares two results of `invres evaluate` on the same cases, case by case.", "compare")
+    one.add_argument("a", type=Path, metavar="A.json", help="what `invres evaluate` wrote for one model")
+    one.add_argument("b", type=Path, metavar="B.json", help="and for the other; differences are B minus A")
+    one.add_argument("-o", "--output", type=Path, help="JSON file to write")
 
     one = add("check", "Examines a data set and says what will be done about each finding.", "check")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")

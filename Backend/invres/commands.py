@@ -11,6 +11,7 @@ from typing import Any
 
 from . import InvresError
 from .bench_command import bench
+from .compare_command import compare
 from .config import Recipe
 from .configjson import to_dict
 from .console import load_torch, parse_bytes, recipe_named, say, segmenter_named, spread
@@ -30,6 +31,7 @@ from .segment_command import segment
 __all__ = [
     "bench",
     "check",
+    "compare",
     "demo",
     "describe",
     "devices",
@@ -106,6 +108,7 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         source=options.source,
         vram_bytes=vram_bytes,
         name=options.name,
+        data=str(options.data.absolute()),
     )
     with StopRequest().listening() as stop:
         package = run(dataset, recipe, options.output, choices, heard, stop)

@@ -14,20 +14,25 @@ from . import InvresError
 from .casecomparison import CaseComparison
 from .config import LabelScheme
 from .configjson import to_dict
-from .events import aligned
+from .events import aligned, listed
 from .files import written_whole
-from .intervals import interval, p_value, patient_means, rejected, spread
+from .intervals import patient_means, spread
 from .metrics import EMPTY_DISTANCE_MM
+from .paireddifference import (
+    NOT_ENOUGH,
+    NOTHING,
+    beyond_doubt,
+    difference,
+    mean_text,
+    signed_text,
+    told,
+    verdict,
+)
 
 __all__ = ["comparison_table", "summarise", "write_comparison"]
 
 METRICS = ("Dice", "HD95_mm", "VolumeError_ml")
 LARGER_IS_BETTER = {"Dice": True, "HD95_mm": False, "VolumeError_ml": False}
-AS_GOOD = 0.01
-"""A difference in Dice that does not matter (chosen): an interval within it means "as good as before"."""
-FEWEST_TOLD = 3
-"""Below this many patients nothing is claimed, whatever the interval."""
-NOT_ENOUGH = "not enough data to tell"
 
 
 def summarise(
@@ -52,10 +57,12 @@ def summarise(
     held_out: False where the model was trained on these very cases, which proves nothing. which: cases, in words.
     """
     ordered = sorted(cases, key=lambda one: (one.difference() or 0.0, _mean_dice(one.tuned)))
-    overall = _difference(
+    overall = difference(
         patient_means((one.patient, value) for one in cases if (value := one.difference()) is not None)
     )
-    verdict = _verdict(overall, held_out)
+    claim = verdict(overall)
+    if not held_out and claim != NOTHING:
+        claim = NOT_ENOUGH
     labels = {name: _label_summary(name, cases) for name in scheme.names}
     worse = _worse_labels(scheme.names, cases) if held_out else []
     tuned_dice = float(np.mean([_mean_dice(one.tuned) for one in cases])) if cases else 0.0
@@ -63,9 +70,9 @@ def summarise(
         "held_out": held_out,
         "n_cases": len(cases),
         "n_patients": len({one.patient for one in cases}),
-        "verdict": verdict,
-        "promotable": held_out and not worse and not dropped and _promotable(verdict, overall, tuned_dice),
-        "sentence": _sentence(verdict, overall, cases, held_out, which) + _of_labels(worse, dropped) + _known(cases),
+        "verdict": claim,
+        "promotable": held_out and not worse and not dropped and _promotable(claim, overall, tuned_dice),
+        "sentence": _sentence(claim, overall, cases, held_out, which) + _of_labels(worse, dropped) + _known(cases),
         "difference": overall,
         "labels": labels,
         "worse_labels": worse,
@@ -108,9 +115,9 @@ def comparison_table(content: Mapping[str, Any]) -> str:
                 [
                     name if metric == METRICS[0] else "",
                     metric,
-                    _mean(values["base"], decimals),
-                    _mean(values["tuned"], decimals),
-                    _signed(values["difference"], decimals),
+                    mean_text(values["base"], decimals),
+                    mean_text(values["tuned"], decimals),
+                    signed_text(values["difference"], decimals),
                     str(values["tuned"]["n"]),
                     "/".join(map(str, lacking)) if metric == "HD95_mm" else "",
                 ]
@@ -122,12 +129,15 @@ def comparison_table(content: Mapping[str, Any]) -> str:
             f"{EMPTY_DISTANCE_MM} mm.",
             "",
         ]
+    both = {name: of["empty"]["tuned"]["both"] for name, of in content["labels"].items()}
+    if any(both.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in both.items() if count)
+        lines += [f"Cases that count as Dice 1 for being empty in reference and tuned result: {counts}.", ""]
     if content["without"]:
         lefts = [["  without", "Dice", "with it", "n"]]
         for channel, of_both in content["without"].items():
-            lefts.append(
-                [f"  {channel}", _mean(of_both["without"], 3), _mean(of_both["with"], 3), str(of_both["with"]["n"])]
-            )
+            means = [mean_text(of_both[which], 3) for which in ("without", "with")]
+            lefts.append([f"  {channel}", *means, str(of_both["with"]["n"])])
         lines += ["The tuned model where a channel is left out (mean over labels):", *aligned(lefts), ""]
     lines.append("Cases, worst first (difference in Dice, mean over labels):")
     cases = [["  case", "difference", "Dice base", "Dice tuned", "worst label"]]
@@ -139,11 +149,6 @@ def comparison_table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *aligned(cases)])
 
 
-def _difference(values: Sequence[float]) -> dict[str, Any]:
-    bounds = interval(values)
-    return {**spread(values), "ci95": None if bounds is None else list(bounds)}
-
-
 def _patient_differences(name: str, metric: str, cases: Sequence[CaseComparison]) -> list[float]:
     """Tuned minus base of a label, a mean for each patient."""
     return patient_means(
@@ -153,9 +158,8 @@ def _patient_differences(name: str, metric: str, cases: Sequence[CaseComparison]
 
 def _worse_labels(names: Sequence[str], cases: Sequence[CaseComparison]) -> list[str]:
     differences = {name: _patient_differences(name, "Dice", cases) for name in names}
-    told = {name: values for name, values in differences.items() if len(values) >= FEWEST_TOLD}
-    beyond_doubt = rejected({name: p_value(values) for name, values in told.items()})
-    return [name for name in names if name in beyond_doubt and np.mean(told[name]) < 0]
+    distinct = beyond_doubt(differences)
+    return [name for name in names if name in distinct and np.mean(differences[name]) < 0]
 
 
 def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]
         summary[metric] = {
             "base": spread([one.base[name][metric] for one in cases if name in one.base]),
             "tuned": spread([one.tuned[name][metric] for one in cases if name in one.tuned]),
-            "difference": _difference(_patient_differences(name, metric, cases)),
+            "difference": difference(_patient_differences(name, metric, cases)),
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
     summary["empty"] = {}
@@ -185,27 +189,14 @@ def _without(cases: Sequence[CaseComparison]) -> dict[str, Any]:
     return found
 
 
-def _verdict(overall: Mapping[str, Any], held_out: bool) -> str:
-    if not overall["n"]:
-        return "nothing to compare"
-    if not held_out or overall["n"] < FEWEST_TOLD:
-        return NOT_ENOUGH
-    low, high = overall["ci95"]
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
-    return "as good" if low >= -AS_GOOD and high <= AS_GOOD else NOT_ENOUGH
-
-
-def _promotable(verdict: str, overall: Mapping[str, Any], tuned_dice: float) -> bool:
-    if verdict == "nothing to compare":
+def _promotable(claim: str, overall: Mapping[str, Any], tuned_dice: float) -> bool:
+    if claim == NOTHING:
         return tuned_dice > 0
-    return verdict in ("better", "as good") or (verdict == NOT_ENOUGH and overall["mean"] >= 0)
+    return claim in ("better", "as good") or (claim == NOT_ENOUGH and overall["mean"] >= 0)
 
 
 def _sentence(
-    verdict: str,
+    claim: str,
     overall: Mapping[str, Any],
     cases: Sequence[CaseComparison],
     held_out: bool,
@@ -217,24 +208,21 @@ def _sentence(
     where = f"On {count} {which}"
     if not held_out:
         where = f"With one patient no case can be held out; on the {count} that it was trained on"
-    if verdict == "nothing to compare":
+    if claim == NOTHING:
         dice = float(np.mean([_mean_dice(one.tuned) for one in cases]))
         return f"{where} the tuned model has a Dice of {dice:.3f}; the base model has nothing to compare it with."
     base = float(np.mean([_mean_dice(one.base) for one in cases if one.base]))
     tuned = float(np.mean([_mean_dice({n: one.tuned[n] for n in one.base}) for one in cases if one.base]))
-    change = f"{where} the Dice went from {base:.3f} to {tuned:.3f}"
-    if overall["ci95"] is not None:
-        low, high = overall["ci95"]
-        change += f" (difference {overall['mean']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+    change = f"{where} the Dice went from {base:.3f} to {tuned:.3f}{told(overall)}"
     if not held_out:
         return f"{change}, which proves nothing about other cases: {NOT_ENOUGH}."
     words = {"as good": "as good as before", NOT_ENOUGH: NOT_ENOUGH}
-    return f"{change}: {words.get(verdict, f'{verdict} than before')}."
+    return f"{change}: {words.get(claim, f'{claim} than before')}."
 
 
 def _of_labels(worse: Sequence[str], dropped: Sequence[str]) -> str:
-    told = f" Labels that got worse: {', '.join(worse)}." if worse else ""
-    return told + (f" Labels of the base model that it no longer has: {', '.join(dropped)}." if dropped else "")
+    text = f" Labels that got worse: {', '.join(worse)}." if worse else ""
+    return text + (f" Labels of the base model that it no longer has: {', '.join(dropped)}." if dropped else "")
 
 
 def _known(cases: Sequence[CaseComparison]) -> str:
@@ -242,8 +230,7 @@ def _known(cases: Sequence[CaseComparison]) -> str:
     if not known:
         return ""
     which = "all of these cases" if len(known) == len(cases) else f"{len(known)} of these {len(cases)} cases"
-    names = ", ".join(known[:5]) + (" and more" if len(known) > 5 else "")
-    return f" The base model was itself trained on {which}, which flatters it ({names})."
+    return f" The base model was itself trained on {which}, which flatters it ({listed(known)})."
 
 
 def _worst_label(one: CaseComparison) -> str:
@@ -252,18 +239,3 @@ def _worst_label(one: CaseComparison) -> str:
 
 def _mean_dice(scores: Mapping[str, Mapping[str, float]]) -> float:
     return float(np.mean([of_label["Dice"] for of_label in scores.values()])) if scores else 0.0
-
-
-def _mean(spread: Mapping[str, Any], decimals: int) -> str:
-    if spread["mean"] is None:
-        return "-"
-    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.{decimals}f}"
-    return f"{spread['mean']:.{decimals}f}{sd}"
-
-
-def _signed(difference: Mapping[str, Any], decimals: int) -> str:
-    if difference["mean"] is None:
-        return "-"
-    bounds = difference["ci95"]
-    text = "[n/a]" if bounds is None else "[{:+.{d}f}, {:+.{d}f}]".format(*bounds, d=decimals)
-    return f"{difference['mean']:+.{decimals}f} {text}"

@@ -77,7 +77,12 @@ def train_enhancement(recipe: Recipe, options: argparse.Namespace, report: Repor
     assert recipe.enhancement is not None  # the caller has looked
     scans = find_scans(options.data, recipe.enhancement.kind, report)
     choices = TrainOptions(
-        options.device, options.resume, licence=options.licence, source=options.source, name=options.name
+        options.device,
+        options.resume,
+        licence=options.licence,
+        source=options.source,
+        name=options.name,
+        data=str(options.data.absolute()),
     )
     with StopRequest().listening() as stop:
         package = train_enhancer(scans, recipe, options.output, choices, WhileHeard(report), stop)

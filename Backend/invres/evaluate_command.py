@@ -1,4 +1,4 @@
-"""`invres evaluate`: scores files against references, a training on what it held out, or a model that enhances."""
+"""`invres evaluate`: scores files against references, trainings on what they held out, or a model that enhances."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
     if sum(ways) != 1 or (ways[0] and None in files):
         raise InvresError(
             "Scoring needs either --predictions and --references, or --run, or --model.",
-            hint="Give two folders of label maps, the folder of a training and its --data, or a model that enhances "
-            "and scans as --data.",
+            hint="Give two folders of label maps, the folders of trainings, or a model that enhances and scans as "
+            "--data.",
             code="usage",
         )
     check_report(options.output)
     if options.model is not None:
         evaluate_enhancement(options, report)
         return
-    from .cases import read_dataset
     from .evaluation import evaluate as score_files
     from .evaluation import score_pairs, summary_table, write_metrics
 
     if options.trained is None:
-        scheme = read_dataset(options.data, checked=False).scheme if options.data else None
-        metrics = score_files(*files, scheme, report, options.tolerance)
+        from .cases import read_dataset
+
+        dataset = read_dataset(options.data, checked=False) if options.data else None
+        scheme = dataset.scheme if dataset else None
+        patients = {case.name: case.patient for case in dataset.cases} if dataset else None
+        metrics = score_files(*files, scheme, report, options.tolerance, patients)
     else:
-        if options.data is None:
-            raise InvresError("`invres evaluate --run` needs the data set of the training: --data.", code="usage")
-        dataset = read_dataset(options.data, checked=False)
         load_torch(report)
-        from .heldout import segment_held_out
+        from .heldout import segment_folds
         from .trainingrun import choosing_names
 
-        pairs, patients = segment_held_out(options.trained, dataset, options.device, report)
-        metrics = score_pairs(pairs, dataset.scheme, report, options.tolerance, patients)
-        metrics["epoch_chosen_on"] = list(choosing_names(options.trained))
+        pairs, patients, scheme = segment_folds(options.trained, options.data, options.device, report)
+        metrics = score_pairs(pairs, scheme, report, options.tolerance, patients)
+        metrics["epoch_chosen_on"] = [name for run in options.trained for name in choosing_names(run)]
     write_metrics(options.output, metrics)
     say(report, summary_table(metrics))
     if chosen := metrics.get("epoch_chosen_on"):
-        say(report, f"\nThe epoch was chosen by the Dice of {len(chosen)} of these cases, which flatters the scores.")
+        epoch = "epoch" if len(options.trained) == 1 else "epoch of each training"
+        say(report, f"\nThe {epoch} was chosen by the Dice of {len(chosen)} of these cases, which flatters the scores.")
     say(report, f"\nWritten: {options.output}")
     report.result(output=str(options.output), summary=metrics["summary"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import InvresError
 from .config import Label, LabelScheme
-from .events import SILENT, Reporter, aligned
+from .events import SILENT, Reporter, aligned, listed
 from .files import written_whole
 from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
@@ -23,9 +23,9 @@ __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metri
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _WORST_CASES = 3
-_WITHIN = {**dict.fromkeys(("Dice", "IoU", "NSD"), (0.0, 1.0)), **dict.fromkeys(("HD", "HD95"), (0.0, np.inf))}
-# Columns of the table: metric, heading, decimals.
-_COLUMNS = (("HD95", "HD95 mm", 2), ("HD", "HD mm", 2), ("NSD", "NSD", 3), ("VolumeError_ml", "volume error ml", 2))
+_DISTANCES = {"HD95": 2, "HD": 2, "ASD": 3, "MHD": 3}
+"""In mm, with the decimals that the table shows."""
+_WITHIN = {**dict.fromkeys(("Dice", "IoU", "NSD"), (0.0, 1.0)), **dict.fromkeys(_DISTANCES, (0.0, np.inf))}
 
 
 def evaluate(
@@ -34,17 +34,19 @@ def evaluate(
     scheme: LabelScheme | None = None,
     report: Reporter = SILENT,
     tolerance_mm: float = 1.0,
+    patients: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Scores every prediction that has a reference of the same name (without ending), or one file against one.
 
-    predictions, references: a folder or a file each; label volumes on the same grid.
+    predictions, references: a folder or a file each; label volumes on the same grid. patients: as `score_pairs` takes
+    them.
     Returns what `score_pairs` does, with the further keys `missing_predictions` and `missing_references`.
     A name that only one side has is left out, listed and warned of.
     Raises: InvresError for a missing path, no common name, two files of one name, and as `score_pairs` does.
     """
     pairs, missing_predictions, missing_references = _pairs(Path(predictions), Path(references))
     _warn_of_missing(missing_predictions, missing_references, len(pairs), report)
-    found = score_pairs(pairs, scheme, report, tolerance_mm)
+    found = score_pairs(pairs, scheme, report, tolerance_mm, patients)
     return {**found, "missing_predictions": missing_predictions, "missing_references": missing_references}
 
 
@@ -58,7 +60,8 @@ def score_pairs(
     """Scores label files against their references: (name of the case, prediction, reference), on the same grid each.
 
     scheme: the labels to score; None takes every value but 0 found in the references.
-    tolerance_mm: of the normalised surface Dice (NSD). patients: of the cases; None takes each as one of its own.
+    tolerance_mm: of the normalised surface Dice (NSD). patients: of the cases by name; one that it does not have is a
+    patient of its own.
 
     Returns plain JSON values, finite throughout, with the keys of nnU-Net v2's summary.json (`metric_per_case`, `mean`,
     `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
@@ -83,6 +86,7 @@ def score_pairs(
         cases.append(
             {
                 "name": name,
+                "patient": (patients or {}).get(name) or name,
                 "reference_file": str(reference),
                 "prediction_file": str(prediction),
                 "metrics": {keys[label]: _values(of_label) for label, of_label in score.items()},
@@ -91,7 +95,7 @@ def score_pairs(
         )
     report.progress("evaluate.cases", len(pairs), len(pairs))
 
-    of_patients = [(patients or {}).get(case["name"], case["name"]) for case in cases]
+    of_patients = [case["patient"] for case in cases]
     metrics = tuple(_values(next(iter(scores[0].values()))))
     mean = {
         key: {metric: float(np.mean([case["metrics"][key][metric] for case in cases])) for metric in metrics}
@@ -126,8 +130,8 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 def summary_table(metrics: dict[str, Any]) -> str:
     """What `evaluate` returned as an aligned table for people: a row per label, then the cases of lowest Dice."""
-    headings = ["label", "n", "Dice mean ± sd [95 % CI]", *(heading for _, heading, _ in _COLUMNS), "empty p/r/both"]
-    rows = [headings]
+    rows = [["label", "n", "Dice mean ± sd [95 % CI]", "NSD", "volume error ml", "empty p/r/both"]]
+    distances = [["label", *(f"{metric} mm" for metric in _DISTANCES)]]
     for name, of_label in metrics["summary"].items():
         empty = of_label["empty"]
         rows.append(
@@ -135,20 +139,24 @@ def summary_table(metrics: dict[str, Any]) -> str:
                 name,
                 str(of_label["Dice"]["n"]),
                 f"{_mean_sd(of_label['Dice'], 3)} {_interval(of_label['Dice'], 3)}",
-                *(_mean_sd(of_label[metric], decimals) for metric, _, decimals in _COLUMNS),
+                _mean_sd(of_label["NSD"], 3),
+                _mean_sd(of_label["VolumeError_ml"], 2),
                 f"{empty['predicted']}/{empty['reference']}/{empty['both']}",
             ]
         )
-    lines = aligned(rows)
-    lines.insert(1, "-" * len(lines[0]))
+        distances.append([name, *(_mean_sd(of_label[metric], digits) for metric, digits in _DISTANCES.items())])
+    lines = [*_ruled(rows), "", *_ruled(distances)]
     lines += [
         "",
         f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
         f"Dice 0, distance {metrics['empty_distance_mm']} mm; both: Dice 1, distance 0.",
     ]
+    if both := {name: of["empty"]["both"] for name, of in metrics["summary"].items() if of["empty"]["both"]}:
+        counts = ", ".join(f"{name} {count} of {metrics['summary'][name]['Dice']['n']}" for name, count in both.items())
+        lines.append(f"Cases in these means that count as Dice 1 for being empty in both: {counts}.")
     for key, what in (("missing_predictions", "no prediction"), ("missing_references", "no reference")):
         if metrics.get(key):
-            lines.append(f"Not scored, {what}: {_listed(metrics[key])}.")
+            lines.append(f"Not scored, {what}: {listed(metrics[key])}.")
     lines += ["", "Lowest Dice (mean over labels):", *aligned(_worst_cases(metrics))]
     return "\n".join(lines)
 
@@ -169,7 +177,7 @@ def _pairs(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, P
     if not common:
         raise InvresError(
             f"No prediction in {predictions} has a reference of the same name in {references}: "
-            f"predictions are {_listed(sorted(predicted))}, references are {_listed(sorted(wanted))}.",
+            f"predictions are {listed(sorted(predicted))}, references are {listed(sorted(wanted))}.",
             hint="Name both alike, for example case_01.nii.gz; the ending may differ.",
         )
     # A single file is a choice of one case: the rest of the other folder is not missing.
@@ -204,7 +212,7 @@ def _warn_of_missing(predictions: list[str], references: list[str], scored: int,
     for missing, what in ((predictions, "no prediction"), (references, "no reference")):
         if missing:
             counted = "1 case is" if scored == 1 else f"{scored} cases are"
-            report.warning(f"{counted} scored; left out for there is {what} of them: {_listed(missing)}.")
+            report.warning(f"{counted} scored; left out for there is {what} of them: {listed(missing)}.")
 
 
 def _scheme_of(references: list[Path]) -> LabelScheme:
@@ -227,7 +235,7 @@ def _score_files(
     for values, what in ((predicted.array, "prediction"), (wanted.array, "reference")):
         foreign = np.unique(values[np.isin(values, sorted(known), invert=True)])
         if foreign.size:
-            held = _listed([str(value) for value in foreign])
+            held = listed([str(value) for value in foreign])
             report.warning(f"The {what} of {name} holds values that are no label and count as background: {held}.")
     return score_case(predicted.array, wanted.array, scheme, wanted.geometry.spacing_mm, tolerance_mm)
 
@@ -264,6 +272,8 @@ def _values(score: LabelScore) -> dict[str, float]:
         "n_ref": score.tp + score.fn,
         "HD": score.hausdorff_mm,
         "HD95": score.hd95_mm,
+        "ASD": score.asd_mm,
+        "MHD": score.mhd_mm,
         "NSD": score.nsd,
         "VolumePredicted_ml": score.volume_predicted_ml,
         "VolumeReference_ml": score.volume_reference_ml,
@@ -274,7 +284,8 @@ def _values(score: LabelScore) -> dict[str, float]:
 def _summary(scores: list[LabelScore], patients: Sequence[str]) -> dict[str, Any]:
     """Spread of each metric of one label over cases."""
     values = [_values(score) for score in scores]
-    shown = ("Dice", "IoU", "HD", "HD95", "NSD", "VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
+    volumes = ("VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
+    shown = ("Dice", "IoU", *_DISTANCES, "NSD", *volumes)
     summary: dict[str, Any] = {
         metric: spread_over_patients(
             [case[metric] for case in values], patients, _WITHIN.get(metric, (-np.inf, np.inf))
@@ -305,6 +316,12 @@ def _worst_cases(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _ruled(rows: list[list[str]]) -> list[str]:
+    """`aligned`, with a rule below the headings."""
+    lines = aligned(rows)
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
 def _mean_sd(spread: dict[str, Any], decimals: int) -> str:
     if spread["sd"] is None:
         return "n/a" if spread["mean"] is None else f"{spread['mean']:.{decimals}f}"
@@ -315,8 +332,3 @@ def _interval(spread: dict[str, Any], decimals: int) -> str:
     if spread["ci95"] is None:
         return "[n/a]"
     return "[{:.{d}f}, {:.{d}f}]".format(*spread["ci95"], d=decimals)
-
-
-def _listed(names: list[str], shown: int = 10) -> str:
-    """Names for a sentence; a long list is cut short."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "aligned",
     "format_bytes",
     "format_seconds",
+    "listed",
 ]
 
 SCORES = {"dice": "Dice", "rmse": "RMSE"}
@@ -52,6 +53,11 @@ def aligned(rows: list[list[str]]) -> list[str]:
     """Rows of cells as lines with left-aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def listed(names: Sequence[str], shown: int = 10) -> str:
+    """Names for a sentence; a long list is cut short."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 class Reporter:

@@ -35,6 +35,7 @@ class LabelScore:
     """Agreement of one label or region in one case. Distances in mm, volumes in ml, tp to tn in voxels.
 
     dice: eq. 7. hausdorff_mm: eq. 8. hd95_mm: the larger of the two directed 95th percentiles.
+    asd_mm: average symmetric surface distance. mhd_mm: modified Hausdorff distance, the larger directed mean.
     nsd: normalised surface Dice, the share of both surfaces that lies within the tolerance of the other one.
     volume_error_ml: predicted minus reference.
     empty: which mask is empty. Both: Dice 1, NSD 1, distances 0. One: Dice 0, NSD 0, distances 373.1287 (BraTS).
@@ -43,6 +44,8 @@ class LabelScore:
     dice: float
     hausdorff_mm: float
     hd95_mm: float
+    asd_mm: float
+    mhd_mm: float
     nsd: float
     volume_predicted_ml: float
     volume_reference_ml: float
@@ -81,13 +84,32 @@ class SurfaceDistances:
         both = (self.predicted_to_reference_mm, self.reference_to_predicted_mm)
         return float(max(np.percentile(distances, 95) for distances in both))
 
+    def asd_mm(self) -> float:
+        """Average symmetric surface distance: the mean over the voxels of both surfaces together.
+
+        Heimann et al., IEEE TMI 28(8), 2009 (SLIVER07). The mean of the two directed means is another one where the
+        surfaces are not of one size.
+        """
+        return float(np.mean(self._both()))
+
+    def mhd_mm(self) -> float:
+        """Modified Hausdorff distance: the larger of the two directed means (Dubuisson and Jain, ICPR 1994).
+
+        What iSeg's rankings call MHD is something else: it is far more than twice their ASD, which a larger mean of
+        two surfaces of about one size cannot be.
+        """
+        both = (self.predicted_to_reference_mm, self.reference_to_predicted_mm)
+        return float(max(np.mean(distances) for distances in both))
+
     def nsd(self, tolerance_mm: float) -> float:
         """Normalised surface Dice (Nikolov et al., arXiv 1809.04430), every surface voxel weighing the same.
 
         They weigh by area, which gives other values where voxels are longer in one direction.
         """
-        both = np.concatenate((self.predicted_to_reference_mm, self.reference_to_predicted_mm))
-        return float(np.mean(both <= tolerance_mm + _ROUNDING_MM))
+        return float(np.mean(self._both() <= tolerance_mm + _ROUNDING_MM))
+
+    def _both(self) -> np.ndarray:
+        return np.concatenate((self.predicted_to_reference_mm, self.reference_to_predicted_mm))
 
 
 def score_case(
@@ -179,17 +201,22 @@ def _score(
     if n_predicted and n_reference:
         distances = surface_distances(predicted, reference, spacing_mm, None if counted is None else ~counted)
         hausdorff_mm, hd95_mm = distances.hausdorff_mm(), distances.hd95_mm()
+        asd_mm, mhd_mm = distances.asd_mm(), distances.mhd_mm()
         nsd, dice = distances.nsd(tolerance_mm), 2 * tp / (n_predicted + n_reference)
     elif n_predicted or n_reference:
         empty = "reference" if n_predicted else "predicted"
-        hausdorff_mm, hd95_mm, nsd, dice = EMPTY_DISTANCE_MM, EMPTY_DISTANCE_MM, 0.0, 0.0
+        hausdorff_mm = hd95_mm = asd_mm = mhd_mm = EMPTY_DISTANCE_MM
+        nsd = dice = 0.0
     else:
         empty = "both"
-        hausdorff_mm, hd95_mm, nsd, dice = 0.0, 0.0, 1.0, 1.0
+        hausdorff_mm = hd95_mm = asd_mm = mhd_mm = 0.0
+        nsd = dice = 1.0
     return LabelScore(
         dice=dice,
         hausdorff_mm=hausdorff_mm,
         hd95_mm=hd95_mm,
+        asd_mm=asd_mm,
+        mhd_mm=mhd_mm,
         nsd=nsd,
         volume_predicted_ml=n_predicted * voxel_ml,
         volume_reference_ml=n_reference * voxel_ml,

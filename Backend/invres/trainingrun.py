@@ -33,6 +33,7 @@ __all__ = [
     "WithCurves",
     "announce_memory",
     "choosing_names",
+    "data_of_run",
     "described",
     "finished_package",
     "held_out_names",
@@ -48,7 +49,7 @@ __all__ = [
     "write_run",
 ]
 
-_WORDS = ("name", "licence", "source")
+_WORDS = ("name", "licence", "source", "data")
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 MODEL = "model"
 
@@ -60,7 +61,8 @@ class TrainOptions:
     fold: which of `folds` is validated on, None to train on every case; validation_count > 0 takes that many cases
     instead of a fold. source: where the training data come from, in words, for the package.
     vram_bytes: > 0 changes the recipe's memory setting and patch to what a card with so much memory holds.
-    name: of the model, "" takes the recipe's. Name, licence and source are remembered when the run is resumed.
+    name: of the model, "" takes the recipe's. data: full path of the data set, by which run.json says where it is; ""
+    where nobody has to find it again. Name, licence, source and data are remembered when the run is resumed.
     """
 
     device: str = "auto"
@@ -72,6 +74,7 @@ class TrainOptions:
     source: str = ""
     vram_bytes: int = 0
     name: str = ""
+    data: str = ""
 
 
 class WithCurves(Reporter):
@@ -230,6 +233,14 @@ def held_out_names(output: Path) -> tuple[str, ...]:
     if not (output / RUN).is_file():
         raise InvresError(f"There is no training in {output}.", hint="Give the folder that `invres train` wrote.")
     return started_run(output)[3][1]
+
+
+def data_of_run(output: Path) -> Path | None:
+    """The data set that the training in `output` was given last; None where its run.json does not say, as those of
+    earlier versions. Raises InvresError as `started_recipe` does."""
+    started_run(output)
+    data = json.loads((output / RUN).read_text(encoding="utf-8")).get("data")
+    return Path(data) if data and isinstance(data, str) else None
 
 
 def choosing_names(output: Path) -> tuple[str, ...]:

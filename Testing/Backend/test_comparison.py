@@ -174,6 +174,16 @@ def test_the_table_and_both_files_are_for_people_and_programs(tmp_path):
     comparison_table(summarise([], True, LABELS))
 
 
+def test_a_dice_of_1_for_what_is_nowhere_is_told():
+    some = [
+        CaseComparison(f"c{i}", f"c{i}", scores(upper=1, lower=0.5), scores(upper=1, lower=0.6), empty=empty)
+        for i, empty in enumerate(({"tuned": {"upper": "both"}}, {"tuned": {"upper": "none"}}))
+    ]
+    told = "Cases that count as Dice 1 for being empty in reference and tuned result: upper 1."
+    assert told in comparison_table(summarise(some, True, LABELS)).splitlines()
+    assert "count as Dice 1" not in comparison_table(summarise(some[1:], True, LABELS))
+
+
 def test_empty_masks_are_counted_where_their_penalty_is_averaged(one):
     dataset, *_ = one
     blind, good = contender(scheme("upper"), 1e6), contender(scheme("upper"), 1.0)

@@ -60,6 +60,10 @@ def test_figures_of_two_cases_are_the_ones_worked_out_by_hand(folders):
     assert found["mean"]["2"]["Dice"] == pytest.approx((1 + 0.5) / 2)
     assert found["foreground_mean"]["Dice"] == pytest.approx((11 / 12 + 0.75) / 2)
     assert found["mean"]["2"]["HD"] == pytest.approx(1.1 / 2)
+    # All 8 voxels of a box of 2 are its surface, and 4 of either are 1.1 mm away from the other.
+    assert found["metric_per_case"][1]["metrics"]["2"]["ASD"] == pytest.approx(1.1 / 2)
+    assert found["mean"]["2"]["ASD"] == found["mean"]["2"]["MHD"] == pytest.approx(1.1 / 4)
+    assert found["summary"]["tumour"]["MHD"]["mean"] == pytest.approx(1.1 / 4)
     liver = found["summary"]["liver"]
     assert liver["Dice"]["mean"] == liver["Dice"]["median"] == pytest.approx(11 / 12)
     assert liver["Dice"]["sd"] == pytest.approx((1 / 6) / math.sqrt(2))
@@ -88,7 +92,7 @@ def test_nnunets_keys_are_there_and_its_numbers_agree(folders):
             "n_ref": reference.sum(),
         }
         assert {name: case["metrics"][key][name] for name in expected} == pytest.approx(expected)
-        assert {"HD", "HD95", "NSD", "VolumeError_ml"} <= set(case["metrics"][key])
+        assert {"HD", "HD95", "ASD", "MHD", "NSD", "VolumeError_ml"} <= set(case["metrics"][key])
     assert set(found["foreground_mean"]) == set(found["mean"]["1"]) == set(case["metrics"]["1"])
 
 
@@ -253,6 +257,14 @@ def test_empty_masks_are_counted_and_every_number_is_finite(folders):
     assert found["summary"]["tumour"]["VolumeError_relative"]["n"] == 1
     assert [case["empty"]["2"] for case in found["metric_per_case"]] == ["both", "predicted", "reference"]
     json.dumps(found, allow_nan=False)
+    told = "Cases in these means that count as Dice 1 for being empty in both: tumour 1 of 3."
+    assert told in summary_table(found).splitlines()
+
+
+def test_without_empty_masks_none_are_told_of(folders):
+    predictions, references, write = folders
+    write("a", labels(), labels())
+    assert "count as Dice 1" not in summary_table(evaluate(predictions, references, TWO))
 
 
 def test_one_case_has_no_spread_and_says_so(folders):
@@ -284,6 +296,10 @@ def test_the_table_is_aligned_and_lists_the_three_worst_cases_first(folders):
     lines = summary_table(evaluate(predictions, references, TWO)).splitlines()
     heading, rule, liver, tumour = lines[:4]
     assert set(rule) == {"-"} and len({line.index("4") for line in (liver, tumour)} | {heading.index("n  ")}) == 1
+    distances = lines[lines.index("") + 1 :][:4]
+    assert distances[0].split() == ["label", *(word for name in ("HD95", "HD", "ASD", "MHD") for word in (name, "mm"))]
+    assert set(distances[1]) == {"-"} and [line.split()[0] for line in distances[2:]] == ["liver", "tumour"]
+    assert max(map(len, lines[:9])) <= 120
     start = lines.index("Lowest Dice (mean over labels):")
     assert [line.split()[0] for line in lines[start + 1 :]] == ["poor", "fair", "good"]
     assert "worst tumour: Dice 0.000" in lines[start + 1]

@@ -40,6 +40,7 @@ ALLOWED = {
     "curves": "events files",
     "metrics": "config",
     "intervals": "",
+    "paireddifference": "intervals",
     "losses": "config",
     "augmentation": "config randomness",
     "pieces": "",
@@ -68,6 +69,7 @@ ALLOWED = {
     "fingerprints": "volume",
     "prepared": "cases config configjson events files fingerprints preprocessing volume",
     "doctor": "cases config dataset_json events expectation layouts preprocessing volume",
+    "resultcomparison": "dataset_json events files intervals paireddifference",
     "evaluation": "config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
@@ -134,7 +136,9 @@ ALLOWED = {
     ),
     "caseinputs": "cases config dataset_json segmentfiles",
     "batch": "caseinputs events faults files inference modelpackage runfolder segmentoptions",
-    "heldout": "caseinputs cases cropping events files inference modelpackage prediction trainingrun",
+    "heldout": (
+        "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
+    ),
     "worker": "events interruption",
     "peers": "",
     "operations": "",
@@ -149,7 +153,7 @@ ALLOWED = {
         "cases config events files fingerprints inference manifest metrics modelpackage networks prediction "
         "preprocessing transfer volume"
     ),
-    "comparison": "casecomparison config configjson events files intervals metrics",
+    "comparison": "casecomparison config configjson events files intervals metrics paireddifference",
     "tuningplan": (
         "cases casesplits config configjson events files freezing manifest mirroring networkconfig networks prepared "
         "preprocessing runfolder transfer"
@@ -189,6 +193,7 @@ ALLOWED = {
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
         "modelpackage outputs scans trainer trainingrun"
     ),
+    "compare_command": "console events outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
     "segment_command": (
         "batch caseinputs console devices events inference locating mirroring modelpackage pace segmentfiles "
@@ -199,10 +204,10 @@ ALLOWED = {
         "prediction tuningmemory"
     ),
     "commands": (
-        "bench_command cases config configjson console demo devices doctor enhance_command evaluate_command events "
-        "finetuning interruption labelmaps manifest model_commands modelpackage networkconfig plan_command recipekeys "
-        "reproduce_command runfolder segment_command segmentfiles stopfile trainer training trainingrun tuningplan "
-        "worker"
+        "bench_command cases compare_command config configjson console demo devices doctor enhance_command "
+        "evaluate_command events finetuning interruption labelmaps manifest model_commands modelpackage "
+        "networkconfig plan_command recipekeys reproduce_command runfolder segment_command segmentfiles stopfile "
+        "trainer training trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults interruption networkconfig",
     "__main__": "cli",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
+from scipy.spatial.distance import cdist
+from skimage.metrics import hausdorff_distance
 
 from invres import InvresError
 from invres.config import Label, LabelScheme
@@ -71,6 +75,68 @@ def test_hd95_is_the_larger_of_the_directed_percentiles_and_not_that_of_the_pool
     assert score.hd95_mm != pytest.approx(np.percentile([*(2.0 * np.arange(10)), 0], 95))
 
 
+def test_asd_is_the_mean_over_both_surfaces_and_mhd_the_larger_directed_mean():
+    """A voxel and a line of 10 that begins with it: one distance of 0, and ten of 0 to 18 mm."""
+    reference, predicted = box((1, 1, 10), (0, 1), (0, 1), (0, 1)), box((1, 1, 10), (0, 1), (0, 1), (0, 10))
+    score = score_masks(predicted, reference, (1, 1, 2))
+    assert score.asd_mm == pytest.approx((2 * 45 + 0) / (10 + 1))
+    assert score.mhd_mm == pytest.approx(2 * 45 / 10)
+
+
+@pytest.mark.parametrize(("axis", "spacing"), [(0, 3.0), (1, 0.7), (2, 1.1)])
+def test_two_plates_a_voxel_apart_are_one_spacing_apart_in_every_mean(axis, spacing):
+    plate = np.zeros((6, 6, 6), dtype=bool)
+    plate[(slice(None),) * axis + (2,)] = True
+    score = score_masks(np.roll(plate, 1, axis), plate, SPACING_MM)
+    assert (score.asd_mm, score.mhd_mm) == pytest.approx((spacing, spacing))
+
+
+@pytest.mark.parametrize(("axis", "spacing"), [(0, 3.0), (1, 0.7), (2, 1.1)])
+def test_of_a_shifted_cube_the_mean_distances_are_those_counted_by_hand(axis, spacing):
+    """A cube of 5 voxels has 98 on its surface. Shifted by one, it has a face of 25 outside of the other cube,
+    a spacing away, and in the opposite face 9 inside of it; all else lies on the other's surface."""
+    reference = box((12, 12, 12), (3, 8), (3, 8), (3, 8))
+    score = score_masks(np.roll(reference, 1, axis), reference, SPACING_MM)
+    # Of the face inside: the face behind it is a spacing away, the sides 1 voxel from its ring and 2 from its middle.
+    others = [SPACING_MM[other] for other in range(3) if other != axis]
+    inside = sum(
+        min(spacing, (2 - abs(one)) * others[0], (2 - abs(other)) * others[1])
+        for one in (-1, 0, 1)
+        for other in (-1, 0, 1)
+    )
+    expected = (25 * spacing + inside) / 98
+    assert (score.asd_mm, score.mhd_mm) == pytest.approx((expected, expected))
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), SPACING_MM])
+@pytest.mark.parametrize("seed", range(4))
+def test_mean_distances_equal_those_of_every_pair_of_surface_voxels(seed, spacing_mm):
+    generator = np.random.default_rng(seed)
+    predicted, reference = generator.random((7, 9, 8)) < 0.1, generator.random((7, 9, 8)) < 0.4
+
+    def border(mask):
+        """Voxels with one of six neighbours outside, told one by one."""
+        padded, found = np.pad(mask, 1), []
+        for place in np.argwhere(mask):
+            around = [tuple(place + 1 + step) for step in (*np.eye(3, dtype=int), *-np.eye(3, dtype=int))]
+            if not all(padded[neighbour] for neighbour in around):
+                found.append(place * np.array(spacing_mm))
+        return np.array(found)
+
+    pairs = cdist(border(predicted), border(reference))
+    forth, back = pairs.min(axis=1), pairs.min(axis=0)
+    score = score_masks(predicted, reference, spacing_mm)
+    assert score.asd_mm == pytest.approx((forth.sum() + back.sum()) / (forth.size + back.size))
+    assert score.mhd_mm == pytest.approx(max(forth.sum() / forth.size, back.sum() / back.size))
+    assert score.asd_mm < score.mhd_mm, "the surfaces are not of one size"
+
+
+def test_mhd_is_the_modified_hausdorff_distance_of_scikit_image():
+    predicted, reference = blobs(7), blobs(8, fraction=0.6)
+    expected = hausdorff_distance(surface(predicted), surface(reference), method="modified")
+    assert score_masks(predicted, reference, (1, 1, 1)).mhd_mm == pytest.approx(expected)
+
+
 def test_nsd_counts_the_share_of_both_surfaces_within_the_tolerance():
     reference, predicted = box((1, 1, 10), (0, 1), (0, 1), (0, 1)), box((1, 1, 10), (0, 1), (0, 1), (0, 10))
     assert score_masks(predicted, reference, (1, 1, 1), tolerance_mm=3.0).nsd == pytest.approx((4 + 1) / 11)
@@ -106,6 +172,7 @@ def test_empty_masks_follow_the_rule_of_brats(predicted, reference, empty, dice,
     score = score_masks(blob & predicted, blob & reference, SPACING_MM)
     assert score.empty == empty
     assert (score.dice, score.hausdorff_mm, score.hd95_mm, score.nsd) == (dice, distance_mm, distance_mm, nsd)
+    assert (score.asd_mm, score.mhd_mm) == (distance_mm, distance_mm)
     assert score.iou == dice
     assert (score.volume_error_relative is None) == (not reference)
     assert score.tp + score.fp + score.fn + score.tn == 5 * 6 * 7
@@ -128,17 +195,21 @@ def test_the_surface_is_what_a_six_neighbourhood_erosion_takes_away_also_at_the_
 def test_scores_are_symmetric_apart_from_the_sign_of_the_volume_error(seed):
     one, other = blobs(seed), blobs(seed + 100, fraction=0.7)
     forth, back = score_masks(one, other, SPACING_MM), score_masks(other, one, SPACING_MM)
-    for key in ("dice", "hausdorff_mm", "hd95_mm", "nsd", "iou", "tp", "tn"):
+    for key in ("dice", "hausdorff_mm", "hd95_mm", "asd_mm", "mhd_mm", "nsd", "iou", "tp", "tn"):
         assert getattr(forth, key) == pytest.approx(getattr(back, key))
     assert forth.volume_error_ml == pytest.approx(-back.volume_error_ml)
     assert (forth.fp, forth.fn) == (back.fn, back.fp)
     assert forth.hd95_mm <= forth.hausdorff_mm
+    assert forth.asd_mm <= forth.mhd_mm <= forth.hausdorff_mm
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_scores_do_not_depend_on_the_direction_of_an_axis(axis):
     one, other = blobs(1), blobs(2)
-    assert score_masks(np.flip(one, axis), np.flip(other, axis), SPACING_MM) == score_masks(one, other, SPACING_MM)
+    flipped, scored = (
+        asdict(score_masks(*pair, SPACING_MM)) for pair in ((np.flip(one, axis), np.flip(other, axis)), (one, other))
+    )
+    assert flipped.pop("empty") == scored.pop("empty") and flipped == pytest.approx(scored)
 
 
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), SPACING_MM])
@@ -152,6 +223,8 @@ def test_surface_metrics_equal_monai(seed, spacing_mm):
     hd95_mm = compute_hausdorff_distance(*tensors, percentile=95, **options).item()
     assert score.hd95_mm == pytest.approx(hd95_mm, rel=1e-5)
     assert score.nsd == pytest.approx(compute_surface_dice(*tensors, [1.7], **options).item(), rel=1e-5)
+    asd_mm = compute_average_surface_distance(*tensors, symmetric=True, **options).item()
+    assert score.asd_mm == pytest.approx(asd_mm, rel=1e-5)
 
 
 def test_a_small_structure_in_a_big_volume_scores_as_it_does_uncropped():

@@ -138,7 +138,7 @@ def test_what_cannot_be_scored_is_told(tmp_path):
 
     assert "either" in told("--predictions", data)
     assert "either" in told("--run", data, "--predictions", data)
-    assert "--data" in told("--run", data)
+    assert "no training in" in told("--run", data)
     assert "no training in" in told("--run", data, "--data", data)
     run = tmp_path / "run"
     recipe = shrunk("iseg", tmp_path / "recipe.json")
