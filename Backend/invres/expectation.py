@@ -137,8 +137,8 @@ def confidence_in_words(confidence: float, expected: Expectation) -> str:
     if not expected.confidence:
         return text
     if confidence < expected.confidence:
-        return f"{text}, less than on all images that the model was tested with ({least} or more)"
-    return f"{text} ({least} or more on the images that the model was tested with)"
+        return f"{text}, less than on all images the model was tested with ({least} or more)"
+    return f"{text} ({least} or more on the images the model was tested with)"
 
 
 def _is_number(value: object) -> bool:

@@ -109,8 +109,8 @@ def test_voxels_of_another_size_than_a_model_learned_to_refine_are_told(given_mm
 @pytest.mark.parametrize(
     ("confidence", "least", "told"),
     [
-        (0.912, 0.77, "Confidence: 0.91 of 1 (0.77 or more on the images that the model was tested with)"),
-        (0.7, 0.77, "Confidence: 0.70 of 1, less than on all images that the model was tested with (0.77 or more)"),
+        (0.912, 0.77, "Confidence: 0.91 of 1 (0.77 or more on the images the model was tested with)"),
+        (0.7, 0.77, "Confidence: 0.70 of 1, less than on all images the model was tested with (0.77 or more)"),
         (0.7, 0.0, "Confidence: 0.70 of 1"),
         (0.0, 0.77, "Confidence: none, for nothing was found"),
     ],
