@@ -592,11 +592,12 @@ def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package
         sides=[Side("ball", 3, 5)],
     )
     model = model_info(package)
-    for path in images[:2]:  # around the middle of the scanner, which tells the sides where no head does
-        image = sitk.ReadImage(str(path))
-        middle = image.TransformContinuousIndexToPhysicalPoint([(size - 1) / 2 for size in image.GetSize()])
-        image.SetOrigin([start - half for start, half in zip(image.GetOrigin(), middle, strict=True)])
-        sitk.WriteImage(image, str(path))
+    # A wide image with the ball well to one side of the scanner's middle, which tells the side where no head does.
+    voxels, classes = example(np.random.default_rng(3), (18, 20, 40), 1)
+    columns = np.flatnonzero(classes.any((0, 1)))
+    image = sitk.GetImageFromArray(voxels[0].astype(np.float32))
+    image.SetOrigin((-float(columns[0] - 4 if columns[0] >= 14 else columns[-1] + 4), 0.0, 0.0))
+    sitk.WriteImage(image, str(images[0]))
     queue.add(cases_of(images))
     queue.setFolder(tmp_path / "results")
     queue.start(model, "cpu", ending=".nii.gz")
@@ -613,7 +614,7 @@ def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package
             volume = np.count_nonzero(mask) * abs(np.linalg.det(matrix[:3, :3])) / 1000
             assert volume == pytest.approx(case.volumesMl[name], abs=1e-3)
         seen |= set(names)
-    assert seen == {"left ball", "right ball", "ball"}, "also where they cannot be told apart"
+    assert seen == {"left ball", "right ball", "ball"}, "in the others they cannot be told apart"
     review.leave()
 
 
