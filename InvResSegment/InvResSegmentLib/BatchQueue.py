@@ -117,7 +117,7 @@ class BatchQueue:
             if not case.inScene:  # their results, if any, lie in the folder from before
                 case.waitAgain()
                 case.model, case.review = "", ""
-                case.fileName = freeFileName(case.name, remembered, ending=endingOf(case.fileName))
+                case.fileName = freeFileName(case.name, remembered, ending=endingOf(case.fileName) or RESULT_SUFFIX)
                 remembered.append(case)
         scene = [case for case in others if case.inScene]
         self.folder, self.cases = folder, [*remembered, *scene]
@@ -125,7 +125,7 @@ class BatchQueue:
         foreign = self._foreign()
         for case in self.cases:
             if case.state == WAITING and case.fileName in foreign:
-                self._rename(case, foreign, endingOf(case.fileName))
+                self._rename(case, foreign, endingOf(case.fileName) or RESULT_SUFFIX)
         self.tell()
 
     def _rename(self, case: BatchCase, foreign: Sequence[str], ending: str) -> None:

@@ -84,6 +84,8 @@ class BatchTab:
             box.addItem(_("{name} {version}").format(name=model.name, version=model.version))
         box.setCurrentIndex(self._preferred(before))
         box.blockSignals(wasBlocked)
+        if before is None:
+            self._takeUpSettings()
         self._update()
 
     def setupChanged(self) -> None:

@@ -29,6 +29,7 @@ class LabelInfo:
     """One segment that a model finds. colour: RGB 0..255, or None; terminology: Slicer's entry as text, or "".
 
     sides: the values of its left and its right side in results where these can be told apart, () for one segment.
+    parts: all values of a label map that lie in it, where labels are regions that overlap; () where they are not.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LabelInfo:
     colour: tuple[int, int, int] | None
     terminology: str
     sides: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
     @property
     def sided(self) -> bool:
@@ -109,7 +111,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         path=description["path"],
         description=manifest.get("description") or "",
         channels=tuple(_channel(each) for each in plan["channels"]),
-        labels=tuple(_label(each, sides) for each in scheme["labels"]),
+        labels=tuple(_label(each, sides, bool(scheme.get("regions"))) for each in scheme["labels"]),
         spacingMm=(depth, height, width),
         licence=manifest.get("licence") or "",
         trainingData=_trainingData(manifest.get("training") or {}),
@@ -220,13 +222,14 @@ def _channel(described: dict) -> ChannelInfo:
     return ChannelInfo(described["name"], described.get("modality") or "", bool(described.get("optional")))
 
 
-def _label(label: dict[str, Any], sides: dict[str, tuple[int, ...]]) -> LabelInfo:
+def _label(label: dict[str, Any], sides: dict[str, tuple[int, ...]], regions: bool) -> LabelInfo:
     colour = None
     if label.get("colour"):
         red, green, blue = (int(part) for part in label["colour"])
         colour = (red, green, blue)
     value, terminology = int(label["output_value"]), label.get("terminology") or ""
-    return LabelInfo(label["name"], value, colour, terminology, sides.get(label["name"], ()))
+    parts = tuple(int(part) for part in label["values"]) if regions else ()
+    return LabelInfo(label["name"], value, colour, terminology, sides.get(label["name"], ()), parts)
 
 
 def _trainingData(training: dict[str, Any]) -> str:

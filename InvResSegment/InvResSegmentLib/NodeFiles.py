@@ -82,9 +82,12 @@ def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) ->
     return ResultFile(labels[..., None], matrix, tuple(segments))
 
 
-def readLabelMap(path: Path, labels: Sequence[SegmentLabel]) -> ResultFile:
+def readLabelMap(
+    path: Path, labels: Sequence[SegmentLabel], parts: Mapping[str, Sequence[int]] | None = None
+) -> ResultFile:
     """The segments of a label map that names none. labels: what its values stand for.
 
+    parts: of labels that are regions, all values that lie in each by its name; they may overlap.
     Raises ConversionError where it cannot be read, or has a value that no label has.
     """
     array, matrix = _labelArray(path)
@@ -96,7 +99,11 @@ def readLabelMap(path: Path, labels: Sequence[SegmentLabel]) -> ResultFile:
             ),
             _("Choose the model that made it."),
         )
-    return ResultFile(array.astype(np.int32, copy=False)[..., None], matrix, tuple(labels))
+    if not parts:
+        return ResultFile(array.astype(np.int32, copy=False)[..., None], matrix, tuple(labels))
+    layers = [np.isin(array, parts[label.name]) * np.int32(label.value) for label in labels]
+    regions = tuple(replace(label, layer=number) for number, label in enumerate(labels))
+    return ResultFile(np.stack(layers, axis=-1), matrix, regions)
 
 
 def _labelArray(path: Path) -> tuple[np.ndarray, np.ndarray]:

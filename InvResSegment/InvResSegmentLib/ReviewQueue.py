@@ -198,7 +198,8 @@ class ReviewQueue:
                 result = NodeConversion.readResult(path, image)
             else:
                 stated = _labelsOf(case, labels)
-                result = NodeConversion.onGridOf(NodeFiles.readLabelMap(path, stated), image)
+                parts = {one.name: one.parts for one in labels if one.parts}
+                result = NodeConversion.onGridOf(NodeFiles.readLabelMap(path, stated, parts), image)
             node = NodeFiles.emptySegmentation(name)
             loaded.append(node)
             NodeConversion.importSegmentation(result, image, node, case.model, stated)

@@ -100,6 +100,7 @@ def model_info(package):
                 terminology=one.terminology,
                 sides=sides.get(one.name, ()),
                 sided=one.name in sides,
+                parts=one.values if manifest.scheme.regions else (),
             )
             for one in manifest.scheme.labels
         ),

@@ -21,7 +21,7 @@ import qt
 import slicer
 import standins
 import vtk
-from InvResSegmentLib import BatchSources
+from InvResSegmentLib import BatchSources, NodeFiles
 from InvResSegmentLib.BatchCase import (
     ACCEPTED,
     DONE,
@@ -41,7 +41,7 @@ from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.CaseFindings import findingsOf, patients, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
-from InvResSegmentLib.ResultFile import readMasks, readResultFile
+from InvResSegmentLib.ResultFile import SegmentLabel, readMasks, readResultFile
 from InvResSegmentLib.ReviewQueue import ReviewQueue
 from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
@@ -616,6 +616,17 @@ def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package
         seen |= set(names)
     assert seen == {"left ball", "right ball", "ball"}, "in the others they cannot be told apart"
     review.leave()
+
+
+def test_regions_of_a_label_map_are_whole(scene, tmp_path):
+    array = np.zeros((4, 5, 6), np.uint8)
+    array[1:3, 1:4, 1:5] = 2
+    array[2, 2, 2:4] = 3
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "tumour.nii.gz"))
+    labels = [SegmentLabel("whole", 2), SegmentLabel("core", 3)]
+    found = NodeFiles.readLabelMap(tmp_path / "tumour.nii.gz", labels, {"whole": (2, 3), "core": (3,)})
+    assert np.array_equal(found.mask(0), array > 0), "what lies in the core lies in the whole as well"
+    assert np.array_equal(found.mask(1), array == 3) and scene.GetNumberOfNodesByClass("vtkMRMLVolumeNode") == 0
 
 
 # ---------------------------------------------------------------- the review

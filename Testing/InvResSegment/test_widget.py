@@ -676,6 +676,7 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         assert tab.ui.piecesBox.visible and not tab._makeRequest().ways.keepPieces
         tab.ui.piecesBox.checked = False
         assert tab._makeRequest().ways.keepPieces
+        assert tab._makeRequest().model.leastConfidence > 0.5, "as its manifest says"
         panel = module.enter().panel
         panel._onModels([], "The folder cannot be read.")
         assert panel.modelsTab.ui.modelsTable.rowCount == len(tab.models) > 2
