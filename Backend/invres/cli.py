@@ -143,12 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="instead: all cases of a data set, or of a folder of scans; goes on where it was ended",
     )
-    one.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        type=Path,
-        help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha; with --data a folder",
+    where = one.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "-o", "--output", type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha; with --data a folder"
+    )
+    where.add_argument(
+        "--list", action="store_true", help="instead: only say which cases --data has, and which files each is made of"
     )
     one.add_argument("--ending", choices=ENDINGS, help="of the files in the folder, with --data (default .nii.gz)")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     from .config import ChannelPlan
 
-__all__ = ["Expectation", "merged", "of_volumes", "unlike_modality", "unlike_result", "unlike_spacing"]
+__all__ = [
+    "Expectation",
+    "confidence_in_words",
+    "merged",
+    "of_volumes",
+    "unlike_modality",
+    "unlike_result",
+    "unlike_spacing",
+]
 
 HOUNSFIELD_AIR = -500.0  # no magnitude image of a scanner is so negative; air and lung of a CT are
 FACTOR = 2.0  # volumes within this factor of what was seen are taken as usual
@@ -119,6 +127,18 @@ def unlike_result(expected: Expectation, volumes_ml: Mapping[str, float], confid
             f"{expected.confidence:.2f}). Check the result: the image may be unlike those that it was trained on."
         )
     return found
+
+
+def confidence_in_words(confidence: float, expected: Expectation) -> str:
+    """How sure a model is of a segmentation, beside the least that it was on the cases that it was tested with."""
+    if confidence <= 0:
+        return "Confidence: none, for nothing was found"
+    text, least = f"Confidence: {confidence:.2f} of 1", f"{expected.confidence:.2f}"
+    if not expected.confidence:
+        return text
+    if confidence < expected.confidence:
+        return f"{text}, less than on all images the model was tested with ({least} or more)"
+    return f"{text} ({least} or more on the images the model was tested with)"
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""`invres segment`: one case from its files, or all cases of a folder."""
+"""`invres segment`: one case from its files, or all cases of a folder, or only the list of these."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import argparse
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import InvresError
 from .console import load_torch, say, segmenter_named
 from .events import Reporter, TerminalReporter, WhileHeard, format_seconds
+from .expectation import Expectation, confidence_in_words
 from .modelpackage import ModelPackage
 from .segmentoptions import SegmentOptions
+
+if TYPE_CHECKING:
+    from .caseinputs import CaseInputs
 
 __all__ = ["segment"]
 
@@ -28,6 +32,9 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
             hint="Give the files of one case (--input), or a folder with cases (--data).",
             code="usage",
         )
+    if options.list:
+        _list_cases(package, options, report)
+        return
     # All that can be told before torch is imported, which takes seconds.
     choices = SegmentOptions(
         options.device,
@@ -73,24 +80,43 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
     say(report, f"Segmentation: {found['output']}")
     for name, volume in found["volumes_ml"].items():
         say(report, f"  {name}: {volume:.2f} mL")
+    # What is expected is of whole images; a box may have its edge anywhere.
+    say(report, f"  {confidence_in_words(found['confidence'], Expectation() if choices.roi_mm else manifest.expected)}")
     say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
     report.result(**found)
 
 
-def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
+def _list_cases(package: ModelPackage, options: argparse.Namespace, report: Reporter) -> None:
+    if options.data is None:
+        raise InvresError("--list is for --data; without it there is one case only.", code="usage")
+    cases = _cases_of(package, options)
+    for case in cases:
+        say(report, _described(case))
+    say(report, f"{len(cases)} case{'' if len(cases) == 1 else 's'}; nothing was segmented.")
+    listed = [{"name": case.name, "inputs": {name: str(path) for name, path in case.inputs.items()}} for case in cases]
+    report.result(cases=listed)
+
+
+def _cases_of(package: ModelPackage, options: argparse.Namespace) -> list[CaseInputs]:
     from .caseinputs import cases_to_segment, chosen_channels
+
+    channels = package.manifest.plan.channels
+    chosen = chosen_channels(options.input or (), channels, package.name)
+    return cases_to_segment(options.data, channels, package.name, chosen)
+
+
+def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
     from .mirroring import check_mirror
 
-    manifest, channels = package.manifest, package.manifest.plan.channels
+    manifest = package.manifest
     if options.probabilities is not None:
         raise InvresError(
             "--probabilities is for one case.", hint="Leave it out, or segment case by case.", code="usage"
         )
     check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
     _check_folder(options.output, options.data)
-    chosen = chosen_channels(options.input or (), channels, package.name)
-    cases = cases_to_segment(options.data, channels, package.name, chosen)
-    report.note(f"{len(cases)} case{'' if len(cases) == 1 else 's'} in {options.data}: {_shown(cases)}.")
+    cases = _cases_of(package, options)
+    report.note(f"{len(cases)} case{'' if len(cases) == 1 else 's'} in {options.data}: {_described(cases[0])}.")
     other = _other_model(package, options.locate) if options.locate else None
     heard = WhileHeard(report)
     load_torch(heard)
@@ -109,10 +135,9 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     report.result(**found)
 
 
-def _shown(cases: Any) -> str:
-    first = cases[0]
-    files = ", ".join(f"{name + '=' if name else ''}{path.name}" for name, path in first.inputs.items())
-    return f"{first.name} is {files or 'without any file'}"
+def _described(case: CaseInputs) -> str:
+    files = ", ".join(f"{name + '=' if name else ''}{path.name}" for name, path in case.inputs.items())
+    return f"{case.name} is {files or 'without any file'}"
 
 
 def _check_folder(output: Path, data: Path) -> None:

@@ -1,6 +1,6 @@
 """The buttons that add cases to a batch: from the scene, a folder, a dataset.json, the DICOM database."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ __all__ = ["BatchIntake"]
 
 
 class BatchIntake:
-    """`addButtons` of the Batch tab. channels: gives those of the chosen model.
+    """`addButtons` of the Batch tab. model: gives the chosen one; nothing can be added without.
 
     onFound: gets cases, and tells how many of them are new. onChanged: called when reading begins and ends.
     """
@@ -27,12 +27,12 @@ class BatchIntake:
         ui,
         backend,
         notice: Notice,
-        channels: Callable[[], Sequence[Any]],
+        model: Callable[[], Any],
         onFound: Callable[[list[BatchCase]], int],
         onChanged: Callable[[], None],
     ) -> None:
         self._ui, self._backend, self._notice = ui, backend, notice
-        self._channels, self._onFound, self._onChanged = channels, onFound, onChanged
+        self._model, self._onFound, self._onChanged = model, onFound, onChanged
         self._readingId: int | None = None  # of the request that lists a data set
         self._studies = None  # of the DICOM database, while they are being read
         self._found: list[BatchCase] = []
@@ -77,7 +77,7 @@ class BatchIntake:
             self._notice.show(INFORMATION, _("These cases are in the list already."))
 
     def _onScene(self) -> None:
-        channels = self._channels()
+        channels = self._model().channels
         self._add(lambda: BatchSources.casesOfScene(channels), _("No loaded volume fits the channels of the model."))
 
     def _onFolder(self) -> None:
@@ -90,7 +90,7 @@ class BatchIntake:
         self._read(path)
 
     def _onDicom(self) -> None:
-        self._studies = BatchSources.casesOfDatabase(slicer.dicomDatabase, self._channels())
+        self._studies = BatchSources.casesOfDatabase(slicer.dicomDatabase, self._model().channels)
         self._found = []
         self._readStudy(self._studies)
         self._onChanged()
@@ -115,30 +115,47 @@ class BatchIntake:
         qt.QTimer.singleShot(0, lambda: self._readStudy(studies))
 
     def _read(self, path: str) -> None:
-        """Asks the backend what lies there; a plain folder of images it does not know, but we do."""
+        """Asks the backend what lies there: a data set, or else scans for the chosen model."""
         if not path:
             return
-        channels = self._channels()
-        nothing = _("No image was found in {path} that fits the channels of the model.").format(path=path)
+        model = self._model()
+        folder = Path(path)
 
         def onEvent(event: dict) -> None:
             if event.get("event") == "progress" and event.get("total"):
                 text = _("Reading {path}: case {done} of {count}...")
                 self._notice.show(INFORMATION, text.format(path=path, done=event["done"], count=event["total"]))
 
-        def onFinished(outcome) -> None:
-            self._readingId = None
+        def onDataset(outcome) -> None:
             if outcome.state == "done":
                 contents = outcome.result.get("contents") or {}
-                self._add(lambda: BatchSources.casesOfDataset(contents, channels), nothing)
-            elif outcome.state == "cancelled":
-                self._notice.clear()
-            elif Path(path).is_dir() and not (Path(path) / "dataset.json").is_file():
-                self._add(lambda: BatchSources.casesOfFolder(Path(path), channels), nothing)
+                self._ended(lambda: BatchSources.casesOfDataset(contents, model.channels), path)
+            elif outcome.state == "failed" and folder.is_dir() and not (folder / "dataset.json").is_file():
+                arguments = ["segment", "--model", str(model.path), "--data", path, "--list"]
+                self._readingId = self._backend.request(arguments, None, onListing)
             else:
-                self._notice.show(ERROR, outcome.message, outcome.hint)
-            self._onChanged()
+                self._failed(outcome)
+
+        def onListing(outcome) -> None:
+            if outcome.state == "cancelled":
+                self._failed(outcome)
+                return
+            listed = BatchSources.casesOfListing(outcome.result.get("cases") or [])
+            self._ended(lambda: listed or BatchSources.casesOfFolder(folder, model.channels), path)
 
         self._notice.show(INFORMATION, _("Reading {path}...").format(path=path))
-        self._readingId = self._backend.request(["check", "--data", path], onEvent, onFinished)
+        self._readingId = self._backend.request(["check", "--data", path], onEvent, onDataset)
+        self._onChanged()
+
+    def _ended(self, find: Callable[[], list[BatchCase]], path: str) -> None:
+        self._readingId = None
+        self._add(find, _("No image was found in {path} that fits the channels of the model.").format(path=path))
+        self._onChanged()
+
+    def _failed(self, outcome) -> None:
+        self._readingId = None
+        if outcome.state == "cancelled":
+            self._notice.clear()
+        else:
+            self._notice.show(ERROR, outcome.message, outcome.hint)
         self._onChanged()

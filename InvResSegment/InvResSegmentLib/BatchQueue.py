@@ -14,18 +14,18 @@ from .BatchCase import (
     DONE,
     EDITED,
     FAILED,
-    RECORD,
     RESULT_SUFFIX,
     RUNNING,
     WAITING,
     BatchCase,
     correctedPath,
+    endingOf,
     freeFileName,
-    readBatch,
-    readMade,
-    writeBatch,
 )
+from .BatchRecord import RECORD, BatchSettings, readBatch, readMade, readSettings, readTable, writeBatch
+from .BatchTable import freeTableName, writeTable
 from .SegmentationLogic import SegmentationLogic, SegmentationRequest
+from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = ["BatchQueue"]
 
@@ -35,9 +35,9 @@ KEPT_EVERY_S = 1.0
 class BatchQueue:
     """The cases of one batch, run on the backend that the panel has: one request at a time, so others come between.
 
-    Cases of files leave a .seg.nrrd in `folder`, and batch.json beside them as it goes; cases of the scene
-    get a segmentation node. changed: functions to be called when a case or the run has changed. log: gets the warnings
-    and notes of each case.
+    Cases of files leave a result in `folder`, and beside them, as it goes, batch.json and a table of volumes; cases of
+    the scene get a segmentation node. settings: what the batch of the folder was started with last. changed: functions
+    to be called when a case or the run has changed. log: gets the warnings and notes of each case.
     """
 
     def __init__(self, backend: Any, temporaryFolder: Callable[[], str]) -> None:
@@ -49,6 +49,8 @@ class BatchQueue:
         self._model: Any = None
         self._locator: Any = None
         self._device = "auto"
+        self._ways = AS_THE_MODEL
+        self.settings: BatchSettings | None = None
         self.folder: Path | None = None
         self.cases: list[BatchCase] = []
         self.changed: list[Callable[[], None]] = []
@@ -56,7 +58,7 @@ class BatchQueue:
         self.log: Callable[[str], None] = lambda text: None
         self._keptAt = 0.0
         self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
-        self.problem = ""  # why batch.json could not be written, in words
+        self.problem = ""  # why batch.json or the table could not be written, in words
 
     @property
     def running(self) -> bool:
@@ -87,7 +89,7 @@ class BatchQueue:
         foreign = self._foreign()
         for case in new:
             if not case.fileName and not case.inScene:
-                case.fileName = freeFileName(case.name, [*(one.fileName for one in self.cases), *foreign])
+                case.fileName = freeFileName(case.name, self.cases, foreign)
                 self._takeUpCorrection(case)
             self.cases.append(case)
         self.tell()
@@ -113,24 +115,29 @@ class BatchQueue:
         self._asRead = {case: _state(case) for case in remembered}
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
-                case.state, case.message, case.notes, case.model, case.review = WAITING, "", "", "", ""
-                case.fileName = freeFileName(case.name, [one.fileName for one in remembered])
+                case.waitAgain()
+                case.model, case.review = "", ""
+                case.fileName = freeFileName(case.name, remembered, ending=endingOf(case.fileName) or RESULT_SUFFIX)
                 remembered.append(case)
         scene = [case for case in others if case.inScene]
         self.folder, self.cases = folder, [*remembered, *scene]
-        names, foreign = [case.fileName for case in self.cases if case.state != WAITING], self._foreign()
+        self.settings = readSettings(folder) if folder is not None else None
+        foreign = self._foreign()
         for case in self.cases:
             if case.state == WAITING and case.fileName in foreign:
-                case.fileName = freeFileName(case.name, [*names, *foreign])
-            names.append(case.fileName)
+                self._rename(case, foreign, endingOf(case.fileName) or RESULT_SUFFIX)
         self.tell()
+
+    def _rename(self, case: BatchCase, foreign: Sequence[str], ending: str) -> None:
+        others = [other for other in self.cases if other is not case]
+        case.fileName = freeFileName(case.name, others, foreign, ending)
 
     def _foreign(self) -> list[str]:
         """Segmentations in the folder of results that no batch has made: nothing may be written over them."""
         if self.folder is None or not self.folder.is_dir():
             return []
         ours = set(readMade(self.folder)) | {case.fileName for case in self.cases if case.state != WAITING}
-        return [file.name for file in self.folder.glob(f"*{RESULT_SUFFIX}") if file.name not in ours]
+        return [file.name for file in self.folder.iterdir() if endingOf(file.name) and file.name not in ours]
 
     def _takeUpCorrection(self, case: BatchCase) -> None:
         """A case that was corrected before, taken off the list and added again, is not segmented anew."""
@@ -142,14 +149,27 @@ class BatchQueue:
         # What is lost by a kill is at most the result of this time, which is made again.
         if self._worthKeeping and (not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S):
             self.problem, self._keptAt = "", time.monotonic()
+            table = readTable(self.folder) or freeTableName(self.folder)
             try:
-                writeBatch(self.folder, self.cases)
+                writeBatch(self.folder, self.cases, self.settings, table)
             except OSError as error:
                 self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
                     folder=self.folder, reason=(error.strerror or str(error)).lower()
                 )
+            else:
+                self._writeTable(self.folder / table)
         for listener in list(self.changed):
             listener()
+
+    def _writeTable(self, path: Path) -> None:
+        if all(case.inScene or case.state not in (DONE, FAILED) for case in self.cases):
+            return
+        try:
+            writeTable(path, self.cases)
+        except OSError as error:  # on Windows a program that shows it keeps it from being replaced
+            self.problem = _(
+                "{path} could not be written: {reason}. If it is open in another program, close it."
+            ).format(path=path, reason=(error.strerror or str(error)).lower())
 
     @property
     def _worthKeeping(self) -> bool:
@@ -161,30 +181,47 @@ class BatchQueue:
 
     # ---------------------------------------------------------------- the run
 
-    def missing(self, model: Any) -> list[str]:
-        """What keeps the batch from being started, one plain sentence each."""
+    def missing(self, model: Any, ways: SegmentWays = AS_THE_MODEL, ending: str = RESULT_SUFFIX) -> list[str]:
+        """What keeps the batch from being started, one plain sentence each. ways, ending: as of `start`."""
         if model is None:
             return [_("Choose a model.")]
         if not self.cases:
             return [_("Add cases.")]
         sentences = []
-        if self.folder is None and any(not case.inScene for case in self.cases):
+        onFiles = [case for case in self.cases if not case.inScene]
+        if self.folder is None and onFiles:
             sentences.append(_("Choose a folder for the results."))
-        if not any(case.pending(model.sha256) for case in self.cases):
+        elif ending != RESULT_SUFFIX and any(file.parent == self.folder for c in onFiles for file in c.files.values()):
+            text = _("Choose another folder for the results: as {ending} they could be taken for images beside them.")
+            sentences.append(text.format(ending=ending))
+        if not any(case.pending(model.sha256, ways, ending) for case in self.cases):
             sentences.append(_("All cases are done with this model."))
         return sentences
 
-    def start(self, model: Any, device: str, locator: Any = None) -> None:
+    def start(
+        self,
+        model: Any,
+        device: str,
+        locator: Any = None,
+        ways: SegmentWays = AS_THE_MODEL,
+        ending: str = RESULT_SUFFIX,
+    ) -> None:
         """Segments what is still to be done; failed cases are tried again.
 
         locator: the `ModelInfo` that finds the place in whole images for a model of crops; None for other models.
+        ending: one of `ENDINGS`, of the results of cases of files.
         """
-        if self.running or self.missing(model):
+        if self.running or self.missing(model, ways, ending):
             return
         self._model, self._device, self._locator, self._cancelling = model, device, locator, False
+        self._ways = ways
+        self.settings = BatchSettings(model.sha256, ways, ending)
+        foreign = self._foreign()
         for case in self.cases:
-            if case.pending(model.sha256):
-                case.state, case.message, case.notes = WAITING, "", ""
+            if case.pending(model.sha256, ways, ending):
+                case.waitAgain()
+                if not case.inScene and endingOf(case.fileName) != ending:
+                    self._rename(case, foreign, ending)
         self._next()
 
     def cancel(self) -> None:
@@ -198,13 +235,14 @@ class BatchQueue:
             self._logic.cancel()
 
     def _next(self) -> None:
-        waiting = [case for case in self.cases if case.state == WAITING and case.pending(self._model.sha256)]
+        waiting = [case for case in self.cases if case.state == WAITING and not case.review]
         if self._cancelling or not waiting:
             self._current, self._cancelling = None, False
             self.tell()
             return
         case = self._current = waiting[0]
-        case.state, case.message, case.notes = RUNNING, "", ""
+        case.waitAgain()
+        case.state = RUNNING
         self.tell()
         if self._cancelling:  # by one of those who were told
             self._ended(case, WAITING, "")
@@ -227,6 +265,7 @@ class BatchQueue:
             if name in case.files:
                 arguments += ["--input", f"{name}={case.files[name]}"]
         arguments += ["--output", str(self.folder / case.fileName), "--device", self._device]
+        arguments += self._ways.arguments
         if self._locator is not None:
             arguments += ["--locate", str(self._locator.path)]
         warnings: list[str] = []
@@ -242,6 +281,8 @@ class BatchQueue:
 
         def onFinished(outcome: Any) -> None:
             self._requestId = None
+            found = outcome.result if outcome.state == "done" else {}
+            case.confidence, case.volumesMl = found.get("confidence"), dict(found.get("volumes_ml") or {})
             self._finished(case, outcome, warnings, notes)
 
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
@@ -252,11 +293,14 @@ class BatchQueue:
             self._ended(case, FAILED, problem)
             return
         output = case.segmentation if case.segmentation is not None and case.segmentation.GetScene() else None
-        request = SegmentationRequest(self._model, case.nodes, self._device, output, locator=self._locator)
+        request = SegmentationRequest(
+            self._model, case.nodes, self._device, output, locator=self._locator, ways=self._ways
+        )
 
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":
                 case.segmentation = outcome.segmentationNode
+                case.confidence, case.volumesMl = outcome.confidence, outcome.volumesMl
             self._finished(case, outcome, outcome.warnings, outcome.notes)
 
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
@@ -265,7 +309,7 @@ class BatchQueue:
         for sentence in (*warnings, *notes):
             self.log(_("{name}: {sentence}").format(name=case.name, sentence=sentence))
         if outcome.state == "done":
-            case.model = self._model.sha256
+            case.model, case.ways = self._model.sha256, self._ways
             case.notes = " ".join(notes)
             self._ended(case, DONE, " ".join(warnings))
         elif outcome.state == "cancelled":

@@ -15,7 +15,7 @@ from .CaseChannels import namedFor
 from .ChannelMatching import describeVolume, match
 from .VolumeDescription import DICOM_TAGS, VolumeDescription, choosableImages
 
-__all__ = ["casesOfDatabase", "casesOfDataset", "casesOfFolder", "casesOfScene"]
+__all__ = ["casesOfDatabase", "casesOfDataset", "casesOfFolder", "casesOfListing", "casesOfScene"]
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABEL_FILES = ".seg.nrrd"
@@ -77,8 +77,22 @@ def casesOfDataset(contents: dict[str, Any], channels: Sequence[Any]) -> list[Ba
     return found
 
 
+def casesOfListing(listed: Sequence[dict[str, Any]]) -> list[BatchCase]:
+    """The cases that the backend found in a folder of scans (`cases` of `segment --list`).
+
+    Files that it takes to hold all channels of a model are passed over: a person may have meant something else by them.
+    """
+    found = []
+    for case in listed:
+        files = {str(channel): Path(path) for channel, path in (case.get("inputs") or {}).items()}
+        if files and "" not in files:
+            found.append(BatchCase(str(case.get("name") or ""), files=files))
+    return found
+
+
 def casesOfFolder(folder: Path, channels: Sequence[Any]) -> list[BatchCase]:
-    """Each image file for a model of one channel; else each sub-folder, its files told apart by their names."""
+    """What the backend makes nothing of: for a model of one channel each image file, here or in the sub-folders; else
+    each sub-folder, or the folder itself, its files told apart by their names as those of loaded volumes are."""
     if len(channels) == 1:
         files = _imagesIn(folder) or [file for sub in _foldersIn(folder) for file in _imagesIn(sub)]
         return [BatchCase(_stem(file), files={channels[0].name: file}) for file in files]

@@ -9,15 +9,16 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import Settings
-from .BatchCase import ACCEPTED, DONE, EDITED, FAILED, RUNNING, WAITING
+from .BatchCase import ACCEPTED, DONE, EDITED, ENDINGS, FAILED, RUNNING, WAITING
 from .BatchIntake import BatchIntake
 from .BatchQueue import BatchQueue
 from .Models import locatorFor
 from .Notice import GOOD, INFORMATION, WARNING, Notice
 from .ReviewQueue import ReviewQueue
 from .ReviewSection import ReviewSection
+from .SegmentWays import WayBoxes
 from .Table import setUpTable
-from .Text import bullets, escape
+from .Text import bullets, confidenceInWords, escape
 
 __all__ = ["BatchTab"]
 
@@ -43,11 +44,14 @@ class BatchTab:
         self.review = ReviewQueue(self.queue, services.cases)
         self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
         self._intake = BatchIntake(
-            self.ui, services.backend, self._notice, self._channels, self.queue.add, self._update
+            self.ui, services.backend, self._notice, lambda: self.model, self.queue.add, self._update
         )
         self.ui.folderEdit.filters = ctk.ctkPathLineEdit.Dirs
-        titles = [_("Case"), _("Channels"), _("State"), _("Review")]
+        titles = [_("Case"), _("Channels"), _("State"), _("Confidence"), _("Review")]
         setUpTable(self.ui.casesTable, titles, stretched=(0,))
+        self._ways = WayBoxes(self.ui, self._updateButtons)
+        for kind, ending in zip((_("Slicer segmentation"), _("label map")), ENDINGS, strict=True):
+            self.ui.endingBox.addItem(_("{kind} ({ending})").format(kind=kind, ending=ending))
         for button, action in (
             (self.ui.removeButton, self._onRemove),
             (self.ui.clearButton, self._onClear),
@@ -56,6 +60,7 @@ class BatchTab:
             button.connect("clicked()", action)
         self.ui.folderEdit.connect("currentPathChanged(QString)", self._onResultsFolder)
         self.ui.modelBox.connect("currentIndexChanged(int)", lambda _index: self._update())
+        self.ui.endingBox.connect("currentIndexChanged(int)", lambda _index: self._updateButtons())
         self.ui.casesTable.connect("itemSelectionChanged()", self._updateButtons)
         self.ui.casesTable.connect("cellDoubleClicked(int,int)", self._onDoubleClick)
         self._update()
@@ -79,6 +84,8 @@ class BatchTab:
             box.addItem(_("{name} {version}").format(name=model.name, version=model.version))
         box.setCurrentIndex(self._preferred(before))
         box.blockSignals(wasBlocked)
+        if before is None:
+            self._takeUpSettings()
         self._update()
 
     def setupChanged(self) -> None:
@@ -115,10 +122,6 @@ class BatchTab:
         active = [row for row, model in enumerate(self._models) if model.active]
         return next(iter([*active, *rows.values()]), -1)
 
-    def _channels(self):
-        """Of the chosen model; nothing can be added without one."""
-        return self.model.channels
-
     def _saveReview(self) -> None:
         try:
             self.review.save()
@@ -136,12 +139,29 @@ class BatchTab:
         index = self.ui.modelBox.currentIndex
         return self._models[index] if 0 <= index < len(self._models) else None
 
+    @property
+    def _ending(self) -> str:
+        """Of the files of results."""
+        return ENDINGS[max(0, self.ui.endingBox.currentIndex)]
+
     # ---------------------------------------------------------------- the list
 
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
         if path and Path(path).is_dir() and self._review.leave():
             self.queue.setFolder(Path(path))
+            self._takeUpSettings()
+
+    def _takeUpSettings(self) -> None:
+        """What the batch of the folder was begun with: going on with it must not make anew what is done."""
+        settings = self.queue.settings
+        if settings is None:
+            return
+        row = next((row for row, model in enumerate(self._models) if model.sha256 == settings.model), None)
+        if row is not None:
+            self.ui.modelBox.setCurrentIndex(row)
+        self._ways.choose(settings.ways)
+        self.ui.endingBox.setCurrentIndex(ENDINGS.index(settings.ending))
 
     def _onRemove(self) -> None:
         self._removeCases(self._selected)
@@ -165,7 +185,8 @@ class BatchTab:
             self.queue.cancel()
         else:
             self._notice.clear()
-            self.queue.start(self.model, Settings.device(), locatorFor(self.model, self._models))
+            locator = locatorFor(self.model, self._models)
+            self.queue.start(self.model, Settings.device(), locator, self._ways.ways(self.model), self._ending)
 
     def _onProgress(self, text: str, fraction: float) -> None:
         self.ui.batchText.text = escape(text)
@@ -225,14 +246,16 @@ class BatchTab:
         reviews = {"": "", EDITED: _("edited"), ACCEPTED: _("accepted")}
         icons = {DONE: qt.QStyle.SP_DialogApplyButton, FAILED: qt.QStyle.SP_MessageBoxCritical}
         for row, case in enumerate(cases):
-            cells = (case.name, ", ".join({**case.files, **case.nodes}), states[case.state], reviews[case.review])
+            sure = "" if case.confidence is None else f"{case.confidence:.2f}"
+            channels = ", ".join({**case.files, **case.nodes})
+            cells = (case.name, channels, states[case.state], sure, reviews[case.review])
             for column, text in enumerate(cells):
                 item = table.item(row, column)
                 if item is None:
                     item = qt.QTableWidgetItem()
                     table.setItem(row, column, item)
                 item.setText(text)
-                item.setToolTip("\n".join(filter(None, (case.message, case.notes))) or text)
+                item.setToolTip("\n".join(filter(None, (case.message, case.notes, *self._findings(case)))) or text)
                 if column == 2:
                     kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
                     kind = kind or icons.get(case.state)
@@ -242,16 +265,33 @@ class BatchTab:
                 item.setFont(font)
         table.blockSignals(wasBlocked)
 
+    def _findings(self, case) -> list[str]:
+        """What is known of a result: how sure the model was, and its volumes."""
+        if case.confidence is None:
+            return []
+        made = next((model for model in self._models if model.sha256 == case.model), None)
+        sentence = confidenceInWords(case.confidence, made.leastConfidence if made is not None else 0.0)
+        volumes = [
+            _("{segment}: {volume} mL").format(segment=name, volume=f"{volume:.2f}")
+            for name, volume in case.volumesMl.items()
+        ]
+        return [sentence, *volumes]
+
     def _updateButtons(self) -> None:
         model, running = self.model, self.queue.running
         problem = self._services.problem()
         reading = self._intake.reading
         self._intake.update(model is not None and not running)
+        self._ways.show(model)
         self.ui.removeButton.enabled = bool(self._selected)
         self.ui.clearButton.enabled = bool(self.queue.cases) and not running
-        self.ui.modelBox.enabled = self.ui.folderEdit.enabled = not running
+        for widget in (self.ui.modelBox, self.ui.folderEdit, self.ui.optionsRow):
+            widget.enabled = not running
         missing = [problem] if problem else []
-        missing += self.queue.missing(model)
+        if model is None:
+            missing += self.queue.missing(None)
+        else:
+            missing += self.queue.missing(model, self._ways.ways(model), self._ending)
         button = self.ui.startButton
         button.text = _("Cancel") if running or reading else _("Start")
         button.enabled = running or reading or not missing

@@ -28,14 +28,21 @@ class ChannelInfo:
 class LabelInfo:
     """One segment that a model finds. colour: RGB 0..255, or None; terminology: Slicer's entry as text, or "".
 
-    sided: whether its results have it as two segments, left and right, where these can be told apart.
+    sides: the values of its left and its right side in results where these can be told apart, () for one segment.
+    parts: all values of a label map that lie in it, where labels are regions that overlap; () where they are not.
     """
 
     name: str
     value: int
     colour: tuple[int, int, int] | None
     terminology: str
-    sided: bool = False
+    sides: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+
+    @property
+    def sided(self) -> bool:
+        """Whether results have it as two segments, left and right, where these can be told apart."""
+        return bool(self.sides)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class ModelInfo:
     id, version: of the package. active: the version that its name stands for.
     cropAround: what the images that it learned from were cut out around, () where they showed all; largestMm: so large.
     mirrored: how many images it takes the average over, the volume itself and mirrored ones. onePiece: whether it
-    leaves out what hangs loose.
+    leaves out what hangs loose. leastConfidence: of the cases that it was tested with, 0 where it is not known.
     metrics: one line of text for each label. parent: id of the model that it was tuned from, or "". manifest: all of
     it. predictedBytes: None, until somebody has planned a run.
     """
@@ -71,6 +78,7 @@ class ModelInfo:
     largestMm: tuple[float, float, float] | None = None
     mirrored: int = 1
     onePiece: bool = False
+    leastConfidence: float = 0.0
 
     def finds(self, names: Sequence[str]) -> bool:
         """Whether one of these structures is among the labels, on one side or both."""
@@ -94,7 +102,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
     """
     manifest = description["manifest"]
     plan, scheme = manifest["plan"], manifest["scheme"]
-    sided = {side["label"] for side in manifest.get("sides") or ()}
+    sides = {one["label"]: (one["left_value"], one["right_value"]) for one in manifest.get("sides") or ()}
     crop = plan.get("crop") or {}
     largest = [float(value) for value in crop.get("largest_mm") or ()]
     depth, height, width = (float(value) for value in plan["spacing_mm"])
@@ -103,7 +111,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         path=description["path"],
         description=manifest.get("description") or "",
         channels=tuple(_channel(each) for each in plan["channels"]),
-        labels=tuple(_label(each, sided) for each in scheme["labels"]),
+        labels=tuple(_label(each, sides, bool(scheme.get("regions"))) for each in scheme["labels"]),
         spacingMm=(depth, height, width),
         licence=manifest.get("licence") or "",
         trainingData=_trainingData(manifest.get("training") or {}),
@@ -119,6 +127,7 @@ def modelFromDescription(description: dict[str, Any]) -> ModelInfo:
         largestMm=(largest[0], largest[1], largest[2]) if len(largest) == 3 else None,
         onePiece=bool(manifest.get("one_piece")),
         mirrored=2 ** len(manifest.get("mirror_axes") or ()),
+        leastConfidence=float((manifest.get("expected") or {}).get("confidence") or 0.0),
     )
 
 
@@ -213,13 +222,14 @@ def _channel(described: dict) -> ChannelInfo:
     return ChannelInfo(described["name"], described.get("modality") or "", bool(described.get("optional")))
 
 
-def _label(label: dict[str, Any], sided: set[str]) -> LabelInfo:
+def _label(label: dict[str, Any], sides: dict[str, tuple[int, ...]], regions: bool) -> LabelInfo:
     colour = None
     if label.get("colour"):
         red, green, blue = (int(part) for part in label["colour"])
         colour = (red, green, blue)
     value, terminology = int(label["output_value"]), label.get("terminology") or ""
-    return LabelInfo(label["name"], value, colour, terminology, label["name"] in sided)
+    parts = tuple(int(part) for part in label["values"]) if regions else ()
+    return LabelInfo(label["name"], value, colour, terminology, sides.get(label["name"], ()), parts)
 
 
 def _trainingData(training: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "importSegmentation",
     "labelImage",
     "linearTransformBetween",
+    "onGridOf",
     "readResult",
     "regionInVolume",
     "segmentMask",
@@ -223,7 +224,12 @@ def readResult(path: str | Path, inputNode: slicer.vtkMRMLVolumeNode) -> ResultF
             _("The result could not be read ({reason}); nothing was changed.").format(reason=error),
             _("Save a diagnostic report and run it again."),
         ) from None
-    if not _onGridOf(result, inputNode):
+    return onGridOf(result, inputNode)
+
+
+def onGridOf(result: ResultFile, inputNode: slicer.vtkMRMLVolumeNode) -> ResultFile:
+    """The same segments. Raises ConversionError where they lie on another grid than the volume."""
+    if not _sameGrid(result, inputNode):
         raise ConversionError(
             _("The result does not lie on the grid of {name}; nothing was changed.").format(name=inputNode.GetName()),
             _("Leave the volume's geometry as it is during a run, and run it again."),
@@ -402,7 +408,7 @@ def _tag(segment: slicer.vtkSegment, name: str) -> str:
     return str(value) if segment.GetTag(name, value) else ""
 
 
-def _onGridOf(result: ResultFile, volumeNode: slicer.vtkMRMLVolumeNode) -> bool:
+def _sameGrid(result: ResultFile, volumeNode: slicer.vtkMRMLVolumeNode) -> bool:
     wanted, size = volumeMatrix(volumeNode), volumeNode.GetImageData().GetDimensions()
     if result.labels.shape[::-1] != tuple(size):
         return False

@@ -17,7 +17,15 @@ from .NodeConversion import BINARY_LABELMAP, ConversionError, labelImage, volume
 from .NrrdFile import writeNrrd
 from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile, readSegments
 
-__all__ = ["emptySegmentation", "loadSegmentation", "loadVolume", "newSegmentation", "readLabels", "saveSegmentation"]
+__all__ = [
+    "emptySegmentation",
+    "loadSegmentation",
+    "loadVolume",
+    "newSegmentation",
+    "readLabelMap",
+    "readLabels",
+    "saveSegmentation",
+]
 
 IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
 SEGMENTATION_FILE = ".seg.nrrd"
@@ -65,15 +73,45 @@ def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) ->
             raise ConversionError(
                 _("{path} could not be read ({reason}).").format(path=path.name, reason=error)
             ) from None
-    node = loadVolume(path, path.name, LABELS, passing=True)
-    array, matrix = volumeArray(node).copy(), volumeMatrix(node)
-    slicer.mrmlScene.RemoveNode(node)
+    array, matrix = _labelArray(path)
     labels = np.zeros(array.shape, np.uint8 if len(values or {}) < 256 else np.uint16)
     segments = []
     for number, (name, of_label) in enumerate((values or {}).items(), 1):
         labels[np.isin(array, list(of_label))] = number
         segments.append(SegmentLabel(name, number))
     return ResultFile(labels[..., None], matrix, tuple(segments))
+
+
+def readLabelMap(
+    path: Path, labels: Sequence[SegmentLabel], parts: Mapping[str, Sequence[int]] | None = None
+) -> ResultFile:
+    """The segments of a label map that names none. labels: what its values stand for.
+
+    parts: of labels that are regions, all values that lie in each by its name; they may overlap.
+    Raises ConversionError where it cannot be read, or has a value that no label has.
+    """
+    array, matrix = _labelArray(path)
+    foreign = sorted(set(np.unique(array).tolist()) - {0, *(label.value for label in labels)})
+    if foreign:
+        raise ConversionError(
+            _("{path} has the value {value}, and nothing says what that stands for.").format(
+                path=path.name, value=foreign[0]
+            ),
+            _("Choose the model that made it."),
+        )
+    if not parts:
+        return ResultFile(array.astype(np.int32, copy=False)[..., None], matrix, tuple(labels))
+    layers = [np.isin(array, parts[label.name]) * np.int32(label.value) for label in labels]
+    regions = tuple(replace(label, layer=number) for number, label in enumerate(labels))
+    return ResultFile(np.stack(layers, axis=-1), matrix, regions)
+
+
+def _labelArray(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The voxels (K, J, I) of a label file and their matrix. Raises ConversionError."""
+    node = loadVolume(path, path.name, LABELS, passing=True)
+    array, matrix = volumeArray(node).copy(), volumeMatrix(node)
+    slicer.mrmlScene.RemoveNode(node)
+    return array, matrix
 
 
 def emptySegmentation(name: str, passing: bool = False) -> slicer.vtkMRMLSegmentationNode:

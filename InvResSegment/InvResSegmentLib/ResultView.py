@@ -1,11 +1,11 @@
-"""The result section: volumes of segments, what the run took, warnings, notes, 3D, the way into the Segment Editor."""
+"""The result section: volumes, confidence, what the run took, warnings, notes, 3D, the way into the Segment Editor."""
 
 import qt
 import slicer
 from slicer.i18n import tr as _
 
 from .Notice import INFORMATION, WARNING, Notice
-from .Text import escape, formatBytes, formatSeconds
+from .Text import confidenceInWords, escape, formatBytes, formatSeconds
 
 __all__ = ["ResultView", "openInSegmentEditor"]
 
@@ -27,11 +27,17 @@ class ResultView:
         ui.undoButton.connect("clicked()", self._onUndo)
         self.clear()
 
-    def show(self, outcome, inputVolume, predictedBytes: int | None) -> None:
-        """Show a `SegmentationOutcome`; inputVolume: what the Segment Editor shows beneath the segments."""
+    def show(self, outcome, inputVolume, predictedBytes: int | None, leastConfidence: float = 0.0) -> None:
+        """Show a `SegmentationOutcome`; inputVolume: what the Segment Editor shows beneath the segments.
+
+        leastConfidence: the least that the model had on the images that it was tested with, 0 where it is not known.
+        """
         self._volume = inputVolume
         node = outcome.segmentationNode
-        self._ui.resultSummary.text = _summary(node.GetName(), outcome, predictedBytes)
+        sentences = [_summary(node.GetName(), outcome, predictedBytes)]
+        if outcome.confidence is not None:
+            sentences.append(escape(confidenceInWords(outcome.confidence, leastConfidence)))
+        self._ui.resultSummary.text = "<br>".join(sentences)
         self._ui.volumesTable.setMRMLTableNode(outcome.tableNode)
         self._fitTable(outcome.tableNode)
         self._ui.show3DButton.setSegmentationNode(node)

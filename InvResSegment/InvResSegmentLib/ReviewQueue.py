@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import slicer
 from slicer.i18n import tr as _
 
 from . import NodeConversion, NodeFiles, SegmentationResult
-from .BatchCase import ACCEPTED, DONE, EDITED, BatchCase, correctedPath
+from .BatchCase import ACCEPTED, DONE, EDITED, RESULT_SUFFIX, BatchCase, correctedPath, endingOf
 from .BatchQueue import BatchQueue
 from .CaseFiles import CaseFiles
 from .NodeConversion import ConversionError
@@ -19,6 +20,8 @@ __all__ = ["ReviewQueue"]
 class ReviewQueue:
     """Steps through the cases of a batch that are done. trainingCases: gets what is accepted (`TrainingCases`).
 
+    First come those that nobody has looked at, the model's least sure ones before the others. What was opened keeps its
+    place, so that the way back is the way that a person came, also when cases are done or accepted meanwhile.
     A case of files is loaded when it is opened; when it is left, its nodes go, as it is a training case of files. What
     a person changed is written beside the result when the case is left, and what was accepted at once, so nothing is
     lost by going on.
@@ -28,19 +31,24 @@ class ReviewQueue:
         self._queue, self._trainingCases = queue, trainingCases
         self.current: BatchCase | None = None
         self._tried: BatchCase | None = None  # opened last, or tried to
+        self._opened: list[BatchCase] = []  # in this order, for the first time
         self.channels: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self.segmentation: slicer.vtkMRMLSegmentationNode | None = None
         self._segmentCount = 0
 
     @property
     def cases(self) -> list[BatchCase]:
-        """The cases that can be reviewed."""
-        return [case for case in self._queue.cases if case.state == DONE]
+        """The cases that can be reviewed, in the order in which they are stepped through."""
+        done = {case: None for case in self._queue.cases if case.state == DONE}  # a set that keeps the order
+        opened = [case for case in self._opened if case in done]
+        for case in opened:
+            del done[case]
+        return [*opened, *sorted(done, key=_urgency)]
 
     @property
     def accepted(self) -> int:
         """How many of them are accepted."""
-        return sum(case.review == ACCEPTED for case in self.cases)
+        return sum(case.review == ACCEPTED for case in self._queue.cases if case.state == DONE)
 
     @property
     def background(self) -> slicer.vtkMRMLScalarVolumeNode | None:
@@ -48,7 +56,10 @@ class ReviewQueue:
         return next(iter(self.channels.values()), None)
 
     def step(self, forward: bool, model: Any) -> bool:
-        """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError."""
+        """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError.
+
+        model: as of `open`.
+        """
         cases = self.cases
         if self._tried in cases:
             place = cases.index(self._tried) + (1 if forward else -1)
@@ -68,6 +79,8 @@ class ReviewQueue:
             return
         self.leave()
         self._tried = case  # the way on starts here, also when it cannot be opened
+        if case not in self._opened:
+            self._opened.append(case)
         if case.inScene:
             if case.segmentation is None or case.segmentation.GetScene() is None:
                 raise ConversionError(_("The result of {name} was deleted.").format(name=case.name))
@@ -97,6 +110,11 @@ class ReviewQueue:
         """Puts the segmentation beside the result, and into the training case. learn: it becomes one."""
         label = correctedPath(self._queue.folder, case)
         NodeFiles.saveSegmentation(self.segmentation, label, self.background)
+        if self._edited:
+            segmentation = self.segmentation.GetSegmentation()
+            ids = [segmentation.GetNthSegmentID(index) for index in range(segmentation.GetNumberOfSegments())]
+            measured = SegmentationResult.measureVolumes(self.segmentation, ids)
+            case.volumesMl = {one.name: round(one.millilitres, 3) for one in measured}
         stored = CaseFiles.of(case.files, self.channels, label, case.patient)
         if learn or self._trainingCases.ofFiles(stored) is not None:
             self._trainingCases.addFiles(case.name, stored)
@@ -169,19 +187,41 @@ class ReviewQueue:
             if not node.GetSegmentation().GetNumberOfSegments():  # to be drawn in, after all
                 node.SetReferenceImageGeometryParameterFromVolumeNode(image)
         else:
-            result = NodeConversion.readResult(self._queue.folder / case.fileName, image)
-            node = NodeFiles.emptySegmentation(name)
-            loaded.append(node)
             labels = model.labels if model is not None and model.sha256 == case.model else ()
             stated = [
                 NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology)
                 for one in labels
                 if not one.sided  # of which side a value is, the file says
             ]
+            path = self._queue.folder / case.fileName
+            if endingOf(case.fileName) == RESULT_SUFFIX:
+                result = NodeConversion.readResult(path, image)
+            else:
+                stated = _labelsOf(case, labels)
+                parts = {one.name: one.parts for one in labels if one.parts}
+                result = NodeConversion.onGridOf(NodeFiles.readLabelMap(path, stated, parts), image)
+            node = NodeFiles.emptySegmentation(name)
+            loaded.append(node)
             NodeConversion.importSegmentation(result, image, node, case.model, stated)
         SegmentationResult.placeBeside(node, image)
         SegmentationResult.showInSlices(node)
         return node
+
+
+def _urgency(case: BatchCase) -> tuple[int, float]:
+    """The smaller, the sooner a person should look at a result; one without a confidence comes last of its kind."""
+    return ("", EDITED, ACCEPTED).index(case.review), 1.0 if case.confidence is None else case.confidence
+
+
+def _labelsOf(case: BatchCase, labels: Sequence[Any]) -> list[NodeConversion.SegmentLabel]:
+    """What the values of a label map stand for that the model wrote; its volumes tell whether it has sides apart."""
+    found = []
+    for one in labels:
+        values = dict(zip((f"left {one.name}", f"right {one.name}"), one.sides, strict=False))
+        apart = {name: value for name, value in values.items() if name in case.volumesMl} or {one.name: one.value}
+        for name, value in apart.items():
+            found.append(NodeConversion.SegmentLabel(name, value, one.colour, one.terminology))
+    return found
 
 
 def _remove(node) -> None:

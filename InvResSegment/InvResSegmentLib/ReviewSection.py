@@ -51,7 +51,7 @@ class ReviewSection:
                 name=escape(case.name), number=cases.index(case) + 1, count=len(cases)
             )
         else:
-            shown = _("Press Next to see the first result that is not accepted yet.")
+            shown = _("Press Next: results that the model is least sure of come first.")
         accepted = _("{accepted} of {count} accepted.").format(accepted=self._queue.accepted, count=len(cases))
         ui.reviewText.text = f"{shown}<br>{accepted}"
         ui.correctButton.enabled = ui.acceptButton.enabled = case is not None

@@ -16,6 +16,7 @@ from .Models import locatorFor
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
 from .ResultView import ResultView
 from .SegmentationLogic import SegmentationRequest
+from .SegmentWays import WayBoxes
 from .Text import bullets, escape, formatBytes, formatSeconds
 from .VolumeDescription import frameOfReference
 
@@ -57,6 +58,7 @@ class SegmentTab(VTKObservationMixin):
         self._models = ModelChooser(self.ui, self._onModelChosen)
         self._pickers = ChannelPickers(self.ui.channelPickers, self._onChannelsChanged)
         self._devices = DeviceChooser(self.ui.deviceBox, self._scheduleUpdate)
+        self._ways = WayBoxes(self.ui, self._scheduleUpdate)
         self._result = ResultView(self.ui, services.logic)
 
         self._timer = qt.QTimer()
@@ -69,7 +71,6 @@ class SegmentTab(VTKObservationMixin):
         self.ui.trainingButton.connect("clicked()", self._onAddToTraining)
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
         self.ui.locateBox.connect("toggled(bool)", self._scheduleUpdate)
-        self.ui.mirrorBox.connect("toggled(bool)", self._scheduleUpdate)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         scene = slicer.mrmlScene
@@ -259,7 +260,7 @@ class SegmentTab(VTKObservationMixin):
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else self._doubts))
         self._showFindings(list(volumes.values()))
         self._showLocating()
-        self._showWays()
+        self._ways.show(self._models.chosen)
         request = self._makeRequest()
         missing = [self._services.problem()] if self._services.problem() else []
         missing += self._missing(request)
@@ -287,8 +288,7 @@ class SegmentTab(VTKObservationMixin):
             roiNode=self.ui.roiSelector.currentNode(),
             window=None,
             locator=self._locator if self.ui.locateBox.checked else None,
-            mirrored=self.ui.mirrorBox.checked or model.mirrored == 1,
-            keepPieces=model.onePiece and not self.ui.piecesBox.checked,
+            ways=self._ways.ways(model),
         )
 
     @property
@@ -309,14 +309,6 @@ class SegmentTab(VTKObservationMixin):
             box.text = text.format(structure=model.cropAround[0], model=locator.name)
         elif box.visible:
             box.text = _("Find the {structure} with another model first").format(structure=model.cropAround[0])
-
-    def _showWays(self) -> None:
-        """The choices that not every model has."""
-        model = self._models.chosen
-        self.ui.piecesBox.visible = model is not None and model.onePiece
-        count = 1 if model is None else model.mirrored
-        self.ui.mirrorBox.visible = count > 1
-        self.ui.mirrorBox.text = _("Average over {count} mirrored images (more exact)").format(count=count)
 
     def _showFindings(self, volumes: list) -> None:
         self.ui.matchRow.visible = self._models.chosen is not None
@@ -421,7 +413,9 @@ class SegmentTab(VTKObservationMixin):
             self._services.refreshDevices()  # their free memory is another one now
         if outcome.state == "done":
             first = next(iter(self._request.channels.values()), None)
-            self._result.show(outcome, first, predicted)
+            # What is usual is so for whole images; a region may have its edge anywhere.
+            usual = self._request.model.leastConfidence if self._request.roiNode is None else 0.0
+            self._result.show(outcome, first, predicted, usual)
             for sentence in (*outcome.warnings, *outcome.notes):
                 self.appendLog(sentence)
             self.appendLog(

@@ -15,6 +15,7 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion, SegmentationResult
+from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = [
     "MemoryPlan",
@@ -34,8 +35,6 @@ class SegmentationRequest:
     outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
-    mirrored: whether the model also segments mirrored images, if it is one that does. keepPieces: whether what hangs
-    loose is kept, too.
     """
 
     model: Any
@@ -45,8 +44,7 @@ class SegmentationRequest:
     roiNode: slicer.vtkMRMLMarkupsROINode | None = None
     window: Triple | None = None
     locator: Any = None
-    mirrored: bool = True
-    keepPieces: bool = False
+    ways: SegmentWays = AS_THE_MODEL
 
     @property
     def located(self) -> bool:
@@ -61,8 +59,6 @@ class SegmentationRequest:
             arguments += ["--window", *map(str, self.window)]
         if self.located:
             arguments += ["--locate", str(self.locator.path)]
-        if not self.mirrored:
-            arguments += ["--mirror"]
         return arguments
 
 
@@ -82,7 +78,9 @@ class MemoryPlan:
 class SegmentationOutcome:
     """How a run ended. state: "done", "failed" or "cancelled"; unless "done" the scene is as it was.
 
-    warnings: what to look at, in sentences; notes: what is worth knowing and needs nothing done.
+    warnings: what to look at, in sentences; notes: what is worth knowing and needs nothing done. confidence: the mean
+    probability of what was found, 0 where nothing was, None where it is not known. volumesMl: label -> mL, on the grid
+    of the file.
     """
 
     state: str
@@ -94,6 +92,8 @@ class SegmentationOutcome:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    confidence: float | None = None
+    volumesMl: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -234,7 +234,7 @@ class SegmentationLogic:
             return
         order, spacing = _canonicalOrder(reference)
         size = np.array(reference.GetImageData().GetDimensions())
-        arguments = ["plan", *request.choices]
+        arguments = ["plan", *request.choices, *request.ways.planArguments]
         arguments += ["--shape", *(str(number) for number in size[order])]
         arguments += ["--spacing", *(f"{number:.6f}" for number in spacing[order])]
         if request.roiNode is not None and (box := _regionVoxels(request.roiNode, reference)) is not None:
@@ -337,7 +337,7 @@ class SegmentationLogic:
     def _export(self, run: _Run) -> list[str]:
         """Writes the volumes; returns the backend's arguments."""
         request, reference = run.request, run.reference
-        arguments = ["segment", *request.choices, *(["--keep-pieces"] if request.keepPieces else [])]
+        arguments = ["segment", *request.choices, *request.ways.arguments]
         nodes = self._nodes(request)
         for index, (channel, node) in enumerate(nodes.items()):
             self._progress("export", index, len(nodes), None)
@@ -453,7 +453,17 @@ class SegmentationLogic:
             warnings=tuple(run.warnings),
         )
         SegmentationResult.storeProvenance(node, provenance)
-        return SegmentationOutcome("done", node, table, "", "", peak, seconds, run.warnings, run.notes)
+        return SegmentationOutcome(
+            "done",
+            node,
+            table,
+            measuredPeakBytes=peak,
+            seconds=seconds,
+            warnings=run.warnings,
+            notes=run.notes,
+            confidence=found.get("confidence"),
+            volumesMl=dict(found.get("volumes_ml") or {}),
+        )
 
     # ---------------------------------------------------------------- what may happen meanwhile
 

@@ -1,11 +1,11 @@
-"""Bytes, seconds and lists in the words of the panel."""
+"""Bytes, seconds, confidence and lists in the words of the panel."""
 
 import html
 import math
 
 from slicer.i18n import tr as _
 
-__all__ = ["bullets", "escape", "firstOf", "formatBytes", "formatSeconds", "paragraphs"]
+__all__ = ["bullets", "confidenceInWords", "escape", "firstOf", "formatBytes", "formatSeconds", "paragraphs"]
 
 
 def formatBytes(count: float | None) -> str:
@@ -30,6 +30,22 @@ def formatSeconds(seconds: float | None) -> str:
     if minutes < 60:
         return _("{minutes} min {seconds} s").format(minutes=minutes, seconds=rest)
     return _("{hours} h {minutes} min").format(hours=minutes // 60, minutes=minutes % 60)
+
+
+def confidenceInWords(confidence: float, least: float) -> str:
+    """How sure the model is of a result, from 0 to 1. least: on the images that it was tested with; 0 is not known."""
+    if confidence <= 0:
+        return _("Confidence: none, for nothing was found.")
+    values = {"confidence": f"{confidence:.2f}", "least": f"{least:.2f}"}
+    if not least:
+        return _("Confidence {confidence} of 1.").format(**values)
+    if confidence < least:
+        text = _(
+            "Confidence {confidence} of 1, less than on all images that the model was tested with ({least} or more)."
+        )
+    else:
+        text = _("Confidence {confidence} of 1 ({least} or more on the images the model was tested with).")
+    return text.format(**values)
 
 
 def escape(text: object) -> str:

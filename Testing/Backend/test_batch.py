@@ -173,6 +173,27 @@ def test_each_case_comes_out_as_if_it_had_been_segmented_alone(scans, tmp_path):
     assert sum(float(row["c (mL)"]) for row in rows(tmp_path / "out").values()) > 0, "there is something to compare"
 
 
+def test_a_person_reads_volumes_and_confidence(scans, tmp_path):
+    folder, package = scans
+    one = ("segment", "-m", package.path, "-i", folder / "a.nii.gz", "--device", "cpu", "-o", tmp_path / "a.nii.gz")
+    (result,) = invres(*one, "--json").of("result")
+    (line,) = (line for line in invres(*one).out.splitlines() if "Confidence" in line)
+    assert line == f"  Confidence: {result['confidence']:.2f} of 1", "nothing was measured when it was made"
+
+
+def test_the_list_says_what_would_be_segmented_and_does_nothing(scans, tmp_path):
+    folder, package = scans
+    outcome = invres("segment", "-m", package.path, "-d", folder, "--list")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == [
+        *(f"{name} is CT={name}.nii.gz" for name in "abc"),
+        "3 cases; nothing was segmented.",
+    ]
+    (result,) = invres("segment", "-m", package.path, "-d", folder, "--list", "--json").of("result")
+    assert result["cases"][0] == {"name": "a", "inputs": {"CT": str(folder / "a.nii.gz")}}
+    assert "--list is for --data" in invres("segment", "-m", package.path, "-i", folder / "a.nii.gz", "--list").err
+
+
 def test_the_same_command_goes_on_and_does_only_what_is_new(scans, tmp_path):
     folder, package = scans
     output = tmp_path / "out"

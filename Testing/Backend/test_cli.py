@@ -160,7 +160,8 @@ def test_a_person_is_told_what_is_replaced(place, tmp_path):
     [
         ((), "The following arguments are required: VERB."),
         (("sgment",), "invalid choice: 'sgment'"),
-        (("segment",), "The following arguments are required: -m/--model, -o/--output."),
+        (("segment",), "The following arguments are required: -m/--model."),
+        (("segment", "-m", "a", "-i", "b"), "One of the arguments -o/--output --list is required."),
         (("train", "-d", "x", "-o", "y", "--epochs", "many"), "Argument --epochs: invalid int value: 'many'."),
         (("describe", "x", "--colour"), "Unrecognized arguments: --colour."),
         (("segment", "-m", "a", "-i", "b", "-o", "c", "--window", "8", "8"), "expected 3 arguments"),

@@ -8,7 +8,15 @@ import torch
 
 from invres import InvresError
 from invres.config import ChannelPlan
-from invres.expectation import Expectation, merged, of_volumes, unlike_modality, unlike_result, unlike_spacing
+from invres.expectation import (
+    Expectation,
+    confidence_in_words,
+    merged,
+    of_volumes,
+    unlike_modality,
+    unlike_result,
+    unlike_spacing,
+)
 from invres.livebytes import LiveBytes
 from invres.prediction import confidence_of
 
@@ -96,3 +104,16 @@ def test_voxels_of_another_size_than_a_model_learned_to_refine_are_told(given_mm
     assert len(sentences) == told
     if told:
         assert "2 x 2 x 2 mm" in sentences[0] and " x ".join(f"{side:g}" for side in given_mm) in sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "least", "told"),
+    [
+        (0.912, 0.77, "Confidence: 0.91 of 1 (0.77 or more on the images the model was tested with)"),
+        (0.7, 0.77, "Confidence: 0.70 of 1, less than on all images the model was tested with (0.77 or more)"),
+        (0.7, 0.0, "Confidence: 0.70 of 1"),
+        (0.0, 0.77, "Confidence: none, for nothing was found"),
+    ],
+)
+def test_confidence_is_told_beside_what_is_usual(confidence, least, told):
+    assert confidence_in_words(confidence, Expectation(confidence=least)) == told

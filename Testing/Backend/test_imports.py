@@ -196,8 +196,8 @@ ALLOWED = {
     "compare_command": "console events outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
     "segment_command": (
-        "batch caseinputs console devices events inference locating mirroring modelpackage pace segmentfiles "
-        "segmentoptions"
+        "batch caseinputs console devices events expectation inference locating mirroring modelpackage pace "
+        "segmentfiles segmentoptions"
     ),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "

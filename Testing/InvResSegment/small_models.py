@@ -84,6 +84,7 @@ def example(generator, shape, channels):
 def model_info(package):
     """What the panel knows of a package."""
     manifest = package.manifest
+    sides = {side.label: (side.left_value, side.right_value) for side in manifest.sides}
     return SimpleNamespace(
         name=package.name,
         path=str(package.path),
@@ -97,12 +98,17 @@ def model_info(package):
                 value=one.output_value,
                 colour=one.colour,
                 terminology=one.terminology,
-                sided=one.name in {side.label for side in manifest.sides},
+                sides=sides.get(one.name, ()),
+                sided=one.name in sides,
+                parts=one.values if manifest.scheme.regions else (),
             )
             for one in manifest.scheme.labels
         ),
         cropAround=() if manifest.plan.crop is None else manifest.plan.crop.around,
         largestMm=None if manifest.plan.crop is None else manifest.plan.crop.largest_mm,
+        mirrored=2 ** len(manifest.mirror_axes),
+        onePiece=manifest.one_piece,
+        leastConfidence=manifest.expected.confidence,
     )
 
 

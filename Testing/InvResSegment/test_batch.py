@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import shutil
@@ -20,7 +21,7 @@ import qt
 import slicer
 import standins
 import vtk
-from InvResSegmentLib import BatchSources
+from InvResSegmentLib import BatchSources, NodeFiles
 from InvResSegmentLib.BatchCase import (
     ACCEPTED,
     DONE,
@@ -30,25 +31,30 @@ from InvResSegmentLib.BatchCase import (
     BatchCase,
     correctedPath,
     freeFileName,
-    readBatch,
 )
 from InvResSegmentLib.BatchQueue import BatchQueue
+from InvResSegmentLib.BatchRecord import BatchSettings, readBatch, readSettings, readTable
 from InvResSegmentLib.BatchTab import BatchTab
+from InvResSegmentLib.BatchTable import writeTable
 from InvResSegmentLib.CaseExport import CaseExport, stampOf
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile
 from InvResSegmentLib.CaseFindings import findingsOf, patients, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
-from InvResSegmentLib.ResultFile import readMasks, readResultFile
+from InvResSegmentLib.ResultFile import SegmentLabel, readMasks, readResultFile
 from InvResSegmentLib.ReviewQueue import ReviewQueue
+from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
-from small_models import add_volume, dice, example
+from small_models import add_volume, dice, example, model_info
 from standins import pythonqt, qtclasses, waitUntil
+from tiny_datasets import invres
 from tiny_run import SHAPE, write_balls
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from invres.cases import read_dataset
 from invres.doctor import check_dataset
+from invres.modelpackage import save_package
+from invres.sides import Side
 from invres.volume import read_volume
 
 T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
@@ -285,7 +291,7 @@ def test_a_case_that_fails_does_not_keep_the_others(queue, small_model, images, 
     assert ran(queue, small_model) == [DONE, FAILED, DONE, FAILED]
     assert queue.cases[1].message and "gone.nii is not there" in queue.cases[3].message
     files = sorted(path.name for path in queue.folder.iterdir())
-    assert files == ["batch.json", "case_0.seg.nrrd", "case_2.seg.nrrd"]
+    assert files == ["batch.json", "case_0.seg.nrrd", "case_2.seg.nrrd", "volumes.csv"]
     result = readResultFile(queue.folder / "case_0.seg.nrrd")
     assert result.labels.shape == SHAPE and (result.labels == 3).sum() > 100
     assert remembered(queue.folder)["case 1"] == (FAILED, "")
@@ -401,7 +407,7 @@ def test_a_corrected_case_that_is_taken_off_and_added_again_keeps_its_correction
 def test_names_of_files_are_safe_and_differ():
     names = []
     for name in ("A/b: c", "a_b_c", "..", "Ödem", "x" * 300):
-        names.append(freeFileName(name, names))
+        names.append(freeFileName(name, [BatchCase("", fileName=one) for one in names]))
     assert names[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
     assert len(names[4]) < 80
 
@@ -427,15 +433,213 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
     assert ran(queue, small_model)[0] == FAILED and "T1" in queue.cases[0].message
 
 
+# ---------------------------------------------------------------- what is known of a result
+
+
+def table_of(folder, name="volumes.csv"):
+    with open(folder / name, encoding="utf-8", newline="") as stream:
+        return {row["case"]: row for row in csv.DictReader(stream)}
+
+
+def test_volumes_and_confidence_are_kept_and_stand_in_a_table(queue, small_model, images, tmp_path):
+    images[1].write_bytes(images[1].read_bytes()[:200])
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE, FAILED, DONE]
+    rows, again = table_of(queue.folder), readBatch(queue.folder)
+    for case, kept in zip(queue.cases, again, strict=True):
+        assert (kept.confidence, kept.volumesMl) == (case.confidence, case.volumesMl)
+    array = readResultFile(queue.folder / "case_0.seg.nrrd").labels
+    voxel_mm3 = np.prod(read_volume(images[0]).geometry.spacing_mm)
+    assert float(rows["case 0"]["ball (mL)"]) == pytest.approx((array == 3).sum() * voxel_mm3 / 1000, abs=1e-3)
+    assert 0.5 < float(rows["case 0"]["confidence"]) <= 1
+    assert rows["case 1"] == {"case": "case 1", "ball (mL)": "", "confidence": "", "remarks": queue.cases[1].message}
+    shutil.copytree(images[0].parent, tmp_path / "scans")
+    (tmp_path / "scans" / images[1].name).unlink()
+    line = ["-m", small_model.path, "-d", tmp_path / "scans", "-o", tmp_path / "by the command line", "--device", "cpu"]
+    assert invres("segment", *line).code == 0
+    theirs = table_of(tmp_path / "by the command line")
+    assert list(theirs["case0"]) == list(rows["case 0"]), "the same columns"
+    assert {**theirs["case0"], "case": ""} == {**rows["case 0"], "case": ""}, "and the same figures"
+
+
+def test_a_batch_of_the_time_before_is_still_read(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE]
+    content = json.loads((queue.folder / "batch.json").read_text(encoding="utf-8"))
+    for name in ("settings", "table"):
+        del content[name]
+    for name in ("confidence", "volumes_ml", "ways"):
+        del content["cases"][0][name]
+    (tmp_path / "old").mkdir()
+    shutil.copyfile(queue.folder / "case_0.seg.nrrd", tmp_path / "old" / "case_0.seg.nrrd")
+    (tmp_path / "old" / "batch.json").write_text(json.dumps(content), encoding="utf-8")
+    queue.setFolder(tmp_path / "old")
+    (case,) = queue.cases
+    assert (case.state, case.confidence, case.volumesMl, queue.settings) == (DONE, None, {}, None)
+    assert queue.missing(small_model) == ["All cases are done with this model."]
+    content["settings"], content["table"] = {"ending": ".exe", "ways": 7}, "../elsewhere.csv"
+    content["cases"][0].update(confidence="much", volumes_ml={"ball": "large", "core": 2})
+    (tmp_path / "old" / "batch.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [(case.confidence, case.volumesMl) for case in readBatch(tmp_path / "old")] == [(None, {"core": 2.0})]
+    assert readSettings(tmp_path / "old") == BatchSettings() and readTable(tmp_path / "old") == "elsewhere.csv"
+
+
+def test_a_table_that_no_batch_wrote_is_left_alone_and_one_that_cannot_be_written_is_told(
+    queue, small_model, images, tmp_path
+):
+    (tmp_path / "volumes.csv").write_text("mine", encoding="utf-8")
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path)
+    assert ran(queue, small_model) == [DONE]
+    assert (tmp_path / "volumes.csv").read_text(encoding="utf-8") == "mine"
+    assert set(table_of(tmp_path, "volumes_2.csv")) == {"case 0"}
+    (tmp_path / "volumes_2.csv").unlink()
+    (tmp_path / "volumes_2.csv").mkdir()  # what cannot be replaced, as a file that another program holds
+    queue.cases[0].review = EDITED
+    queue.tell()
+    assert "volumes_2.csv could not be written" in queue.problem
+    assert remembered(tmp_path)["case 0"] == (DONE, EDITED), "the batch itself is remembered"
+    (tmp_path / "volumes_2.csv").rmdir()
+    queue.tell()
+    assert queue.problem == "" and table_of(tmp_path, "volumes_2.csv")["case 0"]["remarks"] == "Corrected by hand."
+
+
+def test_two_cases_of_one_name_are_told_apart_by_their_results(tmp_path):
+    done = [BatchCase("a", fileName=name, state=DONE, confidence=0.5) for name in ("a.seg.nrrd", "a_2.nii.gz")]
+    writeTable(tmp_path / "volumes.csv", done)
+    assert set(table_of(tmp_path)) == {"a", "a_2"}
+
+
+def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, tmp_path):
+    reviewed.step(True, small_model)
+    before = reviewed.current.volumesMl["ball"]
+    paint(reviewed.segmentation, 400)
+    reviewed.accept()
+    mask, matrix = segmentMask(reviewed.segmentation, segment_id(reviewed))
+    row = table_of(tmp_path / "results")["case 0"]
+    wanted = np.count_nonzero(mask) * abs(np.linalg.det(matrix[:3, :3])) / 1000
+    assert float(row["ball (mL)"]) == pytest.approx(wanted, abs=1e-3) and float(row["ball (mL)"]) > before
+    assert row["remarks"].endswith("Accepted in the review.")
+
+
+# ---------------------------------------------------------------- choices
+
+
+def test_other_ways_are_asked_for_and_make_anew_what_was_made_otherwise(queue, small_model, images, scene, tmp_path):
+    voxels = example(np.random.default_rng(5), SHAPE, 1)[0][0].astype(np.float32)
+    queue.add([*cases_of(images[:2]), BatchCase("loaded", nodes={"T1": add_volume(scene, voxels)})])
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE] * 3
+    queue.cases[1].review = ACCEPTED
+    ways = SegmentWays(mirrored=False, keepPieces=True)
+    assert queue.missing(small_model) == ["All cases are done with this model."]
+    assert queue.missing(small_model, ways) == []
+    count = len(queue._backend.requests)
+    queue.start(small_model, "cpu", None, ways)
+    waitUntil(lambda: not queue.running, 120)
+    asked = queue._backend.requests[count:]
+    assert len(asked) == 2, "what was accepted is not made anew"
+    assert all("--mirror" in one and "--keep-pieces" in one for one in asked)
+    assert queue.missing(small_model, ways) == ["All cases are done with this model."]
+    assert readSettings(queue.folder) == BatchSettings(small_model.sha256, ways, ".seg.nrrd")
+    assert [case.ways for case in readBatch(queue.folder)] == [ways, SegmentWays()]
+
+
+def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, small_model, images, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "case_1.nii.gz").write_bytes(b"mine")
+    queue.add(cases_of(images))
+    queue.setFolder(results)
+    assert ran(queue, small_model)[0] == DONE
+    queue.cases[2].review = ACCEPTED
+    queue.start(small_model, "cpu", ending=".nii.gz")
+    waitUntil(lambda: not queue.running, 120)
+    names = [case.fileName for case in queue.cases]
+    assert names == ["case_0.nii.gz", "case_1_2.nii.gz", "case_2.seg.nrrd"], "nothing of another is written over"
+    assert (results / "case_1.nii.gz").read_bytes() == b"mine"
+    assert queue.missing(small_model, ending=".nii.gz") == ["All cases are done with this model."]
+    labels = read_volume(results / "case_0.nii.gz", kind="labels").array
+    review = ReviewQueue(queue, TrainingCases())
+    review.open(queue.cases[0], small_model)
+    segment = review.segmentation.GetSegmentation().GetNthSegment(0)
+    assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
+    assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == (labels == 3).sum() > 100
+    paint(review.segmentation)
+    review.leave()
+    assert (results / "case_0.corrected.seg.nrrd").is_file() and in_scene() == []
+    other = SimpleNamespace(**{**vars(small_model), "sha256": "other"})
+    with pytest.raises(ConversionError, match=r"case_1_2\.nii\.gz has the value 3") as refused:
+        review.open(queue.cases[1], other)
+    assert refused.value.hint == "Choose the model that made it." and in_scene() == []
+    queue.folder = images[0].parent
+    assert "Choose another folder for the results" in queue.missing(small_model, ending=".nii.gz")[0]
+    assert queue.missing(small_model) == [], "a .seg.nrrd is never taken for an image"
+
+
+def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package, images, tmp_path):
+    known = one_channel_package.manifest
+    package = save_package(
+        tmp_path / "sided",
+        name="sided",
+        network=known.network,
+        state_dict=one_channel_package.load_weights(),
+        plan=known.plan,
+        scheme=known.scheme,
+        patch=known.patch,
+        sides=[Side("ball", 3, 5)],
+    )
+    model = model_info(package)
+    # A wide image with the ball well to one side of the scanner's middle, which tells the side where no head does.
+    voxels, classes = example(np.random.default_rng(3), (18, 20, 40), 1)
+    columns = np.flatnonzero(classes.any((0, 1)))
+    image = sitk.GetImageFromArray(voxels[0].astype(np.float32))
+    image.SetOrigin((-float(columns[0] - 4 if columns[0] >= 14 else columns[-1] + 4), 0.0, 0.0))
+    sitk.WriteImage(image, str(images[0]))
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    queue.start(model, "cpu", ending=".nii.gz")
+    waitUntil(lambda: not queue.running, 120)
+    review = ReviewQueue(queue, TrainingCases())
+    seen = set()
+    for case in queue.cases:
+        review.open(case, model)
+        inside = review.segmentation.GetSegmentation()
+        names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]
+        assert names == list(case.volumesMl)
+        for index, name in enumerate(names):
+            mask, matrix = segmentMask(review.segmentation, inside.GetNthSegmentID(index))
+            volume = np.count_nonzero(mask) * abs(np.linalg.det(matrix[:3, :3])) / 1000
+            assert volume == pytest.approx(case.volumesMl[name], abs=1e-3)
+        seen |= set(names)
+    assert seen == {"left ball", "right ball", "ball"}, "in the others they cannot be told apart"
+    review.leave()
+
+
+def test_regions_of_a_label_map_are_whole(scene, tmp_path):
+    array = np.zeros((4, 5, 6), np.uint8)
+    array[1:3, 1:4, 1:5] = 2
+    array[2, 2, 2:4] = 3
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "tumour.nii.gz"))
+    labels = [SegmentLabel("whole", 2), SegmentLabel("core", 3)]
+    found = NodeFiles.readLabelMap(tmp_path / "tumour.nii.gz", labels, {"whole": (2, 3), "core": (3,)})
+    assert np.array_equal(found.mask(0), array > 0), "what lies in the core lies in the whole as well"
+    assert np.array_equal(found.mask(1), array == 3) and scene.GetNumberOfNodesByClass("vtkMRMLVolumeNode") == 0
+
+
 # ---------------------------------------------------------------- the review
 
 
 @pytest.fixture
 def reviewed(queue, small_model, images, tmp_path):
-    """A batch of three that is done, and its review."""
+    """A batch of three that is done, and its review; the model is as sure of one as of the other."""
     queue.add(cases_of(images))
     queue.setFolder(tmp_path / "results")
     assert ran(queue, small_model) == [DONE] * 3
+    for case in queue.cases:
+        case.confidence = 0.9
     return ReviewQueue(queue, TrainingCases())
 
 
@@ -460,6 +664,25 @@ def test_stepping_through_leaves_no_nodes_behind(reviewed, small_model, scene):
     reviewed.leave()
     assert in_scene() == [] and remembered(reviewed._queue.folder)["case 0"] == (DONE, "")
     assert not list(reviewed._queue.folder.glob("*corrected*"))
+
+
+def test_the_least_sure_case_comes_first_and_the_way_back_is_the_way_that_was_come(reviewed, small_model):
+    cases = reviewed._queue.cases
+    for case, confidence in zip(cases, (0.9, 0.7, 0.8), strict=True):
+        case.confidence = confidence
+    assert [case.name for case in reviewed.cases] == ["case 1", "case 2", "case 0"]
+    reviewed.step(True, small_model)
+    reviewed.accept()
+    assert reviewed.current is cases[1] and reviewed.cases[0] is cases[1], "it keeps its place"
+    cases[0].confidence = 0.0  # as if it had just been done: nothing was found
+    reviewed.step(True, small_model)
+    assert reviewed.current is cases[0]
+    reviewed.step(False, small_model)
+    assert reviewed.current is cases[1]
+    reviewed.leave()
+    cases[2].confidence, cases[0].review = None, EDITED
+    again = ReviewQueue(reviewed._queue, TrainingCases())
+    assert again.cases == [cases[2], cases[0], cases[1]], "looked at by nobody, not accepted yet, accepted"
 
 
 def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend, scene, tmp_path):
@@ -667,13 +890,18 @@ def test_from_a_folder_to_accepted_cases_with_the_mouse_alone(tab, data, tmp_pat
     assert [tab.ui.casesTable.item(row, 2).text() for row in range(3)] == ["done"] * 3
     assert "All cases are done" in tab.ui.batchNoticeText.text
     assert not tab.ui.reviewButton.isHidden() and not tab.ui.acceptButton.enabled
+    sure = [float(tab.ui.casesTable.item(row, 3).text()) for row in range(3)]
+    order = sorted(range(3), key=lambda row: tab.queue.cases[row].confidence)
+    assert sure == [round(case.confidence, 2) for case in tab.queue.cases] and 0 < min(sure) <= 1
+    told = tab.ui.casesTable.item(0, 0).toolTip()
+    assert f"Confidence {sure[0]:.2f} of 1." in told and f"ball: {tab.queue.cases[0].volumesMl['ball']:.2f} mL" in told
     tab.ui.nextButton.click()
-    assert "case0" in tab.ui.reviewText.text and tab.ui.acceptButton.enabled
+    assert f"case{order[0]}" in tab.ui.reviewText.text and tab.ui.acceptButton.enabled, "the least sure one"
     tab.ui.acceptButton.click()
-    assert tab.ui.casesTable.item(0, 3).text() == "accepted" and "1 of 3 accepted" in tab.ui.reviewText.text
-    assert [row.name for row in tab._services.cases.rows] == ["case0"]
+    assert tab.ui.casesTable.item(order[0], 4).text() == "accepted" and "1 of 3 accepted" in tab.ui.reviewText.text
+    assert [row.name for row in tab._services.cases.rows] == [f"case{order[0]}"]
     tab.ui.nextButton.click()
-    tab.ui.casesTable.selectRow(1)
+    tab.ui.casesTable.selectRow(order[1])
     tab.ui.removeButton.click()
     assert in_scene() == [] and tab.ui.casesTable.rowCount == 2
 
@@ -744,3 +972,71 @@ def test_cases_of_the_scene_go_with_the_scene(tab, scene):
     tab.setParameterNode(None)
     scene.Clear(False)
     assert tab.ui.casesTable.rowCount == 0
+
+
+def test_folders_of_dicom_series_are_cases(tab, small_model, tmp_path):
+    for number, name in enumerate(("anna", "bert")):
+        array = example(np.random.default_rng(number), SHAPE, 1)[0][0]
+        write_series(tmp_path / "scans" / name, array, f"1.2.{number}", "T1 MPRAGE")
+    (tmp_path / "scans" / "notes").mkdir()
+    qtclasses.answers.append(str(tmp_path / "scans"))
+    tab.ui.datasetButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 2, 60)
+    assert [case.files for case in tab.queue.cases] == [{"T1": tmp_path / "scans" / name} for name in ("anna", "bert")]
+    (tmp_path / "results").mkdir()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 120)
+    assert [case.state for case in tab.queue.cases] == [DONE, DONE], tab.queue.cases[0].message
+    tab.ui.nextButton.click()
+    assert tab.review.background.GetImageData().GetDimensions() == SHAPE[::-1]
+    tab.ui.acceptButton.click()
+    tab.review.leave()
+    dataset = read_dataset(exported(tab._services.cases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
+
+
+def test_a_folder_is_read_as_the_command_line_reads_it(tab, images, tmp_path):
+    (tmp_path / "imagesTs").mkdir()
+    for path in images:
+        path.rename(tmp_path / "imagesTs" / path.name)
+    (tmp_path / "imagesTs" / "case0_seg.nii.gz").write_bytes(b"")
+    qtclasses.answers.append(str(tmp_path / "imagesTs"))
+    tab.ui.datasetButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 3, 60)
+    assert [case.name for case in tab.queue.cases] == ["case0", "case1", "case2"], "numbered, and no label map"
+
+
+def test_a_batch_that_is_gone_on_with_keeps_its_model_and_settings(tab, data, tmp_path):
+    (model,) = tab._models
+    able = replace(model, mirrored=2, onePiece=True)
+    other = replace(able, sha256="other", name="other")
+    tab.setModels([able, other], "")
+    assert not tab.ui.mirrorBox.isHidden() and not tab.ui.piecesBox.isHidden()
+    qtclasses.answers.append(str(data))
+    tab.ui.datasetButton.click()
+    waitUntil(lambda: tab.ui.casesTable.rowCount == 3, 60)
+    (tmp_path / "results").mkdir()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.mirrorBox.checked = tab.ui.piecesBox.checked = False
+    tab.ui.endingBox.currentIndex = 1
+    tab.ui.startButton.click()
+    assert not tab.ui.optionsRow.enabled
+    waitUntil(lambda: not tab.queue.running, 120)
+    assert sorted(path.name for path in (tmp_path / "results").glob("case*")) == [f"case{n}.nii.gz" for n in range(3)]
+    request = tab._services.backend.requests[-1]
+    assert "--mirror" in request and "--keep-pieces" in request
+    assert "All cases are done with this model." in tab.ui.startButton.toolTip
+    tab.ui.piecesBox.checked = True
+    assert tab.ui.startButton.enabled, "they can be made otherwise"
+    tab.ui.mirrorBox.checked = True
+    tab.ui.endingBox.currentIndex, tab.ui.modelBox.currentIndex = 0, 1
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("elsewhere", "results"):
+        tab.ui.folderEdit.currentPath = str(tmp_path / folder)
+    assert tab.model is able and tab.ui.endingBox.currentIndex == 1
+    assert not tab.ui.mirrorBox.checked and not tab.ui.piecesBox.checked
+    assert "All cases are done with this model." in tab.ui.startButton.toolTip
+    tab.setModels([replace(model, sha256="plain")], "")
+    assert tab.ui.mirrorBox.isHidden() and tab.ui.piecesBox.isHidden(), "where they mean nothing they are not there"
+    assert tab._ways.ways(tab.model) == SegmentWays(), "nor do they change anything"

@@ -15,6 +15,7 @@ import vtk
 from backends import RecordingBackend
 from InvResSegmentLib import NodeConversion, SegmentationResult
 from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRequest
+from InvResSegmentLib.SegmentWays import SegmentWays
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
 
 from invres.modelpackage import save_package
@@ -258,7 +259,7 @@ def test_two_models_in_sequence_find_the_ball(scene, panel, backend, small_model
 
 @pytest.mark.parametrize("mirrored", [True, False])
 def test_mirrored_images_are_left_out_where_that_is_wanted(scene, panel, backend, small_model, mirrored):
-    request, _, _ = one_request(scene, small_model, mirrored=mirrored)
+    request, _, _ = one_request(scene, small_model, ways=SegmentWays(mirrored=mirrored))
     told = []
     panel.logic.plan(request, lambda plan, message: told.append((plan, message)))
     standins.waitUntil(lambda: told, 180)

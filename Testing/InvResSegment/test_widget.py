@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import types
@@ -262,6 +263,7 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     assert len(nodes) == 1 and nodes[0].GetSegmentation().GetNumberOfSegments() == 1
     assert tab.ui.resultButton.visible and not tab.ui.progressBar.visible
     assert "measured peak" in tab.ui.resultSummary.text
+    assert re.search(r"<br>Confidence 0\.\d\d of 1\.$", tab.ui.resultSummary.text)
     assert tab.ui.volumesTable.mrmlTableNode().GetNumberOfRows() == 1
     assert tab.ui.show3DButton.enabled
     slicer.mrmlScene.StartState(slicer.mrmlScene.BatchProcessState)  # as loading anything does
@@ -668,12 +670,13 @@ def test_the_bundled_model_for_brains_is_chosen_and_takes_any_volume(scene, mode
         assert not tab.ui.locateBox.visible
         box = tab.ui.mirrorBox
         assert box.visible and box.text == "Average over 2 mirrored images (more exact)"
-        assert tab._makeRequest().mirrored
+        assert tab._makeRequest().ways.mirrored
         box.checked = False
-        assert not tab._makeRequest().mirrored
-        assert tab.ui.piecesBox.visible and not tab._makeRequest().keepPieces
+        assert not tab._makeRequest().ways.mirrored
+        assert tab.ui.piecesBox.visible and not tab._makeRequest().ways.keepPieces
         tab.ui.piecesBox.checked = False
-        assert tab._makeRequest().keepPieces
+        assert tab._makeRequest().ways.keepPieces
+        assert tab._makeRequest().model.leastConfidence > 0.5, "as its manifest says"
         panel = module.enter().panel
         panel._onModels([], "The folder cannot be read.")
         assert panel.modelsTab.ui.modelsTable.rowCount == len(tab.models) > 2
