@@ -289,6 +289,7 @@ class SegmentTab(VTKObservationMixin):
             locator=self._locator if self.ui.locateBox.checked else None,
             mirrored=self.ui.mirrorBox.checked or model.mirrored == 1,
             keepPieces=model.onePiece and not self.ui.piecesBox.checked,
+            uncertainty=self.ui.uncertaintyBox.checked,
         )
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 import slicer
 from slicer.i18n import tr as _
 
-from . import GeometryDoctor, NodeConversion, SegmentationResult
+from . import GeometryDoctor, NodeConversion, SegmentationResult, UncertaintyMap
 
 __all__ = [
     "MemoryPlan",
@@ -35,7 +35,7 @@ class SegmentationRequest:
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
     mirrored: whether the model also segments mirrored images, if it is one that does. keepPieces: whether what hangs
-    loose is kept, too.
+    loose is kept, too. uncertainty: whether a map of where the model is unsure is wanted.
     """
 
     model: Any
@@ -47,6 +47,7 @@ class SegmentationRequest:
     locator: Any = None
     mirrored: bool = True
     keepPieces: bool = False
+    uncertainty: bool = False
 
     @property
     def located(self) -> bool:
@@ -117,6 +118,10 @@ class _Run:
     @property
     def resultPath(self) -> Path:
         return self.folder / "result.seg.nrrd"
+
+    @property
+    def uncertaintyPath(self) -> Path:
+        return self.folder / "uncertainty.nrrd"
 
 
 def _stages() -> dict[str, tuple[str, float, float]]:
@@ -345,6 +350,7 @@ class SegmentationLogic:
             NodeConversion.exportVolume(node, path, None if node is reference else reference)
             arguments += ["--input", f"{channel}={path}"]
         arguments += ["--output", str(run.resultPath)]
+        arguments += ["--uncertainty", str(run.uncertaintyPath)] if request.uncertainty else []
         if request.roiNode is not None:
             # Without exponents, which argparse takes for options where the number is negative.
             bounds = NodeConversion.regionInVolume(request.roiNode, reference)
@@ -439,6 +445,10 @@ class SegmentationLogic:
         if node.GetID() in change.created:
             SegmentationResult.placeBeside(node, reference)
         SegmentationResult.showInSlices(node)
+        if request.uncertainty:
+            UncertaintyMap.showUncertainty(run.uncertaintyPath, reference, node, change)
+        else:
+            UncertaintyMap.hideUncertainty(node, change)
         table = SegmentationResult.volumesTableOf(node, reference, change)
         seconds = time.monotonic() - run.begun
         peak = int(found.get("measured_bytes") or 0)
