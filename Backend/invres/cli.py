@@ -152,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--ending", choices=ENDINGS, help="of the files in the folder, with --data (default .nii.gz)")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")
+    one.add_argument(
+        "-u",
+        "--uncertainty",
+        type=Path,
+        metavar="FILE",
+        help="writes a map of how likely each label is to be wrong: 1 minus its probability",
+    )
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
     _mirror(one, "")
     _window(one, "voxels (default: the model's, see `invres describe`)")

@@ -163,7 +163,7 @@ def _check_case(
     labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
     yield from _check_label_values(case.name, labelled[case.name], dataset)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
-        yield from _check_label_place(case.name, volumes, label.array, modalities)
+        yield from _check_label_place(case.name, volumes, label.array, modalities, dataset.scheme.ignore_value)
     else:
         yield _label_grid(case.name, stored, stored_label)
 
@@ -201,14 +201,14 @@ def _check_volume(case: str, channel: str, modality: str, volume: Volume) -> Ite
 def _check_label_values(case: str, found: set[int], dataset: Dataset) -> Iterator[Finding]:
     scheme = dataset.scheme
     known = {value for entry in scheme.labels for value in entry.values}
-    if scheme.ignore_value is not None:
-        known.add(scheme.ignore_value)
-    if not found:
+    ignored = set() if scheme.ignore_value is None else {scheme.ignore_value}
+    known |= ignored
+    if not found - ignored:
         yield Finding(
             case,
             "warning",
             "empty_label",
-            f"The label of {case} is empty: it holds background only.",
+            f"The label of {case} is empty: it holds background{' and voxels to ignore' if found else ''} only.",
             "The case teaches background only; draw what should be labelled, or remove the case.",
         )
     if unknown := sorted(found - known):
@@ -255,9 +255,11 @@ def _label_grid(case: str, image: Geometry, label: Geometry) -> Finding:
 
 
 def _check_label_place(
-    case: str, volumes: list[Volume], label: np.ndarray, modalities: tuple[str, ...]
+    case: str, volumes: list[Volume], label: np.ndarray, modalities: tuple[str, ...], ignored: int | None
 ) -> Iterator[Finding]:
     foreground = label != 0
+    if ignored is not None:  # what nobody has looked at may well reach beyond the body
+        foreground &= label != ignored
     body = np.zeros(foreground.shape, dtype=bool)
     for volume, modality in zip(volumes, modalities, strict=True):
         if volume.array.shape != body.shape:
@@ -364,14 +366,26 @@ def _missing_labels(dataset: Dataset, labelled: dict[str, set[int]]) -> Iterator
             if listed
             else "Nothing to do where there is none to be seen; else add a case that has it.",
         )
+    ignored = set() if dataset.scheme.ignore_value is None else {dataset.scheme.ignore_value}
     for case, values in labelled.items():
         missing = [label.name for label in used if not values & set(label.values)]
-        if values and missing:
+        if not values - ignored or not missing:
+            continue
+        names = f"{case} has no {', '.join(missing)}, which other cases have"
+        if values & ignored:
+            yield Finding(
+                case,
+                "note",
+                "missing_label_value",
+                f"{names}; outside of its voxels to ignore it is learned that there is none.",
+                "Nothing to do where that is so; else draw it, or ignore its voxels, too.",
+            )
+        else:
             yield Finding(
                 case,
                 "warning",
                 "missing_label_value",
-                f"{case} has no {', '.join(missing)}, which other cases have; its voxels are learned as background.",
+                f"{names}; its voxels are learned as background.",
                 "Nothing to do where there is none to be seen; else draw it, give its voxels the value of `ignore`, or "
                 "remove the case.",
             )

@@ -31,7 +31,7 @@ from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
 from .region import Bounds, Box, are_left_and_right, clear_outside, crop_to_region, cut_out
-from .restoration import restore_probabilities, restore_volume
+from .restoration import restore_probabilities, restore_uncertainty, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
 from .sides import sided_scheme
 from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
@@ -226,11 +226,13 @@ def segment(
     network: SegmentationNetwork | None = None,
     keeper: NetworkKeeper | None = None,
     locate: Locate | None = None,
+    uncertainty_path: Path | None = None,
 ) -> dict[str, Any]:
     """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
     Optional channels may be left out.
 
     probabilities_path: FILE.nii.gz (or another ending; none means .nii.gz): FILE_LABEL.nii.gz is written by label.
+    uncertainty_path: where a map of how likely each label is to be wrong goes, see `restore_uncertainty`.
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
     locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`), and says how
     many bytes that took.
@@ -244,7 +246,7 @@ def segment(
     """
     clock, resident = _Clock(), PeakResident()
     manifest = package.manifest
-    check_files(manifest, inputs, output, probabilities_path)
+    check_files(manifest, inputs, output, probabilities_path, uncertainty_path)
     options = options.mirrored_as(manifest.mirror_axes)
     check_mirror(manifest.scheme, options.mirror_axes or ())
     report.progress("segment.read", 0, 1)
@@ -282,6 +284,8 @@ def segment(
     write_segmentation(output, labels, scheme)
     maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
     written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
+    if uncertainty_path is not None:
+        _write_uncertainty(uncertainty_path, parts, labels.geometry, manifest.scheme, roi_mm)
     of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
     if scheme.regions:
         volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in scheme.names}
@@ -300,6 +304,7 @@ def segment(
     return {
         "output": str(output),
         "probabilities": written,
+        "uncertainty": None if uncertainty_path is None else str(uncertainty_path),
         "missing_channels": missing,
         "volumes_ml": volumes_ml,
         "confidence": round(min(confidences), 4),
@@ -412,15 +417,46 @@ def _write_probabilities(
     written = []
     for place, (name, target) in enumerate(maps.items()):
         outside = 1.0 if name == "background" and not scheme.regions else 0.0
-        whole = np.full(grid.shape, outside, np.float32)
-        for part in parts:
+
+        def restored(part: SegmentedCase, place: int = place, outside: float = outside) -> np.ndarray:
             array, prepared = part.prediction.probabilities[place], part.prepared
-            whole[part.where] = restore_volume(array, prepared.geometry, prepared.original, outside)
-        if roi_mm:
-            clear_outside(whole, grid, roi_mm, outside)
-        write_volume(target, Volume(whole, grid))
+            return restore_volume(array, prepared.geometry, prepared.original, outside)
+
+        _write_map(target, parts, grid, roi_mm, restored, outside)
         written.append(os.fspath(target))
     return written
+
+
+def _write_uncertainty(
+    target: Path, parts: Sequence[SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
+) -> None:
+    """0 where nothing was segmented: beyond the parts, and outside of a region of interest."""
+
+    def restored(part: SegmentedCase) -> np.ndarray:
+        prepared = part.prepared
+        return restore_uncertainty(part.prediction.probabilities, prepared.geometry, prepared.original, scheme.regions)
+
+    _write_map(target, parts, grid, roi_mm, restored, 0.0)
+
+
+def _write_map(
+    target: Path,
+    parts: Sequence[SegmentedCase],
+    grid: Geometry,
+    roi_mm: Bounds,
+    restored: Callable[[SegmentedCase], np.ndarray],
+    outside: float,
+) -> None:
+    """A map of all parts on the grid of the whole image. restored: that of a part, float32 on its own grid."""
+    if parts[0].where == WHOLE:
+        whole = restored(parts[0])
+    else:
+        whole = np.full(grid.shape, outside, np.float32)
+        for part in parts:
+            whole[part.where] = restored(part)
+    if roi_mm:
+        clear_outside(whole, grid, roi_mm, outside)
+    write_volume(target, Volume(whole, grid))
 
 
 def _read_inputs(

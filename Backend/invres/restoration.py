@@ -9,7 +9,7 @@ import numpy as np
 from .config import LabelScheme
 from .volume import Geometry
 
-__all__ = ["restore_probabilities", "restore_volume"]
+__all__ = ["restore_probabilities", "restore_uncertainty", "restore_volume"]
 
 # Slabs of the restored grid are made of about this many voxels.
 SLAB_VOXELS = 1_000_000
@@ -58,6 +58,30 @@ def restore_volume(
     result = np.full(grid.canonical.shape, outside, dtype=np.float32)
     for slab, target in grid.slabs():
         result[target] = grid.interpolate(array, slab)
+    return grid.to_original(result)
+
+
+def restore_uncertainty(
+    probabilities: np.ndarray, prepared_geometry: Geometry, original: Geometry, regions: bool
+) -> np.ndarray:
+    """How likely the label of each voxel is to be wrong, as the network has it: float32 (D, H, W) on the original grid.
+
+    probabilities: (K, d, h, w) on the prepared grid. 1 minus the largest of them, from 0 to 1 - 1 / K; for regions 1
+    minus the probability of the answer, inside or outside, of the region that is least sure, from 0 to 0.5. 0 beyond
+    the crop, which is background. Taken from the interpolated maps, as the labels are, slab by slab.
+    Raises ValueError for grids that do not belong together.
+    """
+    grid = _Return(prepared_geometry, original)
+    result = np.zeros(grid.canonical.shape, dtype=np.float32)
+    for slab, target in grid.slabs():
+        surest = np.full(grid.slab_shape(slab), 1.0 if regions else 0.0, dtype=np.float32)
+        for probability in probabilities:
+            found = grid.interpolate(probability, slab)
+            if regions:
+                np.minimum(surest, np.maximum(found, 1 - found), out=surest)
+            else:
+                np.maximum(surest, found, out=surest)
+        result[target] = 1 - surest
     return grid.to_original(result)
 
 

@@ -55,7 +55,7 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
     if options.ending:
         raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
     inputs = named_inputs(options.input, manifest.plan.channels)
-    check_files(manifest, inputs, options.output, options.probabilities)
+    check_files(manifest, inputs, options.output, options.probabilities, options.uncertainty)
     # Said to a person only: the panel and scripts name files that they have made for this.
     if isinstance(report, TerminalReporter) and options.output.exists():
         report.note(f"{options.output} was there before and is replaced.")
@@ -67,7 +67,17 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
 
     keeper = _kept.setdefault("keeper", NetworkKeeper())
     locate = _locator(package, other, options.device) if other else None
-    found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
+    found = run(
+        package,
+        inputs,
+        options.output,
+        choices,
+        options.probabilities,
+        report,
+        keeper=keeper,
+        locate=locate,
+        uncertainty_path=options.uncertainty,
+    )
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
@@ -109,10 +119,9 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     from .mirroring import check_mirror
 
     manifest = package.manifest
-    if options.probabilities is not None:
-        raise InvresError(
-            "--probabilities is for one case.", hint="Leave it out, or segment case by case.", code="usage"
-        )
+    for flag in ("probabilities", "uncertainty"):
+        if getattr(options, flag) is not None:
+            raise InvresError(f"--{flag} is for one case.", hint="Leave it out, or segment case by case.", code="usage")
     check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
     _check_folder(options.output, options.data)
     cases = _cases_of(package, options)

@@ -63,7 +63,13 @@ def files_of_channels(
     return [given.get(name.casefold()) for name in names]
 
 
-def check_files(manifest: Manifest, inputs: Mapping[str, Path], output: Path, probabilities: Path | None) -> None:
+def check_files(
+    manifest: Manifest,
+    inputs: Mapping[str, Path],
+    output: Path,
+    probabilities: Path | None,
+    uncertainty: Path | None = None,
+) -> None:
     """Raises InvresError, before any work, for inputs that are not the model's or not there, and for results that
     could not be written or would take the place of an input.
     """
@@ -71,6 +77,9 @@ def check_files(manifest: Manifest, inputs: Mapping[str, Path], output: Path, pr
     if probabilities is not None:
         check_outputs([with_ending(probabilities)], inputs.values())
         outputs += maps_of(probabilities, manifest).values()
+    if uncertainty is not None:
+        check_outputs([uncertainty], inputs.values(), also="")
+        outputs.append(uncertainty)
     check_outputs(outputs, inputs.values())
     files_of_channels(manifest.plan.channels, inputs, manifest.name)
 

@@ -9,8 +9,9 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from .CaseExport import CaseExport, directDataSet, stampOf
+from .CaseFindings import lackingAdvice
 from .LabelMapping import LabelConflict
-from .TrainingCases import MISSING_CHANNEL, CaseRow, Finding, TrainingCases, dataSetOf
+from .TrainingCases import MISSING_CHANNEL, MISSING_LABEL, CaseRow, Finding, TrainingCases, dataSetOf
 
 __all__ = ["CaseExamination"]
 
@@ -125,6 +126,10 @@ def _findings(result: dict, rows: dict[str, CaseRow]) -> list[str]:
         row = rows.get(found.get("case"))
         if row is not None and found.get("code") == MISSING_CHANNEL and _lacksOne(row, result):
             continue  # whether the model can do without it is said by `CaseFindings`
+        if row is not None and not row.ofDataSet and found.get("code") == MISSING_LABEL:
+            # The doctor speaks to somebody who has a label file to correct.
+            advice = lackingAdvice(row) if found.get("severity") == "warning" else ""
+            sentence = f"{found.get('message', '')} {advice}".strip()
         if row is not None:
             sentence = sentence.replace(row.code, row.name)
             row.findings.append(Finding(found.get("severity") or "note", sentence, found.get("code") or ""))

@@ -17,8 +17,8 @@ from slicer.i18n import tr as _
 
 from . import NodeConversion
 from .CaseChannels import imagesOf, namedAs, usedChannels
-from .CaseFindings import labelsOf, patients
-from .LabelMapping import LabelConflict, labelOf, plainName
+from .CaseFindings import labelsOf, patients, unknownOf
+from .LabelMapping import UNKNOWN, LabelConflict, TrainedLabel, labelOf, plainName
 from .SegmentExport import labelArray, segmentNames, writeLabels
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, TrainingCases
 from .WholeFile import writeJson
@@ -65,10 +65,11 @@ def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
 
     Raises LabelConflict where the cases contradict each other.
     """
-    table = [(label.name, label.value) for label in labelsOf(cases, model)]
+    table = labelsOf(cases, model)
+    written = _written(table, unknownOf(cases, model, table))
     if row.ofDataSet:
-        return ("on disk", *table)
-    values = _values(row, table, [label.name for label in model.labels], cases.choices)
+        return ("on disk", *written)
+    values = _values(row, written, [label.name for label in model.labels], cases.choices)
     return _stamp(row, _images(row, usedChannels(cases, model), model), values)
 
 
@@ -178,13 +179,14 @@ class CaseExport:
         channels = usedChannels(cases, model)
         known = [label.name for label in model.labels]
         table = labelsOf(cases, model)
+        unknown = unknownOf(cases, model, table)
         total, done, written = sum(len(channels) + 1 if row.inScene else 1 for row in rows), 0, 0
         yield 0, total, ""
         for row in rows:
             if row.ofDataSet:
                 done += 1
                 continue
-            values = _values(row, [(label.name, label.value) for label in table], known, cases.choices)
+            values = _values(row, _written(table, unknown), known, cases.choices)
             images = _images(row, channels, model)
             stamp = _stamp(row, images, values)
             place = folder / row.code
@@ -199,7 +201,7 @@ class CaseExport:
             self._stamps[row.key] = stamp
             written += 1
         self._forget(cases)
-        description = _description(cases, rows, channels, table, model)
+        description = _description(cases, rows, channels, table, unknown, model)
         writeJson(folder / DATASET, description)
         _writeSplit(folder / SPLITS, rows)
         self._outcome = ExportOutcome("done", folder / DATASET, written)
@@ -228,6 +230,11 @@ class CaseExport:
 
 
 # ---------------------------------------------------------------- one case
+
+
+def _written(table: Sequence[TrainedLabel], unknown: int | None) -> list[tuple[str, int]]:
+    """Label and the value that is written for it. What is not known comes last: it wins over what is drawn below."""
+    return [(label.name, label.value) for label in table] + ([] if unknown is None else [(UNKNOWN, unknown)])
 
 
 def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[Any, int]:
@@ -312,15 +319,17 @@ def _link(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the description
 
 
-def _description(cases: TrainingCases, rows, channels, table, model: Any) -> dict[str, Any]:
-    """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are."""
+def _description(cases: TrainingCases, rows, channels, table, unknown: int | None, model: Any) -> dict[str, Any]:
+    """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are.
+
+    unknown: the value of voxels that take no part, if there are any.
+    """
     regions = any(len(label.values) > 1 for label in table)
     sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)]
     labels: dict[str, Any] = {"background": 0}
     labels |= {label.name: list(label.values) if regions else label.value for label in table}
-    ignored = {each.ignoreValue for each in sets} - {None}
-    if len(ignored) == 1 and not ignored & {label.value for label in table}:
-        labels["ignore"] = ignored.pop()
+    if unknown is not None:
+        labels[UNKNOWN] = unknown
     description: dict[str, Any] = {
         "name": "fine-tuning",
         "channel_names": {str(index): name for index, name in enumerate(channels)},

@@ -9,13 +9,34 @@ from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion
 from .CaseChannels import channelsOf, imagesOf, namedAs, presentChannels, usedChannels
-from .LabelMapping import LabelConflict, TrainedLabel, labelOf, labelTable, undecided
+from .LabelMapping import (
+    UNKNOWN,
+    LabelConflict,
+    TrainedLabel,
+    isLearned,
+    labelOf,
+    labelTable,
+    undecided,
+    unknownValue,
+)
 from .RunOptions import proofSentence
 from .SceneCases import patientOf
 from .SegmentExport import segmentationProblem, segmentNames
 from .TrainingCases import MISSING_LABEL, TRAINING, VALIDATION, CaseRow, Finding, TrainingCases
 
-__all__ = ["findingsOf", "labelNames", "labelsOf", "patients", "problems", "summary", "tableOf", "wrongCases"]
+__all__ = [
+    "findingsOf",
+    "labelNames",
+    "labelsOf",
+    "lackingAdvice",
+    "lackingLabels",
+    "patients",
+    "problems",
+    "summary",
+    "tableOf",
+    "unknownOf",
+    "wrongCases",
+]
 
 
 def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
@@ -29,10 +50,27 @@ def labelNames(cases: TrainingCases, row: CaseRow) -> list[str]:
 
 def labelsOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
     """The labels that are trained on. Raises LabelConflict where the used cases contradict each other."""
-    rows = cases.used
-    segments = [name for row in rows if not row.ofDataSet for name in labelNames(cases, row)]
-    paths = dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)
-    return labelTable(model, segments, [cases.dataSets[path] for path in paths], cases.choices)
+    return labelTable(model, _segments(cases), _sets(cases), cases.choices)
+
+
+def unknownOf(cases: TrainingCases, model: Any, table: Sequence[TrainedLabel]) -> int | None:
+    """The value of voxels that take no part, None where there are none.
+
+    table: what `labelsOf` gives. Raises LabelConflict as it does.
+    """
+    value, ofFiles = unknownValue(model, table, _sets(cases), cases.choices)
+    known = [label.name for label in model.labels]
+    drawn = any(labelOf(name, known, cases.choices) == UNKNOWN for name in _segments(cases))
+    return value if drawn or ofFiles else None
+
+
+def _segments(cases: TrainingCases) -> list[str]:
+    return [name for row in cases.used if not row.ofDataSet for name in labelNames(cases, row)]
+
+
+def _sets(cases: TrainingCases) -> list[Any]:
+    """The data sets that cases are used of."""
+    return [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in cases.used if row.ofDataSet)]
 
 
 def findingsOf(
@@ -68,14 +106,38 @@ def tableOf(cases: TrainingCases, model: Any) -> tuple[TrainedLabel, ...]:
 
 
 def _unlearned(cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[TrainedLabel]) -> list[Finding]:
-    """What others have and this one lacks: all of it is taken for background."""
+    """What others have and this one lacks: that there is none of it is what the case teaches."""
+    lacking = lackingLabels(cases, row, model, table)
+    if not lacking:
+        return []
+    known, names = [label.name for label in model.labels], ", ".join(lacking)
+    if any(labelOf(name, known, cases.choices) == UNKNOWN for name in labelNames(cases, row)):
+        text = _(
+            "It has no {names}, which other cases have; outside of what is not known it teaches that there is none."
+        )
+        return [Finding("note", text.format(names=names))]
+    text = _("It has no {names}, which other cases have; it teaches that there is none anywhere in the image.")
+    return [Finding("warning", f"{text.format(names=names)} {lackingAdvice(row)}")]
+
+
+def lackingLabels(cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[TrainedLabel]) -> list[str]:
+    """The labels that are trained on and that a case does not name; none of one that names nothing at all."""
     known = [label.name for label in model.labels]
     own = {labelOf(name, known, cases.choices) for name in labelNames(cases, row)}
     lacking = [label.name for label in table if label.name not in own]
-    if not lacking or len(lacking) == len(table):  # of one with nothing at all `problems` speaks
-        return []
-    text = _("It has no {names}, which other cases have; its voxels are learned as background.")
-    return [Finding("warning", text.format(names=", ".join(lacking)))]
+    return lacking if len(lacking) < len(table) else []
+
+
+def lackingAdvice(row: CaseRow) -> str:
+    """What to do about a label that a case lacks. That one label is not known cannot be said, only that a place is."""
+    if row.ofDataSet:
+        return _(
+            "Where that is wrong, draw it, give the voxels in question the value of `ignore`, or leave the case out."
+        )
+    return _(
+        "Where that is wrong, draw it; or draw a segment over the places where it may be, and say under Labels that "
+        "this segment is not known."
+    )
 
 
 def _lacking(cases: TrainingCases, row: CaseRow, model: Any, channels: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -229,6 +291,8 @@ def problems(cases: TrainingCases, model: Any, findings: Mapping[str, Sequence[F
 def _unlabelled(cases: TrainingCases, rows: Sequence[CaseRow], model: Any) -> list[str]:
     known = [label.name for label in model.labels]
     empty = [
-        row.name for row in rows if not any(labelOf(name, known, cases.choices) for name in labelNames(cases, row))
+        row.name
+        for row in rows
+        if not any(isLearned(labelOf(name, known, cases.choices)) for name in labelNames(cases, row))
     ]
     return [_("{name} has no segment that is learned; leave it out.").format(name=name) for name in empty]

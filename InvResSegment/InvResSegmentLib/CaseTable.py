@@ -1,13 +1,14 @@
 """The table of training cases: images, labels, role and findings of each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import qt
 from slicer.i18n import tr as _
 
 from .CaseChannels import channelsOf
-from .CaseFindings import labelNames
-from .LabelMapping import labelOf
+from .CaseFindings import labelNames, lackingLabels
+from .LabelMapping import BACKGROUND, UNKNOWN, TrainedLabel, isLearned, labelOf
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, levelIcon
 from .Table import fitRows, setUpTable
 from .Text import bullets
@@ -27,6 +28,8 @@ class CaseTable:
     def __init__(self, table, cases: TrainingCases, onSelected: Callable[[], None]) -> None:
         self._table, self._cases, self._onSelected = table, cases, onSelected
         self._rows: list[CaseRow] = []
+        self._model: Any = None
+        self._trained: Sequence[TrainedLabel] = ()
         self._filling = False
         setUpTable(table, [_("Case"), _("Images"), _("Labels"), _("Role"), _("Findings")], stretched=(CASE, LABELS))
         table.horizontalHeader().connect("sectionResized(int,int,int)", self._fit)
@@ -43,8 +46,11 @@ class CaseTable:
         if row in self._rows:
             self._table.selectRow(self._rows.index(row))
 
-    def show(self, findings: Mapping[str, Sequence[Finding]], labels: Sequence[str]) -> None:
-        """Bring the table in line with the cases. findings: by the key of a case. labels: names of the model's."""
+    def show(
+        self, findings: Mapping[str, Sequence[Finding]], model: Any = None, labels: Sequence[TrainedLabel] = ()
+    ) -> None:
+        """Bring the table in line with the cases. findings: by the key of a case. labels: those that are trained on."""
+        self._model, self._trained = model, labels
         table, rows = self._table, list(self._cases.rows)
         self._filling = True
         if rows != self._rows:
@@ -59,14 +65,14 @@ class CaseTable:
             for row in chosen[:1]:
                 self.select(row)
         for index, row in enumerate(rows):
-            self._showRow(index, row, findings.get(row.key, ()), labels)
+            self._showRow(index, row, findings.get(row.key, ()))
         self._filling = False
         table.visible = bool(rows)
         # With one channel there is nothing to tell apart.
         table.setColumnHidden(IMAGES, all(len(channelsOf(self._cases, row)) < 2 for row in rows))
         self._fit()
 
-    def _showRow(self, index: int, row: CaseRow, findings: Sequence[Finding], labels: Sequence[str]) -> None:
+    def _showRow(self, index: int, row: CaseRow, findings: Sequence[Finding]) -> None:
         worst = self._cases.worst(list(findings))
         sentences = [finding.sentence for finding in findings]
         said = _words()[worst] if sentences or row.examined is not None else _("not checked")
@@ -76,7 +82,7 @@ class CaseTable:
         texts = {
             CASE: row.name if row.code == row.name else f"{row.name}\n{row.code}",
             IMAGES: str(len(channels)),
-            LABELS: self._labelsText(row, labels),
+            LABELS: self._labelsText(row),
             FINDINGS: said,
         }
         where = self._cases.dataSets[row.dataSet].path if row.ofDataSet else _("in the scene")
@@ -84,7 +90,7 @@ class CaseTable:
         tips = {
             CASE: _("{name}, {where}; its files are called {code}.").format(name=row.name, where=where, code=row.code),
             IMAGES: "\n".join(self._imagesTip(row, channels)),
-            LABELS: bullets(_("Segment and what it stands for:"), self._labelsTip(row, labels)),
+            LABELS: bullets(_("Segment and what it stands for:"), self._labelsTip(row)),
             FINDINGS: bullets(_("Findings:"), sentences) if sentences else said,
         }
         for column, text in texts.items():
@@ -98,14 +104,32 @@ class CaseTable:
         if box.currentIndex != place:
             box.currentIndex = place
 
-    def _labelsText(self, row: CaseRow, labels: Sequence[str]) -> str:
-        found = [labelOf(name, labels, self._cases.choices) for name in labelNames(self._cases, row)]
-        return ", ".join(dict.fromkeys("?" if label is None else label for label in found if label != ""))
+    def _labelsText(self, row: CaseRow) -> str:
+        found = [label for _name, label in self._pairs(row)]
+        said = ["?" if label is None else label for label in found if label is None or isLearned(label)]
+        said += [_("no {label}").format(label=label) for label in self._lacking(row)]
+        said += [_("some not known")] if UNKNOWN in found else []
+        return ", ".join(dict.fromkeys(said))
 
-    def _labelsTip(self, row: CaseRow, labels: Sequence[str]) -> list[str]:
-        words = {None: _("not decided"), "": _("left out")}
-        pairs = [(name, labelOf(name, labels, self._cases.choices)) for name in labelNames(self._cases, row)]
-        return [f"{name} \u2192 {words.get(label, label)}" for name, label in pairs]
+    def _labelsTip(self, row: CaseRow) -> list[str]:
+        words = {
+            None: _("not decided"),
+            BACKGROUND: _("left out: learned as background"),
+            UNKNOWN: _("not known: takes no part"),
+        }
+        said = [f"{name} \u2192 {words.get(label, label)}" for name, label in self._pairs(row)]
+        text = _("no {label} \u2192 it is learned that there is none")
+        return said + [text.format(label=label) for label in self._lacking(row)]
+
+    def _pairs(self, row: CaseRow) -> list[tuple[str, str | None]]:
+        """Segments of a case, and what each of them stands for."""
+        labels = [label.name for label in self._model.labels] if self._model is not None else []
+        return [(name, labelOf(name, labels, self._cases.choices)) for name in labelNames(self._cases, row)]
+
+    def _lacking(self, row: CaseRow) -> list[str]:
+        if self._model is None or not row.used:
+            return []
+        return lackingLabels(self._cases, row, self._model, self._trained)
 
     @staticmethod
     def _imagesTip(row: CaseRow, channels: Sequence[str]) -> list[str]:

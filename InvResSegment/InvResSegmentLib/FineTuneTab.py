@@ -279,12 +279,12 @@ class FineTuneTab(VTKObservationMixin):
         self._timer.stop()
         model = self.model
         self._baseNotice.show(INFORMATION, "" if self._models else self._emptyText)
-        self._findings = {}
+        self._findings, table = {}, ()
         if model is not None:
             self._forgetStale(model)
             asked, table = self._asked(model), tableOf(self.cases, model)
             self._findings = {row.key: findingsOf(self.cases, row, asked, table) for row in self.cases.rows}
-        self._table.show(self._findings, [label.name for label in model.labels] if model is not None else [])
+        self._table.show(self._findings, model, table)
         self._showSummary(model)
         self._showCase()
         self._updateButtons()

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import qt
 from slicer.i18n import tr as _
 
-from .LabelMapping import IGNORED, labelOf, plainName
+from .LabelMapping import BACKGROUND, UNKNOWN, labelOf, plainName
 
 __all__ = ["LabelDialog"]
 
 
 class LabelDialog:
-    """Opens beside everything else; nothing waits for it. onAccepted gets segment name -> label, "" where left out.
+    """Opens beside everything else; nothing waits for it. onAccepted gets segment name -> label, BACKGROUND or UNKNOWN.
 
     names: of segments. labels: the model's. choices: decided before.
     """
@@ -24,9 +24,16 @@ class LabelDialog:
         self.dialog = qt.QDialog(parent)
         self.dialog.setWindowTitle(_("Labels of the training cases"))
         layout = qt.QVBoxLayout(self.dialog)
-        text = qt.QLabel(_("What does each segment stand for? This holds for all cases that have a segment so called."))
-        text.wordWrap = True
-        layout.addWidget(text)
+        for sentence in (
+            _("What does each segment stand for? This holds for all cases that have a segment so called."),
+            _(
+                "Where you have corrected only a part of an image, draw a segment over the rest and say here that it "
+                "is not known: its voxels teach nothing, whatever else is drawn there."
+            ),
+        ):
+            text = qt.QLabel(sentence)
+            text.wordWrap = True
+            layout.addWidget(text)
         rows = qt.QWidget()
         grid = qt.QGridLayout(rows)
         grid.setColumnStretch(1, 1)
@@ -54,9 +61,10 @@ class LabelDialog:
     def _makeBox(self, name: str, labels: Sequence[str], choices: dict):
         chosen = labelOf(name, labels, choices)
         entries: list[tuple[str, str | None]] = [(label, label) for label in labels]
-        if not any(plainName(label) == plainName(name) for label in labels):
+        if not any(plainName(label) == plainName(name) for label in (*labels, UNKNOWN)):
             entries.append((_("a new label: {name}").format(name=name), name))
-        entries.append((_("leave it out"), IGNORED))
+        entries.append((_("leave it out: learned as background"), BACKGROUND))
+        entries.append((_("not known: takes no part"), UNKNOWN))
         if chosen is None:
             entries.insert(0, (_("(choose)"), None))
         elif chosen not in [label for _text, label in entries]:

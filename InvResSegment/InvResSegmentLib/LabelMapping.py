@@ -8,10 +8,23 @@ from typing import Any
 
 from slicer.i18n import tr as _
 
-__all__ = ["IGNORED", "LabelConflict", "TrainedLabel", "labelOf", "labelTable", "plainName", "undecided"]
+__all__ = [
+    "BACKGROUND",
+    "UNKNOWN",
+    "LabelConflict",
+    "TrainedLabel",
+    "isLearned",
+    "labelOf",
+    "labelTable",
+    "plainName",
+    "undecided",
+    "unknownValue",
+]
 
-IGNORED = ""
-"""The choice for a segment that is not learned: its voxels are background."""
+BACKGROUND = ""
+"""The choice for a segment that is left out: its voxels are learned as background."""
+UNKNOWN = "ignore"
+"""The choice for a segment of which nobody knows what it is: its voxels take no part. A data set calls them so, too."""
 
 
 class LabelConflict(Exception):
@@ -37,18 +50,23 @@ def plainName(name: str) -> str:
 
 
 def labelOf(name: str, labels: Sequence[str], choices: Mapping[str, str]) -> str | None:
-    """The label that a segment of this name stands for; IGNORED, or None while nobody has decided.
+    """The label that a segment of this name stands for; BACKGROUND, UNKNOWN, or None while nobody has decided.
 
     labels: the model's. choices: segment name -> label, as decided by a person; they win. The left or right side of a
-    label that the model does not tell apart stands for that label.
+    label that the model does not tell apart stands for that label. A segment called "ignore" is UNKNOWN.
     """
     wanted = plainName(name)
     for segment, label in choices.items():
         if plainName(segment) == wanted:
             return _known(label, labels)
     both = wanted.removeprefix("left ").removeprefix("right ")
-    known = {plainName(label): label for label in reversed(labels)}
+    known = {UNKNOWN: UNKNOWN} | {plainName(label): label for label in reversed(labels)}
     return known.get(wanted, known.get(both))
+
+
+def isLearned(label: str | None) -> bool:
+    """Whether this is the name of a label, and no other choice."""
+    return label not in (None, BACKGROUND, UNKNOWN)
 
 
 def undecided(names: Iterable[str], labels: Sequence[str], choices: Mapping[str, str]) -> list[str]:
@@ -65,14 +83,22 @@ def labelTable(
     Names that are not decided are left out. Raises LabelConflict where the cases contradict each other.
     """
     known = [label.name for label in model.labels]
-    ofSegments = {label for name in segments if (label := labelOf(name, known, choices))}
+    ofSegments = {label for name in segments if isLearned(label := labelOf(name, known, choices))}
     sets = list(dataSets)
+    unknown = _unknownOnDisk(sets, known, choices)
     if any(each.regions for each in sets) or (_regions(model) and not sets):
         return _regionTable(model, ofSegments, sets, choices)
     values = _valuesOnDisk(sets, known, choices)
+    if unknown in values.values():
+        raise LabelConflict(
+            _(
+                "What is not known has the value {value} in one data set, which is a label in another; train on them "
+                "one after the other."
+            ).format(value=unknown)
+        )
     names = [name for name in known if name in ofSegments or name in values]
     names += [name for name in dict.fromkeys([*values, *sorted(ofSegments)]) if name not in names]
-    taken = set(values.values())
+    taken = _takenOnDisk(sets)
     for label in model.labels:
         if label.name in ofSegments and label.name not in values and label.value not in taken:
             values[label.name] = label.value
@@ -84,6 +110,52 @@ def labelTable(
     return tuple(TrainedLabel(name, (values[name],), values[name], name not in known) for name in names)
 
 
+def unknownValue(
+    model: Any, table: Iterable[TrainedLabel], dataSets: Iterable[Any], choices: Mapping[str, str]
+) -> tuple[int, bool]:
+    """The value of voxels that take no part, and whether label files on disk have set it.
+
+    table: what `labelTable` gives. One that is not set is above all others, as nnU-Net wants it. Raises LabelConflict
+    where the label files have several.
+    """
+    sets = list(dataSets)
+    found = _unknownOnDisk(sets, [label.name for label in model.labels], choices)
+    if found is not None:
+        return found, True
+    taken = {value for label in table for value in (*label.values, label.value)} | _takenOnDisk(sets)
+    return max(taken, default=0) + 1, False
+
+
+def _unknownOnDisk(sets: Sequence[Any], known: Sequence[str], choices: Mapping[str, str]) -> int | None:
+    values = {each.ignoreValue for each in sets} - {None}
+    for each in sets:
+        for label in each.labels:
+            if labelOf(label["name"], known, choices) != UNKNOWN:
+                continue
+            if each.regions:
+                raise LabelConflict(
+                    _(
+                        "The labels of {data} lie in one another, so {label} alone cannot be not known; choose "
+                        "something else for it under Labels."
+                    ).format(data=each.name, label=label["name"])
+                )
+            values.add(int(label["values"][0]))
+    if len(values) > 1:
+        raise LabelConflict(
+            _(
+                "What is not known has the values {values} in the label files, and may have only one; choose something "
+                "else under Labels, or train on the data sets one after the other."
+            ).format(values=", ".join(map(str, sorted(values))))
+        )
+    return next(iter(values), None)
+
+
+def _takenOnDisk(sets: Sequence[Any]) -> set[int]:
+    """All values of the label files, also those that are not learned: they must not become those of another label."""
+    values = {int(value) for each in sets for label in each.labels for value in label["values"]}
+    return values | {each.ignoreValue for each in sets if each.ignoreValue is not None}
+
+
 def _valuesOnDisk(sets: Sequence[Any], known: Sequence[str], choices: Mapping[str, str]) -> dict[str, int]:
     """Label -> value in the label files, which are taken as they are."""
     values: dict[str, int] = {}
@@ -91,7 +163,7 @@ def _valuesOnDisk(sets: Sequence[Any], known: Sequence[str], choices: Mapping[st
         seen: set[str] = set()
         for label in each.labels:
             name = labelOf(label["name"], known, choices)
-            if not name:
+            if name is None or not isLearned(name):
                 continue
             if name in seen:
                 raise LabelConflict(
@@ -125,7 +197,7 @@ def _regionTable(
         return tuple(
             TrainedLabel(name, tuple(label["values"]), int(label["output_value"]), name not in known)
             for label in sets[0].labels
-            if (name := labelOf(label["name"], known, choices))
+            if (name := labelOf(label["name"], known, choices)) is not None and isLearned(name)
         )
     if new := sorted(ofSegments - set(known)):
         raise LabelConflict(
@@ -146,4 +218,6 @@ def _regions(model: Any) -> bool:
 
 def _known(label: str, labels: Sequence[str]) -> str:
     """The model's own spelling of a label, or the label itself where it is a new one."""
+    if plainName(label) == UNKNOWN:
+        return UNKNOWN
     return next((each for each in labels if label and plainName(each) == plainName(label)), label)

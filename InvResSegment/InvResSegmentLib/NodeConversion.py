@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from slicer.i18n import tr as _
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from .NrrdFile import nrrdType, writeNrrd
-from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readResultFile
+from .ResultFile import DamagedFile, ResultFile, SegmentLabel, readImage, readResultFile
 
 __all__ = [
     "ORIGIN_TAG",
@@ -31,6 +31,7 @@ __all__ = [
     "labelImage",
     "linearTransformBetween",
     "onGridOf",
+    "readMap",
     "readResult",
     "regionInVolume",
     "segmentMask",
@@ -217,8 +218,27 @@ def readResult(path: str | Path, inputNode: slicer.vtkMRMLVolumeNode) -> ResultF
 
     Raises ConversionError where the file is not whole or lies on another grid.
     """
+    return _readOnGrid(readResultFile, path, inputNode)
+
+
+def readMap(path: str | Path, inputNode: slicer.vtkMRMLVolumeNode) -> vtk.vtkImageData:
+    """The voxels of an NRRD image that the backend wrote for `inputNode`, on whose grid they are; touches no scene.
+
+    Not by Slicer's storage nodes, which turn a left-handed grid into another one. Raises ConversionError as
+    `readResult` does.
+    """
+    found = _readOnGrid(readImage, path, inputNode).labels
+    image = vtk.vtkImageData()
+    image.SetDimensions(*found.shape[::-1])
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(found).ravel(), deep=True))
+    return image
+
+
+def _readOnGrid(
+    read: Callable[[str | Path], ResultFile], path: str | Path, inputNode: slicer.vtkMRMLVolumeNode
+) -> ResultFile:
     try:
-        result = readResultFile(path)
+        result = read(path)
     except (DamagedFile, OSError) as error:
         raise ConversionError(
             _("The result could not be read ({reason}); nothing was changed.").format(reason=error),

@@ -1,4 +1,5 @@
 """Reads a segmentation (.seg.nrrd) of the backend or of Slicer: labels on a grid, with names, colours, terminology.
+And an image (.nrrd) of the backend.
 
 Slicer's own reader ends the whole application on a file that was cut off; this one raises an error.
 """
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readMasks", "readResultFile", "readSegments"]
+__all__ = ["DamagedFile", "ResultFile", "SegmentLabel", "readImage", "readMasks", "readResultFile", "readSegments"]
 
 _TYPES = {"unsigned char": "u1", "signed char": "i1", "short": "i2", "unsigned short": "u2"}
 _TYPES |= {"int": "i4", "unsigned int": "u4", "uint8": "u1", "int8": "i1", "int16": "i2", "uint16": "u2"}
 _TYPES |= {"int32": "i4", "uint32": "u4"}
+_NUMBERS = {"float": "f4"}
 _LONGEST_HEADER = 4 * 1024**2
 
 
@@ -68,9 +70,18 @@ def readResultFile(path: str | Path) -> ResultFile:
 
 def readMasks(path: str | Path) -> ResultFile:
     """The segments of any .seg.nrrd; there may be none. Raises DamagedFile, OSError if it cannot be read."""
+    return _read(path, _TYPES)
+
+
+def readImage(path: str | Path) -> ResultFile:
+    """The float32 voxels of a .nrrd in place of labels. Raises DamagedFile, OSError if it cannot be read."""
+    return _read(path, _NUMBERS)
+
+
+def _read(path: str | Path, types: dict[str, str]) -> ResultFile:
     with open(path, "rb") as stream:
         fields, values = _header(stream)
-        size, dtype = _layout(fields)
+        size, dtype = _layout(fields, types)
         data = stream.read()
     length = int(np.prod(size)) * dtype.itemsize
     if fields.get("encoding") in ("gzip", "gz"):
@@ -127,15 +138,16 @@ def _header(stream) -> tuple[dict[str, str], dict[str, str]]:
     raise DamagedFile("its header has no end")
 
 
-def _layout(fields: dict[str, str]) -> tuple[tuple[int, int, int, int], np.dtype]:
+def _layout(fields: dict[str, str], types: dict[str, str]) -> tuple[tuple[int, int, int, int], np.dtype]:
     """Layers and voxels (layers, I, J, K), and the type of number."""
     try:
         sizes = [int(text) for text in fields["sizes"].split()]
         # Several layers lie in front, as a list of values for each voxel.
         layers, first, second, third = sizes if fields.get("kinds", "").startswith("list") else [1, *sizes]
-        dtype = np.dtype(_TYPES[fields["type"]])
+        dtype = np.dtype(types[fields["type"]])
     except (KeyError, ValueError):
-        raise DamagedFile("it is no label map of three dimensions") from None
+        what = "label map" if types is _TYPES else "image"
+        raise DamagedFile(f"it is no {what} of three dimensions") from None
     if min(layers, first, second, third) < 1:
         raise DamagedFile("it has no voxels")
     return (layers, first, second, third), dtype.newbyteorder(">" if fields.get("endian") == "big" else "<")

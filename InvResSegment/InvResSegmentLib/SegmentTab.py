@@ -289,6 +289,7 @@ class SegmentTab(VTKObservationMixin):
             window=None,
             locator=self._locator if self.ui.locateBox.checked else None,
             ways=self._ways.ways(model),
+            uncertainty=self.ui.uncertaintyBox.checked,
         )
 
     @property

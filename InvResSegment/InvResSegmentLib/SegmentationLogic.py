@@ -14,7 +14,7 @@ import numpy as np
 import slicer
 from slicer.i18n import tr as _
 
-from . import GeometryDoctor, NodeConversion, SegmentationResult
+from . import GeometryDoctor, NodeConversion, SegmentationResult, UncertaintyMap
 from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = [
@@ -35,6 +35,7 @@ class SegmentationRequest:
     outputNode: the segmentation to write into, None for a new one. roiNode: a markups ROI, or None for everything.
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
+    ways: how it is done. uncertainty: whether a map of where the model is unsure is wanted.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class SegmentationRequest:
     window: Triple | None = None
     locator: Any = None
     ways: SegmentWays = AS_THE_MODEL
+    uncertainty: bool = False
 
     @property
     def located(self) -> bool:
@@ -117,6 +119,10 @@ class _Run:
     @property
     def resultPath(self) -> Path:
         return self.folder / "result.seg.nrrd"
+
+    @property
+    def uncertaintyPath(self) -> Path:
+        return self.folder / "uncertainty.nrrd"
 
 
 def _stages() -> dict[str, tuple[str, float, float]]:
@@ -345,6 +351,7 @@ class SegmentationLogic:
             NodeConversion.exportVolume(node, path, None if node is reference else reference)
             arguments += ["--input", f"{channel}={path}"]
         arguments += ["--output", str(run.resultPath)]
+        arguments += ["--uncertainty", str(run.uncertaintyPath)] if request.uncertainty else []
         if request.roiNode is not None:
             # Without exponents, which argparse takes for options where the number is negative.
             bounds = NodeConversion.regionInVolume(request.roiNode, reference)
@@ -439,6 +446,10 @@ class SegmentationLogic:
         if node.GetID() in change.created:
             SegmentationResult.placeBeside(node, reference)
         SegmentationResult.showInSlices(node)
+        if request.uncertainty:
+            UncertaintyMap.showUncertainty(run.uncertaintyPath, reference, node, change)
+        else:
+            UncertaintyMap.hideUncertainty(node, change)
         table = SegmentationResult.volumesTableOf(node, reference, change)
         seconds = time.monotonic() - run.begun
         peak = int(found.get("measured_bytes") or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 
@@ -85,12 +85,14 @@ class SceneChange:
 
     target: id of the segmentation that the run wrote into. created: ids of the nodes that it added.
     segments: what it did to the segments. before: of a target that was there before, what else it changed.
+    restore: what else is to be called to take it back, the last one first.
     """
 
     target: str = ""
     created: list[str] = field(default_factory=list)
     segments: NodeConversion.ImportedSegments = field(default_factory=NodeConversion.ImportedSegments)
     before: dict[str, str | None] = field(default_factory=dict)
+    restore: list[Callable[[], None]] = field(default_factory=list)
 
     def keep(self, segmentationNode: slicer.vtkMRMLSegmentationNode) -> None:
         """Notes how a segmentation is before the run writes into it."""
@@ -103,6 +105,8 @@ class SceneChange:
 
     def revert(self, scene: slicer.vtkMRMLScene) -> None:
         """Removes the nodes that the run added, and its segments from a segmentation that was there before."""
+        while self.restore:
+            self.restore.pop()()
         for nodeId in reversed(self.created):
             if node := scene.GetNodeByID(nodeId):
                 scene.RemoveNode(node)

@@ -193,7 +193,7 @@ class TrainingCases:
             self._onChanged()
 
     def choose(self, choices: dict[str, str]) -> None:
-        """What segments stand for: segment name -> label, "" to leave it out."""
+        """What segments stand for: segment name -> label, or another choice of `LabelMapping`."""
         said = {plainName(name) for name in choices}
         self.choices = {**{n: c for n, c in self.choices.items() if plainName(n) not in said}, **choices}
         self._onChanged()

@@ -14,6 +14,7 @@ from .GeometryDoctor import ALIGNED_FROM, SOURCE_ROLE
 __all__ = [
     "DICOM_TAGS",
     "IMAGE_CLASS",
+    "UNCERTAINTY",
     "IntensityStatistics",
     "VolumeDescription",
     "choosableImages",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
+UNCERTAINTY = "InvResSegment.Uncertainty"
+"""Attribute of a volume that is no image, but a map of where a model is unsure."""
 DICOM_TAGS = {
     "seriesDescription": "0008,103e",
     "modality": "0008,0060",
@@ -105,10 +108,14 @@ class VolumeDescription:
 
 
 def choosableImages(scene: slicer.vtkMRMLScene) -> list[slicer.vtkMRMLScalarVolumeNode]:
-    """The volumes of a scene that a person can choose as an image, as the selectors offer them."""
+    """The volumes of a scene that a person can choose as an image, as the selectors offer them.
+
+    Without maps of uncertainty, which only a person would take for one.
+    """
     nodes = [scene.GetNthNodeByClass(n, IMAGE_CLASS) for n in range(scene.GetNumberOfNodesByClass(IMAGE_CLASS))]
     # Of just this class: label maps, vectors and tensors are no images of one channel.
-    return [node for node in nodes if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors()]
+    nodes = [node for node in nodes if node.GetClassName() == IMAGE_CLASS and not node.GetHideFromEditors()]
+    return [node for node in nodes if not node.GetAttribute(UNCERTAINTY)]
 
 
 def describeVolume(volumeNode: slicer.vtkMRMLVolumeNode) -> VolumeDescription:

@@ -294,6 +294,7 @@ def test_a_damaged_record_is_told(scans, tmp_path):
     [
         ((), "Nothing to segment was named. Give the files of one case (--input), or a folder with cases (--data)."),
         (("-d", ".", "-p", "x.nii.gz"), "--probabilities is for one case."),
+        (("-d", ".", "-u", "x.nii.gz"), "--uncertainty is for one case."),
         (("-i", "a.nii.gz", "--ending", ".nrrd"), "--ending is for --data"),
     ],
 )

@@ -640,6 +640,7 @@ def test_channels_on_different_grids_are_told_with_the_difference(place, refused
         (["--window", "2", "2", "2"], "shrink to a single voxel"),
         (["--output", "o.docx"], "the allowed endings are .nii, .nii.gz, .nrrd, .mha and .seg.nrrd"),
         (["--probabilities", "p.png"], "p.png cannot be written: the allowed endings are"),
+        (["--uncertainty", "u.seg.nrrd"], "u.seg.nrrd has the ending of a segmentation, but an image is written"),
     ],
 )
 def test_wrong_wishes_for_segmenting_are_told(place, refused, tmp_path, flags, told):
@@ -671,6 +672,8 @@ def test_an_input_is_never_overwritten(place, tmp_path):
         (scan, ["-o", link], "is an input and would be overwritten"),
         (scan, ["-o", tmp_path / "o.nrrd", "-p", scan], "is an input and would be overwritten"),
         (scan, ["-o", tmp_path / "o.nrrd", "-p", tmp_path / "x"], "x_core.nii.gz is an input"),
+        (scan, ["-o", tmp_path / "o.nrrd", "-u", scan], "is an input and would be overwritten"),
+        (scan, ["-o", tmp_path / "o.nrrd", "-u", tmp_path / "o.nrrd"], "would be written twice"),
         (scan, ["-o", tmp_path / "y_core.nrrd", "-p", tmp_path / "y.nrrd"], "would be written twice"),
         (tmp_path / "dicom", ["-o", tmp_path / "dicom/o.nrrd"], "would be written into the DICOM folder"),
     ):

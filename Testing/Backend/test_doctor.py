@@ -225,6 +225,17 @@ def test_a_label_that_a_case_lacks_and_others_have_is_named(build):
     assert found[0].message == "half has no y, which other cases have; its voxels are learned as background."
     nobody = LabelScheme((Label("x", (1,), 1), Label("z", (3,), 2)))
     assert not [one for one in check_dataset(build.dataset(nobody)) if one.code == "missing_label_value"]
+    partly = only_x.copy()
+    partly[:3] = 9  # reaches over the empty border of the image
+    build.add("partly", label=partly)
+    build.add("open", label=np.where(partly == 9, partly, 0).astype(np.uint8))
+    scheme = LabelScheme((Label("x", (1,), 1), Label("y", (2,), 2)), ignore_value=9)
+    found = [one for one in check_dataset(build.dataset(scheme)) if one.case in ("partly", "open")]
+    assert [(one.case, one.severity, one.code) for one in found] == [
+        ("open", "warning", "empty_label"),
+        ("partly", "note", "missing_label_value"),
+    ]
+    assert "voxels to ignore" in found[0].message and "outside of its voxels to ignore" in found[1].message
 
 
 @pytest.mark.parametrize(

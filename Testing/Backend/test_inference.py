@@ -207,13 +207,15 @@ def test_probabilities_are_written_on_the_inputs_grid_and_sum_to_one(tmp_path):
     package = package_of(tmp_path / "model", spacing_mm=(2.0, 0.6, 0.5))
     cropping = dataclasses.replace(package.manifest.plan, crop_to_nonzero=True)
     package = dataclasses.replace(package, manifest=dataclasses.replace(package.manifest, plan=cropping))
-    files = segment(
+    found = segment(
         package,
         {"ct": tmp_path / "image.nrrd"},
         tmp_path / "out.nrrd",
         probabilities_path=tmp_path / "p.nii.gz",
+        uncertainty_path=tmp_path / "u.nrrd",
         network=Known(4),
-    )["probabilities"]
+    )
+    files = found["probabilities"]
     assert [Path(file).name for file in files] == [f"p_{name}.nii.gz" for name in ("background", "a", "b", "c")]
     maps = [read_volume(file) for file in files]
     assert all(one.geometry.same_as(grid) and one.array.dtype == np.float32 for one in maps)
@@ -223,6 +225,10 @@ def test_probabilities_are_written_on_the_inputs_grid_and_sum_to_one(tmp_path):
     likeliest = np.array([0, 10, 150, 250])[np.argmax([one.array for one in maps], axis=0)]
     assert (likeliest == labels).all()
     assert maps[0].array[0].min() == 1.0, "beyond the crop there is background"
+    unsure = read_volume(found["uncertainty"])
+    assert unsure.geometry.same_as(grid) and unsure.array.dtype == np.float32
+    assert np.abs(unsure.array - (1 - np.max([one.array for one in maps], axis=0))).max() < 1e-6
+    assert 0.3 < unsure.array.max() <= 0.75 and unsure.array[0].max() == 0.0
 
 
 def test_overlapping_regions_are_written_one_over_the_other_and_measured_whole(tmp_path):
@@ -235,6 +241,7 @@ def test_overlapping_regions_are_written_one_over_the_other_and_measured_whole(t
         {"": tmp_path / "image.mha"},
         tmp_path / "out.seg.nrrd",
         probabilities_path=tmp_path / "p.nrrd",
+        uncertainty_path=tmp_path / "u.nii.gz",
         network=Known(3, regions=True),
     )
     # Intensity 100 lies in the first region, 200 in the first two, 300 in all; they are written as 2, 1 and 4.
@@ -246,6 +253,9 @@ def test_overlapping_regions_are_written_one_over_the_other_and_measured_whole(t
     maps = [read_volume(file).array for file in summary["probabilities"]]
     assert len(maps) == 3 and all(one.min() >= 0 and one.max() <= 1 for one in maps)
     assert np.array_equal(maps[0] > 0.5, number > 0)
+    unsure = read_volume(tmp_path / "u.nii.gz").array
+    assert np.abs(unsure - np.max([np.minimum(one, 1 - one) for one in maps], axis=0)).max() < 1e-6
+    assert 0 < unsure.max() <= 0.5
 
 
 def test_a_model_that_tells_left_from_right_is_not_mirrored_across_the_middle(tmp_path):
@@ -350,9 +360,17 @@ def test_wrong_channels_are_told_with_the_right_ones(two_channels, tmp_path, inp
 
 
 @pytest.mark.parametrize(
-    ("output", "probabilities"), [("out.png", None), ("out", None), ("out.nii.gz", "p.dcm"), ("folder.nrrd", None)]
+    ("output", "probabilities", "uncertainty"),
+    [
+        ("out.png", None, None),
+        ("out", None, None),
+        ("out.nii.gz", "p.dcm", None),
+        ("folder.nrrd", None, None),
+        ("out.nii.gz", None, "u"),
+        ("out.nii.gz", None, "folder.nrrd"),
+    ],
 )
-def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path, output, probabilities):
+def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path, output, probabilities, uncertainty):
     (tmp_path / "folder.nrrd").mkdir()
     package = package_of(tmp_path / "model")
     network = Known(4)
@@ -362,6 +380,7 @@ def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path, outp
             {"": tmp_path / "is_not_even_opened"},
             tmp_path / output,
             probabilities_path=None if probabilities is None else tmp_path / probabilities,
+            uncertainty_path=None if uncertainty is None else tmp_path / uncertainty,
             network=network,
         )
     assert network.windows == []

@@ -80,6 +80,7 @@ def test_each_place_is_segmented_as_if_it_had_come_alone(head, tmp_path, grid):
         tmp_path / "p.nii.gz",
         network=network,
         locate=lambda volumes, report: locate(whole, Known(3), volumes, CROP, report),
+        uncertainty_path=tmp_path / "u.nii.gz",
     )
     assert found["settings"]["boxes_mm"] == [list(box) for box in boxes]
     again = [parts, {"T1": tmp_path / "head.nii.gz"}, tmp_path / "o.nii.gz", SegmentOptions(device="cpu")]
@@ -100,6 +101,10 @@ def test_each_place_is_segmented_as_if_it_had_come_alone(head, tmp_path, grid):
     assert labels.geometry.same_as(volume.geometry) and wanted.any()
     assert np.array_equal(labels.array, wanted)
     assert np.array_equal(read_volume(tmp_path / "p_background.nii.gz").array, background)
+    unsure = read_volume(tmp_path / "u.nii.gz")
+    surest = np.max([read_volume(path).array for path in found["probabilities"]], axis=0)
+    assert unsure.geometry.same_as(volume.geometry) and np.abs(unsure.array - (1 - surest)).max() < 1e-6
+    assert unsure.array.max() > 0.1
     voxel_ml = np.prod(volume.geometry.spacing_mm) / 1000
     assert found["volumes_ml"]["front"] == pytest.approx((wanted == 1).sum() * voxel_ml, abs=0.01)
 

@@ -353,7 +353,7 @@ def test_regions_that_overlap_are_measured_inside_the_box_only(tmp_path):
             self.weight = torch.nn.Parameter(torch.ones(1))
 
         def forward(self, x):
-            return NetworkOutput(torch.full((len(x), 3, *x.shape[2:]), 9.0) * self.weight)
+            return NetworkOutput(torch.full((len(x), 3, *x.shape[2:]), 2.0) * self.weight)
 
     found = segment(
         model,
@@ -362,10 +362,13 @@ def test_regions_that_overlap_are_measured_inside_the_box_only(tmp_path):
         SegmentOptions(roi_mm=bounds),
         tmp_path / "p.nrrd",
         network=Everything(),
+        uncertainty_path=tmp_path / "u.nrrd",
     )
     assert set(found["volumes_ml"].values()) == {11**3 / 1000}
     maps = [read_volume(path).array for path in found["probabilities"]]
     assert all((one > 0.5).sum() == 11**3 and one[0].max() == 0 for one in maps)
+    unsure = read_volume(found["uncertainty"]).array
+    assert np.allclose(unsure, np.where(maps[0] > 0.5, 1 - maps[0], 0)) and unsure.max() > 0.1
     assert found["settings"]["roi_mm"] == list(bounds)
 
 

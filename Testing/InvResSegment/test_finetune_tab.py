@@ -112,7 +112,8 @@ def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
         "(choose)",
         "ball",
         "a new label: Segment_1",
-        "leave it out",
+        "leave it out: learned as background",
+        "not known: takes no part",
     ]
     box.currentIndex = 2
     tab.labelDialog.buttons.button(qt.QDialogButtonBox.Ok).click()
@@ -241,6 +242,29 @@ def test_the_doctor_looks_at_cases_of_the_scene_and_what_changed_is_looked_at_ag
     tab.cases.setRole(tab.cases.rows[1], "left out")
     settled(tab)
     assert tab.ui.startButton.enabled
+
+
+def test_a_case_that_lacks_a_segment_says_in_the_table_what_that_teaches_and_what_can_be_done(panel):
+    tab = panel.fineTuneTab
+    for number, names in enumerate((("ball", "cube"), ("ball",), ("ball", "rest"))):
+        masks = {name: np.zeros((20, 22, 24)) for name in names}
+        for place, mask in enumerate(masks.values()):
+            mask[4 * place : 4 * place + 3] = 1
+        addCase(f"T1 {number}", number, masks)
+    tab.ui.addSceneButton.click()
+    tab.cases.choose({"cube": "cube", "rest": "ignore"})
+    settled(tab)
+    assert [cells(tab, row)[2] for row in range(3)] == ["ball, cube", "ball, no cube", "ball, no cube, some not known"]
+    assert "it is learned that there is none" in tab.ui.casesTable.item(1, 2).toolTip()
+    for told in ("it teaches that there is none anywhere", "its voxels are learned as background"):
+        tab._table.select(tab.cases.rows[1])
+        assert told in said(tab, "caseNotice") and "say under Labels" in said(tab, "caseNotice")
+        assert "`ignore`" not in said(tab, "caseNotice"), "nobody can give voxels of a segment a value"
+        assert [cells(tab, row)[4] for row in (1, 2)] == ["look at it", "note"]
+        if not tab.cases.rows[1].findings:
+            tab.ui.checkButton.click()
+            settled(tab)
+    assert tab.cases.rows[1].findings, "the second time the doctor has looked"
 
 
 def test_a_data_set_on_disk_is_added_with_its_findings(panel, tmp_path):

@@ -16,6 +16,9 @@ from backends import RecordingBackend
 from InvResSegmentLib import NodeConversion, SegmentationResult
 from InvResSegmentLib.SegmentationLogic import SegmentationLogic, SegmentationRequest
 from InvResSegmentLib.SegmentWays import SegmentWays
+from InvResSegmentLib.UncertaintyMap import UNCERTAINTY_ROLE
+from InvResSegmentLib.VolumeDescription import choosableImages
+from scipy import ndimage
 from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
 
 from invres.modelpackage import save_package
@@ -439,6 +442,109 @@ def test_the_scenes_own_undo_gets_a_state_where_it_is_in_use(scene, panel, small
     levels = scene.GetNumberOfUndoLevels()
     panel.run(request)
     assert scene.GetNumberOfUndoLevels() == levels + 1
+
+
+# ---------------------------------------------------------------- where the model is unsure
+
+
+def composite_of(scene, foreground=None):
+    """The layers of a slice view."""
+    composite = scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    composite.SetForegroundVolumeID(foreground)
+    composite.SetForegroundOpacity(0.25)
+    return composite
+
+
+def layers_of(composite):
+    return composite.GetForegroundVolumeID(), composite.GetForegroundOpacity()
+
+
+@pytest.mark.parametrize("affine", MATRICES.values(), ids=MATRICES.keys())
+def test_where_the_model_is_unsure_is_shown_over_the_image(scene, panel, small_model, affine):
+    request, node, _ = one_request(scene, small_model, affine, uncertainty=True)
+    node.SetAndObserveTransformNodeID(add_transform(scene, matrix(rotation(40, (0, 1, 2)), origin=(9, 1, 2))).GetID())
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    study = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), "study")
+    hierarchy.CreateItem(study, node)
+    composite = composite_of(scene, node.GetID())
+    before = scene_state(scene)
+    outcome = panel.run(request)
+    assert (outcome.state, outcome.message) == ("done", "")
+    found = outcome.segmentationNode.GetNodeReference(UNCERTAINTY_ROLE)
+    assert found.GetName() == "12: AX T1 uncertainty"
+    assert found.GetParentTransformNode() is node.GetParentTransformNode() is not None
+    assert np.allclose(NodeConversion.volumeMatrix(found), NodeConversion.volumeMatrix(node), atol=1e-9)
+    assert hierarchy.GetItemParent(hierarchy.GetItemByDataNode(found)) == study
+    values = NodeConversion.volumeArray(found)
+    assert values.dtype == np.float32 and values.min() >= 0 and 0.1 < values.max() <= 0.5
+    mask, _ = NodeConversion.segmentMask(
+        outcome.segmentationNode, outcome.segmentationNode.GetSegmentation().GetNthSegmentID(0)
+    )
+    border = mask ^ ndimage.binary_erosion(mask)
+    assert values[border].mean() > 2 * values.mean(), "it is unsure where its segment ends"
+    display = found.GetDisplayNode()
+    assert display.GetColorNodeID() == "vtkMRMLColorTableNodeIron"
+    assert (display.GetLowerThreshold(), display.GetApplyThreshold(), display.GetAutoThreshold()) == (0.1, 1, 0)
+    assert (display.GetWindowLevelMin(), display.GetWindowLevelMax()) == (0.0, 0.5)
+    assert layers_of(composite) == (found.GetID(), 0.6)
+    assert choosableImages(scene) == [node], "it is no image to segment"
+    panel.logic.undo()
+    assert scene_state(scene)[0] == before[0] and layers_of(composite) == (node.GetID(), 0.25)
+
+
+def test_the_next_run_into_the_same_segmentation_takes_the_place_of_the_map(scene, panel, small_model):
+    request, node, _ = one_request(scene, small_model, uncertainty=True)
+    composite = composite_of(scene)
+    segmentation = panel.run(request).segmentationNode
+    found = segmentation.GetNodeReference(UNCERTAINTY_ROLE)
+    found.GetDisplayNode().SetAndObserveColorNodeID("vtkMRMLColorTableNodeRainbow")
+    first, state = NodeConversion.volumeArray(found).copy(), scene_state(scene)
+
+    other = add_volume(scene, ball(seed=8)[0][0], MATRICES["oblique"], "other")
+    again = dataclasses.replace(request, channels={"T1": other}, outputNode=segmentation)
+    count = scene.GetNumberOfNodes()
+    assert panel.run(again).state == "done"
+    assert segmentation.GetNodeReference(UNCERTAINTY_ROLE) is found and scene.GetNumberOfNodes() == count
+    assert not np.array_equal(NodeConversion.volumeArray(found), first)
+    assert np.allclose(NodeConversion.volumeMatrix(found), NodeConversion.volumeMatrix(other), atol=1e-9)
+    assert found.GetName() == "other uncertainty" and layers_of(composite)[0] == found.GetID()
+    assert found.GetDisplayNode().GetColorNodeID() == "vtkMRMLColorTableNodeRainbow", "a person has chosen it"
+    panel.logic.undo()
+    assert np.array_equal(NodeConversion.volumeArray(found), first) and found.GetName() == "12: AX T1 uncertainty"
+    assert np.allclose(NodeConversion.volumeMatrix(found), NodeConversion.volumeMatrix(node), atol=1e-9)
+    assert scene_state(scene)[3] == state[3]
+
+    # What the map says is not of the segments that a run without one has made.
+    assert panel.run(dataclasses.replace(again, uncertainty=False)).state == "done"
+    assert found.GetScene() is scene and layers_of(composite)[0] is None
+    panel.logic.undo()
+    assert layers_of(composite)[0] == found.GetID()
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+def test_no_map_is_left_of_a_run_that_failed(scene, panel, small_model, monkeypatch, existing):
+    request, _, _ = one_request(scene, small_model, uncertainty=True)
+    composite = composite_of(scene)
+    output = panel.run(request).segmentationNode if existing else None
+    shown = layers_of(composite)
+    found = output.GetNodeReference(UNCERTAINTY_ROLE) if existing else None
+    values = NodeConversion.volumeArray(found).copy() if existing else None
+    before = scene_state(scene)
+    again = dataclasses.replace(request, outputNode=output)
+    monkeypatch.setattr(SegmentationResult, "storeProvenance", lambda *_: 1 / 0)
+    assert panel.run(again).state == "failed"
+    assert scene_state(scene) == before and layers_of(composite) == shown
+
+    def remove(text, _fraction):
+        if text == "Adding the segments to the scene":
+            (panel.folder / f"run {panel.number}" / "uncertainty.nrrd").unlink(missing_ok=True)
+
+    outcome = panel.run(again, remove)
+    assert outcome.state == "failed" and "uncertainty.nrrd" in outcome.message
+    assert scene_state(scene) == before and layers_of(composite) == shown
+    assert panel.run(again, cancel_at("Segmenting", panel)).state == "cancelled"
+    assert scene_state(scene) == before and layers_of(composite) == shown
+    assert found is None or np.array_equal(NodeConversion.volumeArray(found), values)
 
 
 # ---------------------------------------------------------------- what goes wrong

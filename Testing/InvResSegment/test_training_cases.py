@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 if importlib.util.find_spec("PySide6") is None:
     pytest.skip("PySide6 is not installed", allow_module_level=True)
@@ -17,7 +18,11 @@ from panel_driver import addSegmentation, addVolume, waitUntil
 from small_models import MATRICES, add_transform, add_volume, matrix, rotation
 
 from invres.cases import read_dataset, read_splits
+from invres.config import AugmentationConfig, LossWeights, TrainingConfig
 from invres.doctor import check_dataset
+from invres.losses import segmentation_loss
+from invres.preprocessing import make_plan, prepare
+from invres.sampling import CaseBatches
 from invres.volume import read_volume
 
 from InvResSegmentLib import NodeConversion  # isort: skip
@@ -25,7 +30,8 @@ from InvResSegmentLib.CaseChannels import namedAs, usedChannels  # isort: skip
 from InvResSegmentLib.CaseExport import CaseExport, directDataSet, stampOf  # isort: skip
 from InvResSegmentLib.CaseFindings import findingsOf, labelsOf, patients, problems, summary  # isort: skip
 from InvResSegmentLib.CaseFiles import CaseFiles, ImageFile  # isort: skip
-from InvResSegmentLib.LabelMapping import LabelConflict, labelOf, labelTable, undecided  # isort: skip
+from InvResSegmentLib.LabelMapping import UNKNOWN, LabelConflict, labelOf, labelTable  # isort: skip
+from InvResSegmentLib.LabelMapping import undecided, unknownValue  # isort: skip
 from InvResSegmentLib.SceneCases import casesOfScene  # isort: skip
 from InvResSegmentLib.SegmentExport import labelArray, segmentationProblem  # isort: skip
 from InvResSegmentLib.TrainingCases import (  # isort: skip
@@ -38,6 +44,8 @@ from InvResSegmentLib.TrainingCases import (  # isort: skip
 )
 
 SHAPE = (10, 12, 14)
+PARTS = ("spatial", "elastic", "gamma", "noise", "bias_field", "brightness", "low_resolution")
+STILL = AugmentationConfig(**{f"{part}_probability": 0.0 for part in PARTS}, flip_axes=())
 
 
 def model(*labels: str, channels=("T1",), regions=None):
@@ -100,6 +108,7 @@ def test_a_segment_is_the_label_of_its_name_whatever_its_spelling_and_a_person_w
     assert labelOf("segment 1", labels, {"Segment_1": "TUMOUR"}) == "tumour"
     assert labelOf("tumour", labels, {"tumour": ""}) == ""
     assert undecided(["x", "tumour", "x", "y"], labels, {"y": "new"}) == ["x"]
+    assert labelOf("Ignore", labels, {}) == labelOf("x", labels, {"x": "IGNORE"}) == UNKNOWN
 
 
 def test_labels_that_no_case_has_are_not_trained_and_new_ones_get_values_of_their_own():
@@ -113,6 +122,15 @@ def test_values_of_label_files_are_kept_and_segments_of_the_scene_take_them():
     assert [label.name for label in table if label.new] == ["extra"]
 
 
+def test_no_label_gets_a_value_that_label_files_use_for_something_else():
+    sets = [onDisk(labels=(("a", 3), ("left out", 1), ("open", 2)))]
+    choices = {"left out": "", "open": UNKNOWN, "new": "new"}
+    table = labelTable(model("b", "a"), ["b", "new"], sets, choices)
+    assert {label.name: label.value for label in table} == {"a": 3, "b": 4, "new": 5}
+    assert unknownValue(model("b", "a"), table, sets, choices) == (2, True)
+    assert unknownValue(model("b", "a"), table, sets, {"open": ""} | choices | {"open": ""}) == (6, False)
+
+
 @pytest.mark.parametrize(
     "sets, choices",
     [
@@ -120,6 +138,10 @@ def test_values_of_label_files_are_kept_and_segments_of_the_scene_take_them():
         ([onDisk("x"), onDisk("y", labels=(("other", 1),))], {"other": "other"}),
         ([onDisk("x", labels=(("tumour", 1), ("rest", 2)))], {"rest": "tumour"}),
         ([onDisk("x"), onDisk("y", labels=(("whole", (1, 2)),), regions=True)], {"whole": "whole"}),
+        ([onDisk("x", ignoreValue=9), onDisk("y", ignoreValue=255)], {}),
+        ([onDisk("x"), onDisk("y", labels=(), ignoreValue=1)], {}),
+        ([onDisk("x", labels=(("tumour", 1), ("p", 2), ("q", 3)))], {"p": "ignore", "q": "ignore"}),
+        ([onDisk("x", labels=(("tumour", (1, 2)), ("core", 2)), regions=True)], {"core": "ignore"}),
     ],
 )
 def test_data_sets_that_contradict_each_other_are_refused(sets, choices):
@@ -307,7 +329,12 @@ def test_a_case_that_lacks_a_segment_of_others_says_that_it_teaches_its_absence(
     cases.choose({"?": ""})
     (finding,) = findingsOf(cases, one, base)
     assert finding.severity == "warning" and "It has no edema, which other cases have" in finding.sentence
+    assert "say under Labels that this segment is not known" in finding.sentence
     assert not findingsOf(cases, both, base)
+    cases.choose({"?": UNKNOWN})
+    (finding,) = findingsOf(cases, one, base)
+    assert finding.severity == "note" and "outside of what is not known" in finding.sentence
+    cases.choose({"?": ""})
     one.findings = [Finding("warning", "one has no edema, which other cases have.", "missing_label_value")]
     assert findingsOf(cases, one, base) == one.findings, "the doctor says so, too, and knows more"
     one.findings = []
@@ -401,6 +428,40 @@ def test_the_cases_of_a_scene_become_a_data_set_without_names(cases, tmp_path):
     assert splits == [(("case01", "case02"), ("case03",))]
     texts = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in texts if "Jane" in str(path) or b"Jane" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_what_is_not_known_takes_no_part_in_the_training(cases, tmp_path, regions):
+    described = [
+        {"name": "tumour", "values": [1], "output_value": 1},
+        {"name": "all", "values": [1, 4], "output_value": 4},
+    ]
+    base = model("tumour", "all", regions=described if regions else None)
+    open_ = np.zeros(SHAPE, np.uint8)
+    open_[5:] = 1
+    row = addCase(cases, "partly", {"tumour": box((3, 3, 3)), "not looked at": open_})
+    addCase(cases, "whole", {"tumour": box((1, 1, 1)), "all": box((5, 5, 5))}, seed=1)
+    cases.choose({"not looked at": UNKNOWN})
+    assert not problems(cases, base, {one.key: findingsOf(cases, one, base) for one in cases.rows})
+    assert "not looked at" not in " ".join(summary(cases, base, {})[1])
+    export = CaseExport(lambda: str(tmp_path / "staged"))
+    outcome, _told = exported(export, cases, base)
+    dataset = read_dataset(outcome.dataset)
+    assert dataset.scheme.ignore_value == 5 and dataset.scheme.regions == regions
+    assert not [one for one in check_dataset(dataset) if one.case == row.code and one.severity != "note"]
+    # As the training takes it: a patch of the whole case, moved nowhere.
+    plan = make_plan(dataset, dataset.cases)
+    prepared = prepare(*dataset.load(dataset.cases[0]), plan, dataset.scheme)
+    config = TrainingConfig(patch=prepared.image.shape[1:], batch_size=1, foreground_fraction=0.0)
+    batches = CaseBatches([prepared], dataset.scheme, config, STILL, torch.device("cpu"), plan)
+    image, target = batches.batch(0)
+    logits = torch.zeros((1, dataset.scheme.out_channels, *image.shape[2:]), requires_grad=True)
+    segmentation_loss(logits, target, regions, LossWeights()).total.backward()
+    counts = np.flip(logits.grad[0].abs().sum(0).numpy() > 0, (1, 2))  # to RAS and back
+    assert np.array_equal(counts, open_ == 0)
+    cases.choose({"not looked at": ""})
+    outcome, _told = exported(export, cases, base)
+    assert read_dataset(outcome.dataset).scheme.ignore_value is None and outcome.written == 1
 
 
 def test_only_what_has_changed_is_written_again(cases, tmp_path):

@@ -272,13 +272,19 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     # A second run into the same segmentation is warm: the worker is the same process.
     worker = panel.backend.pid
     tab.ui.outputSelector.setCurrentNode(nodes[0])
+    tab.ui.uncertaintyBox.checked = True
     waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
     tab.ui.applyButton.click()
     waitUntil(lambda: not tab.running, 120)
     assert panel.backend.pid == worker
     assert len(slicer.util.getNodesByClass("vtkMRMLSegmentationNode")) == 1
+    volumes = slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
+    assert [node.GetName() for node in volumes] == ["T1", "T1 uncertainty"]
+    tab.ui.matchButton.click()
+    assert list(tab._pickers.volumes().values()) == [volume]
     tab.ui.undoButton.click()
     assert not tab.ui.resultButton.visible
+    assert slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") == [volume]
     slicer.mrmlScene.RemoveNode(volume)
     waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
 
