@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from . import InvresError
 from .caseinputs import inputs_of
-from .cases import Dataset
+from .cases import Dataset, report_resampled
 from .cropping import CROPS, cropped
 from .events import SILENT, CaseReporter, Reporter
 from .files import safe_name
@@ -38,8 +39,11 @@ def segment_held_out(
     if not (run / MODEL).is_dir():
         raise InvresError(f"The training in {run} is not finished.", hint="Go on with `invres train --resume`.")
     package = open_package(run / MODEL)
-    if package.manifest.plan.crop is not None:
-        dataset = cropped(dataset, package.manifest.plan.crop, run / CROPS, report)
+    plan = package.manifest.plan
+    dataset = dataclasses.replace(dataset, aligned=plan.aligned)
+    report_resampled(dataset, [case for case in dataset.cases if case.name in names], report)
+    if plan.crop is not None:
+        dataset = cropped(dataset, plan.crop, run / CROPS, report)
     keeper = NetworkKeeper()
     pairs: list[tuple[str, Path, Path]] = []
     patients: dict[str, str] = {}
@@ -53,7 +57,7 @@ def segment_held_out(
             package,
             inputs_of(dataset, case),
             output,
-            SegmentOptions(device, sides=False),
+            SegmentOptions(device, sides=False, align=plan.aligned),
             report=CaseReporter(report, case.name),
             keeper=keeper,
             locate=lambda *_: ([], 0),  # for a model of crops they are crops, as large as they may be

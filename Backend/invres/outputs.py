@@ -10,7 +10,7 @@ from pathlib import Path
 from . import InvresError
 from .files import WRITABLE_ENDINGS
 
-__all__ = ["beside", "check_outputs", "check_report", "with_ending"]
+__all__ = ["beside", "check_outputs", "check_provenance", "check_report", "with_ending"]
 
 SEGMENTATION = ".seg.nrrd"
 ANOTHER = "Choose another name."
@@ -39,25 +39,37 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = "
 
 
 def check_report(path: Path) -> None:
-    """Raises InvresError for a JSON file that cannot be written, and for a file there that is no earlier report."""
+    """Raises InvresError for a JSON file that cannot be written, and for a file there that is no earlier report of
+    `invres evaluate`."""
+    _check_json(path, "summary", "scores")
+
+
+def check_provenance(path: Path) -> None:
+    """Raises InvresError for a JSON file that cannot be written, and for a file there that is no earlier provenance."""
+    if path.suffix.lower() != ".json":
+        raise InvresError(f"{path.name} cannot be the provenance, which is a .json file.", hint=ANOTHER)
+    _check_json(path, "model_sha256", "a provenance")
+
+
+def _check_json(path: Path, key: str, what: str) -> None:
+    """key: what an earlier file of this kind has."""
     if path.is_dir():
         raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
-    if path.exists() and not _is_report(path):
+    if path.exists() and not _has_key(path, key):
         raise InvresError(
-            f"{path} is there already, holds something else than scores, and would be overwritten.",
+            f"{path} is there already, holds something else than {what}, and would be overwritten.",
             hint=ANOTHER,
             code="output_is_input",
         )
     _check_folder(path)
 
 
-def _is_report(path: Path) -> bool:
-    """Whether it is what `invres evaluate` writes."""
+def _has_key(path: Path, key: str) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and "summary" in content
+    return isinstance(content, dict) and key in content
 
 
 def with_ending(path: Path) -> Path:

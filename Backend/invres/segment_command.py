@@ -12,6 +12,8 @@ from . import InvresError
 from .console import load_torch, say, segmenter_named
 from .events import Reporter, TerminalReporter, WhileHeard, format_seconds
 from .modelpackage import ModelPackage
+from .outputs import check_provenance
+from .provenance import write_provenance
 from .segmentoptions import SegmentOptions
 
 __all__ = ["segment"]
@@ -37,6 +39,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         tuple(options.roi or ()),
         options.sides,
         options.one_piece,
+        options.align,
     )
     (_one_case if options.data is None else _all_cases)(package, choices, options, report)
 
@@ -49,6 +52,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
     inputs = named_inputs(options.input, manifest.plan.channels)
     check_files(manifest, inputs, options.output, options.probabilities)
+    if options.provenance is not None:
+        check_provenance(options.provenance)
     # Said to a person only: the panel and scripts name files that they have made for this.
     if isinstance(report, TerminalReporter) and options.output.exists():
         report.note(f"{options.output} was there before and is replaced.")
@@ -61,6 +66,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
     keeper = _kept.setdefault("keeper", NetworkKeeper())
     locate = _locator(package, other, options.device) if other else None
     found = run(package, inputs, options.output, choices, options.probabilities, report, keeper=keeper, locate=locate)
+    if options.provenance is not None:
+        write_provenance(options.provenance, found)
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
@@ -85,6 +92,12 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     if options.probabilities is not None:
         raise InvresError(
             "--probabilities is for one case.", hint="Leave it out, or segment case by case.", code="usage"
+        )
+    if options.provenance is not None:
+        raise InvresError(
+            "--provenance is for one case.",
+            hint="With --data, segmentations.json in the folder of the results says how each was made.",
+            code="usage",
         )
     check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
     _check_folder(options.output, options.data)
