@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError
+from .alignment import resampled_sentence
 from .caseinputs import CaseInputs
 from .events import SILENT, CaseReporter, Reporter
 from .faults import fault_of
@@ -87,6 +88,9 @@ def segment_cases(
                     "volumes_ml": found["volumes_ml"],
                     "confidence": found["confidence"],
                     "seconds": found["seconds"]["total"],
+                    "resampled_channels": found["resampled_channels"],
+                    "software": found["software"],
+                    "device_title": found["device_title"],
                     "warnings": of_case.warnings,
                     "images": stamps,
                     "stamp": _stamp(target),
@@ -94,6 +98,9 @@ def segment_cases(
             _write(output, record, failed)
         report.progress("segment.cases", len(cases), len(cases))
         _write(output, record, failed)
+    kept = [done[case.name].get("resampled_channels", []) for case in cases if case.name in done]
+    if resampled := resampled_sentence(kept):
+        report.note(resampled)
     if failed:
         names = ", ".join(list(failed)[:5]) + (" and more" if len(failed) > 5 else "")
         raise InvresError(
@@ -114,6 +121,8 @@ def segment_cases(
 def _record(output: Path, package: ModelPackage, options: SegmentOptions) -> dict[str, Any]:
     """What was done in the folder before. Raises InvresError where it was done otherwise."""
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key != "device"}
+    if not options.align:
+        del settings["align"]  # a record of the time before this option stays good
     manifest = package.manifest
     begun = {
         "format_version": 1,

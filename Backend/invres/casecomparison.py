@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import InvresError
+from .alignment import LABEL_TOLERANCE_MM
 from .cases import Case, Dataset
 from .config import ChannelPlan, LabelScheme
 from .events import SILENT, Reporter
@@ -22,7 +23,6 @@ from .metrics import score_masks
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .prediction import SegmentOptions, confidence_of
-from .preprocessing import LABEL_TOLERANCE_MM
 from .transfer import match_names
 from .volume import Volume, write_segmentation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -13,22 +14,27 @@ from typing import Any
 import numpy as np
 
 from . import InvresError
+from .alignment import IMAGE_TOLERANCE_MM, resampled_sentence, same_place
 from .dataset_json import Case, Dataset, file_names, list_volumes, read_json, read_json_layout, stem_of
 from .events import Reporter
 from .files import written_whole
 from .layouts import FOLDER_PAIRS, FOLDER_READERS
+from .runfolder import RUN
+from .volume import read_geometry
 
 __all__ = [
     "SPLITS",
     "WITHOUT_LABELS",
     "Case",
     "Dataset",
+    "aligned_as_begun",
     "case_problems",
     "channels_told",
     "described",
     "read_dataset",
     "read_splits",
     "report_missing_channels",
+    "report_resampled",
     "split_by_count",
     "split_cases",
     "write_dataset_json",
@@ -50,12 +56,12 @@ WITHOUT_LABELS = (
 )
 
 
-def read_dataset(path: Path | str, *, checked: bool = True, partial: bool = False) -> Dataset:
+def read_dataset(path: Path | str, *, checked: bool = True, partial: bool = False, aligned: bool = False) -> Dataset:
     """Reads a data set from a dataset.json or from its folder and recognises the layout by itself.
 
     Only paths and JSON are read; label files are opened only where nothing states the label values.
     checked False leaves missing files and wrong channel counts in the result, for the data doctor to list.
-    partial: a case may lack channels, as long as it has one.
+    partial: a case may lack channels, as long as it has one. aligned: see `Dataset`.
     Raises InvresError for a path that is no data set, for broken JSON, and (checked) for the first case with a
     missing file, a wrong number of channels or a name given twice.
     """
@@ -81,7 +87,21 @@ def read_dataset(path: Path | str, *, checked: bool = True, partial: bool = Fals
         if problems[0][1] == "missing_channel":
             hint = f"Train with --channel-dropout for a model that can do without a channel. {hint}"
         raise InvresError(problems[0][2] + more, hint=hint)
-    return dataset
+    return dataclasses.replace(dataset, aligned=aligned)
+
+
+def aligned_as_begun(dataset: Dataset, run: Path, report: Reporter) -> Dataset:
+    """The data set with its channels aligned, or not, as in the run that was begun in the folder `run`.
+
+    Warns where it is asked for now and was not then. A damaged run.json is left to whoever reads it as a whole.
+    """
+    try:
+        aligned = bool(json.loads((run / RUN).read_text(encoding="utf-8"))["plan"].get("aligned", False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return dataset
+    if dataset.aligned and not aligned:
+        report.warning("The run goes on as it was started, without --align.")
+    return dataclasses.replace(dataset, aligned=aligned)
 
 
 def _read_folder(folder: Path) -> Dataset:
@@ -149,6 +169,24 @@ def report_missing_channels(dataset: Dataset, names: Sequence[str], report: Repo
     if lacking := sum(not all(dataset.present(case)) for case in cases):
         each = ", ".join(f"{name} {count}" for name, count in zip(dataset.channel_names, counts, strict=True))
         report.note(f"{lacking} of {len(names)} cases lack a channel; there are {each}.")
+
+
+def report_resampled(dataset: Dataset, cases: Sequence[Case], report: Reporter) -> None:
+    """Tells, once, which channels of the cases are resampled when they are loaded; from their headers alone."""
+    if dataset.aligned and (sentence := resampled_sentence([_other_grids(dataset, case) for case in cases])):
+        report.note(sentence)
+
+
+def _other_grids(dataset: Dataset, case: Case) -> list[str]:
+    """The channels of a case that lie on another grid than its first; none where one cannot be read."""
+    if dataset.channels_in_one_file or len(case.images) != len(dataset.channel_names):
+        return []
+    files = zip(dataset.channel_names, case.images, dataset.present(case), strict=True)
+    try:
+        grids = [(name, read_geometry(image)) for name, image, there in files if image is not None and there]
+    except (InvresError, OSError, RuntimeError, ValueError):  # told of when it is loaded
+        return []
+    return [name for name, grid in grids if not same_place(grids[0][1], grid, IMAGE_TOLERANCE_MM)]
 
 
 def channels_told(dataset: Dataset) -> list[str]:

@@ -42,6 +42,10 @@ _MIRROR = (
     "none, which takes less time (default: as the model wants it)"
 )
 
+_ALIGN = (
+    "resample channels on other grids linearly to that of the first, by what the headers say: nothing is registered"
+)
+
 _DROPOUT = "blank each channel so often in training, as 0.25, so that the model can do without some of them"
 
 
@@ -150,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--list", action="store_true", help="instead: only say which cases --data has, and which files each is made of"
     )
+    _align(one)
     one.add_argument("--ending", choices=ENDINGS, help="of the files in the folder, with --data (default .nii.gz)")
     one.add_argument("-p", "--probabilities", type=Path, metavar="FILE", help="writes FILE_LABEL.nii.gz for each label")
     one.add_argument(
@@ -158,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="writes a map of how likely each label is to be wrong: 1 minus its probability",
+    )
+    one.add_argument(
+        "--provenance",
+        type=Path,
+        metavar="FILE.json",
+        help="also write model, inputs, settings and versions there; a .seg.nrrd holds them anyway",
     )
     one.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows (default 0.5)")
     _mirror(one, "")
@@ -225,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default: the recipe's)")
     one.add_argument("--memory", choices=MEMORY_SETTINGS, help=_MEMORY)
     one.add_argument("--optimizer", choices=OPTIMIZERS, help=f"{_OPTIMIZER} (default: the recipe's)")
+    _align(one, f"{_ALIGN}; with --resume as the run was started")
     one.add_argument("--channel-dropout", type=float, metavar="P", help=_DROPOUT)
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (default: as the recipe has it)"
@@ -290,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("check", "Examines a data set and says what will be done about each finding.", "check")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder")
+    _align(one, "say what will be done with --align")
 
     one = add("plan", "Predicts the memory of training, or with --model that of segmenting; needs no GPU.", "plan")
     one.add_argument("-m", "--model", help="segmenting with this model: its name, or path of a package")
@@ -318,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", action="store_true", help="also run two steps on --device and correct the prediction by them"
     )
 
-    one = add("describe", "Shows what a model needs and gives.", "describe")
-    one.add_argument("model", help="name of a model, or path of a package")
+    one = add("describe", "Shows what a model needs and gives, or how a .seg.nrrd was made.", "describe")
+    one.add_argument("model", help="name of a model, path of a package, or a .seg.nrrd that `segment` wrote")
 
     one = add(
         "models",
@@ -381,6 +394,7 @@ def _parser() -> argparse.ArgumentParser:
 def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("-m", "--model", required=True, help="name of the model to begin with, or path of a package")
     one.add_argument("-d", "--data", required=True, type=Path, help="dataset.json or folder, from 1 case up")
+    _align(one, f"{_ALIGN} (default: as for the model; with --resume as the run was started)")
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
     one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
     one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
@@ -440,6 +454,10 @@ def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> No
 
 def _mirror(parser: argparse.ArgumentParser, when: str) -> None:
     parser.add_argument("--mirror", type=int, nargs="*", metavar="AXIS", help=when + _MIRROR)
+
+
+def _align(parser: argparse.ArgumentParser, text: str = _ALIGN) -> None:
+    parser.add_argument("--align", action="store_true", help=text)
 
 
 def _window(parser: argparse.ArgumentParser, text: str) -> None:

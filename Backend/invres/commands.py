@@ -79,7 +79,8 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     dataset = None
     if recipe is not None and recipe.enhancement is None and recipe.label_maps is None:
         # A run that is resumed goes on as it was started, whatever is asked for now.
-        dataset = read_dataset(options.data, partial=recipe.augmentation.channel_dropout > 0 or resumed)
+        partial = recipe.augmentation.channel_dropout > 0 or resumed
+        dataset = read_dataset(options.data, partial=partial, aligned=options.align)
     heard = WhileHeard(report)
     load_torch(heard)
     from .labelmaps import read_label_maps
@@ -92,13 +93,19 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
         started = started_recipe(options.output)
         recipe = _changed(started, options) if recipe is None else _with_budget(recipe, started, options)
     assert recipe is not None
+    if options.align and (recipe.enhancement is not None or recipe.label_maps is not None):
+        raise InvresError(
+            f"--align is for images of several channels, which the recipe {recipe.name} does not train on.",
+            hint="Leave it out.",
+            code="usage",
+        )
     if recipe.enhancement is not None:
         train_enhancement(recipe, options, report)
         return
     if recipe.label_maps is not None:
         dataset = read_label_maps(options.data, recipe.labels)
     elif dataset is None:
-        dataset = read_dataset(options.data, partial=True)
+        dataset = read_dataset(options.data, partial=True, aligned=options.align)
     choices = TrainOptions(
         device=options.device,
         resume=options.resume,
@@ -116,7 +123,8 @@ def train(options: argparse.Namespace, report: Reporter) -> None:
     for name, values in package.manifest.metrics.items():
         say(report, f"  {name}: Dice {spread(values['Dice'])} in validation")
     _say_if_learned_nothing(package, report)
-    inputs = each_channel(package.manifest.plan.channels)
+    plan = package.manifest.plan
+    inputs = each_channel(plan.channels) + (" --align" if plan.aligned else "")
     say(report, f"Use it: invres segment --model {shlex.quote(str(package.path))} {inputs} --output FILE.seg.nrrd")
     report.result(model=str(package.path), metrics=package.manifest.metrics, **to_dict(package.manifest.training))
 
@@ -169,7 +177,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         check_name(options.name)
     from .cases import read_dataset
 
-    dataset = read_dataset(options.data, checked=False)
+    dataset = read_dataset(options.data, checked=False, aligned=options.align)
     load_torch(report)
     from .finetuning import finetune as run
     from .stopfile import StopFile
@@ -210,7 +218,7 @@ def check(options: argparse.Namespace, report: Reporter) -> None:
     from .cases import WITHOUT_LABELS, channels_told, described, read_dataset
     from .doctor import check_dataset, findings_table
 
-    dataset = read_dataset(options.data, checked=False)
+    dataset = read_dataset(options.data, checked=False, aligned=options.align)
     findings = check_dataset(dataset, report)
     count = len(dataset.cases)
     say(report, f"{dataset.name}: {count} case{'' if count == 1 else 's'}, {dataset.layout}.")

@@ -212,6 +212,8 @@ class PreparationPlan:
     crop: the images were cut out around a structure before they became training data; None if they show all.
     normalise_first: intensities are scaled in the voxels of the files, before resampling; False in models of the time
     before this key, and where images are synthesised at the spacing that the network sees.
+    aligned: channels on other grids than the first one of their case were resampled to its grid before all else, when
+    the training data were read (`Dataset`).
     """
 
     channels: tuple[ChannelPlan, ...] = (ChannelPlan(),)
@@ -219,6 +221,7 @@ class PreparationPlan:
     crop_to_nonzero: bool = True
     crop: CropPlan | None = None
     normalise_first: bool = False
+    aligned: bool = False
 
 
 @dataclass(frozen=True)

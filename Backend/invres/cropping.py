@@ -125,7 +125,8 @@ class _Known:
 
 def _stamp(dataset: Dataset, case: Case, crop: CropPlan) -> str:
     """What changes with the files, the crop and the labels."""
-    content = json.dumps([stamps_of((*case.images, case.label)), to_dict(crop), to_dict(dataset.scheme)])
+    said = [stamps_of((*case.images, case.label)), to_dict(crop), to_dict(dataset.scheme)]
+    content = json.dumps([*said, "aligned"] if dataset.aligned else said)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InvresError
+from .alignment import align_channels, check_label_place
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter
 from .volume import Geometry, Volume, read_channels, read_geometry, read_volume
@@ -63,6 +64,7 @@ class Dataset:
     modalities: "CT" or "MR" for each channel.
     layout: which format was recognised, in words.
     channels_in_one_file: each case has one file with all channels (4D) instead of one file per channel.
+    aligned: channels on other grids than the first one of their case are resampled to its grid when they are loaded.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Dataset:
     root: Path
     layout: str
     channels_in_one_file: bool = False
+    aligned: bool = False
 
     @property
     def labelled_cases(self) -> tuple[Case, ...]:
@@ -100,8 +103,8 @@ class Dataset:
     def load(self, case: Case, report: Reporter = SILENT) -> tuple[list[Volume | None], Volume | None]:
         """The image volumes of a case in channel order, None for one that it lacks, and its label map if it has one.
 
-        Raises InvresError for an unreadable file, for a case without any image, and for a number of channels other
-        than the data set's.
+        Raises InvresError for an unreadable file, for a case without any image, for a number of channels other than the
+        data set's, and where `aligned` asks for what cannot be (`alignment`).
         """
         if not any(self.present(case)):
             self.geometry(case)  # says which file is not there
@@ -114,7 +117,12 @@ class Dataset:
                 f"has {len(self.channel_names)} channels ({', '.join(self.channel_names)}).",
                 hint="Add or remove image files until each case has one for every channel.",
             )
-        return volumes, None if case.label is None else read_volume(case.label, kind="labels", report=report)
+        label = None if case.label is None else read_volume(case.label, kind="labels", report=report)
+        if self.aligned:
+            if label is not None:
+                check_label_place(label, volumes, self.channel_names, case.name)
+            volumes, _ = align_channels(volumes, self.channel_names, case.name)
+        return volumes, label
 
     def _first(self, case: Case) -> Path:
         """The first of a case's files, there or not. Raises InvresError where none is named."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import textwrap
 from collections.abc import Iterator
@@ -11,13 +13,20 @@ from typing import Literal
 import numpy as np
 
 from . import InvresError
+from .alignment import (
+    IMAGE_TOLERANCE_MM,
+    LABEL_TOLERANCE_MM,
+    LEAST_OVERLAP,
+    align_channels,
+    overlap,
+    same_place,
+)
 from .cases import Case, Dataset, case_problems, split_cases
 from .config import ChannelPlan
 from .dataset_json import read_json
 from .events import SILENT, Recorder, Reporter
 from .expectation import unlike_modality
 from .layouts import LABELS_JSON, label_list_of
-from .preprocessing import IMAGE_TOLERANCE_MM, LABEL_TOLERANCE_MM
 from .volume import Geometry, Volume
 
 __all__ = ["Finding", "check_dataset", "findings_table"]
@@ -123,7 +132,7 @@ def _check_case(
     comparison with the others.
     """
     recorder = Recorder()
-    found, label = dataset.load(case, recorder)
+    found, label = dataclasses.replace(dataset, aligned=False).load(case, recorder)
     for event in recorder.events:
         if event["event"] == "warning":
             code = "not_finite" if "NaN" in event["message"] else "header_repaired"
@@ -140,14 +149,7 @@ def _check_case(
     for name, modality, volume in zip(names, modalities, volumes, strict=True):
         yield from _check_volume(case.name, name, modality, volume)
         if not grid.same_as(volume.geometry, tolerance_mm=IMAGE_TOLERANCE_MM):
-            difference = grid.difference(volume.geometry)
-            yield Finding(
-                case.name,
-                "error",
-                "grid_mismatch",
-                f"{names[0]} and {name} of {case.name} lie on different grids ({difference}).",
-                f"Resample the channels of the case to the grid of {names[0]}; training refuses it.",
-            )
+            yield _channel_grid(case.name, (names[0], grid), (name, volume.geometry), dataset.aligned)
     if label is None:
         yield Finding(
             case.name,
@@ -163,9 +165,15 @@ def _check_case(
     labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
     yield from _check_label_values(case.name, labelled[case.name], dataset)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
+        if dataset.aligned:
+            with contextlib.suppress(InvresError):  # told of as grid_mismatch
+                aligned, _ = align_channels(originals, names)
+                volumes = [volume.canonical() for volume in aligned if volume is not None]
         yield from _check_label_place(case.name, volumes, label.array, modalities, dataset.scheme.ignore_value)
     else:
-        yield _label_grid(case.name, stored, stored_label)
+        grids = zip(names, originals, strict=True)
+        others = [name for name, one in grids if same_place(one.geometry, stored_label, LABEL_TOLERANCE_MM)]
+        yield _label_grid(case.name, stored, stored_label, others)
 
 
 def _check_volume(case: str, channel: str, modality: str, volume: Volume) -> Iterator[Finding]:
@@ -234,9 +242,38 @@ def _how_to_name(dataset: Dataset) -> str:
     return f"They count as background; add them to {where} to learn them."
 
 
-def _label_grid(case: str, image: Geometry, label: Geometry) -> Finding:
-    """What to say of a label that lies on another grid than its image; both grids as stored."""
+def _channel_grid(case: str, first: tuple[str, Geometry], other: tuple[str, Geometry], aligned: bool) -> Finding:
+    """What to say of a channel (name, canonical grid) that lies on another grid than the first one."""
+    (wanted, grid), (name, own) = first, other
+    message = f"{wanted} and {name} of {case} lie on different grids ({grid.difference(own)})."
+    if (part := overlap(grid, own)) < LEAST_OVERLAP:
+        covers = f"{name} covers only {max(1, round(100 * part))} % of {wanted}" if part else "They do not overlap"
+        action = f"{covers}: correct the headers, or register them first; training refuses the case."
+        return Finding(case, "error", "grid_mismatch", message, action)
+    if aligned:
+        action = f"{name} is resampled to the grid of {wanted} by what the headers say; nothing is registered."
+        return Finding(case, "note", "grid_mismatch", message, action)
+    action = (
+        f"Resample {name} to the grid of {wanted}, which --align of the command line does by what the headers say; "
+        "training refuses the case as it is."
+    )
+    return Finding(case, "error", "grid_mismatch", message, action)
+
+
+def _label_grid(case: str, image: Geometry, label: Geometry, others: list[str]) -> Finding:
+    """What to say of a label that lies on another grid than its image; both grids as stored.
+
+    others: the channels on whose grid it does lie.
+    """
     difference = image.difference(label)
+    if others:
+        return Finding(
+            case,
+            "error",
+            "label_grid_mismatch",
+            f"The label of {case} lies on the grid of {others[0]} and not on that of the first channel ({difference}).",
+            f"Name {others[0]} first among the channels of a dataset.json and give --align; training refuses the case.",
+        )
     if shift := _whole_voxel_shift(image, label):
         return Finding(
             case,

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from . import InvresError
+from .alignment import LABEL_TOLERANCE_MM
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter, aligned, listed
 from .files import written_whole
 from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
-from .preprocessing import LABEL_TOLERANCE_MM
 from .volume import Volume, read_volume
 
 __all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import secrets
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["WRITABLE_ENDINGS", "safe_name", "stamps_of", "write_changed", "written_whole"]
+__all__ = ["WRITABLE_ENDINGS", "digest_of", "safe_name", "stamps_of", "write_changed", "written_whole"]
 
 WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""
@@ -53,13 +54,36 @@ def stamps_of(paths: Iterable[Path | None]) -> list[tuple[str, int, int]]:
     """
     files: dict[Path, None] = {}
     for path in paths:
-        if path is None or not path.exists():
-            continue
-        files[path] = None
-        if path.suffix.lower() in HEADERS_ALONE:
-            stem = path.name[: -len(path.suffix)]
-            files |= dict.fromkeys(sorted(path.parent.glob(f"{glob.escape(stem)}.*")))
+        if path is not None and path.exists():
+            files |= dict.fromkeys([path, *_beside_header(path)])
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file; of a folder, and of a header with the files beside it, that of the lines that `sha256sum`
+    prints for them, sorted by name.
+    """
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path, *_beside_header(path)]
+    listed = {file.name: _sha256(file) for file in files if not file.name.startswith(".")}
+    if not path.is_dir() and len(listed) <= 1:
+        return _sha256(path)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _beside_header(path: Path) -> list[Path]:
+    """The files beside a header that may hold its voxels, itself among them; none of a file that is whole."""
+    if path.suffix.lower() not in HEADERS_ALONE:
+        return []
+    return sorted(path.parent.glob(f"{glob.escape(path.name[: -len(path.suffix)])}.*"))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def safe_name(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from . import Cancelled, InvresError
 from .casecomparison import CaseComparison
-from .cases import Dataset
+from .cases import Dataset, aligned_as_begun, report_resampled
 from .casesplits import Part
 from .checkpoint import CHECKPOINT
 from .comparison import summarise, write_comparison
@@ -103,11 +103,15 @@ def _held(
         scheme = named_by_value(scheme, known, base.name, report)
         if not started:
             check_known(scheme, known, base.name)
-    dataset = dataclasses.replace(dataset, scheme=merged_scheme(scheme, known))
+    # Of a model that has learned from aligned channels the data are read alike.
+    aligned = dataset.aligned or base.manifest.plan.aligned
+    dataset = dataclasses.replace(dataset, scheme=merged_scheme(scheme, known), aligned=aligned)
     if started and not options.resume:
         raise InvresError(
             f"There is already a fine-tuning in {output}.", hint="Add --resume to go on, or give another folder."
         )
+    dataset = aligned_as_begun(dataset, output, report) if started else dataset
+    report_resampled(dataset, dataset.labelled_cases, report)
     crop = base.manifest.plan.crop
     if crop is not None:
         dataset = cropped(dataset, crop, output / CROPS, report, lambda: stop.requested)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import InvresError
 from .caseinputs import inputs_of
-from .cases import Dataset, read_dataset
+from .cases import Dataset, read_dataset, report_resampled
 from .config import LabelScheme
 from .configjson import from_dict
 from .cropping import CROPS, cropped
@@ -61,8 +62,11 @@ def segment_held_out(
     """
     names = _finished(run)
     package = open_package(run / MODEL)
-    if package.manifest.plan.crop is not None:
-        dataset = cropped(dataset, package.manifest.plan.crop, run / CROPS, report)
+    plan = package.manifest.plan
+    dataset = dataclasses.replace(dataset, aligned=plan.aligned)
+    report_resampled(dataset, [case for case in dataset.cases if case.name in names], report)
+    if plan.crop is not None:
+        dataset = cropped(dataset, plan.crop, run / CROPS, report)
     keeper = NetworkKeeper()
     pairs: list[Pair] = []
     patients: dict[str, str] = {}
@@ -76,7 +80,7 @@ def segment_held_out(
             package,
             inputs_of(dataset, case),
             output,
-            SegmentOptions(device, sides=False),
+            SegmentOptions(device, sides=False, align=plan.aligned),
             report=CaseReporter(report, case.name),
             keeper=keeper,
             locate=lambda *_: ([], 0),  # for a model of crops they are crops, as large as they may be

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from . import InvresError, __version__
+from .alignment import align_channels, resampled_sentence
 from .config import ChannelPlan, CropPlan, LabelScheme
 from .devices import choose_device, device_info
 from .events import SILENT, Reporter
@@ -30,6 +31,7 @@ from .pace import remember_windows
 from .pieces import clear_loose_pieces
 from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
+from .provenance import FIELD, header_text, inputs_told
 from .region import Bounds, Box, are_left_and_right, clear_outside, crop_to_region, cut_out
 from .restoration import restore_probabilities, restore_uncertainty, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
@@ -251,9 +253,16 @@ def segment(
     check_mirror(manifest.scheme, options.mirror_axes or ())
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
-    missing = [c.name for c, volume in zip(manifest.plan.channels, volumes, strict=True) if volume is None]
+    names = [channel.name for channel in manifest.plan.channels]
+    resampled: list[str] = []
+    if options.align:
+        volumes, resampled = align_channels(volumes, names)
+        if resampled:
+            report.note(resampled_sentence([resampled]))
+    missing = [name for name, volume in zip(names, volumes, strict=True) if volume is None]
     if missing:
         report.note(f"There is no {' and no '.join(missing)}; the model was trained to do without.")
+    read = inputs_told(inputs)
     report.progress("segment.read", 1, 1)
     clock.lap("read")
     arrays = [None if volume is None else volume.array for volume in volumes]
@@ -280,8 +289,31 @@ def segment(
         clock.lap("sides")
     if roi_mm:
         clear_outside(labels.array, labels.geometry, roi_mm)
+    device = next(network.parameters()).device
+    how = {
+        "inputs": read,
+        "missing_channels": missing,
+        "resampled_channels": resampled,
+        "device_title": device_info(device).title,
+        "model": package.name,
+        "model_id": package.id,
+        "model_version": manifest.version,
+        "model_sha256": manifest.sha256,
+        "settings": {
+            "window": list(parts[0].prediction.window),
+            "windows": sum(part.prediction.windows for part in parts),
+            "overlap": options.overlap,
+            "mirror_axes": list(options.mirror_axes or ()),
+            "roi_mm": list(options.roi_mm),
+            "sides": options.sides,
+            "one_piece": options.one_piece,
+            "align": options.align,
+            "boxes_mm": [list(box) for box in boxes],
+        },
+        "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
     report.progress("segment.write", 0, 1)
-    write_segmentation(output, labels, scheme)
+    write_segmentation(output, labels, scheme, {FIELD: header_text(how)})
     maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
     written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
     if uncertainty_path is not None:
@@ -298,36 +330,19 @@ def segment(
             report.warning(sentence)
     report.progress("segment.write", 1, 1)
     clock.lap("write")
-    device = next(network.parameters()).device
     # The tensors share the memory of the prepared image; the volumes of the files stand beside them.
     beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes if volume is not None)
     return {
         "output": str(output),
         "probabilities": written,
         "uncertainty": None if uncertainty_path is None else str(uncertainty_path),
-        "missing_channels": missing,
         "volumes_ml": volumes_ml,
         "confidence": round(min(confidences), 4),
         "seconds": clock.rounded(),
         "measured_bytes": max(locating_bytes, *(part.prediction.measured_bytes for part in parts)) + beside,
         "measured_rss_bytes": resident.growth_bytes(),
         "device": str(device),
-        "device_title": device_info(device).title,
-        "model": package.name,
-        "model_id": package.id,
-        "model_version": manifest.version,
-        "model_sha256": manifest.sha256,
-        "settings": {
-            "window": list(parts[0].prediction.window),
-            "windows": sum(part.prediction.windows for part in parts),
-            "overlap": options.overlap,
-            "mirror_axes": list(options.mirror_axes or ()),
-            "roi_mm": list(options.roi_mm),
-            "sides": options.sides,
-            "one_piece": options.one_piece,
-            "boxes_mm": [list(box) for box in boxes],
-        },
-        "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **how,
     }
 
 

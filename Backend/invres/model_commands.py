@@ -27,11 +27,17 @@ from .modelpackage import (
     verify_hash,
     verify_package,
 )
+from .provenance import provenance_told, read_provenance
 
 __all__ = ["describe", "models"]
 
 
 def describe(options: argparse.Namespace, report: Reporter) -> None:
+    if options.model.lower().endswith(".seg.nrrd"):
+        record = read_provenance(Path(options.model))
+        say(report, "\n".join([f"{Path(options.model).name}: a segmentation.", *provenance_told(record)]))
+        report.result(provenance=record)
+        return
     package = package_named(options.model)
     manifest = package.manifest
     optional = [channel.name for channel in manifest.plan.channels if channel.optional]
@@ -40,6 +46,7 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
         f"  network    {_network(manifest)}, {manifest.weights_bytes / 1e6:.1f} MB of weights",
         f"  channels   {', '.join(f'{c.name} ({c.modality})' for c in manifest.plan.channels)}",
         *([f"  optional   {', '.join(optional)}; one channel must be there"] if optional else []),
+        *(["  grids      channels were resampled to the grid of the first (--align)"] if manifest.plan.aligned else []),
         *_purpose(manifest),
         f"  spacing    {' x '.join(f'{s:g}' for s in manifest.plan.spacing_mm)} mm (superior, anterior, right)",
         f"  window     {' x '.join(map(str, manifest.patch))} voxels",

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import InvresError
 from .files import WRITABLE_ENDINGS
 
-__all__ = ["beside", "check_comparison", "check_outputs", "check_report", "with_ending"]
+__all__ = ["beside", "check_comparison", "check_outputs", "check_provenance", "check_report", "with_ending"]
 
 SEGMENTATION = ".seg.nrrd"
 ANOTHER = "Choose another name."
@@ -48,6 +48,13 @@ def check_comparison(path: Path, results: Sequence[Path]) -> None:
     if any(_same(path, given) for given in results):
         raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
     _check_json(path, "compared", "a comparison")
+
+
+def check_provenance(path: Path) -> None:
+    """Raises InvresError for a JSON file that cannot be written, and for a file there that is no earlier provenance."""
+    if path.suffix.lower() != ".json":
+        raise InvresError(f"{path.name} cannot be the provenance, which is a .json file.", hint=ANOTHER)
+    _check_json(path, "model_sha256", "a provenance")
 
 
 def _check_json(path: Path, key: str, what: str) -> None:

@@ -63,8 +63,10 @@ def prepare_cases(
 def _key(dataset: Dataset, case: Case, plan: PreparationPlan) -> str:
     """A folder name that changes with the files, the plan and the labels."""
     said = to_dict(plan)
-    if not plan.normalise_first:
-        del said["normalise_first"]  # what was prepared before this key was there stays good
+    said["aligned"] = dataset.aligned
+    for key in ("normalise_first", "aligned"):
+        if not said[key]:
+            del said[key]  # what was prepared before this key was there stays good
     content = json.dumps([stamps_of((*case.images, case.label)), said, to_dict(dataset.scheme)])
     safe = "".join(c if c.isalnum() and c.isascii() else "_" for c in case.name)[:60]
     return f"{safe}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"

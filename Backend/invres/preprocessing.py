@@ -17,6 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import InvresError
+from .alignment import IMAGE_TOLERANCE_MM, LABEL_TOLERANCE_MM
 from .config import DARKEST, ChannelPlan, LabelScheme, PreparationPlan
 from .events import SILENT, Reporter
 from .volume import Geometry, Volume, resample
@@ -39,9 +40,6 @@ __all__ = [
     "without_channel",
 ]
 
-# Headers are stored in float32 at best; label tools round origins a little more.
-IMAGE_TOLERANCE_MM = 1e-3
-LABEL_TOLERANCE_MM = 1e-2
 # Spacings closer than this (relative) count as the same and are not resampled.
 SAME_SPACING = 1e-3
 # Downsampling by more than this is preceded by smoothing.
@@ -114,7 +112,9 @@ def make_plan(
         _channel_plan(name, modality, voxels, clip_hu)
         for name, modality, voxels in zip(dataset.channel_names, dataset.modalities, samples, strict=True)
     )
-    return PreparationPlan(channels, spacing_mm, crop_to_nonzero=not has_ct, normalise_first=True)
+    return PreparationPlan(
+        channels, spacing_mm, crop_to_nonzero=not has_ct, normalise_first=True, aligned=dataset.aligned
+    )
 
 
 def with_dropout(plan: PreparationPlan, probability: float) -> PreparationPlan:
@@ -266,7 +266,7 @@ def check_grids(volumes: Sequence[Volume], label: Volume | None, names: Sequence
             raise InvresError(
                 f"The volumes {names[0]} and {name} of {_subject(case)} lie on different grids "
                 f"({first.difference(volume.geometry)}).",
-                hint=f"Resample {name} to the grid of {names[0]}"
+                hint=f"Resample {name} to the grid of {names[0]}, which --align does by what the headers say"
                 + ("; `invres check` lists all cases this concerns." if case else ", then try again."),
                 code="grid_mismatch",
             )

@@ -92,7 +92,7 @@ def read_reference(path: Path, base: ModelPackage, plan: PreparationPlan, report
     Raises InvresError where they lack a channel of one of the two, have no label, or none that the base model has.
     """
     partial = all(channel.optional for channel in (*base.manifest.plan.channels, *plan.channels))
-    reference = read_dataset(path, partial=partial)
+    reference = read_dataset(path, partial=partial, aligned=plan.aligned)
     for who, channels in (("base", base.manifest.plan.channels), ("tuned", plan.channels)):
         if channels_for(channels, reference.channel_names) is None:
             raise InvresError(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import InvresError
-from .preprocessing import IMAGE_TOLERANCE_MM, PreparedCase
+from .alignment import IMAGE_TOLERANCE_MM
+from .preprocessing import PreparedCase
 from .volume import Geometry, Volume
 
 __all__ = ["Bounds", "are_left_and_right", "clear_outside", "crop_to_region", "cut_out", "region_shape"]

@@ -13,6 +13,8 @@ from .console import load_torch, say, segmenter_named
 from .events import Reporter, TerminalReporter, WhileHeard, format_seconds
 from .expectation import Expectation, confidence_in_words
 from .modelpackage import ModelPackage
+from .outputs import check_provenance
+from .provenance import write_provenance
 from .segmentoptions import SegmentOptions
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         tuple(options.roi or ()),
         options.sides,
         options.one_piece,
+        options.align,
     )
     (_one_case if options.data is None else _all_cases)(package, choices, options, report)
 
@@ -56,6 +59,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
     inputs = named_inputs(options.input, manifest.plan.channels)
     check_files(manifest, inputs, options.output, options.probabilities, options.uncertainty)
+    if options.provenance is not None:
+        check_provenance(options.provenance)
     # Said to a person only: the panel and scripts name files that they have made for this.
     if isinstance(report, TerminalReporter) and options.output.exists():
         report.note(f"{options.output} was there before and is replaced.")
@@ -78,6 +83,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         locate=locate,
         uncertainty_path=options.uncertainty,
     )
+    if options.provenance is not None:
+        write_provenance(options.provenance, found)
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
@@ -122,6 +129,12 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     for flag in ("probabilities", "uncertainty"):
         if getattr(options, flag) is not None:
             raise InvresError(f"--{flag} is for one case.", hint="Leave it out, or segment case by case.", code="usage")
+    if options.provenance is not None:
+        raise InvresError(
+            "--provenance is for one case.",
+            hint="With --data, segmentations.json in the folder of the results says how each was made.",
+            code="usage",
+        )
     check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
     _check_folder(options.output, options.data)
     cases = _cases_of(package, options)

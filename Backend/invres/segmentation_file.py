@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +50,15 @@ PALETTE = (
 """RGB (0..255) of labels without a colour, in turn."""
 
 
-def write_segmentation(path: str | os.PathLike[str], labels_volume: Volume, scheme: LabelScheme) -> None:
+def write_segmentation(
+    path: str | os.PathLike[str],
+    labels_volume: Volume,
+    scheme: LabelScheme,
+    fields: Mapping[str, str] | None = None,
+) -> None:
     """Writes a label map; `.seg.nrrd` keeps the names, colours and terminology of `scheme` for Slicer.
+
+    fields: what else the header of a `.seg.nrrd` says; Slicer passes over what it does not know.
 
     labels_volume: integers (D, H, W), 0 and the labels' output values. Other endings get the plain label map. Regions
     overlap, so each has a layer of its own there, with all its values, whichever region was written last.
@@ -70,7 +78,7 @@ def write_segmentation(path: str | os.PathLike[str], labels_volume: Volume, sche
     affine = labels_volume.geometry.affine
     metadata = None
     if os.fspath(path).lower().endswith(".seg.nrrd"):
-        metadata = _segment_fields(scheme, array.shape, affine)
+        metadata = _segment_fields(scheme, array.shape, affine) | dict(fields or {})
         # The types of Slicer's own label maps.
         dtype = np.result_type(*(np.min_scalar_type(value) for value in known))
         array = array.astype(dtype if dtype == np.uint8 else np.promote_types(dtype, np.int16), copy=False)

@@ -19,7 +19,8 @@ class SegmentOptions:
     window: voxels (D, H, W), (0, 0, 0) = the model's own. device: "auto", "cpu" or "cuda:0".
     roi_mm: a box (R0, R1, A0, A1, S0, S1) in RAS mm outside of which nothing is segmented; () = the whole volume.
     sides: what a model has on both sides is divided into left and right when a file is written.
-    one_piece: what hangs loose is left out, if the model's labels are of one piece."""
+    one_piece: what hangs loose is left out, if the model's labels are of one piece.
+    align: channels on other grids than the first are resampled to its grid when files are read (`alignment`)."""
 
     device: str = "auto"
     overlap: float = 0.5
@@ -28,6 +29,7 @@ class SegmentOptions:
     roi_mm: tuple[float, ...] = ()
     sides: bool = True
     one_piece: bool = True
+    align: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:

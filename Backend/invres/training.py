@@ -13,7 +13,7 @@ import torch
 
 from . import InvresError
 from .cardplan import fit_recipe
-from .cases import Dataset, report_missing_channels, split_by_count, split_cases
+from .cases import Dataset, aligned_as_begun, report_missing_channels, report_resampled, split_by_count, split_cases
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe, check_one_piece
 from .configjson import to_dict
@@ -93,6 +93,8 @@ def _train(
     recipe = with_kept_flips(recipe, dataset.scheme, report)
     check_mirror(dataset.scheme, recipe.mirror_axes)
     crop = started_recipe(output).crop if options.resume else recipe.crop
+    dataset = aligned_as_begun(dataset, output, report) if options.resume else dataset
+    report_resampled(dataset, dataset.labelled_cases, report)
     if crop is not None:
         dataset = cropped(dataset, crop, output / CROPS, report, stopped)
     labelled = [case.name for case in dataset.cases if case.label is not None]

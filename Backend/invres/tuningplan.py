@@ -400,7 +400,7 @@ def _preparation(
         for index, channel in enumerate(channels)
     )
     crop = base.plan.crop_to_nonzero and all(channel.modality != "CT" for channel in settled)
-    plan = PreparationPlan(settled, spacing, crop, base.plan.crop, base.plan.normalise_first)
+    plan = PreparationPlan(settled, spacing, crop, base.plan.crop, base.plan.normalise_first, dataset.aligned)
     return plan, dataset, skipped
 
 

@@ -31,6 +31,7 @@ ALLOWED = {
     "sides": "config",
     "mirroring": "config events sides",
     "files": "",
+    "provenance": "files",
     "faults": "",
     "runfolder": "events faults",
     "probe": "",
@@ -57,20 +58,21 @@ ALLOWED = {
     "outputs": "files",
     "segmentation_file": "config events image_header volume_io",
     "volume": "events image_header segmentation_file volume_io",
-    "dataset_json": "config events volume",
+    "alignment": "volume",
+    "dataset_json": "alignment config events volume",
     "layouts": "config dataset_json events segmentation_file volume volume_io",
     "diffusion": "volume",
     "scans": "dataset_json diffusion enhancementconfig events volume",
-    "cases": "dataset_json events files layouts volume",
+    "cases": "alignment dataset_json events files layouts runfolder volume",
     "casesplits": "cases",
-    "preprocessing": "config events volume",
+    "preprocessing": "alignment config events volume",
     "restoration": "config volume",
     "midline": "config events preprocessing sides volume",
     "fingerprints": "volume",
     "prepared": "cases config configjson events files fingerprints preprocessing volume",
-    "doctor": "cases config dataset_json events expectation layouts preprocessing volume",
+    "doctor": "alignment cases config dataset_json events expectation layouts preprocessing volume",
     "resultcomparison": "dataset_json events files intervals paireddifference",
-    "evaluation": "config events files intervals metrics preprocessing volume",
+    "evaluation": "alignment config events files intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
     "modelpackage": (
@@ -96,7 +98,7 @@ ALLOWED = {
     "interpolation": "networks",
     "enhancementscaling": "enhancementconfig interpolation networks",
     "imagepairs": "config enhancementconfig enhancementscaling enhancementscores events files networks sampling scans",
-    "region": "preprocessing volume",
+    "region": "alignment preprocessing volume",
     "pace": "volume",
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
@@ -104,9 +106,8 @@ ALLOWED = {
     "segmentfiles": "config manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
     "inference": (
-        "config devices events expectation manifest memory midline mirroring modelpackage networks pace pieces "
-        "prediction "
-        "preprocessing region restoration segmentfiles sides volume"
+        "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
+        "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",
     "cropping": "cases config configjson events files inference locating preprocessing region volume",
@@ -135,7 +136,7 @@ ALLOWED = {
         "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
     "caseinputs": "cases config dataset_json segmentfiles",
-    "batch": "caseinputs events faults files inference modelpackage runfolder segmentoptions",
+    "batch": "alignment caseinputs events faults files inference modelpackage runfolder segmentoptions",
     "heldout": (
         "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
     ),
@@ -150,8 +151,8 @@ ALLOWED = {
     "stopfile": "files trainer",
     "reduction": "checkpoint config configjson networks",
     "casecomparison": (
-        "cases config events files fingerprints inference manifest metrics modelpackage networks prediction "
-        "preprocessing transfer volume"
+        "alignment cases config events files fingerprints inference manifest metrics modelpackage networks prediction "
+        "transfer volume"
     ),
     "comparison": "casecomparison config configjson events files intervals metrics paireddifference",
     "tuningplan": (
@@ -184,7 +185,9 @@ ALLOWED = {
     "fixedbudget": "events memory networkconfig networks published reproduction",
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
-    "model_commands": "configjson console events interruption joining lineage manifest modelpackage versions",
+    "model_commands": (
+        "configjson console events interruption joining lineage manifest modelpackage provenance versions"
+    ),
     "bench_command": "benchmark console cube depth devices events files variants",
     "reproduce_command": (
         "benchmark console devices events fixedbudget furthertables invrestables prediction reproduction"
@@ -196,8 +199,8 @@ ALLOWED = {
     "compare_command": "console events outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
     "segment_command": (
-        "batch caseinputs console devices events expectation inference locating mirroring modelpackage pace "
-        "segmentfiles segmentoptions"
+        "batch caseinputs console devices events expectation inference locating mirroring modelpackage outputs pace "
+        "provenance segmentfiles segmentoptions"
     ),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "

@@ -1,0 +1,95 @@
+"""How a segmentation came about: model, inputs, settings and versions, inside a .seg.nrrd or in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from . import InvresError
+from .files import digest_of, write_changed
+
+__all__ = ["FIELD", "PARTS", "header_text", "inputs_told", "provenance_told", "read_provenance", "write_provenance"]
+
+FIELD = "InvResSegment.Provenance"
+"""The field of a .seg.nrrd; the panel's attribute of a node is called so as well."""
+PARTS = (
+    *("model", "model_version", "model_id", "model_sha256", "inputs", "missing_channels", "resampled_channels"),
+    *("settings", "software", "device_title"),
+)
+"""What it consists of, all of it in the result of a segmentation. No date: the same again gives the same bytes."""
+HEADER_BYTES = 1 << 20  # of a file that is searched for the field
+
+
+def inputs_told(inputs: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Channel, name and digest of each file, without its folder, which may say whose it is; in the order of names."""
+    files = sorted(inputs.items())
+    return [{"channel": name, "file": path.name, "sha256": digest_of(path)} for name, path in files]
+
+
+def header_text(found: Mapping[str, Any]) -> str:
+    """The field of a .seg.nrrd, from the result of a segmentation."""
+    return json.dumps({"format_version": 1, **{key: found[key] for key in PARTS}}, ensure_ascii=False)
+
+
+def write_provenance(path: Path, found: Mapping[str, Any]) -> None:
+    """The same as a file, with the name of the result and the date (UTC). Raises InvresError where the disk refuses."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {**json.loads(header_text(found)), "output": Path(found["output"]).name, "date": date}
+    try:
+        write_changed(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InvresError(
+            f"{path} cannot be written: {error.strerror or error}.", hint="Free some space.", code="write_failed"
+        ) from None
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a .seg.nrrd says of itself; from its header, without any other package.
+
+    Raises InvresError for a file without a readable field.
+    """
+    try:
+        with open(path, "rb") as stream:
+            lines = stream.read(HEADER_BYTES).split(b"\n\n", 1)[0].split(b"\n")
+    except OSError as error:
+        raise InvresError(f"{path} cannot be read: {error.strerror or error}.") from None
+    start = f"{FIELD}:=".encode()
+    for line in lines:
+        if line.startswith(start):
+            text = line.removeprefix(start).decode("utf-8", "replace")
+            # A header has line breaks and backslashes behind a backslash.
+            text = re.sub(r"\\(.)", lambda match: {"n": "\n"}.get(match[1], match[1]), text)
+            try:
+                record = json.loads(text)
+                provenance_told(record)  # what a damaged one does not survive
+                return {key: record[key] for key in ("format_version", *PARTS)}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break
+    raise InvresError(
+        f"{path} does not say how it was made.",
+        hint="`invres segment` writes it into .seg.nrrd files; a program that saved one again may have left it out.",
+    )
+
+
+def provenance_told(record: Mapping[str, Any]) -> list[str]:
+    """The record for people, a line for each part."""
+    files = [f"{one['channel']} = {one['file']}".removeprefix(" = ") for one in record["inputs"]]
+    settings = {key: value for key, value in record["settings"].items() if value not in ([], False, None)}
+    lines = [
+        f"  model      {record['model']} {record['model_version']} (id {record['model_id'][:8]})",
+        f"  inputs     {', '.join(files)}",
+        *(f"  without    {name}" for name in record["missing_channels"]),
+        *(f"  resampled  {name}, to the grid of the first channel" for name in record["resampled_channels"]),
+        f"  settings   {', '.join(f'{key} {_shown(value)}' for key, value in settings.items())}",
+        f"  software   {', '.join(f'{name} {version}' for name, version in record['software'].items())}",
+        f"  device     {record['device_title']}",
+    ]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "yes" if value is True else str(value)
