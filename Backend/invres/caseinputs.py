@@ -20,6 +20,7 @@ from .dataset_json import (
     read_json_layout,
     stem_of,
 )
+from .events import SILENT, Reporter, listed
 from .segmentfiles import counted
 
 __all__ = ["CaseInputs", "cases_to_segment", "chosen_channels", "inputs_of"]
@@ -61,20 +62,23 @@ def chosen_channels(texts: Sequence[str], channels: Sequence[ChannelPlan], model
 
 
 def cases_to_segment(
-    path: Path, channels: Sequence[ChannelPlan], model: str, chosen: Mapping[str, str]
+    path: Path, channels: Sequence[ChannelPlan], model: str, chosen: Mapping[str, str], report: Reporter = SILENT
 ) -> list[CaseInputs]:
     """The cases of a data set, with or without labels; or of a folder of scans that is none.
 
     Of a folder of scans: files CASE_0000.nii.gz, CASE_0001.nii.gz... (nnU-Net), numbered as a dataset.json beside the
     folder or, without one, as the model counts its channels; files CASE_CHANNEL.nii.gz; for a model of one channel any
     files, one for each case, or a DICOM folder for each case; for several CASE/CHANNEL as DICOM folders; or files that
-    hold all channels each. What is named as a label map is left out.
+    hold all channels each. What is named as a label map or as another channel is left out, of which a note tells.
     chosen: see `chosen_channels`. Raises InvresError where there is no case, where the data lack a channel that the
     model needs, and for two cases of one name.
     """
     loose = _loose_files(path, channels, chosen) if path.is_dir() and not (path / DESCRIPTION).is_file() else []
     if loose:
         found = loose
+        taken = {file for case in loose for file in case.inputs.values()}
+        if left := [file.name for file in list_volumes(path) if file not in taken]:
+            report.note(f"Left out, for their names are not those of images for {model}: {listed(left)}.")
     else:
         try:
             dataset = read_dataset(path, checked=False)

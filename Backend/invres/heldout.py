@@ -62,6 +62,11 @@ def segment_held_out(
     """
     names = _finished(run)
     package = open_package(run / MODEL)
+    if package.manifest.members > 1:
+        raise InvresError(
+            f"The model in {run} was joined from several, which have learned from what this run held out.",
+            hint="Score a run with the model that it trained.",
+        )
     plan = package.manifest.plan
     dataset = dataclasses.replace(dataset, aligned=plan.aligned)
     report_resampled(dataset, [case for case in dataset.cases if case.name in names], report)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import InvresError
@@ -29,15 +31,14 @@ def join_packages(packages: Sequence[ModelPackage], path: str | os.PathLike[str]
 
     They must have one network, spacing, window and set of labels. CT may be clipped and scaled differently, as the
     training cases of each fold were: each member gets its own intensities.
-    Figures are pooled over the cases of all (mean, sd and n). Raises InvresError for fewer than two models, one given
-    twice, and where they differ.
+    Figures are pooled over the cases of all (mean, sd and n), where the members are known to have learned from
+    different cases, as the folds of a cross-validation have; else there are none. Raises InvresError for fewer than two
+    models, one given twice, and where they differ.
     """
     if len(packages) < 2:
         raise InvresError("Joining takes two models or more.", hint="Name all that are to be averaged.")
     manifests = [package.manifest for package in packages]
     first = manifests[0]
-    if len({package.manifest.sha256 for package in packages}) < len(manifests):
-        raise InvresError("One of the models is given twice.", hint="Name each once.")
     for package in packages[1:]:
         if different := _difference(first, package.manifest):
             raise InvresError(
@@ -50,7 +51,11 @@ def join_packages(packages: Sequence[ModelPackage], path: str | os.PathLike[str]
     place = 0
     for package in packages:
         place = _put(state, place, package, channels)
-    figures = _pooled([manifest.metrics for manifest in manifests])
+    if len({_digest(state, member) for member in range(members)}) < members:
+        raise InvresError("One of the models is given twice.", hint="Name each once.")
+    learned = {manifest.trained_on for manifest in manifests}
+    folds = len(learned) == len(manifests) and () not in learned
+    figures = _pooled([manifest.metrics for manifest in manifests]) if folds else {}
     said = [first.description, f"Average of {members} networks."]
     if figures and FIGURES not in first.description:
         said.append(FIGURES)
@@ -130,6 +135,14 @@ def _in_shared(within: Sequence[float], shared: ChannelPlan, own: ChannelPlan) -
     if abs(high) < ANY:
         high = (high - shift) / gain
     return low, high, gain * factor, shift * factor + offset
+
+
+def _digest(state: Mapping[str, torch.Tensor], member: int) -> str:
+    """Of the weights of a member."""
+    digest, prefix = hashlib.sha256(), f"members.{member}."
+    for key in sorted(key for key in state if key.startswith(prefix)):
+        digest.update(np.ascontiguousarray(state[key].float().numpy()).data)
+    return digest.hexdigest()
 
 
 def _pooled(metrics: Sequence[dict]) -> dict[str, Any]:

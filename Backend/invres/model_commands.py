@@ -27,6 +27,7 @@ from .modelpackage import (
     verify_hash,
     verify_package,
 )
+from .outputs import same_file
 from .provenance import provenance_told, read_provenance
 
 __all__ = ["describe", "models"]
@@ -144,6 +145,12 @@ def _join(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
     packages = [package_named(model, folder) for model in (options.model, *options.others)]
     if options.output is None:
         raise InvresError("`invres models join` needs --output: a folder, or FILE.invres.")
+    if any(same_file(options.output, package.path) for package in packages):
+        raise InvresError(
+            f"{options.output} is one of the models that are joined and would be overwritten.",
+            hint="Choose another name.",
+            code="output_is_input",
+        )
     load_torch(report, "joining")
     from .joining import join_packages
 
@@ -154,6 +161,11 @@ def _join(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
     for label, values in joined.manifest.metrics.items():
         if "Dice" in values:
             say(report, f"  {label}: Dice {spread(values['Dice'])}, of the members, each on what it held out")
+    if not joined.manifest.metrics:
+        report.note(
+            "The joined model has no figures, for its members are not known to have learned from different cases each, as "
+            "the folds of a cross-validation have."
+        )
     report.result(path=str(joined.path), members=joined.manifest.members, metrics=joined.manifest.metrics)
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from . import InvresError
 from .files import WRITABLE_ENDINGS
 
-__all__ = ["beside", "check_comparison", "check_outputs", "check_provenance", "check_report", "with_ending"]
+__all__ = [
+    "beside",
+    "check_comparison",
+    "check_outputs",
+    "check_provenance",
+    "check_report",
+    "same_file",
+    "with_ending",
+]
 
 SEGMENTATION = ".seg.nrrd"
 ANOTHER = "Choose another name."
@@ -25,7 +33,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = "
     for number, path in enumerate(outputs):
         _check_name(path, also)
         for given in read:
-            if _same(path, given):
+            if same_file(path, given):
                 raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
             if given.is_dir() and path.resolve().parent == given.resolve():
                 raise InvresError(
@@ -33,7 +41,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], also: str = "
                     hint="Choose another folder.",
                     code="output_is_input",
                 )
-        if any(_same(path, other) for other in outputs[:number]):
+        if any(same_file(path, other) for other in outputs[:number]):
             raise InvresError(f"{path} would be written twice, with different content.", hint=ANOTHER)
         _check_folder(path)
 
@@ -45,7 +53,7 @@ def check_report(path: Path) -> None:
 
 def check_comparison(path: Path, results: Sequence[Path]) -> None:
     """The same for what `invres compare` writes; results: what it compares, which it never overwrites."""
-    if any(_same(path, given) for given in results):
+    if any(same_file(path, given) for given in results):
         raise InvresError(f"{path} is an input and would be overwritten.", hint=ANOTHER, code="output_is_input")
     _check_json(path, "compared", "a comparison")
 
@@ -122,7 +130,7 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def _same(one: Path, other: Path) -> bool:
+def same_file(one: Path, other: Path) -> bool:
     """Whether two names are one file: links and other spellings of a folder count, and case where the disk says so."""
     try:
         return one.samefile(other)

@@ -106,7 +106,7 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
 def _list_cases(package: ModelPackage, options: argparse.Namespace, report: Reporter) -> None:
     if options.data is None:
         raise InvresError("--list is for --data; without it there is one case only.", code="usage")
-    cases = _cases_of(package, options)
+    cases = _cases_of(package, options, report)
     for case in cases:
         say(report, _described(case))
     say(report, f"{len(cases)} case{'' if len(cases) == 1 else 's'}; nothing was segmented.")
@@ -114,12 +114,12 @@ def _list_cases(package: ModelPackage, options: argparse.Namespace, report: Repo
     report.result(cases=listed)
 
 
-def _cases_of(package: ModelPackage, options: argparse.Namespace) -> list[CaseInputs]:
+def _cases_of(package: ModelPackage, options: argparse.Namespace, report: Reporter) -> list[CaseInputs]:
     from .caseinputs import cases_to_segment, chosen_channels
 
     channels = package.manifest.plan.channels
     chosen = chosen_channels(options.input or (), channels, package.name)
-    return cases_to_segment(options.data, channels, package.name, chosen)
+    return cases_to_segment(options.data, channels, package.name, chosen, report)
 
 
 def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
@@ -137,7 +137,7 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
         )
     check_mirror(manifest.scheme, choices.mirrored_as(manifest.mirror_axes).mirror_axes or ())
     _check_folder(options.output, options.data)
-    cases = _cases_of(package, options)
+    cases = _cases_of(package, options, report)
     report.note(f"{len(cases)} case{'' if len(cases) == 1 else 's'} in {options.data}: {_described(cases[0])}.")
     other = _other_model(package, options.locate) if options.locate else None
     heard = WhileHeard(report)
@@ -146,7 +146,7 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
 
     locate = _locator(package, other, options.device) if other else None
     ending = options.ending or ".nii.gz"
-    found = segment_cases(package, cases, options.output, choices, ending, heard, locate=locate)
+    found = segment_cases(package, cases, options.output, choices, ending, heard, locate=locate, locator=other)
     before = f" ({found['there_before']} were there before)" if found["there_before"] else ""
     say(report, f"Segmentations: {len(cases)}{before}, in {found['output']}")
     say(report, f"Volumes: {found['table']}")

@@ -16,6 +16,7 @@ from tiny_datasets import GRIDS, invres, phantom
 
 from invres import InvresError
 from invres.batch import segment_cases
+from invres.batchrecord import BatchRecord, result_name
 from invres.caseinputs import CaseInputs, cases_to_segment, chosen_channels
 from invres.config import ChannelPlan
 from invres.events import Recorder
@@ -76,6 +77,10 @@ def test_files_named_by_channel_and_others_beside_them(tmp_path):
 def test_any_files_are_cases_of_one_channel_but_label_maps_are_not(tmp_path):
     names = ("one.nii.gz", "two.mha", "one_seg.nii.gz", "two-label.mha", "one.seg.nrrd", "labels.nii.gz", ".two.mha")
     folder = files(tmp_path / "x", *names)
+    report = Recorder()
+    cases_to_segment(folder, channels("T1"), "known", {"T1": "T1"}, report)
+    (note,) = [event["message"] for event in report.events]
+    assert note.endswith(": labels.nii.gz, one.seg.nrrd, one_seg.nii.gz, two-label.mha."), note
     assert found(folder, "T1") == {"one": {"T1": "one.nii.gz"}, "two": {"T1": "two.mha"}}
     assert found(folder, "T1", "T2") == {"one": {"": "one.nii.gz"}, "two": {"": "two.mha"}}, "files of all channels"
 
@@ -146,7 +151,7 @@ def command(folder, package, output, *more):
 
 
 def rows(output):
-    with open(output / "volumes.csv", encoding="utf-8", newline="") as stream:
+    with open(output / "volumes.csv", encoding="utf-8-sig", newline="") as stream:
         return {row["case"]: row for row in csv.DictReader(stream)}
 
 
@@ -221,6 +226,62 @@ def test_a_result_that_was_corrected_by_hand_is_never_overwritten(scans, tmp_pat
     outcome = command(folder, package, output)
     assert "b: Its images have changed, but so has b.nii.gz, which is left as it is." in outcome.err
     assert (read_volume(output / "b.nii.gz", kind="labels").array == 7).all()
+
+
+def test_a_case_that_fails_after_it_was_done_is_done_again_once_it_is_mended(scans, tmp_path):
+    folder, package = scans
+    output = tmp_path / "out"
+    command(folder, package, output)
+    good, before = (folder / "b.nii.gz").read_bytes(), (output / "b.nii.gz").read_bytes()
+    (folder / "b.nii.gz").write_bytes(good[:300])
+    assert command(folder, package, output).code == 2
+    assert (output / "b.nii.gz").read_bytes() == before, "the older result stays"
+    (folder / "b.nii.gz").write_bytes(good)
+    outcome = command(folder, package, output, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.of("result")[0]["segmented"] == 1
+
+
+def test_a_kill_between_the_result_and_its_record_locks_nobody_out(scans, tmp_path, monkeypatch):
+    folder, package = scans
+    output = tmp_path / "out"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchRecord, "end", killed)
+        assert command(folder, package, output).code == 130
+    assert set(stamps(output)) == {"a.nii.gz"}
+    outcome = command(folder, package, output, "--json")
+    assert outcome.code == 0 and outcome.of("result")[0]["segmented"] == 3
+
+
+@pytest.mark.parametrize("name", ["sub 01.v2", "größe", "a-b_c (1)"])
+def test_results_are_called_as_the_images_are(scans, tmp_path, name):
+    folder, package = scans
+    (folder / "a.nii.gz").rename(folder / f"{name}.nii.gz")
+    assert command(folder, package, tmp_path / "out").code == 0
+    assert f"{name}.nii.gz" in stamps(tmp_path / "out")
+    assert {result_name("a/b", ".nii"), result_name("a?b", ".nii")}.isdisjoint({"a/b.nii", "a?b.nii", "a_b.nii"})
+
+
+def test_a_table_of_somebody_else_stays(scans, tmp_path):
+    folder, package = scans
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/volumes.csv").write_text("mine")
+    outcome = command(folder, package, tmp_path / "out")
+    assert outcome.code == 2 and "volumes.csv is there already, was not written by this command" in outcome.err
+    assert (tmp_path / "out/volumes.csv").read_text() == "mine"
+
+
+def test_the_same_folder_by_another_path_is_the_same(scans, tmp_path, monkeypatch):
+    folder, package = scans
+    command(folder, package, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    outcome = command("scans", package, "out", "--json")
+    assert outcome.of("result")[0]["segmented"] == 0
+    assert "with other settings" in command("scans", package, "out", "--ending", ".nrrd").err
 
 
 def test_a_case_that_fails_is_named_and_the_rest_is_done(scans, tmp_path):
@@ -316,6 +377,10 @@ def test_real_dicom_series_are_segmented_case_by_case(tmp_path):
             read_volume(tmp_path / "data" / name),
         )
         assert result.geometry.same_as(series.geometry)
+    slice_file = tmp_path / "data/two/3.dcm"
+    slice_file.write_bytes(slice_file.read_bytes() + bytes(2))
+    outcome = command(tmp_path / "data", package, tmp_path / "out", "--ending", ".seg.nrrd", "--json")
+    assert outcome.of("result")[0]["segmented"] == 1, "a slice that was written anew is noticed"
 
 
 def _write_series(folder: Path, grid: Geometry) -> None:

@@ -135,8 +135,9 @@ ALLOWED = {
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
         "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
-    "caseinputs": "cases config dataset_json segmentfiles",
-    "batch": "alignment caseinputs events faults files inference modelpackage runfolder segmentoptions",
+    "caseinputs": "cases config dataset_json events segmentfiles",
+    "batchrecord": "files",
+    "batch": "alignment batchrecord caseinputs events faults inference modelpackage runfolder segmentoptions",
     "heldout": (
         "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
     ),
@@ -186,7 +187,7 @@ ALLOWED = {
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
     "model_commands": (
-        "configjson console events interruption joining lineage manifest modelpackage provenance versions"
+        "configjson console events interruption joining lineage manifest modelpackage outputs provenance versions"
     ),
     "bench_command": "benchmark console cube depth devices events files variants",
     "reproduce_command": (

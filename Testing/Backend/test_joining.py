@@ -55,9 +55,9 @@ def image(seed=0, scale=1.0, shift=0.0):
     return Volume(volume.array.astype(np.float32) * scale + shift, volume.geometry)
 
 
-def logits_of(package, volume):
-    """Of the whole volume, without windows."""
-    prepared = prepare([volume], None, package.manifest.plan, SCHEME)
+def logits_of(package, *volumes):
+    """Of the whole volumes, without windows."""
+    prepared = prepare(volumes, None, package.manifest.plan, SCHEME)
     network = load_network(package, torch.device("cpu"))
     with torch.no_grad():
         return network(torch.from_numpy(prepared.image)[None]).logits
@@ -148,6 +148,7 @@ def test_figures_are_pooled_over_the_cases_of_all(tmp_path):
                 **({"b": {"Dice": spread(0.5, 0.1, 4)}} if number else {}),
             },
             expected=Expectation({"a": (1.0 + number, 5.0 + number)}, 0.9 - number / 10),
+            trained_on=["ab", f"c{number}"],
             training={"iterations": 10, "seconds": 2.0, "training_cases": 4 + number, "validation_cases": len(part)},
         )
         for number, part in enumerate(parts)
@@ -162,6 +163,40 @@ def test_figures_are_pooled_over_the_cases_of_all(tmp_path):
     assert (manifest.training.iterations, manifest.training.training_cases) == (20, 5)
     assert manifest.training.validation_cases == 14
     assert "each on the cases that it was not trained on" in manifest.description
+
+
+@pytest.mark.parametrize("learned", [(), ("ab", "cd")])
+def test_there_are_no_figures_where_members_may_have_held_out_the_same_cases(tmp_path, learned):
+    metrics = {"a": {"Dice": spread(0.5, 0.1, 4)}}
+    folds = [saved(tmp_path / f"m{number}", number, metrics=metrics, trained_on=learned) for number in range(2)]
+    outcome = invres("models", "join", *(fold.path for fold in folds), "-o", tmp_path / "joined")
+    assert outcome.code == 0 and "The joined model has no figures" in outcome.err
+    assert open_package(tmp_path / "joined").manifest.metrics == {}
+
+
+def test_a_member_is_never_overwritten(folds, tmp_path):
+    before = {path.name: path.read_bytes() for path in folds[0].path.iterdir()}
+    outcome = invres("models", "join", *(fold.path for fold in folds), "-o", folds[0].path)
+    assert outcome.code == 2 and "is one of the models that are joined and would be overwritten" in outcome.err
+    assert {path.name: path.read_bytes() for path in folds[0].path.iterdir()} == before
+
+
+def test_a_channel_that_a_case_lacks_stays_empty_for_every_fold(tmp_path):
+    channels = [tuple(dataclasses.replace(plan, name=name, optional=True) for name in "AB") for plan in CT]
+    network = dataclasses.replace(NETWORK, in_channels=2)
+    folds = [
+        saved(
+            tmp_path / f"two{number}",
+            number,
+            network=network,
+            plan=PreparationPlan(channels[number], (1.0, 1.0, 1.0), crop_to_nonzero=False),
+        )
+        for number in range(3)
+    ]
+    joined = join_packages(folds, tmp_path / "joined", "joined")
+    volumes = [image(scale=3.0, shift=-300.0), None]
+    found, *each = (logits_of(package, *volumes) for package in (joined, *folds))
+    assert torch.allclose(found, sum(each) / 3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +222,9 @@ def test_one_model_is_no_ensemble(folds, tmp_path):
         join_packages(folds[:1], tmp_path / "joined", "joined")
     with pytest.raises(InvresError, match="given twice"):
         join_packages([folds[0], folds[0]], tmp_path / "joined", "joined")
+    pair = join_packages(folds[:2], tmp_path / "pair", "pair")
+    with pytest.raises(InvresError, match="given twice"):
+        join_packages([pair, folds[0]], tmp_path / "joined", "joined")
 
 
 def test_memory_grows_by_the_weights_of_the_members_alone():

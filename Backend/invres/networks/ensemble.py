@@ -25,7 +25,8 @@ class Ensemble(SegmentationNetwork):
     alone. It only predicts.
 
     low, high, factor, offset: (members, C). Member i sees clamp(x, low_i, high_i) * factor_i + offset_i, which turns
-    intensities that were scaled for all of them into those that it was trained on; at first they change nothing.
+    intensities that were scaled for all of them into those that it was trained on; at first they change nothing. A
+    channel that a case lacks is all zero, and stays so for every member.
     """
 
     engines = ("stored",)
@@ -44,10 +45,11 @@ class Ensemble(SegmentationNetwork):
         if wants_features or readout is not None or torch.is_grad_enabled():
             raise RuntimeError("An ensemble only predicts: call it under torch.no_grad().")
         total: torch.Tensor | None = None
+        present = (x != 0).amax(dim=(2, 3, 4), keepdim=True)
         for number, member in enumerate(self.members):
             assert isinstance(member, SegmentationNetwork)
             low, high, factor, offset = (self.get_buffer(name)[number].reshape(1, -1, 1, 1, 1) for name in INTENSITIES)
-            seen = torch.maximum(torch.minimum(x, high), low).mul_(factor).add_(offset)
+            seen = torch.maximum(torch.minimum(x, high), low).mul_(factor).add_(offset).mul_(present)
             ((logits,), _) = member.compute(seen, False, None)
             total = logits if total is None else total.add_(logits)
         assert total is not None
