@@ -92,7 +92,8 @@ def segment_cases(
         report.note(resampled)
     if failed:
         raise InvresError(
-            f"{len(failed)} of {len(cases)} cases could not be segmented: {listed(failed)}. The others are in {output}.",
+            f"{len(failed)} of {len(cases)} cases could not be segmented: {listed(failed)}. The others are in "
+            f"{output}.",
             hint="Correct what was said of them; the same command then tries these alone.",
             code="cases_failed",
         )

@@ -163,8 +163,8 @@ def _join(options: argparse.Namespace, folder: Path, report: Reporter) -> None:
             say(report, f"  {label}: Dice {spread(values['Dice'])}, of the members, each on what it held out")
     if not joined.manifest.metrics:
         report.note(
-            "The joined model has no figures, for its members are not known to have learned from different cases each, as "
-            "the folds of a cross-validation have."
+            "The joined model has no figures, for its members are not known to have learned from different cases each, "
+            "as the folds of a cross-validation have."
         )
     report.result(path=str(joined.path), members=joined.manifest.members, metrics=joined.manifest.metrics)
 

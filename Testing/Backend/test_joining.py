@@ -230,8 +230,8 @@ def test_one_model_is_no_ensemble(folds, tmp_path):
 def test_memory_grows_by_the_weights_of_the_members_alone():
     (one, step), (three, together) = (predict_forward(NETWORK, (32, 32, 32), members=count) for count in (1, 3))
     assert three == pytest.approx(3 * one, rel=0.01)
-    # Beside the forward pass of a member: its own intensities, and the sum of the logits.
-    assert together <= step + (1 + 2 * 3) * 32**3 * 4
+    # Beside the forward pass of a member: its own intensities, the sum of the logits, and which channels there are.
+    assert together <= step + (1 + 2 * 3) * 32**3 * 4 + 1
 
 
 def test_it_cannot_be_trained_by_mistake():
