@@ -21,7 +21,7 @@ UNCERTAINTY_ROLE = "InvResSegment.Uncertainty"
 _BEFORE_ROLE = "InvResSegment.ForegroundBefore"
 _OPACITY_BEFORE = "InvResSegment.ForegroundOpacityBefore"
 SHOWN_FROM = 0.1  # what is surer is transparent: nearly all of an image
-BRIGHTEST = 0.5  # of two answers, each is as likely as the other
+YELLOW_FROM = 0.5  # of two answers, each is as likely as the other
 OPACITY = 0.6
 
 
@@ -79,11 +79,11 @@ def hideUncertainty(change: SegmentationResult.SceneChange) -> None:
 
 
 def _colour(display: slicer.vtkMRMLScalarVolumeDisplayNode) -> None:
-    """From dark to white by how unsure the model is, and transparent where it is not."""
+    """From red to yellow (Slicer's table Iron) by how unsure the model is, and transparent where it is not."""
     colours = slicer.vtkMRMLColorLogic.GetColorTableNodeID(slicer.vtkMRMLColorTableNode.Iron)
     display.SetAndObserveColorNodeID(colours)
     display.SetAutoWindowLevel(False)
-    display.SetWindowLevelMinMax(0.0, BRIGHTEST)
+    display.SetWindowLevelMinMax(0.0, YELLOW_FROM)
     display.SetAutoThreshold(False)
     display.SetThreshold(SHOWN_FROM, 1.0)
     display.SetApplyThreshold(True)

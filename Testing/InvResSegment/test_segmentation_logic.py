@@ -484,6 +484,9 @@ def test_where_the_model_is_unsure_is_shown_over_the_image(scene, panel, small_m
     assert values[border].mean() > 2 * values.mean(), "it is unsure where its segment ends"
     display = found.GetDisplayNode()
     assert display.GetColorNodeID() == "vtkMRMLColorTableNodeIron"
+    colours = display.GetColorNode().GetLookupTable()
+    ends = [colours.GetTableValue(index)[:3] for index in (0, colours.GetNumberOfTableValues() - 1)]
+    assert np.allclose(ends, [(1, 0, 0), (1, 0.9, 0)], atol=0.01), "from red to yellow, as README and tool tip say"
     assert (display.GetLowerThreshold(), display.GetApplyThreshold(), display.GetAutoThreshold()) == (0.1, 1, 0)
     assert (display.GetWindowLevelMin(), display.GetWindowLevelMax()) == (0.0, 0.5)
     assert layers_of(composite) == (found.GetID(), 0.6)
