@@ -42,7 +42,7 @@ def showUncertainty(
     if node is None:
         node = scene.AddNewNodeByClass(IMAGE_CLASS, scene.GenerateUniqueName(name))
         change.created.append(node.GetID())
-        node.SetAttribute(UNCERTAINTY, "1")
+        node.SetAttribute(UNCERTAINTY, node.GetName())
         node.CreateDefaultDisplayNodes()
         if display := node.GetDisplayNode():
             change.created.append(display.GetID())
@@ -50,8 +50,10 @@ def showUncertainty(
         segmentationNode.SetNodeReferenceID(UNCERTAINTY_ROLE, node.GetID())
     else:
         change.restore.append(_wayBack(node))
-        if not node.GetName().startswith(name):
+        # Not where a person has called it otherwise.
+        if node.GetName() == node.GetAttribute(UNCERTAINTY) and not node.GetName().startswith(name):
             node.SetName(scene.GenerateUniqueName(name))
+            node.SetAttribute(UNCERTAINTY, node.GetName())
     node.CopyOrientation(inputNode)
     node.SetAndObserveImageData(image)
     node.SetAndObserveTransformNodeID(inputNode.GetTransformNodeID())
@@ -91,13 +93,15 @@ def _colour(display: slicer.vtkMRMLScalarVolumeDisplayNode) -> None:
 
 def _wayBack(node: slicer.vtkMRMLScalarVolumeNode) -> Callable[[], None]:
     """Gives the map of an earlier run its values, place and name again."""
-    name, image, transform = node.GetName(), node.GetImageData(), node.GetTransformNodeID()
+    name, given = node.GetName(), node.GetAttribute(UNCERTAINTY)
+    image, transform = node.GetImageData(), node.GetTransformNodeID()
     place = slicer.vtkMRMLScalarVolumeNode()
     place.CopyOrientation(node)
 
     def restore() -> None:
         if node.GetScene() is not None:
             node.SetName(name)
+            node.SetAttribute(UNCERTAINTY, given)
             node.CopyOrientation(place)
             node.SetAndObserveImageData(image)
             node.SetAndObserveTransformNodeID(transform)

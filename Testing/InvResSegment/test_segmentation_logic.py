@@ -517,6 +517,14 @@ def test_the_next_run_into_the_same_segmentation_takes_the_place_of_the_map(scen
     assert np.allclose(NodeConversion.volumeMatrix(found), NodeConversion.volumeMatrix(node), atol=1e-9)
     assert scene_state(scene)[3] == state[3]
 
+    # The name is the panel's again, and changes with the image, until a person gives it another one.
+    assert panel.run(again).state == "done" and found.GetName().startswith("other uncertainty")
+    found.SetName("reviewed by me")
+    assert panel.run(dataclasses.replace(request, outputNode=segmentation)).state == "done"
+    assert found.GetName() == "reviewed by me"
+    panel.logic.undo()
+    assert found.GetName() == "reviewed by me"
+
     # What the map says is not of the segments that a run without one has made.
     assert panel.run(dataclasses.replace(again, uncertainty=False)).state == "done"
     assert found.GetScene() is scene and layers_of(composite)[0] is None
