@@ -8,7 +8,7 @@ from typing import Any
 
 from slicer.i18n import tr as _
 
-from .CaseExport import CaseExport, directDataSet, stampOf
+from .CaseExport import CaseExport, directDataSet, layoutOf, stampOf
 from .CaseFindings import lackingAdvice
 from .LabelMapping import LabelConflict
 from .TrainingCases import MISSING_CHANNEL, MISSING_LABEL, CaseRow, Finding, TrainingCases, dataSetOf
@@ -71,10 +71,11 @@ class CaseExamination:
             return
         rows = self._cases.used
         try:
-            stamps = {row.key: stampOf(self._cases, row, model) for row in rows}
+            layout = layoutOf(self._cases, model)
         except LabelConflict as conflict:
             onDone(None, str(conflict), "")
             return
+        stamps = {row.key: stampOf(self._cases, row, model, layout) for row in rows}
 
         def written(outcome) -> None:
             if outcome.state != "done":

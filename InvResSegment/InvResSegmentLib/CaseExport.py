@@ -23,7 +23,7 @@ from .SegmentExport import labelArray, segmentNames, writeLabels
 from .TrainingCases import TRAINING, VALIDATION, CaseRow, TrainingCases
 from .WholeFile import writeJson
 
-__all__ = ["CaseExport", "ExportOutcome", "directDataSet", "stampOf"]
+__all__ = ["CaseExport", "ExportOutcome", "Layout", "directDataSet", "layoutOf", "stampOf"]
 
 DATASET, SPLITS = "dataset.json", "splits_final.json"
 LABEL = "label.nrrd"
@@ -38,6 +38,31 @@ class ExportOutcome:
     written: int = 0
     message: str = ""
     hint: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all cases have in common when they are written, and what none of them says alone.
+
+    channels: as the model calls them, in the order of the files. labels: those that are trained on. unknown: the value
+    of voxels that take no part, None where there are none.
+    """
+
+    channels: tuple[str, ...]
+    labels: tuple[TrainedLabel, ...]
+    unknown: int | None
+
+    @property
+    def written(self) -> list[tuple[str, int]]:
+        """Label and its value in the files. What is not known comes last: it wins over what is drawn below."""
+        values = [(label.name, label.value) for label in self.labels]
+        return values + ([] if self.unknown is None else [(UNKNOWN, self.unknown)])
+
+
+def layoutOf(cases: TrainingCases, model: Any) -> Layout:
+    """How the used cases are written. Looks at all of them; raises LabelConflict where they contradict each other."""
+    labels = labelsOf(cases, model)
+    return Layout(usedChannels(cases, model), labels, unknownOf(cases, model, labels))
 
 
 def directDataSet(cases: TrainingCases, model: Any) -> str:
@@ -60,17 +85,15 @@ def directDataSet(cases: TrainingCases, model: Any) -> str:
     return dataSet.path if same else ""
 
 
-def stampOf(cases: TrainingCases, row: CaseRow, model: Any) -> tuple:
+def stampOf(cases: TrainingCases, row: CaseRow, model: Any, layout: Layout | None = None) -> tuple:
     """What changes when any file of a case would: times of change, places, and what its segments stand for.
 
-    Raises LabelConflict where the cases contradict each other.
+    layout: what `layoutOf` gives; asked for once for many cases. Raises LabelConflict as it does.
     """
-    table = labelsOf(cases, model)
-    written = _written(table, unknownOf(cases, model, table))
+    layout = layoutOf(cases, model) if layout is None else layout
     if row.ofDataSet:
-        return ("on disk", *written)
-    values = _values(row, written, [label.name for label in model.labels], cases.choices)
-    return _stamp(row, _images(row, usedChannels(cases, model), model), values)
+        return ("on disk", *layout.written)
+    return _stamp(row, _images(row, layout.channels, model), _values(row, layout, model, cases.choices))
 
 
 class CaseExport:
@@ -176,17 +199,15 @@ class CaseExport:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         rows = cases.used
-        channels = usedChannels(cases, model)
-        known = [label.name for label in model.labels]
-        table = labelsOf(cases, model)
-        unknown = unknownOf(cases, model, table)
+        layout = layoutOf(cases, model)
+        channels = layout.channels
         total, done, written = sum(len(channels) + 1 if row.inScene else 1 for row in rows), 0, 0
         yield 0, total, ""
         for row in rows:
             if row.ofDataSet:
                 done += 1
                 continue
-            values = _values(row, _written(table, unknown), known, cases.choices)
+            values = _values(row, layout, model, cases.choices)
             images = _images(row, channels, model)
             stamp = _stamp(row, images, values)
             place = folder / row.code
@@ -201,7 +222,7 @@ class CaseExport:
             self._stamps[row.key] = stamp
             written += 1
         self._forget(cases)
-        description = _description(cases, rows, channels, table, unknown, model)
+        description = _description(cases, rows, layout, model)
         writeJson(folder / DATASET, description)
         _writeSplit(folder / SPLITS, rows)
         self._outcome = ExportOutcome("done", folder / DATASET, written)
@@ -232,19 +253,15 @@ class CaseExport:
 # ---------------------------------------------------------------- one case
 
 
-def _written(table: Sequence[TrainedLabel], unknown: int | None) -> list[tuple[str, int]]:
-    """Label and the value that is written for it. What is not known comes last: it wins over what is drawn below."""
-    return [(label.name, label.value) for label in table] + ([] if unknown is None else [(UNKNOWN, unknown)])
-
-
-def _values(row: CaseRow, table: list[tuple[str, int]], known: list[str], choices: dict[str, str]) -> dict[Any, int]:
+def _values(row: CaseRow, layout: Layout, model: Any, choices: dict[str, str]) -> dict[Any, int]:
     """Segment -> label value, in the order in which they are painted: that of the labels.
 
     A segment is named by its id in the scene, and by its number in a file.
     """
+    known = [label.name for label in model.labels]
     names = segmentNames(row.segmentation) if row.stored is None else dict(enumerate(row.stored.segments))
     labels = {segment: labelOf(name, known, choices) for segment, name in names.items()}
-    return {segment: value for name, value in table for segment, label in labels.items() if label == name}
+    return {segment: value for name, value in layout.written for segment, label in labels.items() if label == name}
 
 
 def _images(row: CaseRow, channels: tuple[str, ...], model: Any) -> dict[str, Any]:
@@ -319,26 +336,23 @@ def _link(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the description
 
 
-def _description(cases: TrainingCases, rows, channels, table, unknown: int | None, model: Any) -> dict[str, Any]:
-    """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are.
-
-    unknown: the value of voxels that take no part, if there are any.
-    """
-    regions = any(len(label.values) > 1 for label in table)
+def _description(cases: TrainingCases, rows, layout: Layout, model: Any) -> dict[str, Any]:
+    """As nnU-Net v2 describes a data set, with a list of its files; those on disk stay where they are."""
+    regions = any(len(label.values) > 1 for label in layout.labels)
     sets = [cases.dataSets[path] for path in dict.fromkeys(row.dataSet for row in rows if row.ofDataSet)]
     labels: dict[str, Any] = {"background": 0}
-    labels |= {label.name: list(label.values) if regions else label.value for label in table}
-    if unknown is not None:
-        labels[UNKNOWN] = unknown
+    labels |= {label.name: list(label.values) if regions else label.value for label in layout.labels}
+    if layout.unknown is not None:
+        labels[UNKNOWN] = layout.unknown
     description: dict[str, Any] = {
         "name": "fine-tuning",
-        "channel_names": {str(index): name for index, name in enumerate(channels)},
+        "channel_names": {str(index): name for index, name in enumerate(layout.channels)},
         "labels": labels,
         "numTraining": len(rows),
         "file_ending": ".nrrd",
     }
     if regions:
-        description["regions_class_order"] = [label.value for label in table]
+        description["regions_class_order"] = [label.value for label in layout.labels]
     if sets and all(each.severalInOneFile for each in sets):
         description["channels_in_one_file"] = True
     people = patients(cases)
@@ -346,9 +360,9 @@ def _description(cases: TrainingCases, rows, channels, table, unknown: int | Non
     for row in rows:
         if row.ofDataSet:
             own = namedAs(cases.dataSets[row.dataSet].channels, model)
-            entry = {"images": _inOrder(row.files["images"], own, channels), "label": row.files["label"]}
+            entry = {"images": _inOrder(row.files["images"], own, layout.channels), "label": row.files["label"]}
         else:
-            found = list(_images(row, channels, model).values())
+            found = list(_images(row, layout.channels, model).values())
             images = [f"{row.code}/{_image(index)}" if image else None for index, image in enumerate(found)]
             if row.stored is not None:
                 images = [image.path if image else None for image in found]

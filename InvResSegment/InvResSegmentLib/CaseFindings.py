@@ -65,7 +65,8 @@ def unknownOf(cases: TrainingCases, model: Any, table: Sequence[TrainedLabel]) -
 
 
 def _segments(cases: TrainingCases) -> list[str]:
-    return [name for row in cases.used if not row.ofDataSet for name in labelNames(cases, row)]
+    """The names of all segments, each once: many cases have the same."""
+    return list(dict.fromkeys(name for row in cases.used if not row.ofDataSet for name in labelNames(cases, row)))
 
 
 def _sets(cases: TrainingCases) -> list[Any]:
@@ -74,13 +75,19 @@ def _sets(cases: TrainingCases) -> list[Any]:
 
 
 def findingsOf(
-    cases: TrainingCases, row: CaseRow, model: Any, table: Sequence[TrainedLabel] | None = None
+    cases: TrainingCases,
+    row: CaseRow,
+    model: Any,
+    table: Sequence[TrainedLabel] | None = None,
+    used: Sequence[str] | None = None,
 ) -> list[Finding]:
     """All findings of a case, the worst first; those of the data doctor are among them.
 
-    table: what `labelsOf` gives, () where the cases contradict each other; asked for once for many cases.
+    table: what `labelsOf` gives, () where the cases contradict each other. used: what `usedChannels` gives. Both look
+    at all cases, and are asked for once for many.
     """
-    channels = usedChannels(cases, model) or tuple(channel.name for channel in model.channels)
+    used = usedChannels(cases, model) if used is None else used
+    channels = used or tuple(channel.name for channel in model.channels)
     needed, optional = _lacking(cases, row, model, channels)
     found = [Finding("error", sentence) for sentence in _problemsOf(cases, row, model, channels, needed)]
     if optional:

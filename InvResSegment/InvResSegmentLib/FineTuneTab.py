@@ -10,7 +10,7 @@ from slicer.util import VTKObservationMixin
 
 from .CaseChannels import imagesOf, usedChannels
 from .CaseExamination import CaseExamination
-from .CaseExport import CaseExport, stampOf
+from .CaseExport import CaseExport, layoutOf, stampOf
 from .CaseFindings import findingsOf, labelNames, problems, summary, tableOf, wrongCases
 from .CaseTable import LEVELS, CaseTable
 from .ChannelPickers import ChannelPickers
@@ -282,8 +282,8 @@ class FineTuneTab(VTKObservationMixin):
         self._findings, table = {}, ()
         if model is not None:
             self._forgetStale(model)
-            asked, table = self._asked(model), tableOf(self.cases, model)
-            self._findings = {row.key: findingsOf(self.cases, row, asked, table) for row in self.cases.rows}
+            asked, table, used = self._asked(model), tableOf(self.cases, model), usedChannels(self.cases, model)
+            self._findings = {row.key: findingsOf(self.cases, row, asked, table, used) for row in self.cases.rows}
         self._table.show(self._findings, model, table)
         self._showSummary(model)
         self._showCase()
@@ -300,14 +300,14 @@ class FineTuneTab(VTKObservationMixin):
 
     def _forgetStale(self, model) -> None:
         """What the doctor said of a case that was changed since counts no more."""
-        for row in self.cases.rows:
-            if row.ofDataSet or row.examined is None:
-                continue
-            try:
-                fresh = (row.segmentation or row.stored) is not None and stampOf(self.cases, row, model) == row.examined
-            except LabelConflict:
-                fresh = False
-            if not fresh:
+        examined = [row for row in self.cases.rows if not row.ofDataSet and row.examined is not None]
+        try:
+            layout = layoutOf(self.cases, model) if examined else None
+        except LabelConflict:
+            layout = None
+        for row in examined:
+            there = layout is not None and (row.segmentation or row.stored) is not None
+            if not there or stampOf(self.cases, row, model, layout) != row.examined:
                 row.findings, row.examined = [], None
 
     def _showSummary(self, model) -> None:

@@ -449,7 +449,7 @@ class SegmentationLogic:
         if request.uncertainty:
             UncertaintyMap.showUncertainty(run.uncertaintyPath, reference, node, change)
         else:
-            UncertaintyMap.hideUncertainty(node, change)
+            UncertaintyMap.hideUncertainty(change)
         table = SegmentationResult.volumesTableOf(node, reference, change)
         seconds = time.monotonic() - run.begun
         peak = int(found.get("measured_bytes") or 0)

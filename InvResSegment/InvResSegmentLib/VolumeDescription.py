@@ -24,7 +24,7 @@ __all__ = [
 
 IMAGE_CLASS = "vtkMRMLScalarVolumeNode"
 UNCERTAINTY = "InvResSegment.Uncertainty"
-"""Attribute of a volume that is no image, but a map of where a model is unsure."""
+"""Attribute of a volume that is no image, but a map of where a model is unsure: the name that the panel gave it."""
 DICOM_TAGS = {
     "seriesDescription": "0008,103e",
     "modality": "0008,0060",

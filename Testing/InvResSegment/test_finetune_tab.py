@@ -244,6 +244,27 @@ def test_the_doctor_looks_at_cases_of_the_scene_and_what_changed_is_looked_at_ag
     assert tab.ui.startButton.enabled
 
 
+def test_all_cases_are_looked_through_no_more_often_when_there_are_more_of_them(panel, monkeypatch):
+    tab, walks = panel.fineTuneTab, []
+    kind = type(tab.cases)
+    used = kind.used.fget
+    monkeypatch.setattr(kind, "used", property(lambda cases: walks.append(cases) or used(cases)))
+    counts = []
+    for seed in range(4):
+        addCase(f"T1 {seed}", seed)
+        if seed % 2:
+            tab.ui.addSceneButton.click()
+            settled(tab)
+            tab.ui.checkButton.click()
+            settled(tab)
+            assert [cells(tab, row)[4] for row in range(seed + 1)] == ["good"] * (seed + 1)
+            walks.clear()
+            tab._update()
+            counts.append(len(walks))
+            assert all(row.examined is not None for row in tab.cases.rows)
+    assert counts[0] == counts[1], "not once for each case"
+
+
 def test_a_case_that_lacks_a_segment_says_in_the_table_what_that_teaches_and_what_can_be_done(panel):
     tab = panel.fineTuneTab
     for number, names in enumerate((("ball", "cube"), ("ball",), ("ball", "rest"))):

@@ -484,6 +484,9 @@ def test_where_the_model_is_unsure_is_shown_over_the_image(scene, panel, small_m
     assert values[border].mean() > 2 * values.mean(), "it is unsure where its segment ends"
     display = found.GetDisplayNode()
     assert display.GetColorNodeID() == "vtkMRMLColorTableNodeIron"
+    colours = display.GetColorNode().GetLookupTable()
+    ends = [colours.GetTableValue(index)[:3] for index in (0, colours.GetNumberOfTableValues() - 1)]
+    assert np.allclose(ends, [(1, 0, 0), (1, 0.9, 0)], atol=0.01), "from red to yellow, as README and tool tip say"
     assert (display.GetLowerThreshold(), display.GetApplyThreshold(), display.GetAutoThreshold()) == (0.1, 1, 0)
     assert (display.GetWindowLevelMin(), display.GetWindowLevelMax()) == (0.0, 0.5)
     assert layers_of(composite) == (found.GetID(), 0.6)
@@ -514,6 +517,14 @@ def test_the_next_run_into_the_same_segmentation_takes_the_place_of_the_map(scen
     assert np.allclose(NodeConversion.volumeMatrix(found), NodeConversion.volumeMatrix(node), atol=1e-9)
     assert scene_state(scene)[3] == state[3]
 
+    # The name is the panel's again, and changes with the image, until a person gives it another one.
+    assert panel.run(again).state == "done" and found.GetName().startswith("other uncertainty")
+    found.SetName("reviewed by me")
+    assert panel.run(dataclasses.replace(request, outputNode=segmentation)).state == "done"
+    assert found.GetName() == "reviewed by me"
+    panel.logic.undo()
+    assert found.GetName() == "reviewed by me"
+
     # What the map says is not of the segments that a run without one has made.
     assert panel.run(dataclasses.replace(again, uncertainty=False)).state == "done"
     assert found.GetScene() is scene and layers_of(composite)[0] is None
@@ -521,10 +532,39 @@ def test_the_next_run_into_the_same_segmentation_takes_the_place_of_the_map(scen
     assert layers_of(composite)[0] == found.GetID()
 
 
+def test_a_run_without_a_map_takes_any_map_away_and_gives_each_view_its_own_foreground_back(scene, panel, small_model):
+    request, node, _ = one_request(scene, small_model, uncertainty=True)
+    flair, passing = (add_volume(scene, ball(seed=8)[0][0], name=name) for name in ("FLAIR", "passing"))
+    views = [composite_of(scene, one) for one in (flair.GetID(), None, passing.GetID())]
+    without = dataclasses.replace(request, uncertainty=False)
+    mine = [layers_of(view) for view in views]
+    first = panel.run(request).segmentationNode
+    second = panel.run(request).segmentationNode
+    older, newer = (one.GetNodeReferenceID(UNCERTAINTY_ROLE) for one in (first, second))
+    assert older != newer and [layers_of(view) for view in views] == [(newer, 0.6)] * 3
+    panel.run(without)
+    assert [layers_of(view) for view in views] == mine, "the result is in a new segmentation, which has no map"
+    panel.logic.undo()
+    assert [layers_of(view) for view in views] == [(newer, 0.6)] * 3
+
+    views[1].SetForegroundOpacity(0.3)
+    views[2].SetForegroundVolumeID(older)
+    scene.RemoveNode(first)
+    scene.RemoveNode(second)
+    scene.RemoveNode(passing)
+    panel.run(without)
+    assert [layers_of(view) for view in views] == [*mine[:2], (None, 0.25)]
+    panel.run(request)
+    views[0].SetForegroundVolumeID(node.GetID())
+    views[0].SetForegroundOpacity(0.7)
+    panel.run(without)
+    assert [layers_of(view) for view in views] == [(node.GetID(), 0.7), mine[1], (None, 0.25)], "it was chosen since"
+
+
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 def test_no_map_is_left_of_a_run_that_failed(scene, panel, small_model, monkeypatch, existing):
     request, _, _ = one_request(scene, small_model, uncertainty=True)
-    composite = composite_of(scene)
+    composite = composite_of(scene, add_volume(scene, ball(seed=8)[0][0], name="FLAIR").GetID())
     output = panel.run(request).segmentationNode if existing else None
     shown = layers_of(composite)
     found = output.GetNodeReference(UNCERTAINTY_ROLE) if existing else None
