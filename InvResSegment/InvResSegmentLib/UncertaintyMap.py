@@ -119,12 +119,12 @@ class _Layer:
     opacityBefore: float | None = None
 
 
-def _showsMap(composite: slicer.vtkMRMLSliceCompositeNode) -> bool:
+def _showsMap(composite) -> bool:
     shown = composite.GetScene().GetNodeByID(composite.GetForegroundVolumeID() or "")
     return shown is not None and bool(shown.GetAttribute(UNCERTAINTY))
 
 
-def _layerOf(composite: slicer.vtkMRMLSliceCompositeNode) -> _Layer:
+def _layerOf(composite) -> _Layer:
     opacity = composite.GetAttribute(_OPACITY_BEFORE)
     return _Layer(
         composite.GetForegroundVolumeID(),
@@ -134,9 +134,7 @@ def _layerOf(composite: slicer.vtkMRMLSliceCompositeNode) -> _Layer:
     )
 
 
-def _setLayer(
-    composite: slicer.vtkMRMLSliceCompositeNode, layer: _Layer, change: SegmentationResult.SceneChange
-) -> None:
+def _setLayer(composite, layer: _Layer, change: SegmentationResult.SceneChange) -> None:
     before = _layerOf(composite)
 
     def restore() -> None:
@@ -148,7 +146,7 @@ def _setLayer(
     _write(composite, layer)
 
 
-def _write(composite: slicer.vtkMRMLSliceCompositeNode, layer: _Layer) -> None:
+def _write(composite, layer: _Layer) -> None:
     """A volume that has been deleted meanwhile leaves its place empty."""
     there = composite.GetScene().GetNodeByID(layer.volumeId or "")
     composite.SetForegroundVolumeID(None if there is None else layer.volumeId)
