@@ -43,8 +43,8 @@ def cropped(
 
     Their files are written into `folder`, in canonical orientation; a run that goes on finds them there, and reads no
     image again of a case whose files are as they were. They keep the patient and the fingerprints of the whole images,
-    and are called NAME-1, NAME-2 from left to right, also in the split that lies with the data set. A case that cannot be read, has no labelled voxel, or a
-    label on another grid than its image, stays as it is.
+    and are called NAME-1, NAME-2 from left to right, also in the split that lies with the data set. A case that cannot
+    be read, has no labelled voxel, or a label on another grid than its image, stays as it is.
     Raises InvresError where the disk refuses; Cancelled between two cases once `stopped` says so.
     """
     replaced: dict[str, list[Case]] = {}
