@@ -17,6 +17,7 @@ from .config import CropPlan
 from .configjson import to_dict
 from .events import SILENT, Reporter
 from .files import stamps_of, written_whole
+from .fingerprints import fingerprints
 from .inference import is_crop
 from .locating import boxes_around
 from .preprocessing import on_one_grid
@@ -41,9 +42,9 @@ def cropped(
     """The data set with every labelled case that shows more than a crop replaced by crops around its labels.
 
     Their files are written into `folder`, in canonical orientation; a run that goes on finds them there, and reads no
-    image again of a case whose files are as they were. They keep the patient, and are called NAME-1, NAME-2 from left
-    to right, also in the split that lies with the data set. A case that cannot be read, has no labelled voxel, or a
-    label on another grid than its image, stays as it is.
+    image again of a case whose files are as they were. They keep the patient and the fingerprints of the whole images,
+    and are called NAME-1, NAME-2 from left to right, also in the split that lies with the data set. A case that cannot
+    be read, has no labelled voxel, or a label on another grid than its image, stays as it is.
     Raises InvresError where the disk refuses; Cancelled between two cases once `stopped` says so.
     """
     replaced: dict[str, list[Case]] = {}
@@ -99,7 +100,8 @@ class _Known:
                 files = [None if image is None else folder / image for image in images]
                 if not all(file.is_file() for file in (*files, folder / label) if file is not None):
                     return None
-                found.append(Case(name, tuple(files), folder / label, case.patient))
+                # Without fingerprints it was made by an earlier version, and is made anew.
+                found.append(Case(name, tuple(files), folder / label, case.patient, tuple(entry["fingerprints"])))
         except (KeyError, TypeError, ValueError):
             return None
         return found
@@ -111,7 +113,8 @@ class _Known:
             for part in parts
             if part.label is not None
         ]
-        self._entries[case.name] = {"stamp": stamp, "parts": named}
+        whole = sorted({one for part in parts for one in part.fingerprints})
+        self._entries[case.name] = {"stamp": stamp, "parts": named, "fingerprints": whole}
         try:
             with written_whole(self._path) as temporary:
                 temporary.write_text(json.dumps(self._entries), encoding="utf-8")
@@ -149,6 +152,7 @@ def _parts(dataset: Dataset, case: Case, crop: CropPlan, folder: Path) -> list[C
     volumes, label = dataset.load(case)
     if label is None or is_crop(crop, volumes):
         return []
+    known = fingerprints(volumes)  # of the crops it would change with every corrected label
     values = [value for one in dataset.scheme.labels for value in one.values]
     names = [name for name, volume in zip(dataset.channel_names, volumes, strict=True) if volume is not None]
     given, label = on_one_grid([volume for volume in volumes if volume is not None], label, names, case.name)
@@ -166,7 +170,8 @@ def _parts(dataset: Dataset, case: Case, crop: CropPlan, folder: Path) -> list[C
             for channel, image in enumerate(images)
         ]
         assert truth is not None
-        parts.append(Case(name, tuple(files), _written(folder / f"{name}_label.nii.gz", truth), case.patient))
+        target = _written(folder / f"{name}_label.nii.gz", truth)
+        parts.append(Case(name, tuple(files), target, case.patient, known))
     return parts
 
 

@@ -45,12 +45,14 @@ class Case:
     path where nothing is, stands for a channel that the case lacks.
     label: the label map; None for a case that is only segmented.
     patient: cases of one patient never lie on both sides of a split; the case's name where nothing else is known.
+    fingerprints: of the whole images that these were cut out of (see `fingerprints`); () where they are whole.
     """
 
     name: str
     images: tuple[Path | None, ...]
     label: Path | None = None
     patient: str = ""
+    fingerprints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.patient:

@@ -449,7 +449,8 @@ def _write_uncertainty(
 
     def restored(part: SegmentedCase) -> np.ndarray:
         prepared = part.prepared
-        return restore_uncertainty(part.prediction.probabilities, prepared.geometry, prepared.original, scheme.regions)
+        found, labels = part.prediction.probabilities, part.labels.array
+        return restore_uncertainty(found, labels, prepared.geometry, prepared.original, scheme.regions)
 
     _write_map(target, parts, grid, roi_mm, restored, 0.0)
 

@@ -97,6 +97,7 @@ def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
 def confidence_of(probabilities: np.ndarray | torch.Tensor, regions: bool) -> float:
     """The mean probability of the chosen labels (K, D, H, W) over their own voxels; 0 where nothing is found.
 
+    As the network gave them: loose pieces count, too, which a model of one piece leaves out of the label map.
     Plane by plane, so that it needs no memory to speak of.
     """
     total, count = 0.0, 0

@@ -51,7 +51,7 @@ def prepare_cases(
         if found is None:
             shutil.rmtree(home, ignore_errors=True)
             volumes, label = dataset.load(case, report)
-            known = fingerprints(volumes)
+            known = case.fingerprints or fingerprints(volumes)
             _write(home, replace(prepare(volumes, label, plan, dataset.scheme, name, report), fingerprints=known))
             found = _read(home, name)
             assert found is not None

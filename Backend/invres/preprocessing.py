@@ -57,7 +57,7 @@ class PreparedCase:
 
     image: float32 (C, D, H, W). label: int16 (D, H, W), 0..n inside and -1 = ignore, or None.
     geometry: of both arrays; original: of the files. absent: the channels that the case lacks; they are all zero.
-    fingerprints: of the images in the files, where they are known (see `fingerprints`).
+    fingerprints: of the images in the files, or of those that they were cut out of, where known (see `fingerprints`).
     """
 
     name: str

@@ -62,25 +62,29 @@ def restore_volume(
 
 
 def restore_uncertainty(
-    probabilities: np.ndarray, prepared_geometry: Geometry, original: Geometry, regions: bool
+    probabilities: np.ndarray, labels: np.ndarray, prepared_geometry: Geometry, original: Geometry, regions: bool
 ) -> np.ndarray:
     """How likely the label of each voxel is to be wrong, as the network has it: float32 (D, H, W) on the original grid.
 
-    probabilities: (K, d, h, w) on the prepared grid. 1 minus the largest of them, from 0 to 1 - 1 / K; for regions 1
-    minus the probability of the answer, inside or outside, of the region that is least sure, from 0 to 0.5. 0 beyond
-    the crop, which is background. Taken from the interpolated maps, as the labels are, slab by slab.
+    probabilities: (K, d, h, w) on the prepared grid. labels: (D, H, W), as `restore_probabilities` made them of these;
+    what was set to 0 since counts as background. 1 minus the probability of the label, which is the largest, from 0 to
+    1 - 1 / K, but where it was set to 0; there, up to 1. For regions, of which nothing is set to 0, 1 minus the
+    probability of the answer, inside or outside, of the region that is least sure, from 0 to 0.5. 0 beyond the crop,
+    which is background. Taken from the interpolated maps, as the labels are, slab by slab.
     Raises ValueError for grids that do not belong together.
     """
     grid = _Return(prepared_geometry, original)
+    labels = grid.from_original(labels)
     result = np.zeros(grid.canonical.shape, dtype=np.float32)
     for slab, target in grid.slabs():
+        labelled = labels[target] != 0
         surest = np.full(grid.slab_shape(slab), 1.0 if regions else 0.0, dtype=np.float32)
-        for probability in probabilities:
+        for place, probability in enumerate(probabilities):
             found = grid.interpolate(probability, slab)
             if regions:
                 np.minimum(surest, np.maximum(found, 1 - found), out=surest)
             else:
-                np.maximum(surest, found, out=surest)
+                np.maximum(surest, found, out=surest, where=labelled if place else True)
         result[target] = 1 - surest
     return grid.to_original(result)
 
@@ -141,6 +145,10 @@ class _Return:
         for axis in (1, 2):
             part = _along(part, axis, self._lower[axis], self._weight[axis])
         return part
+
+    def from_original(self, array: np.ndarray) -> np.ndarray:
+        """The way back from `to_original`, as a view."""
+        return np.flip(array.transpose(self._order), tuple(self._flips))
 
     def to_original(self, array: np.ndarray) -> np.ndarray:
         """A canonical array in the axis order and direction of the original grid."""

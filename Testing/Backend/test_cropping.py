@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from scipy.ndimage import binary_dilation
 from test_locating import saved
 from tiny_datasets import invres, places, tiny_recipe, write_dataset
 
@@ -17,6 +18,7 @@ from invres.config import CropPlan, Label, LabelScheme
 from invres.cropping import cropped
 from invres.events import Recorder
 from invres.finetuning import finetune
+from invres.fingerprints import fingerprints
 from invres.inference import is_crop
 from invres.training import train
 from invres.trainingrun import TrainOptions
@@ -35,6 +37,15 @@ def two_places(folder, **options):
         apart = np.abs(places(label.geometry)[0]) > 0.15
         write_volume(path, Volume(np.where(apart, label.array, 0), label.geometry))
     return data
+
+
+def label_one_voxel_more(path):
+    """Of those that touch a labelled one, the one that lies nearest to the middle between the two places."""
+    label = read_volume(path, kind="labels")
+    beside = np.argwhere(binary_dilation(label.array > 0) & (label.array == 0))
+    distance = np.linalg.norm(beside - np.array(label.array.shape) / 2, axis=1)
+    label.array[tuple(beside[distance.argmin()])] = 1
+    write_volume(path, label)
 
 
 @pytest.fixture
@@ -91,6 +102,36 @@ def test_going_on_reads_only_what_has_changed_and_tells_how_far_it_is(data, tmp_
     read.clear()
     (tmp_path / "crops" / "crops.json").write_text('{"patient00": {"stamp": 5}, "patient01": []}', encoding="utf-8")
     assert cropped(dataset, CROP, tmp_path / "crops") == first and len(read) == 3
+
+
+def test_crops_have_the_fingerprints_of_the_whole_images_whatever_is_labelled(data, tmp_path):
+    dataset = read_dataset(data)
+    whole = {case.name: fingerprints(dataset.load(case)[0]) for case in dataset.cases}
+    first = cropped(dataset, CROP, tmp_path / "crops")
+    for case in first.cases[:4]:
+        assert case.fingerprints == whole[case.patient] and len(case.fingerprints) == 2
+        assert {*fingerprints(first.load(case)[0])}.isdisjoint(case.fingerprints)
+    assert first.cases[4].fingerprints == (), "it stays whole"
+    before = fingerprints(first.load(first.case("patient00-1"))[0] + first.load(first.case("patient00-2"))[0])
+    label_one_voxel_more(data / "labelsTr" / "patient00.nii.gz")
+    again = cropped(read_dataset(data), CROP, tmp_path / "crops")
+    parts = [case for case in again.cases if case.patient == "patient00"]
+    assert {case.fingerprints for case in parts} == {whole["patient00"]}
+    after = fingerprints(again.load(parts[0])[0] + again.load(parts[1])[0])
+    assert before != after, "the crop itself has changed with the label"
+
+
+def test_crops_of_an_earlier_version_are_made_anew_once(data, tmp_path, monkeypatch):
+    first, read = cropped(read_dataset(data), CROP, tmp_path / "crops"), []
+    path = tmp_path / "crops" / "crops.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    earlier = {name: {key: entry[key] for key in ("stamp", "parts")} for name, entry in entries.items()}
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    real = Dataset.load
+    monkeypatch.setattr(Dataset, "load", lambda self, case, *rest: read.append(case.name) or real(self, case, *rest))
+    for _ in range(2):
+        assert cropped(read_dataset(data), CROP, tmp_path / "crops") == first
+    assert read == ["patient00", "patient01"], "a case that stayed whole has nothing to be made anew"
 
 
 def test_however_a_label_is_stored_the_crop_shows_what_is_labelled(data, tmp_path):
@@ -205,3 +246,21 @@ def test_a_model_of_crops_is_fine_tuned_on_whole_images(tmp_path):
     assert record["plan"]["crop"]["around"] == ["ball"]
     dataset = read_dataset(data)
     assert not is_crop(CROP, dataset.load(dataset.cases[0])[0])
+
+
+def test_a_model_of_crops_knows_an_image_again_whose_label_was_corrected(tmp_path):
+    data = two_places(tmp_path / "data", cases=2, channels=("T1",))
+    recipe = dataclasses.replace(tiny_recipe(patch=(8, 8, 8), iterations_per_epoch=2, epochs=1), crop=CROP)
+    base = train(read_dataset(data), recipe, tmp_path / "run", TrainOptions(device="cpu"))
+    dataset = read_dataset(data)
+    learned = {
+        case.name for case in dataset.cases if {*fingerprints(dataset.load(case)[0])} <= {*base.manifest.trained_on}
+    }
+    assert len(learned) == 1 == len(base.manifest.trained_on), "the other case was held out"
+    for path in (data / "labelsTr").iterdir():
+        label_one_voxel_more(path)
+    wishes = {"epochs": 1, "iterations_per_epoch": 2, "patch": (8, 8, 8)}
+    finetune(base, read_dataset(data), tmp_path / "tuned", TuningOptions(device="cpu", wishes=wishes))
+    compared = json.loads((tmp_path / "tuned" / "comparison.json").read_text(encoding="utf-8"))["cases"]
+    assert {one["patient"] for one in compared if one["base_knows"]} == learned
+    assert {one["patient"] for one in compared} == {"patient00", "patient01"}

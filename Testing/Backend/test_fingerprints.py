@@ -33,6 +33,15 @@ def test_a_single_voxel_makes_a_difference(volume):
     assert fingerprints([Volume(other, volume.geometry)]) != fingerprints([volume])
 
 
+def test_the_sign_of_zero_makes_no_difference(volume):
+    plain = Volume(np.where(volume.array > 2, volume.array, 0).astype(np.float32), volume.geometry)
+    signed = Volume(np.where(plain.array == 0, np.float32(-0.0), plain.array), volume.geometry)
+    assert np.signbit(signed.array).any() and np.array_equal(signed.array, plain.array)
+    before = signed.array.tobytes()
+    assert fingerprints([signed]) == fingerprints([plain])
+    assert signed.array.tobytes() == before, "the volume itself stays as it is"
+
+
 def test_each_channel_has_its_own_in_any_order_and_missing_ones_none(volume):
     second = phantom(GRIDS[0], 1, 5)[0][0]
     both = fingerprints([volume, second])

@@ -110,7 +110,7 @@ ALLOWED = {
         "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
     ),
     "locating": "config events inference modelpackage networks prediction region sides volume",
-    "cropping": "cases config configjson events files inference locating preprocessing region volume",
+    "cropping": "cases config configjson events files fingerprints inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks pace prediction region volume",
     "enhancement": (
         "devices diffusion enhancementconfig enhancementscaling enhancementscores events expectation imagepairs "

@@ -82,7 +82,14 @@ def test_a_model_of_one_piece_leaves_out_what_hangs_loose(scene, tmp_path, keep)
     events = Recorder()
     options = SegmentOptions(one_piece=not keep)
     found = segment(
-        package, {"": image}, tmp_path / "out.nii.gz", options, report=events, network=Known(4, scale=100.0)
+        package,
+        {"": image},
+        tmp_path / "out.nii.gz",
+        options,
+        tmp_path / "p.nii.gz",
+        events,
+        Known(4, scale=100.0),
+        uncertainty_path=tmp_path / "u.nii.gz",
     )
     written = read_volume(tmp_path / "out.nii.gz", kind="labels").array
     assert np.array_equal(written, whole + loose if keep else whole)
@@ -91,6 +98,12 @@ def test_a_model_of_one_piece_leaves_out_what_hangs_loose(scene, tmp_path, keep)
     notes = [event["message"] for event in events.events if "loose" in event.get("message", "")]
     told = "Left out: 1.1 mL in 2 loose pieces, which did not hang together with the rest."
     assert notes == ([] if keep else [told])
+    of_classes = np.stack([read_volume(path).array for path in found["probabilities"]])
+    values = np.array([0, *(label.output_value for label in SCHEME.labels)])
+    of_written = np.take_along_axis(of_classes, np.searchsorted(values, written)[None], axis=0)[0]
+    unsure = read_volume(found["uncertainty"]).array
+    assert np.abs(unsure - (1 - of_written)).max() < 1e-6
+    assert (unsure[loose > 0].max() < 0.1) if keep else (unsure[loose > 0].min() > 0.9)
 
 
 def test_a_region_cuts_off_what_hangs_together_outside_of_it(scene, tmp_path):

@@ -13,7 +13,7 @@ from invres import restoration
 from invres.cases import read_dataset
 from invres.config import Label, LabelScheme
 from invres.preprocessing import inside_values, make_plan, prepare, scheme_targets
-from invres.restoration import restore_probabilities, restore_volume
+from invres.restoration import restore_probabilities, restore_uncertainty, restore_volume
 from invres.volume import Geometry, Volume
 
 
@@ -99,6 +99,24 @@ def test_restoring_in_slabs_changes_nothing(monkeypatch):
     np.testing.assert_array_equal(restore_probabilities(probabilities, prepared.geometry, grid, PLAIN), whole)
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_label_that_was_cleared_is_as_unsure_as_background_is_there(name, monkeypatch):
+    grid = GRIDS[name]
+    image, _ = pair(grid, [10])
+    prepared = prepare([image], None, plan_for((1.1, 0.9, 0.7)), PLAIN)
+    probabilities = np.random.default_rng(0).random((4, *prepared.geometry.shape), dtype=np.float32)
+    probabilities /= probabilities.sum(axis=0)
+    labels = restore_probabilities(probabilities, prepared.geometry, grid, PLAIN)
+    cleared = (labels != 0) & (np.random.default_rng(1).random(labels.shape) < 0.3)
+    labels[cleared] = 0
+    maps = [restore_volume(one, prepared.geometry, grid, float(k == 0)) for k, one in enumerate(probabilities)]
+    wanted = 1 - np.where(cleared, maps[0], np.max(maps, axis=0))
+    monkeypatch.setattr(restoration, "SLAB_VOXELS", 1)
+    found = restore_uncertainty(probabilities, labels, prepared.geometry, grid, False)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert cleared.any() and found.dtype == np.float32
+
+
 def test_restoring_needs_little_memory():
     """NumPy reports its arrays to tracemalloc: the result and slabs, not one map of each class on the fine grid."""
     grid = Geometry((128, 128, 128), (1.0, 1.0, 1.0), (0, 0, 0), RAS)
@@ -106,7 +124,8 @@ def test_restoring_needs_little_memory():
     scheme = LabelScheme(tuple(Label(f"l{i}", (i,), i) for i in range(1, 20)))
     probabilities = np.random.default_rng(0).random((20, *small.shape), dtype=np.float32)
     tracemalloc.start()
-    restore_probabilities(probabilities, small, grid, scheme)
+    labels = restore_probabilities(probabilities, small, grid, scheme)
+    restore_uncertainty(probabilities, labels, small, grid, False)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 4 * 4 * np.prod(grid.shape)
