@@ -14,7 +14,7 @@ from . import InvresError
 from .dataset_json import read_json
 from .events import SILENT, Reporter, aligned, listed
 from .files import written_whole
-from .intervals import p_value, patient_means, spread
+from .intervals import p_value, patient_means, patient_spread
 from .paireddifference import (
     NOT_ENOUGH,
     beyond_doubt,
@@ -90,9 +90,9 @@ def compare(a: Result, b: Result, report: Reporter = SILENT) -> dict[str, Any]:
     """B beside A on the cases that both have, as plain JSON values; every difference is B minus A.
 
     `compared`: both paths. `only_a`, `only_b`: cases that one alone has, which count nowhere. `overall`: by metric, of
-    the mean over labels; `labels`: by name and metric. Each has the spread of `a` and of `b` over cases, their
-    `difference`, patient by patient (cases of one patient are not independent), with its interval, and `p`, of the t
-    test that it is 0. Those of labels say in `beyond_doubt` whether they differ when all labels of the metric are
+    the mean over labels; `labels`: by name and metric. Each has the spread of `a` and of `b` over patients (cases of
+    one patient are not independent), their `difference`, patient by patient, with its interval, and `p`, of the t test
+    that it is 0. Those of labels say in `beyond_doubt` whether they differ when all labels of the metric are
     tested together. `both_empty`, `one_empty`: of a label, in how many cases of A and B both masks are empty (Dice 1),
     and one of them (Dice 0). `verdict`, of B by the Dice, mean over labels: better, worse, as good, not enough data to
     tell; and in words in `sentence`. `better_labels`, `worse_labels`: those whose Dice differs beyond doubt.
@@ -243,8 +243,8 @@ def _paired(pair: Sequence[Sequence[float]], patients: Sequence[str]) -> list[fl
 def _of_metric(metric: str, pair: Sequence[Sequence[float]], patients: Sequence[str]) -> dict[str, Any]:
     differences = _paired(pair, patients)
     return {
-        "a": spread(pair[0]),
-        "b": spread(pair[1]),
+        "a": patient_spread(pair[0], patients),
+        "b": patient_spread(pair[1], patients),
         "difference": difference(differences),
         "p": p_value(differences),
         "larger_is_better": LARGER_IS_BETTER[metric],
@@ -297,7 +297,7 @@ def _footnotes(content: Mapping[str, Any]) -> list[str]:
     if len(content["labels"]) > 1:
         lines.append("*: the label differs beyond doubt, all labels of that metric tested together (Holm).")
     if content["n_patients"] != content["n_cases"]:
-        lines.append("Means are over cases; differences and p are over patients, whose cases count as one.")
+        lines.append("Means, differences and p are over patients: all cases of one count as one, by their mean.")
     for kind, text in (
         ("both_empty", "Empty in prediction and reference, which counts as Dice 1 (cases of A/B)"),
         ("one_empty", f"One mask empty, which counts as Dice 0 and {content['empty_distance_mm']} mm (cases of A/B)"),

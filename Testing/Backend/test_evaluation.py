@@ -289,6 +289,23 @@ def test_the_interval_holds_the_mean(folders):
     assert (low, high) == pytest.approx((dice["mean"] - half, min(1, dice["mean"] + half)), rel=1e-3)
 
 
+def test_a_mean_is_of_the_patients_that_its_interval_is_of(folders):
+    predictions, references, write = folders
+    for index, shift in enumerate((0, 0, 0, 0, 0, 0, 3, 3, 4)):
+        write(f"case_{index}", labels(shift), labels())
+    alone = evaluate(predictions, references, TWO)
+    patients = {f"case_{index}": "Anna" for index in range(6)}
+    found = evaluate(predictions, references, TWO, patients=patients)
+    values = [case["metrics"]["1"]["Dice"] for case in found["metric_per_case"]]
+    dice, means = found["summary"]["liver"]["Dice"], [values[0], *values[6:]]
+    assert (dice["n"], dice["n_patients"]) == (9, 4)
+    assert (dice["mean"], dice["sd"]) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
+    assert dice["median"] == pytest.approx(np.median(means)) and dice["ci95"][0] < dice["mean"] < dice["ci95"][1]
+    assert alone["summary"]["liver"]["Dice"]["mean"] == pytest.approx(np.mean(values)) == found["mean"]["1"]["Dice"]
+    assert "The 9 cases are of 4 patients, over whom means, sd and intervals are" in summary_table(found)
+    assert "over whom" not in summary_table(alone)
+
+
 def test_the_table_is_aligned_and_lists_the_three_worst_cases_first(folders):
     predictions, references, write = folders
     for name, shift in (("fine", 0), ("poor", 3), ("good", 1), ("fair", 2)):

@@ -90,8 +90,9 @@ def test_differences_are_those_of_a_paired_t_test_over_patients(both, label, met
     assert of["difference"]["mean"] == pytest.approx(np.mean(after) - np.mean(before))
     assert of["difference"]["ci95"] == pytest.approx([bounds.low, bounds.high])
     assert of["p"] == pytest.approx(expected.pvalue) and of["difference"]["n"] == 6
-    assert of["a"]["mean"] == pytest.approx(np.mean([value for values in a.values() for value in values]))
-    assert of["b"]["n"] == 7
+    assert of["a"]["mean"] == pytest.approx(np.mean(before)) and of["b"]["mean"] == pytest.approx(np.mean(after))
+    assert of["b"]["sd"] == pytest.approx(np.std(after, ddof=1))
+    assert (of["b"]["n"], of["b"]["n_patients"]) == (7, 6)
 
 
 def test_the_mean_over_labels_decides_and_b_minus_a_has_the_sign(both):
@@ -109,6 +110,37 @@ def test_the_mean_over_labels_decides_and_b_minus_a_has_the_sign(both):
     assert "On 7 cases of 6 patients the Dice is" in forth["sentence"] and "B is better than A." in forth["sentence"]
     assert forth["sentence"].endswith("Labels that are better in B: liver, tumour.")
     assert forth["better_labels"] == back["worse_labels"] == ["liver", "tumour"]
+
+
+def test_the_means_beside_a_difference_are_of_the_same_patients(both, tmp_path):
+    """The many cases of one patient get better in B, those of each other patient worse: over cases the mean rises."""
+
+    def of_many(one, others):
+        def change(content):
+            first = content["metric_per_case"][0]
+            cases = [("Anna", one)] * 50 + [(f"p{number}", value) for number, value in enumerate(others)]
+            content["metric_per_case"] = [
+                {
+                    **first,
+                    "name": f"c{number}",
+                    "patient": patient,
+                    "metrics": {key: {**of, "Dice": dice} for key, of in first["metrics"].items()},
+                }
+                for number, (patient, dice) in enumerate(cases)
+            ]
+
+        return change
+
+    a = changed(both[0], tmp_path / "a.json", of_many(0.8, [0.60, 0.61, 0.62, 0.63]))
+    b = changed(both[0], tmp_path / "b.json", of_many(0.9, [0.50, 0.50, 0.52, 0.54]))
+    content = found(a, b)
+    dice = content["overall"]["Dice"]
+    assert dice["a"]["mean"] == pytest.approx(np.mean([0.8, 0.60, 0.61, 0.62, 0.63]))
+    for of in (dice, *(content["labels"][label]["Dice"] for label in TWO.names)):
+        assert of["b"]["mean"] - of["a"]["mean"] == pytest.approx(of["difference"]["mean"])
+        assert of["difference"]["mean"] < 0 and (of["a"]["n"], of["a"]["n_patients"]) == (54, 5)
+    assert "the Dice is 0.652 in A and 0.592 in B (difference -0.060" in content["sentence"]
+    assert "Means, differences and p are over patients" in comparison_table(content)
 
 
 def test_labels_of_a_metric_are_tested_together(both, tmp_path):
