@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,14 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Raises InvresError for a file that cannot be read, or that is no result of `invres evaluate` on segmentations."""
+    """Raises InvresError for a folder, for a file that cannot be read or is no result of `invres evaluate` on
+    segmentations, and for one with a metric that is no finite number.
+    """
+    if path.is_dir():
+        raise InvresError(f"{path} is a folder.", hint="Give the JSON file that `invres evaluate` wrote.")
     content = read_json(path)
     try:
-        cases = {case["name"]: case for case in content["metric_per_case"]}
+        cases = {str(case["name"]): case for case in content["metric_per_case"]}
         result = Result(
             path,
             cases,
@@ -75,15 +80,45 @@ def read_result(path: Path) -> Result:
             float(content["empty_distance_mm"]),
             frozenset(content.get("epoch_chosen_on", ())),
         )
-        whole = all(np.isfinite(result.mean(case, "Dice")) for case in cases) and "Dice" in result.metrics()
-        if not whole or not cases or len(cases) < len(content["metric_per_case"]):
+        if not _whole(result, content):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
+        _check_numbers(result)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InvresError(
             f"{path} is no result of `invres evaluate` on segmentations.",
             hint="Give two files that it wrote by -p and -r, or by --run.",
         ) from None
     return result
+
+
+def _whole(result: Result, content: Mapping[str, Any]) -> bool:
+    """Whether each case stands there once, with its labels, and each label has a name of its own and a Dice."""
+    cases = result.cases.values()
+    return (
+        0 < len(cases) == len(content["metric_per_case"])
+        and 0 < len(result.keys) == len(content["label_names"])
+        and all(isinstance(name, str) for name in result.keys)
+        and all(isinstance(name, str) for name in result.chosen_on)
+        and all(isinstance(case["metrics"][key], dict) for case in cases for key in result.keys.values())
+        and all(isinstance(case.get("empty", {}), dict) for case in cases)
+        and "Dice" in result.metrics()
+    )
+
+
+def _check_numbers(result: Result) -> None:
+    """Raises InvresError for a metric that is no finite number."""
+    numbers = {"tolerance_mm": result.tolerance_mm, "empty_distance_mm": result.empty_distance_mm} | {
+        f"the {metric} of {label} in the case {case}": of["metrics"][key][metric]
+        for case, of in result.cases.items()
+        for label, key in result.keys.items()
+        for metric in result.metrics()
+    }
+    for what, value in numbers.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise InvresError(
+                f"{result.path} is damaged: {what} is {json.dumps(value)}, not a finite number.",
+                hint="Score anew with `invres evaluate`.",
+            )
 
 
 def compare(a: Result, b: Result, report: Reporter = SILENT) -> dict[str, Any]:

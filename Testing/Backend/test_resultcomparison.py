@@ -282,6 +282,45 @@ def test_what_cannot_be_paired_is_refused_with_the_reason(both, tmp_path, change
         found(both[0], changed(both[1], tmp_path / "b.json", change))
 
 
+@pytest.mark.parametrize("metric", ["Dice", "HD95", "ASD", "MHD", "NSD"])
+@pytest.mark.parametrize("value", [None, "0.5", True, [0.5], float("nan"), float("inf")], ids=str)
+def test_a_metric_that_is_no_finite_number_is_refused_by_its_name(both, tmp_path, metric, value):
+    def change(content):
+        content["metric_per_case"][4]["metrics"]["2"][metric] = value
+
+    damaged = changed(both[1], tmp_path / "b.json", change)
+    with pytest.raises(
+        InvresError, match=rf"b.json is damaged: the {metric} of tumour in the case c4 is .*, not a fin"
+    ):
+        read_result(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["metric_per_case"][1]["metrics"].update({"2": []}),
+        lambda content: content["metric_per_case"][1].update(empty=["both"]),
+        lambda content: content["metric_per_case"].append(None),
+        lambda content: content["label_names"].update({"2": None}),
+        lambda content: content["label_names"].update({"2": "liver"}),
+        lambda content: content["label_names"].clear(),
+        lambda content: content.update(tolerance_mm=None),
+        lambda content: content.update(tolerance_mm=10**400),
+        lambda content: content.update(epoch_chosen_on=[1, "c0"]),
+    ],
+)
+def test_a_damaged_file_is_refused_and_no_fault_of_the_program(both, tmp_path, change):
+    damaged = changed(both[1], tmp_path / "b.json", change)
+    outcome = invres("compare", both[0], damaged, "--json")
+    assert outcome.code == 2 and outcome.events[-1]["message"].startswith(f"{damaged} is no result of"), outcome.err
+
+
+def test_a_folder_is_told_to_be_one(both):
+    outcome = invres("compare", both[0], both[0].parent, "--json")
+    assert outcome.code == 2 and outcome.events[-1]["message"] == f"{both[0].parent} is a folder."
+    assert outcome.events[-1]["hint"] == "Give the JSON file that `invres evaluate` wrote."
+
+
 def test_labels_of_one_name_and_other_values_are_refused(both, tmp_path):
     other = LabelScheme((Label("liver", (1, 2), 1), Label("tumour", (2,), 2)), regions=True)
     path = result(tmp_path, "b", {"c0": 1}, scheme=other)
