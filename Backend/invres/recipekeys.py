@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import InvresError
 from .config import Recipe
 from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
 
-__all__ = ["key_and_value", "with_values"]
+__all__ = ["given_keys", "with_values"]
 
 
 def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
     """The recipe with each KEY=VALUE of `given` in it, in their order; checked as a recipe file is.
 
     An object is merged into the one that is there; a part that the recipe lacks (`crop`, `network.vae`) begins with its
-    defaults. Raises InvresError for unknown keys, with the nearest one, and for wrong values.
+    defaults. Another optimizer brings the weight decay that goes with it, unless that is given too. Raises InvresError
+    for unknown keys, with the nearest one, and for wrong values.
     """
     data = to_dict(recipe)
     for text in given:
-        key, value = key_and_value(text)
+        key, value = _key_and_value(text)
         if key not in dotted_keys(Recipe):
             raise InvresError(f"--set: a recipe has no key {key!r}.", hint=dotted_hint(key, Recipe))
         for part in reversed(key.split(".")):
             value = {part: value}
         data = _merged(data, value)
-    return from_dict(Recipe, data, "--set") if given else recipe
+    if not given:
+        return recipe
+    changed = from_dict(Recipe, data, "--set")
+    if "training.weight_decay" in given_keys(given):
+        return changed
+    decay = recipe.training.with_optimizer(changed.training.optimizer).weight_decay
+    return dataclasses.replace(changed, training=dataclasses.replace(changed.training, weight_decay=decay))
 
 
-def key_and_value(text: str) -> tuple[str, Any]:
+def given_keys(given: Sequence[str]) -> list[str]:
+    """The dotted keys that `given` has values for, each KEY=VALUE; those in an object, too. Raises InvresError where
+    one is not of this form.
+    """
+    return [key for text in given for key in _keys_in(*_key_and_value(text))]
+
+
+def _keys_in(key: str, value: Any) -> Iterator[str]:
+    yield key
+    if isinstance(value, dict):
+        for inner, of_inner in value.items():
+            yield from _keys_in(f"{key}.{inner}", of_inner)
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
     """KEY=VALUE; the value as JSON or, where it is none, as text. Raises InvresError where it is not of this form."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals):

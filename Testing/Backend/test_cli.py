@@ -475,6 +475,29 @@ def test_the_optimizer_of_the_command_line_trains_with_the_decay_that_goes_with_
         assert manifest["training"]["optimizer"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("asked", "decay"),
+    [
+        (["--optimizer", "adam"], 0.0),
+        (["--set", "training.optimizer=adam"], 0.0),
+        (["--set", 'training={"optimizer": "adam"}'], 0.0),
+        (["--set", "training.optimizer=muon"], 0.3),
+        (["--set", "training.epochs=1"], 0.3),
+        (["--set", "training.weight_decay=0.2", "--set", "training.optimizer=adam"], 0.2),
+        (["--set", 'training={"optimizer": "adam", "weight_decay": 0.2}'], 0.2),
+        (["--optimizer", "adam", "--set", "training.weight_decay=0.2"], 0.2),
+        (["--optimizer", "adam", "--set", "training.epochs=1"], 0.0),
+    ],
+)
+def test_an_optimizer_that_is_set_has_the_decay_of_the_option(data, tmp_path, asked, decay):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1, optimizer="muon", weight_decay=0.3)
+    outcome = invres(
+        "train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--fold", "all", *asked
+    )
+    assert outcome.code == 0, outcome.err
+    assert started_recipe(tmp_path / "run").training.weight_decay == decay
+
+
 def test_scores_never_overwrite_what_is_no_earlier_report(tmp_path):
     label = Volume(np.ones((4, 4, 4), np.uint8), Geometry((4, 4, 4), (1, 1, 1), (0, 0, 0), np.eye(3)))
     for kind in ("p", "r"):
@@ -853,6 +876,8 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--set", "spacing_mm=[0,1,1]"], "spacing_mm must be three sizes above 0, got [0.0, 1.0, 1.0].", ""),
         (["--set", "training.patch"], "--set needs a key and a value, got 'training.patch'.", "training.patch=[96,96"),
         (["--set", "training.epochs=2", "--epochs", "3"], "--epochs and --set both give training.epochs.", "one"),
+        (["--set", 'training={"epochs": 2}', "--epochs", "1"], "--epochs and --set both give training.epochs.", "one"),
+        (["--set", 'network={"vae": {"latent": 4}}', "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--set", "network.vae=null", "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--seed", "-1"], "training.seed must be 0 or more, got -1.", ""),
         (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
