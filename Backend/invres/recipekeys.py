@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -60,7 +61,7 @@ def _key_and_value(text: str) -> tuple[str, Any]:
             f"--set needs a key and a value, got {text!r}.", hint="Write it as 'training.patch=[96,96,96]'."
         )
     try:
-        return key, json.loads(value, parse_constant=_refused)
+        return key, json.loads(value, parse_constant=_refused, parse_float=_finite)
     except ValueError:
         return key, value
 
@@ -74,3 +75,9 @@ def _merged(old: Any, new: Any) -> Any:
 def _refused(word: str) -> NoReturn:
     """NaN and Infinity, which JSON does not have and nothing can be trained with, stay words."""
     raise ValueError(word)
+
+
+def _finite(word: str) -> float:
+    """1e999, which is read as Infinity, stays a word, too."""
+    value = float(word)
+    return value if math.isfinite(value) else _refused(word)

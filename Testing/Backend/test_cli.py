@@ -873,7 +873,18 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--set", "training.patch=[8,8"], "training: patch must be a list, got '[8,8'.", ""),
         (["--set", "training.epochs=three"], "training: epochs must be a whole number, got 'three'.", ""),
         (["--set", "training.learning_rate=NaN"], "learning_rate must be a number, got 'NaN'.", ""),
-        (["--set", "spacing_mm=[0,1,1]"], "spacing_mm must be three sizes above 0, got [0.0, 1.0, 1.0].", ""),
+        (["--set", "training.learning_rate=1e999"], "learning_rate must be a number, got '1e999'.", ""),
+        (["--set", "augmentation.noise_std=-1e999"], "noise_std must be a number, got '-1e999'.", ""),
+        (["--lr", "inf"], "training.learning_rate must be a finite number, got inf.", ""),
+        (["--lr", "nan"], "training.learning_rate must be a finite number, got nan.", ""),
+        (["--time", "9" * 400 + "h"], "training.time_s must be a finite number, got inf.", ""),
+        (["-r", "INFINITE"], "training.loss.dice must be a finite number, got inf.", ""),
+        (
+            ["--set", "spacing_mm=[0,1,1]"],
+            "spacing_mm must be three sizes of 0.01 mm or more, got [0.0, 1.0, 1.0].",
+            "",
+        ),
+        (["--set", "spacing_mm=[1e-9,1,1]"], "must be three sizes of 0.01 mm or more, got [1e-09, 1.0, 1.0].", ""),
         (["--set", "training.patch"], "--set needs a key and a value, got 'training.patch'.", "training.patch=[96,96"),
         (["--set", "training.epochs=2", "--epochs", "3"], "--epochs and --set both give training.epochs.", "one"),
         (["--set", 'training={"epochs": 2}', "--epochs", "1"], "--epochs and --set both give training.epochs.", "one"),
@@ -895,11 +906,13 @@ def test_wrong_wishes_for_training_are_told(data, refused, tmp_path, flags, told
     recipes.mkdir()
     (recipes / "unknown.json").write_text('{"training": {"epoch": 3}}')
     (recipes / "broken.json").write_text("{")
+    (recipes / "infinite.json").write_text('{"training": {"loss": {"dice": 1e999}}}')
     (recipes / "synonym.json").write_text('{"network": {"widths": [4, 8]}}')
     (recipes / "network.json").write_text('{"network": {"name": "unet"}}')
     places = {
         "UNKNOWN": recipes / "unknown.json",
         "BROKEN": recipes / "broken.json",
+        "INFINITE": recipes / "infinite.json",
         "SYNONYM": recipes / "synonym.json",
         "NETWORK": recipes / "network.json",
         "WIDTHS": write_recipe(recipes / "widths.json"),
