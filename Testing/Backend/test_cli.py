@@ -825,6 +825,8 @@ def test_a_model_that_cannot_be_trusted_is_refused(place, refused, tmp_path, ver
     [
         (["describe", "Phantm"], "There is no model 'Phantm'"),
         (["models", "verify"], "`invres models verify` needs a model"),
+        (["models", "verify", "MODEL", "--name", "z"], "`invres models verify` has no use for it."),
+        (["models", "list", "--name", ""], "--name names what `invres models join` makes"),
         (["models", "export", "MODEL"], "needs --output FILE.invres"),
         (["models", "export", "MODEL", "-o", "OUT.zip"], "An exported model ends in .invres"),
         (["models", "import"], "`invres models import` needs a model"),
