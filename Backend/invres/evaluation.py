@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from . import InvresError
 from .alignment import LABEL_TOLERANCE_MM
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter, aligned, listed
-from .files import written_whole
 from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .volume import Volume, read_volume
 
-__all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]
+__all__ = ["case_name", "evaluate", "score_pairs", "summary_table"]
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _WORST_CASES = 3
@@ -112,20 +110,6 @@ def score_pairs(
         "tolerance_mm": float(tolerance_mm),
         "empty_distance_mm": EMPTY_DISTANCE_MM,
     }
-
-
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Writes what `evaluate` returned as JSON; the file appears whole or not at all.
-
-    Raises: InvresError where the file cannot be written; ValueError for a number that is not finite.
-    """
-    path = Path(path)
-    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InvresError(f"The metrics cannot be written to {path}: {error.strerror or error}.") from None
 
 
 def summary_table(metrics: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 from . import InvresError
 from .dataset_json import read_json
 from .events import SILENT, Reporter, aligned, listed
-from .files import written_whole
 from .intervals import p_value, patient_means, patient_spread
 from .paireddifference import (
     NOT_ENOUGH,
@@ -26,7 +25,7 @@ from .paireddifference import (
     verdict,
 )
 
-__all__ = ["Result", "compare", "comparison_table", "read_result", "write_comparison"]
+__all__ = ["Result", "compare", "comparison_table", "read_result"]
 
 LARGER_IS_BETTER = {"Dice": True, "HD95": False, "ASD": False, "MHD": False, "NSD": True}
 _DECIMALS = {"Dice": 3, "HD95": 2, "ASD": 3, "MHD": 3, "NSD": 3}
@@ -183,16 +182,6 @@ def compare(a: Result, b: Result, report: Reporter = SILENT) -> dict[str, Any]:
         "worse_labels": worse,
         "cases": _cases(a, b, names, patients),
     }
-
-
-def write_comparison(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes what `compare` returned as JSON, whole or not at all. Raises InvresError where the disk refuses."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InvresError(f"The comparison cannot be written to {path}: {error.strerror or error}.") from None
 
 
 def comparison_table(content: Mapping[str, Any]) -> str:

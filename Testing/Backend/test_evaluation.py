@@ -10,7 +10,7 @@ import pytest
 
 from invres import InvresError
 from invres.config import Label, LabelScheme
-from invres.evaluation import case_name, evaluate, summary_table, write_metrics
+from invres.evaluation import case_name, evaluate, summary_table
 from invres.events import Recorder
 from invres.volume import Geometry, Volume, read_volume, write_segmentation, write_volume
 
@@ -340,30 +340,6 @@ def test_two_predictions_of_one_name_are_refused(folders):
     write("a", labels(), None, ending=".nrrd")
     with pytest.raises(InvresError, match="two volumes of the name 'a'"):
         evaluate(predictions, references, TWO)
-
-
-def test_the_metrics_file_holds_what_was_given_and_nothing_else_is_left(tmp_path):
-    path = tmp_path / "new folder" / "métrics.json"
-    write_metrics(path, {"a": 1})
-    write_metrics(path, {"mean": {"Leber é": 0.5}})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"mean": {"Leber é": 0.5}}
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_number_that_is_not_finite_leaves_the_old_metrics_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    write_metrics(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_metrics(path, {"a": float("nan")})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-
-
-def test_metrics_that_cannot_be_written_are_refused_and_leave_nothing(tmp_path):
-    target = tmp_path / "metrics.json"
-    target.mkdir()
-    with pytest.raises(InvresError, match="cannot be written"):
-        write_metrics(target, {"a": 1})
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_a_real_label_map_scores_perfectly_against_itself_and_by_a_voxel_against_its_shifted_self(data_dir, tmp_path):

@@ -11,8 +11,9 @@ from tiny_datasets import invres
 
 from invres import InvresError
 from invres.config import Label, LabelScheme
-from invres.evaluation import score_pairs, write_metrics
+from invres.evaluation import score_pairs
 from invres.events import Recorder
+from invres.files import write_json
 from invres.resultcomparison import compare, comparison_table, read_result
 from invres.volume import Geometry, Volume, write_volume
 
@@ -39,7 +40,7 @@ def result(folder, name, shifts, scheme=TWO, patients=PATIENTS, tolerance_mm=1.0
         write_volume(reference, Volume(labels(tumour=case not in without_tumour), GRID))
         pairs.append((case, predicted, reference))
     path = folder / f"{name}.json"
-    write_metrics(path, score_pairs(pairs, scheme, tolerance_mm=tolerance_mm, patients=patients))
+    write_json(path, score_pairs(pairs, scheme, tolerance_mm=tolerance_mm, patients=patients), "metrics")
     return path
 
 
