@@ -24,7 +24,7 @@ from .model_commands import describe, models
 from .modelpackage import ModelPackage
 from .networkconfig import VAEConfig
 from .plan_command import plan
-from .recipekeys import key_and_value, with_values
+from .recipekeys import given_keys, with_values
 from .reproduce_command import reproduce
 from .segment_command import segment
 
@@ -275,7 +275,7 @@ def _wishes(options: argparse.Namespace) -> dict[str, Any]:
 
 def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with the command line's wishes. Raises InvresError where `--set` and another option say the same."""
-    for key, _ in map(key_and_value, options.values):
+    for key in given_keys(options.values):
         option = _OPTIONS.get(key, "")
         if option and getattr(options, option.replace("-", "_")) is not None:
             raise InvresError(f"--{option} and --set both give {key}.", hint="Give one of them.", code="usage")

@@ -16,7 +16,7 @@ from .config import LabelScheme
 from .configjson import to_dict
 from .events import aligned, listed
 from .files import written_whole
-from .intervals import patient_means, spread
+from .intervals import patient_means, patient_spread
 from .metrics import EMPTY_DISTANCE_MM
 from .paireddifference import (
     NOT_ENOUGH,
@@ -44,9 +44,10 @@ def summarise(
 ) -> dict[str, Any]:
     """All that is said of a comparison, as plain JSON values.
 
-    `labels`: by name and metric the spread of base and tuned, and of their paired difference with its interval; under
-    "empty" in how many cases which mask is empty, of base and tuned.
-    `difference`: of Dice, mean over labels, patient by patient (cases of one patient are not independent).
+    `labels`: by name and metric the spread of base and tuned over patients (cases of one patient are not independent),
+    and of their paired difference with its interval, of the cases that both could segment, or of all where the base
+    model has none; under "empty" in how many cases which mask is empty, of base and tuned.
+    `difference`: of Dice, mean over labels, patient by patient.
     `verdict`: better, worse, as good, not enough data to tell; or nothing to compare, where the base model has none of
     the labels or cannot take the channels. `promotable`: held out and not worse as far as can be seen, neither as a
     whole nor in a label. `worse_labels`: whose own Dice got worse beyond doubt, whatever the mean did; of many labels
@@ -123,6 +124,8 @@ def comparison_table(content: Mapping[str, Any]) -> str:
                 ]
             )
     lines = [content["sentence"], "", *aligned(rows), ""]
+    if content["n_patients"] != content["n_cases"]:
+        lines += ["Means and differences are over patients: all cases of one count as one, by their mean.", ""]
     if penalised:
         lines += [
             "empty: in how many cases one mask of the two is empty, base/tuned; each counts in the mean of HD95 as "
@@ -164,10 +167,12 @@ def _worse_labels(names: Sequence[str], cases: Sequence[CaseComparison]) -> list
 
 def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
+    # Means whose difference stands beside them are of the same cases.
+    both = [one for one in cases if name in one.base]
     for metric in METRICS:
         summary[metric] = {
-            "base": spread([one.base[name][metric] for one in cases if name in one.base]),
-            "tuned": spread([one.tuned[name][metric] for one in cases if name in one.tuned]),
+            "base": _over_patients([(one.patient, one.base[name][metric]) for one in both]),
+            "tuned": _over_patients([(one.patient, one.tuned[name][metric]) for one in both or cases]),
             "difference": difference(_patient_differences(name, metric, cases)),
             "larger_is_better": LARGER_IS_BETTER[metric],
         }
@@ -178,13 +183,20 @@ def _label_summary(name: str, cases: Sequence[CaseComparison]) -> dict[str, Any]
     return summary
 
 
+def _over_patients(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """`patient_spread` of (patient, value) by case."""
+    return patient_spread([value for _, value in values], [patient for patient, _ in values])
+
+
 def _without(cases: Sequence[CaseComparison]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for channel in dict.fromkeys(channel for one in cases for channel in one.without):
         some = [one for one in cases if channel in one.without]
         found[channel] = {
-            "without": spread([float(np.mean(list(one.without[channel].values()))) for one in some]),
-            "with": spread([_mean_dice(one.tuned) for one in some]),
+            "without": _over_patients(
+                [(one.patient, float(np.mean(list(one.without[channel].values())))) for one in some]
+            ),
+            "with": _over_patients([(one.patient, _mean_dice(one.tuned)) for one in some]),
         }
     return found
 
@@ -209,10 +221,11 @@ def _sentence(
     if not held_out:
         where = f"With one patient no case can be held out; on the {count} that it was trained on"
     if claim == NOTHING:
-        dice = float(np.mean([_mean_dice(one.tuned) for one in cases]))
+        dice = _over_patients([(one.patient, _mean_dice(one.tuned)) for one in cases])["mean"]
         return f"{where} the tuned model has a Dice of {dice:.3f}; the base model has nothing to compare it with."
-    base = float(np.mean([_mean_dice(one.base) for one in cases if one.base]))
-    tuned = float(np.mean([_mean_dice({n: one.tuned[n] for n in one.base}) for one in cases if one.base]))
+    both = [one for one in cases if one.base]
+    base = _over_patients([(one.patient, _mean_dice(one.base)) for one in both])["mean"]
+    tuned = _over_patients([(one.patient, _mean_dice({n: one.tuned[n] for n in one.base})) for one in both])["mean"]
     change = f"{where} the Dice went from {base:.3f} to {tuned:.3f}{told(overall)}"
     if not held_out:
         return f"{change}, which proves nothing about other cases: {NOT_ENOUGH}."

@@ -31,6 +31,7 @@ __all__ = [
     "TrainingConfig",
     "check_axes",
     "check_one_piece",
+    "check_spacing",
 ]
 
 ENGINES = ("auto", "stored", "checkpoint", "recursive", "memcnn", "reversible")
@@ -40,6 +41,8 @@ OPTIMIZERS = {"adam": 0.0, "muon": 0.1}
 DARKEST = -4.0
 """Of empty background, in standard deviations. It keeps the darkness that scaling gives it, but an image of little
 contrast must not push it so far that it dominates the network's statistics."""
+SMALLEST_MM = 0.01
+"""Of a voxel that images are resampled to (chosen): below it a mistyped number would fill the memory."""
 Triple = tuple[int, int, int]
 
 
@@ -149,6 +152,10 @@ class TrainingConfig:
             raise InvresError(
                 f"There is no memory setting {self.memory!r}; the settings are {', '.join(MEMORY_SETTINGS)}."
             )
+        for where, part in (("training", self), ("training.loss", self.loss)):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InvresError(f"{where}.{key} must be a finite number, got {value}.")
         for key in ("batch_size", "iterations_per_epoch", "epochs", "validate_every"):
             if getattr(self, key) < 1:
                 raise InvresError(f"training.{key} must be 1 or more, got {getattr(self, key)}.")
@@ -264,6 +271,15 @@ class LabelScheme:
         return tuple(label.name for label in self.labels)
 
 
+def check_spacing(what: str, spacing_mm: Sequence[float], hint: str = "") -> None:
+    """Raises InvresError for anything but three sizes of at least `SMALLEST_MM`."""
+    if not all(SMALLEST_MM <= side < math.inf for side in spacing_mm):
+        raise InvresError(
+            f"{what} must be three sizes of {SMALLEST_MM} mm or more, got {list(spacing_mm)}.",
+            hint=hint,
+        )
+
+
 def check_axes(what: str, axes: Sequence[int]) -> None:
     """Raises InvresError for anything but different axes of a volume."""
     if any(axis not in (0, 1, 2) for axis in axes) or len({*axes}) < len(axes):
@@ -307,8 +323,8 @@ class Recipe:
     enhancement: EnhancementConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.spacing_mm is not None and not all(0 < side < math.inf for side in self.spacing_mm):
-            raise InvresError(f"The recipe's spacing_mm must be three sizes above 0, got {list(self.spacing_mm)}.")
+        if self.spacing_mm is not None:
+            check_spacing("The recipe's spacing_mm", self.spacing_mm)
         if self.clip_hu is not None and not self.clip_hu[0] < self.clip_hu[1]:
             raise InvresError(f"The recipe's clip_hu must be a lower and a higher number, got {list(self.clip_hu)}.")
         if (self.enhancement is not None) != self.network.enhances:

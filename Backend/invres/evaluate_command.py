@@ -8,6 +8,7 @@ from . import InvresError
 from .console import load_torch, say
 from .enhance_command import evaluate_enhancement
 from .events import Reporter
+from .files import write_json
 from .outputs import check_report
 
 __all__ = ["evaluate"]
@@ -28,7 +29,7 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
         evaluate_enhancement(options, report)
         return
     from .evaluation import evaluate as score_files
-    from .evaluation import score_pairs, summary_table, write_metrics
+    from .evaluation import score_pairs, summary_table
 
     if options.trained is None:
         from .cases import read_dataset
@@ -45,7 +46,7 @@ def evaluate(options: argparse.Namespace, report: Reporter) -> None:
         pairs, patients, scheme = segment_folds(options.trained, options.data, options.device, report)
         metrics = score_pairs(pairs, scheme, report, options.tolerance, patients)
         metrics["epoch_chosen_on"] = [name for run in options.trained for name in choosing_names(run)]
-    write_metrics(options.output, metrics)
+    write_json(options.output, metrics, "metrics")
     say(report, summary_table(metrics))
     if chosen := metrics.get("epoch_chosen_on"):
         epoch = "epoch" if len(options.trained) == 1 else "epoch of each training"

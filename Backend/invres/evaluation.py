@@ -1,8 +1,7 @@
-"""Scores a folder of segmentations against their references: per case, per label, with the spread over cases."""
+"""Scores a folder of segmentations against their references: per case, per label, with the spread over patients."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from . import InvresError
 from .alignment import LABEL_TOLERANCE_MM
 from .config import Label, LabelScheme
 from .events import SILENT, Reporter, aligned, listed
-from .files import written_whole
 from .intervals import spread_over_patients
 from .metrics import EMPTY_DISTANCE_MM, LabelScore, score_case
 from .volume import Volume, read_volume
 
-__all__ = ["case_name", "evaluate", "score_pairs", "summary_table", "write_metrics"]
+__all__ = ["case_name", "evaluate", "score_pairs", "summary_table"]
 
 _ENDINGS = (".seg.nrrd", ".nii.gz", ".seg.nhdr", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 _WORST_CASES = 3
@@ -65,10 +63,10 @@ def score_pairs(
 
     Returns plain JSON values, finite throughout, with the keys of nnU-Net v2's summary.json (`metric_per_case`, `mean`,
     `foreground_mean`; labels keyed "1", regions "(1, 2)"). Unlike nnU-Net, a label that is empty in prediction and
-    reference counts, with Dice 1. Further keys: `summary` (by label name and metric: mean, sd, median, n and the
-    95 % interval of the mean over patients by Student's t, None for one; and under "empty" how often which mask was
-    empty),
-    `label_names`, `tolerance_mm`, `empty_distance_mm`.
+    reference counts, with Dice 1; `mean` and `foreground_mean` are over cases, as its are. Further keys: `summary` (by
+    label name and metric: mean, sd and median over patients, whose cases count as one, by their mean; n of cases,
+    n_patients, and the 95 % interval of the mean by Student's t, None for one patient; and under "empty" in how many
+    cases which mask was empty), `label_names`, `tolerance_mm`, `empty_distance_mm`.
     Raises: InvresError for a file that cannot be read, different grids, no labels.
     """
     if scheme is None:
@@ -114,20 +112,6 @@ def score_pairs(
     }
 
 
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Writes what `evaluate` returned as JSON; the file appears whole or not at all.
-
-    Raises: InvresError where the file cannot be written; ValueError for a number that is not finite.
-    """
-    path = Path(path)
-    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InvresError(f"The metrics cannot be written to {path}: {error.strerror or error}.") from None
-
-
 def summary_table(metrics: dict[str, Any]) -> str:
     """What `evaluate` returned as an aligned table for people: a row per label, then the cases of lowest Dice."""
     rows = [["label", "n", "Dice mean ± sd [95 % CI]", "NSD", "volume error ml", "empty p/r/both"]]
@@ -151,6 +135,13 @@ def summary_table(metrics: dict[str, Any]) -> str:
         f"NSD within {metrics['tolerance_mm']:g} mm. Empty masks (p: only the predicted, r: only the reference): "
         f"Dice 0, distance {metrics['empty_distance_mm']} mm; both: Dice 1, distance 0.",
     ]
+    cases, patients = len(metrics["metric_per_case"]), len({case["patient"] for case in metrics["metric_per_case"]})
+    if patients != cases:
+        of = "1 patient" if patients == 1 else f"{patients} patients"
+        lines.append(
+            f"The {cases} cases are of {of}, over whom means, sd and intervals are: all cases of one count as one, by "
+            "their mean."
+        )
     if both := {name: of["empty"]["both"] for name, of in metrics["summary"].items() if of["empty"]["both"]}:
         counts = ", ".join(f"{name} {count} of {metrics['summary'][name]['Dice']['n']}" for name, count in both.items())
         lines.append(f"Cases in these means that count as Dice 1 for being empty in both: {counts}.")
@@ -282,7 +273,7 @@ def _values(score: LabelScore) -> dict[str, float]:
 
 
 def _summary(scores: list[LabelScore], patients: Sequence[str]) -> dict[str, Any]:
-    """Spread of each metric of one label over cases."""
+    """Spread of each metric of one label over patients."""
     values = [_values(score) for score in scores]
     volumes = ("VolumePredicted_ml", "VolumeReference_ml", "VolumeError_ml")
     shown = ("Dice", "IoU", *_DISTANCES, "NSD", *volumes)

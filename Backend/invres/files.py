@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["WRITABLE_ENDINGS", "digest_of", "safe_name", "stamps_of", "write_changed", "written_whole"]
+from . import InvresError
+
+__all__ = ["WRITABLE_ENDINGS", "digest_of", "safe_name", "stamps_of", "write_changed", "write_json", "written_whole"]
 
 WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""
@@ -45,6 +49,19 @@ def write_changed(path: Path, text: str) -> None:
     if not (path.is_file() and path.read_bytes() == text.encode()):
         with written_whole(path) as temporary:
             temporary.write_bytes(text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any], what: str) -> None:
+    """Writes plain values as JSON, whole or not at all. what: the content, in words.
+
+    Raises InvresError where the disk refuses; ValueError for a number that is not finite.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InvresError(f"The {what} cannot be written to {path}: {error.strerror or error}.") from None
 
 
 def stamps_of(paths: Iterable[Path | None]) -> list[tuple[str, int, int]]:

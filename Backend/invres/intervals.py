@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["interval", "p_value", "patient_means", "rejected", "spread", "spread_over_patients"]
+__all__ = ["interval", "p_value", "patient_means", "patient_spread", "rejected", "spread", "spread_over_patients"]
 
 LEVEL = 0.05
 
@@ -62,12 +62,21 @@ def patient_means(values: Iterable[tuple[Hashable, float]]) -> list[float]:
     return [float(np.mean(some)) for some in of_patient.values()]
 
 
+def patient_spread(values: Sequence[float], patients: Sequence[Hashable]) -> dict[str, float | int | None]:
+    """`spread` of the `patient_means`, so that it fits an interval over patients. values, patients: of each case.
+
+    `n` is the number of cases and `n_patients` that of means; where each patient has one case it is the values' own.
+    """
+    means = patient_means(zip(patients, values, strict=True))
+    return {**spread(means), "n": len(values), "n_patients": len(means)}
+
+
 def spread_over_patients(
     values: Sequence[float], patients: Sequence[Hashable], within: tuple[float, float] = (-np.inf, np.inf)
 ) -> dict[str, object]:
-    """`spread` of the values, with `ci95`: of the mean, over the `patient_means`; None for one patient.
+    """`patient_spread` with `ci95`, the interval of its mean; None for one patient.
 
     within: what values can be, beyond which the interval does not go.
     """
     bounds = interval(patient_means(zip(patients, values, strict=True)))
-    return {**spread(values), "ci95": None if bounds is None else np.clip(bounds, *within).tolist()}
+    return {**patient_spread(values, patients), "ci95": None if bounds is None else np.clip(bounds, *within).tolist()}

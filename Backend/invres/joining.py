@@ -146,7 +146,7 @@ def _digest(state: Mapping[str, torch.Tensor], member: int) -> str:
 
 
 def _pooled(metrics: Sequence[dict]) -> dict[str, Any]:
-    """Mean, sd and n of each figure over the cases of all members; those that every member has."""
+    """Mean, sd and n of each figure over the patients of all members; those that every member has."""
     found: dict[str, Any] = {}
     for label, of_label in metrics[0].items():
         for metric in of_label:
@@ -157,10 +157,16 @@ def _pooled(metrics: Sequence[dict]) -> dict[str, Any]:
 
 
 def _pool(each: Sequence[dict]) -> dict[str, Any]:
-    count = sum(one["n"] for one in each)
-    mean = sum(one["n"] * one["mean"] for one in each) / count
-    squares = sum((one["n"] - 1) * (one.get("sd") or 0.0) ** 2 + one["n"] * (one["mean"] - mean) ** 2 for one in each)
-    return {"mean": mean, "sd": math.sqrt(squares / (count - 1)) if count > 1 else None, "n": count}
+    # Of how many values a mean and sd are: n, the number of cases, where a manifest does not know patients.
+    counts = [one.get("n_patients") or one["n"] for one in each]
+    count, cases = sum(counts), sum(one["n"] for one in each)
+    mean = sum(n * one["mean"] for n, one in zip(counts, each, strict=True)) / count
+    squares = sum(
+        (n - 1) * (one.get("sd") or 0.0) ** 2 + n * (one["mean"] - mean) ** 2
+        for n, one in zip(counts, each, strict=True)
+    )
+    sd = math.sqrt(squares / (count - 1)) if count > 1 else None
+    return {"mean": mean, "sd": sd, "n": cases} | ({} if count == cases else {"n_patients": count})
 
 
 def _expected(each: Sequence[Expectation]) -> Expectation:

@@ -62,7 +62,7 @@ class Manifest:
     id: 32 hexadecimal digits, new for each saved package; parent: the id that this model was fine-tuned from, or "".
     created: UTC, ISO 8601. patch: training window in voxels (D, H, W). sha256, weights_bytes: of model.safetensors.
     expected: what training cases were like, for a warning where an image is unlike them.
-    metrics: label name -> metric -> mean, sd, median, n, ci95 (`summary` of `evaluation.evaluate`).
+    metrics: label name -> metric -> mean, sd, median, n, n_patients, ci95 (`summary` of `evaluation.evaluate`).
     sides: labels of scheme that segmenting divides into left and right (see `midline`); older manifests have none.
     one_piece: all labels together are one connected structure, so that segmenting leaves out loose pieces (`pieces`).
     mirror_axes: segmenting averages predictions of images mirrored along these axes (D, H, W).

@@ -67,6 +67,12 @@ def describe(options: argparse.Namespace, report: Reporter) -> None:
 
 def models(options: argparse.Namespace, report: Reporter) -> None:
     folder = options.models_dir or user_models_dir()
+    if options.name is not None and options.action != "join":
+        raise InvresError(
+            f"--name names what `invres models join` makes; `invres models {options.action}` has no use for it.",
+            hint="Leave it out.",
+            code="usage",
+        )
     if options.action == "list":
         found = list_packages([bundled_models_dir(), folder], report)
         current = {m.id for m in active_members([p.manifest for p in found], read_active([folder]))}

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import InvresError
 from .config import Recipe
 from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
 
-__all__ = ["key_and_value", "with_values"]
+__all__ = ["given_keys", "with_values"]
 
 
 def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
     """The recipe with each KEY=VALUE of `given` in it, in their order; checked as a recipe file is.
 
     An object is merged into the one that is there; a part that the recipe lacks (`crop`, `network.vae`) begins with its
-    defaults. Raises InvresError for unknown keys, with the nearest one, and for wrong values.
+    defaults. Another optimizer brings the weight decay that goes with it, unless that is given too. Raises InvresError
+    for unknown keys, with the nearest one, and for wrong values.
     """
     data = to_dict(recipe)
     for text in given:
-        key, value = key_and_value(text)
+        key, value = _key_and_value(text)
         if key not in dotted_keys(Recipe):
             raise InvresError(f"--set: a recipe has no key {key!r}.", hint=dotted_hint(key, Recipe))
         for part in reversed(key.split(".")):
             value = {part: value}
         data = _merged(data, value)
-    return from_dict(Recipe, data, "--set") if given else recipe
+    if not given:
+        return recipe
+    changed = from_dict(Recipe, data, "--set")
+    if "training.weight_decay" in given_keys(given):
+        return changed
+    decay = recipe.training.with_optimizer(changed.training.optimizer).weight_decay
+    return dataclasses.replace(changed, training=dataclasses.replace(changed.training, weight_decay=decay))
 
 
-def key_and_value(text: str) -> tuple[str, Any]:
+def given_keys(given: Sequence[str]) -> list[str]:
+    """The dotted keys that `given` has values for, each KEY=VALUE; those in an object, too. Raises InvresError where
+    one is not of this form.
+    """
+    return [key for text in given for key in _keys_in(*_key_and_value(text))]
+
+
+def _keys_in(key: str, value: Any) -> Iterator[str]:
+    yield key
+    if isinstance(value, dict):
+        for inner, of_inner in value.items():
+            yield from _keys_in(f"{key}.{inner}", of_inner)
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
     """KEY=VALUE; the value as JSON or, where it is none, as text. Raises InvresError where it is not of this form."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals):
@@ -38,7 +61,7 @@ def key_and_value(text: str) -> tuple[str, Any]:
             f"--set needs a key and a value, got {text!r}.", hint="Write it as 'training.patch=[96,96,96]'."
         )
     try:
-        return key, json.loads(value, parse_constant=_refused)
+        return key, json.loads(value, parse_constant=_refused, parse_float=_finite)
     except ValueError:
         return key, value
 
@@ -52,3 +75,9 @@ def _merged(old: Any, new: Any) -> Any:
 def _refused(word: str) -> NoReturn:
     """NaN and Infinity, which JSON does not have and nothing can be trained with, stay words."""
     raise ValueError(word)
+
+
+def _finite(word: str) -> float:
+    """1e999, which is read as Infinity, stays a word, too."""
+    value = float(word)
+    return value if math.isfinite(value) else _refused(word)

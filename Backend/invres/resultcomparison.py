@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ import numpy as np
 from . import InvresError
 from .dataset_json import read_json
 from .events import SILENT, Reporter, aligned, listed
-from .files import written_whole
-from .intervals import p_value, patient_means, spread
+from .intervals import p_value, patient_means, patient_spread
 from .paireddifference import (
     NOT_ENOUGH,
     beyond_doubt,
@@ -25,7 +25,7 @@ from .paireddifference import (
     verdict,
 )
 
-__all__ = ["Result", "compare", "comparison_table", "read_result", "write_comparison"]
+__all__ = ["Result", "compare", "comparison_table", "read_result"]
 
 LARGER_IS_BETTER = {"Dice": True, "HD95": False, "ASD": False, "MHD": False, "NSD": True}
 _DECIMALS = {"Dice": 3, "HD95": 2, "ASD": 3, "MHD": 3, "NSD": 3}
@@ -63,10 +63,14 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Raises InvresError for a file that cannot be read, or that is no result of `invres evaluate` on segmentations."""
+    """Raises InvresError for a folder, for a file that cannot be read or is no result of `invres evaluate` on
+    segmentations, and for one with a metric that is no finite number.
+    """
+    if path.is_dir():
+        raise InvresError(f"{path} is a folder.", hint="Give the JSON file that `invres evaluate` wrote.")
     content = read_json(path)
     try:
-        cases = {case["name"]: case for case in content["metric_per_case"]}
+        cases = {str(case["name"]): case for case in content["metric_per_case"]}
         result = Result(
             path,
             cases,
@@ -75,10 +79,10 @@ def read_result(path: Path) -> Result:
             float(content["empty_distance_mm"]),
             frozenset(content.get("epoch_chosen_on", ())),
         )
-        whole = all(np.isfinite(result.mean(case, "Dice")) for case in cases) and "Dice" in result.metrics()
-        if not whole or not cases or len(cases) < len(content["metric_per_case"]):
+        if not _whole(result, content):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
+        _check_numbers(result)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InvresError(
             f"{path} is no result of `invres evaluate` on segmentations.",
             hint="Give two files that it wrote by -p and -r, or by --run.",
@@ -86,13 +90,43 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def _whole(result: Result, content: Mapping[str, Any]) -> bool:
+    """Whether each case stands there once, with its labels, and each label has a name of its own and a Dice."""
+    cases = result.cases.values()
+    return (
+        0 < len(cases) == len(content["metric_per_case"])
+        and 0 < len(result.keys) == len(content["label_names"])
+        and all(isinstance(name, str) for name in result.keys)
+        and all(isinstance(name, str) for name in result.chosen_on)
+        and all(isinstance(case["metrics"][key], dict) for case in cases for key in result.keys.values())
+        and all(isinstance(case.get("empty", {}), dict) for case in cases)
+        and "Dice" in result.metrics()
+    )
+
+
+def _check_numbers(result: Result) -> None:
+    """Raises InvresError for a metric that is no finite number."""
+    numbers = {"tolerance_mm": result.tolerance_mm, "empty_distance_mm": result.empty_distance_mm} | {
+        f"the {metric} of {label} in the case {case}": of["metrics"][key][metric]
+        for case, of in result.cases.items()
+        for label, key in result.keys.items()
+        for metric in result.metrics()
+    }
+    for what, value in numbers.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise InvresError(
+                f"{result.path} is damaged: {what} is {json.dumps(value)}, not a finite number.",
+                hint="Score anew with `invres evaluate`.",
+            )
+
+
 def compare(a: Result, b: Result, report: Reporter = SILENT) -> dict[str, Any]:
     """B beside A on the cases that both have, as plain JSON values; every difference is B minus A.
 
     `compared`: both paths. `only_a`, `only_b`: cases that one alone has, which count nowhere. `overall`: by metric, of
-    the mean over labels; `labels`: by name and metric. Each has the spread of `a` and of `b` over cases, their
-    `difference`, patient by patient (cases of one patient are not independent), with its interval, and `p`, of the t
-    test that it is 0. Those of labels say in `beyond_doubt` whether they differ when all labels of the metric are
+    the mean over labels; `labels`: by name and metric. Each has the spread of `a` and of `b` over patients (cases of
+    one patient are not independent), their `difference`, patient by patient, with its interval, and `p`, of the t test
+    that it is 0. Those of labels say in `beyond_doubt` whether they differ when all labels of the metric are
     tested together. `both_empty`, `one_empty`: of a label, in how many cases of A and B both masks are empty (Dice 1),
     and one of them (Dice 0). `verdict`, of B by the Dice, mean over labels: better, worse, as good, not enough data to
     tell; and in words in `sentence`. `better_labels`, `worse_labels`: those whose Dice differs beyond doubt.
@@ -148,16 +182,6 @@ def compare(a: Result, b: Result, report: Reporter = SILENT) -> dict[str, Any]:
         "worse_labels": worse,
         "cases": _cases(a, b, names, patients),
     }
-
-
-def write_comparison(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes what `compare` returned as JSON, whole or not at all. Raises InvresError where the disk refuses."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InvresError(f"The comparison cannot be written to {path}: {error.strerror or error}.") from None
 
 
 def comparison_table(content: Mapping[str, Any]) -> str:
@@ -243,8 +267,8 @@ def _paired(pair: Sequence[Sequence[float]], patients: Sequence[str]) -> list[fl
 def _of_metric(metric: str, pair: Sequence[Sequence[float]], patients: Sequence[str]) -> dict[str, Any]:
     differences = _paired(pair, patients)
     return {
-        "a": spread(pair[0]),
-        "b": spread(pair[1]),
+        "a": patient_spread(pair[0], patients),
+        "b": patient_spread(pair[1], patients),
         "difference": difference(differences),
         "p": p_value(differences),
         "larger_is_better": LARGER_IS_BETTER[metric],
@@ -297,7 +321,7 @@ def _footnotes(content: Mapping[str, Any]) -> list[str]:
     if len(content["labels"]) > 1:
         lines.append("*: the label differs beyond doubt, all labels of that metric tested together (Holm).")
     if content["n_patients"] != content["n_cases"]:
-        lines.append("Means are over cases; differences and p are over patients, whose cases count as one.")
+        lines.append("Means, differences and p are over patients: all cases of one count as one, by their mean.")
     for kind, text in (
         ("both_empty", "Empty in prediction and reference, which counts as Dice 1 (cases of A/B)"),
         ("one_empty", f"One mask empty, which counts as Dice 0 and {content['empty_distance_mm']} mm (cases of A/B)"),

@@ -14,7 +14,15 @@ import numpy as np
 from . import InvresError
 from .cases import SPLITS, Dataset, case_problems, read_splits, report_missing_channels
 from .casesplits import Part, parts_of_splits, plan_parts
-from .config import AugmentationConfig, ChannelPlan, LabelScheme, PreparationPlan, Recipe, TrainingConfig
+from .config import (
+    AugmentationConfig,
+    ChannelPlan,
+    LabelScheme,
+    PreparationPlan,
+    Recipe,
+    TrainingConfig,
+    check_spacing,
+)
 from .configjson import from_dict, to_dict
 from .events import SILENT, FilteredReporter, Reporter
 from .files import write_changed
@@ -110,11 +118,9 @@ class TuningOptions:
                 f"The fraction of synthetic batches must be from 0 to 1, got {self.synthetic:g}.",
                 hint="0.5 makes every second batch synthetic.",
             )
-        if self.spacing_mm is not None and not all(np.isfinite(side) and side > 0 for side in self.spacing_mm):
-            raise InvresError(
-                f"The spacing must be three sizes above 0 mm, got {list(self.spacing_mm)}.",
-                hint="Give it superior, anterior, right; or leave it out to keep the base model's.",
-            )
+        if self.spacing_mm is not None:
+            hint = "Give it superior, anterior, right; or leave it out to keep the base model's."
+            check_spacing("The spacing", self.spacing_mm, hint)
 
 
 @dataclass(frozen=True)

@@ -475,6 +475,29 @@ def test_the_optimizer_of_the_command_line_trains_with_the_decay_that_goes_with_
         assert manifest["training"]["optimizer"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("asked", "decay"),
+    [
+        (["--optimizer", "adam"], 0.0),
+        (["--set", "training.optimizer=adam"], 0.0),
+        (["--set", 'training={"optimizer": "adam"}'], 0.0),
+        (["--set", "training.optimizer=muon"], 0.3),
+        (["--set", "training.epochs=1"], 0.3),
+        (["--set", "training.weight_decay=0.2", "--set", "training.optimizer=adam"], 0.2),
+        (["--set", 'training={"optimizer": "adam", "weight_decay": 0.2}'], 0.2),
+        (["--optimizer", "adam", "--set", "training.weight_decay=0.2"], 0.2),
+        (["--optimizer", "adam", "--set", "training.epochs=1"], 0.0),
+    ],
+)
+def test_an_optimizer_that_is_set_has_the_decay_of_the_option(data, tmp_path, asked, decay):
+    recipe = write_recipe(tmp_path / "r.json", epochs=1, iterations_per_epoch=1, optimizer="muon", weight_decay=0.3)
+    outcome = invres(
+        "train", "-d", data, "-r", recipe, "-o", tmp_path / "run", "--device", "cpu", "--fold", "all", *asked
+    )
+    assert outcome.code == 0, outcome.err
+    assert started_recipe(tmp_path / "run").training.weight_decay == decay
+
+
 def test_scores_never_overwrite_what_is_no_earlier_report(tmp_path):
     label = Volume(np.ones((4, 4, 4), np.uint8), Geometry((4, 4, 4), (1, 1, 1), (0, 0, 0), np.eye(3)))
     for kind in ("p", "r"):
@@ -802,6 +825,8 @@ def test_a_model_that_cannot_be_trusted_is_refused(place, refused, tmp_path, ver
     [
         (["describe", "Phantm"], "There is no model 'Phantm'"),
         (["models", "verify"], "`invres models verify` needs a model"),
+        (["models", "verify", "MODEL", "--name", "z"], "`invres models verify` has no use for it."),
+        (["models", "list", "--name", ""], "--name names what `invres models join` makes"),
         (["models", "export", "MODEL"], "needs --output FILE.invres"),
         (["models", "export", "MODEL", "-o", "OUT.zip"], "An exported model ends in .invres"),
         (["models", "import"], "`invres models import` needs a model"),
@@ -850,9 +875,22 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--set", "training.patch=[8,8"], "training: patch must be a list, got '[8,8'.", ""),
         (["--set", "training.epochs=three"], "training: epochs must be a whole number, got 'three'.", ""),
         (["--set", "training.learning_rate=NaN"], "learning_rate must be a number, got 'NaN'.", ""),
-        (["--set", "spacing_mm=[0,1,1]"], "spacing_mm must be three sizes above 0, got [0.0, 1.0, 1.0].", ""),
+        (["--set", "training.learning_rate=1e999"], "learning_rate must be a number, got '1e999'.", ""),
+        (["--set", "augmentation.noise_std=-1e999"], "noise_std must be a number, got '-1e999'.", ""),
+        (["--lr", "inf"], "training.learning_rate must be a finite number, got inf.", ""),
+        (["--lr", "nan"], "training.learning_rate must be a finite number, got nan.", ""),
+        (["--time", "9" * 400 + "h"], "training.time_s must be a finite number, got inf.", ""),
+        (["-r", "INFINITE"], "training.loss.dice must be a finite number, got inf.", ""),
+        (
+            ["--set", "spacing_mm=[0,1,1]"],
+            "spacing_mm must be three sizes of 0.01 mm or more, got [0.0, 1.0, 1.0].",
+            "",
+        ),
+        (["--set", "spacing_mm=[1e-9,1,1]"], "must be three sizes of 0.01 mm or more, got [1e-09, 1.0, 1.0].", ""),
         (["--set", "training.patch"], "--set needs a key and a value, got 'training.patch'.", "training.patch=[96,96"),
         (["--set", "training.epochs=2", "--epochs", "3"], "--epochs and --set both give training.epochs.", "one"),
+        (["--set", 'training={"epochs": 2}', "--epochs", "1"], "--epochs and --set both give training.epochs.", "one"),
+        (["--set", 'network={"vae": {"latent": 4}}', "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--set", "network.vae=null", "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--seed", "-1"], "training.seed must be 0 or more, got -1.", ""),
         (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
@@ -870,11 +908,13 @@ def test_wrong_wishes_for_training_are_told(data, refused, tmp_path, flags, told
     recipes.mkdir()
     (recipes / "unknown.json").write_text('{"training": {"epoch": 3}}')
     (recipes / "broken.json").write_text("{")
+    (recipes / "infinite.json").write_text('{"training": {"loss": {"dice": 1e999}}}')
     (recipes / "synonym.json").write_text('{"network": {"widths": [4, 8]}}')
     (recipes / "network.json").write_text('{"network": {"name": "unet"}}')
     places = {
         "UNKNOWN": recipes / "unknown.json",
         "BROKEN": recipes / "broken.json",
+        "INFINITE": recipes / "infinite.json",
         "SYNONYM": recipes / "synonym.json",
         "NETWORK": recipes / "network.json",
         "WIDTHS": write_recipe(recipes / "widths.json"),

@@ -90,6 +90,23 @@ def test_several_cases_of_one_patient_are_one_observation():
     assert found["verdict"] == "not enough data to tell" and found["difference"]["ci95"] is None
 
 
+def test_before_and_after_are_of_the_patients_that_the_difference_is_of():
+    many = [case(f"a{i}", 0.5, 0.9, patient="Anna") for i in range(20)]
+    found = summarise([*many, *cases((0.8, 0.7), (0.8, 0.7), (0.8, 0.69), (0.8, 0.68))], True, LABELS)
+    base, tuned = (0.5 + 4 * 0.8) / 5, (0.9 + 0.7 + 0.7 + 0.69 + 0.68) / 5
+    assert f"the Dice went from {base:.3f} to {tuned:.3f} (difference {tuned - base:+.3f}" in found["sentence"]
+    dice = found["labels"]["upper"]["Dice"]
+    assert (dice["base"]["mean"], dice["tuned"]["mean"]) == pytest.approx((base, tuned))
+    assert dice["difference"]["mean"] == pytest.approx(tuned - base)
+    assert (dice["tuned"]["n"], dice["tuned"]["n_patients"], dice["difference"]["n"]) == (24, 5, 5)
+    assert "are over patients" in comparison_table(found)
+
+
+def test_before_and_after_of_a_label_are_of_the_same_cases():
+    found = summarise(cases((0.5, 0.6), (0.5, 0.6), (0.5, 0.6), (None, 0.1)), True, LABELS)["labels"]["upper"]["Dice"]
+    assert (found["tuned"]["mean"], found["tuned"]["n"]) == (pytest.approx(0.6), 3)
+
+
 def test_a_label_that_got_worse_is_named_though_the_mean_got_better():
     some = [
         CaseComparison(f"c{i}", f"c{i}", scores(upper=0.5, lower=0.6), scores(upper=0.9, lower=0.5 + 0.001 * i))
@@ -157,7 +174,7 @@ def test_an_interval_does_not_go_beyond_what_values_can_be():
 def test_cases_of_one_patient_count_once():
     assert spread_over_patients([0.1, 0.3], ["p", "p"])["ci95"] is None
     found = spread_over_patients([0.1, 0.3, 0.4], ["p", "p", "q"])
-    assert found["mean"] == pytest.approx(0.8 / 3) and found["ci95"] == pytest.approx(list(interval([0.2, 0.4])))
+    assert found["mean"] == pytest.approx(0.3) and found["ci95"] == pytest.approx(list(interval([0.2, 0.4])))
 
 
 def test_the_table_and_both_files_are_for_people_and_programs(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from invres import InvresError
 from invres.config import Label, LabelScheme
-from invres.evaluation import case_name, evaluate, summary_table, write_metrics
+from invres.evaluation import case_name, evaluate, summary_table
 from invres.events import Recorder
 from invres.volume import Geometry, Volume, read_volume, write_segmentation, write_volume
 
@@ -289,6 +289,23 @@ def test_the_interval_holds_the_mean(folders):
     assert (low, high) == pytest.approx((dice["mean"] - half, min(1, dice["mean"] + half)), rel=1e-3)
 
 
+def test_a_mean_is_of_the_patients_that_its_interval_is_of(folders):
+    predictions, references, write = folders
+    for index, shift in enumerate((0, 0, 0, 0, 0, 0, 3, 3, 4)):
+        write(f"case_{index}", labels(shift), labels())
+    alone = evaluate(predictions, references, TWO)
+    patients = {f"case_{index}": "Anna" for index in range(6)}
+    found = evaluate(predictions, references, TWO, patients=patients)
+    values = [case["metrics"]["1"]["Dice"] for case in found["metric_per_case"]]
+    dice, means = found["summary"]["liver"]["Dice"], [values[0], *values[6:]]
+    assert (dice["n"], dice["n_patients"]) == (9, 4)
+    assert (dice["mean"], dice["sd"]) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
+    assert dice["median"] == pytest.approx(np.median(means)) and dice["ci95"][0] < dice["mean"] < dice["ci95"][1]
+    assert alone["summary"]["liver"]["Dice"]["mean"] == pytest.approx(np.mean(values)) == found["mean"]["1"]["Dice"]
+    assert "The 9 cases are of 4 patients, over whom means, sd and intervals are" in summary_table(found)
+    assert "over whom" not in summary_table(alone)
+
+
 def test_the_table_is_aligned_and_lists_the_three_worst_cases_first(folders):
     predictions, references, write = folders
     for name, shift in (("fine", 0), ("poor", 3), ("good", 1), ("fair", 2)):
@@ -323,30 +340,6 @@ def test_two_predictions_of_one_name_are_refused(folders):
     write("a", labels(), None, ending=".nrrd")
     with pytest.raises(InvresError, match="two volumes of the name 'a'"):
         evaluate(predictions, references, TWO)
-
-
-def test_the_metrics_file_holds_what_was_given_and_nothing_else_is_left(tmp_path):
-    path = tmp_path / "new folder" / "métrics.json"
-    write_metrics(path, {"a": 1})
-    write_metrics(path, {"mean": {"Leber é": 0.5}})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"mean": {"Leber é": 0.5}}
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_number_that_is_not_finite_leaves_the_old_metrics_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    write_metrics(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_metrics(path, {"a": float("nan")})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-
-
-def test_metrics_that_cannot_be_written_are_refused_and_leave_nothing(tmp_path):
-    target = tmp_path / "metrics.json"
-    target.mkdir()
-    with pytest.raises(InvresError, match="cannot be written"):
-        write_metrics(target, {"a": 1})
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_a_real_label_map_scores_perfectly_against_itself_and_by_a_voxel_against_its_shifted_self(data_dir, tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny_datasets import files_up_to
 
-from invres.files import stamps_of, write_changed, written_whole
+from invres import InvresError
+from invres.files import stamps_of, write_changed, write_json, written_whole
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "v.1.2.nii.gz", "no_ending", "x" * 250 + ".json"])
@@ -33,6 +36,30 @@ def test_what_stands_there_already_is_not_written_again(tmp_path):
         with pytest.raises(OSError):
             write_changed(path, "größer")
     assert path.stat().st_ino == before.st_ino and path.read_text(encoding="utf-8") == "größe"
+
+
+def test_a_json_file_holds_what_was_given_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new folder" / "métrics.json"
+    write_json(path, {"a": 1}, "metrics")
+    write_json(path, {"mean": {"Leber é": 0.5}}, "metrics")
+    assert json.loads(path.read_text(encoding="utf-8")) == {"mean": {"Leber é": 0.5}}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_number_that_is_not_finite_leaves_the_old_json_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_json(path, {"a": 1}, "metrics")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": float("nan")}, "metrics")
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+
+
+def test_json_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
+    target = tmp_path / "metrics.json"
+    target.mkdir()
+    with pytest.raises(InvresError, match=r"The comparison cannot be written to .*metrics.json: "):
+        write_json(target, {"a": 1}, "comparison")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
 @pytest.mark.parametrize(("header", "voxels"), [("a.hdr", "a.img"), ("a.mhd", "a.raw"), ("a[1].nhdr", "a[1].raw.gz")])

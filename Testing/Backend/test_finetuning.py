@@ -521,7 +521,7 @@ def test_no_usable_case_is_one_sentence(base, tmp_path):
     [
         ({"freeze": "everything"}, "no part 'everything'"),
         ({"synthetic": 2.0}, "from 0 to 1"),
-        ({"spacing_mm": (1.0, 0.0, 1.0)}, "three sizes above 0"),
+        ({"spacing_mm": (1.0, 0.0, 1.0)}, "three sizes of 0.01 mm or more"),
         ({"freeze": "all-but-head", "vae": True}, "nothing to regularise"),
         ({"folds": 7}, "3 patients"),
         ({"validation_count": 3}, "leave no patient"),

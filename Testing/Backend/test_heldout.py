@@ -74,8 +74,11 @@ def test_the_folds_of_a_cross_validation_are_scored_together(folds, tmp_path):
     assert patients == ["patient00", "patient01", "Anna", "Anna"]
     dice = together["summary"]["lower"]["Dice"]
     values = {name: case["metrics"]["2"]["Dice"] for name, case in cases.items()}
-    assert dice["n"] == 4 and dice["mean"] == pytest.approx(np.mean(list(values.values())))
+    assert (dice["n"], dice["n_patients"]) == (4, 3)
     of_patients = [values["patient00"], values["patient01"], (values["patient02"] + values["patient03"]) / 2]
+    assert dice["mean"] == pytest.approx(np.mean(of_patients)) and dice["sd"] == pytest.approx(
+        np.std(of_patients, ddof=1)
+    )
     low, high = stats.t.interval(0.95, 2, np.mean(of_patients), stats.sem(of_patients))
     assert dice["ci95"] == pytest.approx([max(0, low), min(1, high)])
     assert sorted(together["epoch_chosen_on"]) == sorted(cases)

@@ -71,8 +71,8 @@ ALLOWED = {
     "fingerprints": "volume",
     "prepared": "cases config configjson events files fingerprints preprocessing volume",
     "doctor": "alignment cases config dataset_json events expectation layouts preprocessing volume",
-    "resultcomparison": "dataset_json events files intervals paireddifference",
-    "evaluation": "alignment config events files intervals metrics preprocessing volume",
+    "resultcomparison": "dataset_json events intervals paireddifference",
+    "evaluation": "alignment config events intervals metrics preprocessing volume",
     "packagefiles": "events",
     "manifest": "config configjson enhancementconfig expectation mirroring networkconfig sides",
     "modelpackage": (
@@ -197,8 +197,8 @@ ALLOWED = {
         "config configjson console enhancement enhancementconfig enhancementscores enhancementtraining events files "
         "modelpackage outputs scans trainer trainingrun"
     ),
-    "compare_command": "console events outputs resultcomparison",
-    "evaluate_command": "cases console enhance_command evaluation events heldout outputs trainingrun",
+    "compare_command": "console events files outputs resultcomparison",
+    "evaluate_command": "cases console enhance_command evaluation events files heldout outputs trainingrun",
     "segment_command": (
         "batch caseinputs console devices events expectation inference locating mirroring modelpackage outputs pace "
         "provenance segmentfiles segmentoptions"

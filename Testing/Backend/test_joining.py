@@ -135,6 +135,24 @@ def spread(mean, sd, n):
     return {"mean": mean, "sd": sd, "n": n}
 
 
+def test_figures_over_patients_are_pooled_over_the_patients_of_all(tmp_path):
+    parts = [np.array([0.5, 0.6, 0.9]), np.array([0.8, 0.7])]
+    folds = [
+        saved(
+            tmp_path / f"m{number}",
+            number,
+            metrics={
+                "a": {"Dice": {**spread(float(part.mean()), float(part.std(ddof=1)), 20), "n_patients": len(part)}}
+            },
+        )
+        for number, part in enumerate(parts)
+    ]
+    found = join_packages(folds, tmp_path / "joined", "joined").manifest.metrics["a"]["Dice"]
+    together = np.concatenate(parts)
+    assert (found["n"], found["n_patients"]) == (40, 5)
+    assert np.isclose(found["mean"], together.mean()) and np.isclose(found["sd"], together.std(ddof=1))
+
+
 def test_figures_are_pooled_over_the_cases_of_all(tmp_path):
     values = np.random.default_rng(3).random((2, 9))
     parts = [values[0, :5], values[1, :9]]

@@ -11,8 +11,9 @@ from tiny_datasets import invres
 
 from invres import InvresError
 from invres.config import Label, LabelScheme
-from invres.evaluation import score_pairs, write_metrics
+from invres.evaluation import score_pairs
 from invres.events import Recorder
+from invres.files import write_json
 from invres.resultcomparison import compare, comparison_table, read_result
 from invres.volume import Geometry, Volume, write_volume
 
@@ -39,7 +40,7 @@ def result(folder, name, shifts, scheme=TWO, patients=PATIENTS, tolerance_mm=1.0
         write_volume(reference, Volume(labels(tumour=case not in without_tumour), GRID))
         pairs.append((case, predicted, reference))
     path = folder / f"{name}.json"
-    write_metrics(path, score_pairs(pairs, scheme, tolerance_mm=tolerance_mm, patients=patients))
+    write_json(path, score_pairs(pairs, scheme, tolerance_mm=tolerance_mm, patients=patients), "metrics")
     return path
 
 
@@ -90,8 +91,9 @@ def test_differences_are_those_of_a_paired_t_test_over_patients(both, label, met
     assert of["difference"]["mean"] == pytest.approx(np.mean(after) - np.mean(before))
     assert of["difference"]["ci95"] == pytest.approx([bounds.low, bounds.high])
     assert of["p"] == pytest.approx(expected.pvalue) and of["difference"]["n"] == 6
-    assert of["a"]["mean"] == pytest.approx(np.mean([value for values in a.values() for value in values]))
-    assert of["b"]["n"] == 7
+    assert of["a"]["mean"] == pytest.approx(np.mean(before)) and of["b"]["mean"] == pytest.approx(np.mean(after))
+    assert of["b"]["sd"] == pytest.approx(np.std(after, ddof=1))
+    assert (of["b"]["n"], of["b"]["n_patients"]) == (7, 6)
 
 
 def test_the_mean_over_labels_decides_and_b_minus_a_has_the_sign(both):
@@ -109,6 +111,37 @@ def test_the_mean_over_labels_decides_and_b_minus_a_has_the_sign(both):
     assert "On 7 cases of 6 patients the Dice is" in forth["sentence"] and "B is better than A." in forth["sentence"]
     assert forth["sentence"].endswith("Labels that are better in B: liver, tumour.")
     assert forth["better_labels"] == back["worse_labels"] == ["liver", "tumour"]
+
+
+def test_the_means_beside_a_difference_are_of_the_same_patients(both, tmp_path):
+    """The many cases of one patient get better in B, those of each other patient worse: over cases the mean rises."""
+
+    def of_many(one, others):
+        def change(content):
+            first = content["metric_per_case"][0]
+            cases = [("Anna", one)] * 50 + [(f"p{number}", value) for number, value in enumerate(others)]
+            content["metric_per_case"] = [
+                {
+                    **first,
+                    "name": f"c{number}",
+                    "patient": patient,
+                    "metrics": {key: {**of, "Dice": dice} for key, of in first["metrics"].items()},
+                }
+                for number, (patient, dice) in enumerate(cases)
+            ]
+
+        return change
+
+    a = changed(both[0], tmp_path / "a.json", of_many(0.8, [0.60, 0.61, 0.62, 0.63]))
+    b = changed(both[0], tmp_path / "b.json", of_many(0.9, [0.50, 0.50, 0.52, 0.54]))
+    content = found(a, b)
+    dice = content["overall"]["Dice"]
+    assert dice["a"]["mean"] == pytest.approx(np.mean([0.8, 0.60, 0.61, 0.62, 0.63]))
+    for of in (dice, *(content["labels"][label]["Dice"] for label in TWO.names)):
+        assert of["b"]["mean"] - of["a"]["mean"] == pytest.approx(of["difference"]["mean"])
+        assert of["difference"]["mean"] < 0 and (of["a"]["n"], of["a"]["n_patients"]) == (54, 5)
+    assert "the Dice is 0.652 in A and 0.592 in B (difference -0.060" in content["sentence"]
+    assert "Means, differences and p are over patients" in comparison_table(content)
 
 
 def test_labels_of_a_metric_are_tested_together(both, tmp_path):
@@ -248,6 +281,45 @@ def _of_other_patient(content):
 def test_what_cannot_be_paired_is_refused_with_the_reason(both, tmp_path, change, words):
     with pytest.raises(InvresError, match=words):
         found(both[0], changed(both[1], tmp_path / "b.json", change))
+
+
+@pytest.mark.parametrize("metric", ["Dice", "HD95", "ASD", "MHD", "NSD"])
+@pytest.mark.parametrize("value", [None, "0.5", True, [0.5], float("nan"), float("inf")], ids=str)
+def test_a_metric_that_is_no_finite_number_is_refused_by_its_name(both, tmp_path, metric, value):
+    def change(content):
+        content["metric_per_case"][4]["metrics"]["2"][metric] = value
+
+    damaged = changed(both[1], tmp_path / "b.json", change)
+    with pytest.raises(
+        InvresError, match=rf"b.json is damaged: the {metric} of tumour in the case c4 is .*, not a fin"
+    ):
+        read_result(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["metric_per_case"][1]["metrics"].update({"2": []}),
+        lambda content: content["metric_per_case"][1].update(empty=["both"]),
+        lambda content: content["metric_per_case"].append(None),
+        lambda content: content["label_names"].update({"2": None}),
+        lambda content: content["label_names"].update({"2": "liver"}),
+        lambda content: content["label_names"].clear(),
+        lambda content: content.update(tolerance_mm=None),
+        lambda content: content.update(tolerance_mm=10**400),
+        lambda content: content.update(epoch_chosen_on=[1, "c0"]),
+    ],
+)
+def test_a_damaged_file_is_refused_and_no_fault_of_the_program(both, tmp_path, change):
+    damaged = changed(both[1], tmp_path / "b.json", change)
+    outcome = invres("compare", both[0], damaged, "--json")
+    assert outcome.code == 2 and outcome.events[-1]["message"].startswith(f"{damaged} is no result of"), outcome.err
+
+
+def test_a_folder_is_told_to_be_one(both):
+    outcome = invres("compare", both[0], both[0].parent, "--json")
+    assert outcome.code == 2 and outcome.events[-1]["message"] == f"{both[0].parent} is a folder."
+    assert outcome.events[-1]["hint"] == "Give the JSON file that `invres evaluate` wrote."
 
 
 def test_labels_of_one_name_and_other_values_are_refused(both, tmp_path):
