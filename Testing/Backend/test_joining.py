@@ -141,6 +141,7 @@ def test_figures_over_patients_are_pooled_over_the_patients_of_all(tmp_path):
         saved(
             tmp_path / f"m{number}",
             number,
+            trained_on=[f"c{number}"],
             metrics={
                 "a": {"Dice": {**spread(float(part.mean()), float(part.std(ddof=1)), 20), "n_patients": len(part)}}
             },
