@@ -20,10 +20,10 @@ from .BatchCase import (
     BatchCase,
     correctedPath,
     endingOf,
-    freeFileName,
 )
 from .BatchRecord import RECORD, BatchSettings, readBatch, readMade, readSettings, readTable, writeBatch
 from .BatchTable import freeTableName, writeTable
+from .ResultNames import ResultNames
 from .SegmentationLogic import SegmentationLogic, SegmentationRequest
 from .SegmentWays import AS_THE_MODEL, SegmentWays
 
@@ -79,17 +79,17 @@ class BatchQueue:
 
     def add(self, cases: Iterable[BatchCase]) -> int:
         """Appends the cases that are not there yet; returns how many those are."""
-        known, new = {_identity(case): case for case in self.cases}, []
+        known, new = {case.identity: case for case in self.cases}, []
         for case in cases:
-            if (same := known.get(_identity(case))) is None:
+            if (same := known.get(case.identity)) is None:
                 new.append(case)
             else:
                 self._asRead.pop(same, None)  # asked for, and not only remembered
                 same.patient = same.patient or case.patient
-        foreign = self._foreign()
+        names = self._names(self.cases)
         for case in new:
             if not case.fileName and not case.inScene:
-                case.fileName = freeFileName(case.name, self.cases, foreign)
+                names.take(case, RESULT_SUFFIX)
                 self._takeUpCorrection(case)
             self.cases.append(case)
         self.tell()
@@ -109,35 +109,27 @@ class BatchQueue:
         if folder == self.folder or self.running:
             return
         remembered = readBatch(folder) if folder is not None else []
-        theirs = {_identity(case) for case in remembered}
+        theirs = {case.identity for case in remembered}
         mine = [case for case in self.cases if self._asRead.get(case) != _state(case)]
-        others = [case for case in mine if _identity(case) not in theirs]
+        others = [case for case in mine if case.identity not in theirs]
         self._asRead = {case: _state(case) for case in remembered}
+        self.folder = folder
+        self.settings = readSettings(folder) if folder is not None else None
+        names = self._names(remembered)
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
                 case.waitAgain()
                 case.model, case.review = "", ""
-                case.fileName = freeFileName(case.name, remembered, ending=endingOf(case.fileName) or RESULT_SUFFIX)
+                names.take(case, endingOf(case.fileName) or RESULT_SUFFIX)
+                self._takeUpCorrection(case)
                 remembered.append(case)
-        scene = [case for case in others if case.inScene]
-        self.folder, self.cases = folder, [*remembered, *scene]
-        self.settings = readSettings(folder) if folder is not None else None
-        foreign = self._foreign()
-        for case in self.cases:
-            if case.state == WAITING and case.fileName in foreign:
-                self._rename(case, foreign, endingOf(case.fileName) or RESULT_SUFFIX)
+        self.cases = [*remembered, *(case for case in others if case.inScene)]
         self.tell()
 
-    def _rename(self, case: BatchCase, foreign: Sequence[str], ending: str) -> None:
-        others = [other for other in self.cases if other is not case]
-        case.fileName = freeFileName(case.name, others, foreign, ending)
-
-    def _foreign(self) -> list[str]:
-        """Segmentations in the folder of results that no batch has made: nothing may be written over them."""
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        ours = set(readMade(self.folder)) | {case.fileName for case in self.cases if case.state != WAITING}
-        return [file.name for file in self.folder.iterdir() if endingOf(file.name) and file.name not in ours]
+    def _names(self, cases: Sequence[BatchCase]) -> ResultNames:
+        """Those that are taken in the folder of results. cases: whose names are taken, too."""
+        made = readMade(self.folder) if self.folder is not None else {}
+        return ResultNames(self.folder, made, cases)
 
     def _takeUpCorrection(self, case: BatchCase) -> None:
         """A case that was corrected before, taken off the list and added again, is not segmented anew."""
@@ -216,12 +208,12 @@ class BatchQueue:
         self._model, self._device, self._locator, self._cancelling = model, device, locator, False
         self._ways = ways
         self.settings = BatchSettings(model.sha256, ways, ending)
-        foreign = self._foreign()
+        names = self._names(self.cases)
         for case in self.cases:
             if case.pending(model.sha256, ways, ending):
                 case.waitAgain()
                 if not case.inScene and endingOf(case.fileName) != ending:
-                    self._rename(case, foreign, ending)
+                    names.take(case, ending)
         self._next()
 
     def cancel(self) -> None:
@@ -330,11 +322,6 @@ class BatchQueue:
     def _ended(self, case: BatchCase, state: str, message: str) -> None:
         case.state, case.message = state, message
         qt.QTimer.singleShot(0, self._next)  # not from within: a thousand lost files are no depth of calls
-
-
-def _identity(case: BatchCase) -> tuple:
-    nodes = {channel: node.GetID() for channel, node in case.nodes.items()}
-    return tuple(sorted((channel, str(path)) for channel, path in {**case.files, **nodes}.items()))
 
 
 def _state(case: BatchCase) -> tuple:

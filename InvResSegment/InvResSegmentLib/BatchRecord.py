@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .BatchCase import ACCEPTED, DONE, EDITED, ENDINGS, FAILED, RESULT_SUFFIX, RUNNING, WAITING, BatchCase
+from .BatchCase import (
+    ACCEPTED,
+    DONE,
+    EDITED,
+    ENDINGS,
+    FAILED,
+    RESULT_SUFFIX,
+    RUNNING,
+    WAITING,
+    BatchCase,
+    correctedPath,
+)
 from .SegmentWays import AS_THE_MODEL, SegmentWays
 from .WholeFile import readJson, writeJson
 
@@ -49,8 +60,9 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings
         for case in cases
         if not case.inScene
     ]
-    # Of cases that were taken off the list, too: what no batch has made must not be written over.
-    made = sorted({*readMade(folder), *(case.fileName for case in cases if case.state == DONE and not case.inScene)})
+    # Of cases that were taken off the list, too: what no batch has made, or of other images, must not be written over.
+    done = {case.fileName: case.identity for case in cases if case.state == DONE and not case.inScene}
+    made = {name: dict(owner or ()) for name, owner in sorted({**readMade(folder), **done}.items())}
     content: dict[str, Any] = {"format": 1, "cases": entries, "made": made, "table": table}
     if settings is not None:
         ways = settings.ways.toJson()
@@ -59,11 +71,26 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings
     writeJson(folder / RECORD, content)
 
 
-def readMade(folder: Path) -> list[str]:
-    """The names of the results that batches have written into a folder."""
+def readMade(folder: Path) -> dict[str, tuple | None]:
+    """The names of the results that batches have written into a folder -> the `identity` of what they were made of.
+
+    None where that is not known: records were lists of names alone at first.
+    """
     record = readJson(folder / RECORD)
-    listed = [entry.get("result") for entry in record.get("cases") or [] if isinstance(entry, dict)]
-    return [str(name) for name in (*(record.get("made") or []), *listed) if name]
+    made = record.get("made")
+    found = {str(name): None for name in made} if isinstance(made, list) else {}
+    if isinstance(made, dict):
+        found = {str(name): _owner(files) for name, files in made.items()}
+    for entry in record.get("cases") or []:
+        if isinstance(entry, dict) and entry.get("result"):
+            found[str(entry["result"])] = _owner(entry.get("files"))
+    return found
+
+
+def _owner(files: Any) -> tuple | None:
+    if not files or not isinstance(files, dict):
+        return None
+    return BatchCase("", files={str(channel): Path(str(path)) for channel, path in files.items()}).identity
 
 
 def readTable(folder: Path) -> str:
@@ -101,7 +128,8 @@ def readBatch(folder: Path) -> list[BatchCase]:
             )
         except (KeyError, TypeError, AttributeError):
             continue
-        if case.state == DONE and not (folder / case.fileName).is_file():
+        kept = (folder / case.fileName).is_file() or (case.review and correctedPath(folder, case).is_file())
+        if case.state == DONE and not kept:
             case.waitAgain()
             case.review = ""
         found.append(case)

@@ -30,7 +30,6 @@ from InvResSegmentLib.BatchCase import (
     WAITING,
     BatchCase,
     correctedPath,
-    freeFileName,
 )
 from InvResSegmentLib.BatchQueue import BatchQueue
 from InvResSegmentLib.BatchRecord import BatchSettings, readBatch, readSettings, readTable
@@ -42,6 +41,7 @@ from InvResSegmentLib.CaseFindings import findingsOf, patients, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
 from InvResSegmentLib.ResultFile import SegmentLabel, readMasks, readResultFile
+from InvResSegmentLib.ResultNames import ResultNames
 from InvResSegmentLib.ReviewQueue import ReviewQueue
 from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
@@ -404,12 +404,50 @@ def test_a_corrected_case_that_is_taken_off_and_added_again_keeps_its_correction
     assert not case.pending("another model")
 
 
+def test_another_patients_image_of_the_same_name_gets_nothing_of_the_first(queue, small_model, images, tmp_path):
+    anna, bert = ({"T1": path} for path in images[:2])
+    queue.setFolder(tmp_path / "results")
+    queue.add([BatchCase("T1", files=anna)])
+    assert ran(queue, small_model) == [DONE]
+    review = ReviewQueue(queue, TrainingCases())
+    review.step(True, small_model)
+    paint(review.segmentation)
+    review.leave()
+    before = {path.name: path.read_bytes() for path in queue.folder.glob("T1*")}
+    assert set(before) == {"T1.seg.nrrd", "T1.corrected.seg.nrrd"}
+    queue.remove(list(queue.cases))
+    queue.add([BatchCase("t1", files=bert)])
+    (case,) = queue.cases
+    assert (case.fileName, case.state, case.review) == ("t1_2.seg.nrrd", WAITING, "")
+    queue.start(small_model, "cpu", ending=".nii.gz")
+    waitUntil(lambda: not queue.running, 120)
+    assert (case.fileName, case.state) == ("t1_2.nii.gz", DONE), "T1.nii.gz would be corrected as T1.corrected.seg.nrrd"
+    assert {name: (queue.folder / name).read_bytes() for name in before} == before
+    queue.setFolder(None)
+    queue.cases = []
+    queue.add([BatchCase("T1", files=anna)])
+    queue.setFolder(tmp_path / "results")
+    found = {one.name: (one.fileName, one.state, one.review) for one in queue.cases}
+    assert found == {"t1": ("t1_2.nii.gz", DONE, ""), "T1": ("T1.seg.nrrd", DONE, EDITED)}, "to each their own"
+
+
+def test_results_of_which_the_record_does_not_say_what_they_were_made_of_are_left_alone(queue, images, tmp_path):
+    (tmp_path / "T1.seg.nrrd").write_bytes(b"of somebody")
+    (tmp_path / "T1.corrected.seg.nrrd").write_bytes(b"corrected")
+    (tmp_path / "batch.json").write_text(json.dumps({"cases": [], "made": ["T1.seg.nrrd"]}), encoding="utf-8")
+    queue.setFolder(tmp_path)
+    queue.add([BatchCase("T1", files={"T1": images[0]})])
+    assert [(case.fileName, case.state) for case in queue.cases] == [("T1_2.seg.nrrd", WAITING)]
+
+
 def test_names_of_files_are_safe_and_differ():
-    names = []
-    for name in ("A/b: c", "a_b_c", "..", "Ödem", "x" * 300):
-        names.append(freeFileName(name, [BatchCase("", fileName=one) for one in names]))
-    assert names[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
-    assert len(names[4]) < 80
+    names, cases = ResultNames(None, {}, []), []
+    for number, name in enumerate(("A/b: c", "a_b_c", "..", "Ödem", "x" * 300)):
+        cases.append(BatchCase(name, files={"T1": Path(f"{number}.nii")}))
+        names.take(cases[-1], ".seg.nrrd")
+    found = [case.fileName for case in cases]
+    assert found[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
+    assert len(found[4]) < 80
 
 
 def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
