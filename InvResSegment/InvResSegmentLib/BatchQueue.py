@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,16 @@ from .BatchCase import (
     correctedPath,
     endingOf,
 )
-from .BatchRecord import RECORD, BatchSettings, readBatch, readMade, readSettings, readTable, writeBatch
+from .BatchRecord import (
+    RECORD,
+    BatchSettings,
+    UnreadableRecord,
+    readBatch,
+    readMade,
+    readSettings,
+    readTable,
+    writeBatch,
+)
 from .BatchTable import freeTableName, writeTable
 from .ResultNames import ResultNames
 from .SegmentationLogic import SegmentationLogic, SegmentationRequest
@@ -58,7 +68,8 @@ class BatchQueue:
         self.log: Callable[[str], None] = lambda text: None
         self._keptAt = 0.0
         self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
-        self.problem = ""  # why batch.json or the table could not be written, in words
+        self._unknown = ""  # why it is not known what batches have done in the folder, in words
+        self.problem = ""  # that, or why batch.json or the table could not be written
 
     @property
     def running(self) -> bool:
@@ -104,17 +115,22 @@ class BatchQueue:
     def setFolder(self, folder: Path | None) -> None:
         """Where results go; the cases that it remembers from before come to the list, as they were then.
 
-        Those that only came from the folder before, and were not touched since, stay with that one.
+        Those that only came from the folder before, and were not touched since, stay with that one. Where it cannot be
+        read what a folder remembers, `problem` says so, and choosing it again tries again.
         """
-        if folder == self.folder or self.running:
+        if self.running or (folder == self.folder and not self._unknown):
             return
-        remembered = readBatch(folder) if folder is not None else []
+        remembered, settings, self._unknown = [], None, ""
+        if folder is not None:
+            try:
+                remembered, settings = readBatch(folder), readSettings(folder)
+            except UnreadableRecord as error:
+                self._unknown = _unreadable(folder, error)
         theirs = {case.identity for case in remembered}
         mine = [case for case in self.cases if self._asRead.get(case) != _state(case)]
         others = [case for case in mine if case.identity not in theirs]
         self._asRead = {case: _state(case) for case in remembered}
-        self.folder = folder
-        self.settings = readSettings(folder) if folder is not None else None
+        self.folder, self.settings = folder, settings
         names = self._names(remembered)
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
@@ -128,7 +144,10 @@ class BatchQueue:
 
     def _names(self, cases: Sequence[BatchCase]) -> ResultNames:
         """Those that are taken in the folder of results. cases: whose names are taken, too."""
-        made = readMade(self.folder) if self.folder is not None else {}
+        made: dict[str, tuple | None] = {}
+        if self.folder is not None:
+            with contextlib.suppress(UnreadableRecord):  # then every result in it may be of anything
+                made = readMade(self.folder)
         return ResultNames(self.folder, made, cases)
 
     def _takeUpCorrection(self, case: BatchCase) -> None:
@@ -139,19 +158,25 @@ class BatchQueue:
     def tell(self) -> None:
         """Remembers the state on disk, and calls whoever listens."""
         # What is lost by a kill is at most the result of this time, which is made again.
-        if self._worthKeeping and (not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S):
-            self.problem, self._keptAt = "", time.monotonic()
-            table = readTable(self.folder) or freeTableName(self.folder)
-            try:
-                writeBatch(self.folder, self.cases, self.settings, table)
-            except OSError as error:
-                self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
-                    folder=self.folder, reason=(error.strerror or str(error)).lower()
-                )
-            else:
-                self._writeTable(self.folder / table)
+        if not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S:
+            self.problem, self._keptAt = self._unknown, time.monotonic()
+            if not self._unknown and self._worthKeeping:
+                self._keep()
         for listener in list(self.changed):
             listener()
+
+    def _keep(self) -> None:
+        try:
+            table = readTable(self.folder) or freeTableName(self.folder)
+            writeBatch(self.folder, self.cases, self.settings, table)
+        except UnreadableRecord as error:
+            self.problem = _unreadable(self.folder, error)
+        except OSError as error:
+            self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
+                folder=self.folder, reason=(error.strerror or str(error)).lower()
+            )
+        else:
+            self._writeTable(self.folder / table)
 
     def _writeTable(self, path: Path) -> None:
         if all(case.inScene or case.state not in (DONE, FAILED) for case in self.cases):
@@ -183,6 +208,8 @@ class BatchQueue:
         onFiles = [case for case in self.cases if not case.inScene]
         if self.folder is None and onFiles:
             sentences.append(_("Choose a folder for the results."))
+        elif self._unknown and onFiles:
+            sentences.append(self._unknown)
         elif ending != RESULT_SUFFIX and any(file.parent == self.folder for c in onFiles for file in c.files.values()):
             text = _("Choose another folder for the results: as {ending} they could be taken for images beside them.")
             sentences.append(text.format(ending=ending))
@@ -322,6 +349,13 @@ class BatchQueue:
     def _ended(self, case: BatchCase, state: str, message: str) -> None:
         case.state, case.message = state, message
         qt.QTimer.singleShot(0, self._next)  # not from within: a thousand lost files are no depth of calls
+
+
+def _unreadable(folder: Path, error: UnreadableRecord) -> str:
+    return _(
+        "What batches have done in this folder cannot be read from {path} ({reason}): put that file right or move it "
+        "away and choose the folder again, or choose another folder."
+    ).format(path=folder / RECORD, reason=error)
 
 
 def _state(case: BatchCase) -> tuple:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slicer.i18n import tr as _
+
 from .BatchCase import (
     ACCEPTED,
     DONE,
@@ -21,9 +23,18 @@ from .BatchCase import (
     correctedPath,
 )
 from .SegmentWays import AS_THE_MODEL, SegmentWays
-from .WholeFile import readJson, writeJson
+from .WholeFile import loadJson, writeJson
 
-__all__ = ["RECORD", "BatchSettings", "readBatch", "readMade", "readSettings", "readTable", "writeBatch"]
+__all__ = [
+    "RECORD",
+    "BatchSettings",
+    "UnreadableRecord",
+    "readBatch",
+    "readMade",
+    "readSettings",
+    "readTable",
+    "writeBatch",
+]
 
 RECORD = "batch.json"
 
@@ -37,10 +48,14 @@ class BatchSettings:
     ending: str = RESULT_SUFFIX
 
 
+class UnreadableRecord(Exception):
+    """A folder has a record, and what it says cannot be known; the text says why."""
+
+
 def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings | None, table: str) -> None:
     """Remembers the cases of files in the folder of their results. table: the file name of their volumes, "" for none.
 
-    settings: None where none is known. Raises OSError.
+    settings: None where none is known. Raises OSError, and UnreadableRecord: that one is never written over.
     """
     entries = [
         {
@@ -74,9 +89,9 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings
 def readMade(folder: Path) -> dict[str, tuple | None]:
     """The names of the results that batches have written into a folder -> the `identity` of what they were made of.
 
-    None where that is not known: records were lists of names alone at first.
+    None where that is not known: records were lists of names alone at first. Raises UnreadableRecord.
     """
-    record = readJson(folder / RECORD)
+    record = _read(folder)
     made = record.get("made")
     found = {str(name): None for name in made} if isinstance(made, list) else {}
     if isinstance(made, dict):
@@ -87,6 +102,18 @@ def readMade(folder: Path) -> dict[str, tuple | None]:
     return found
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record = loadJson(folder / RECORD)
+    except OSError as error:
+        raise UnreadableRecord((error.strerror or str(error)).lower()) from None
+    except ValueError:
+        raise UnreadableRecord(_("it is damaged")) from None
+    if not isinstance(record.get("cases") or [], list):
+        raise UnreadableRecord(_("it is damaged"))
+    return record
+
+
 def _owner(files: Any) -> tuple | None:
     if not files or not isinstance(files, dict):
         return None
@@ -94,13 +121,16 @@ def _owner(files: Any) -> tuple | None:
 
 
 def readTable(folder: Path) -> str:
-    """The file name of the table of volumes that batches write in a folder; "" for none yet."""
-    return Path(str(readJson(folder / RECORD).get("table") or "")).name
+    """The file name of the table of volumes that batches write in a folder, "" for none yet.
+
+    Raises UnreadableRecord.
+    """
+    return Path(str(_read(folder).get("table") or "")).name
 
 
 def readSettings(folder: Path) -> BatchSettings | None:
-    """What the batch of a folder was started with last; None where that is not known."""
-    found = readJson(folder / RECORD).get("settings")
+    """What the batch of a folder was started with last; None where that is not known. Raises UnreadableRecord."""
+    found = _read(folder).get("settings")
     if not isinstance(found, dict):
         return None
     ending = found.get("ending") if found.get("ending") in ENDINGS else RESULT_SUFFIX
@@ -108,9 +138,12 @@ def readSettings(folder: Path) -> BatchSettings | None:
 
 
 def readBatch(folder: Path) -> list[BatchCase]:
-    """The cases that a folder of results remembers; what is damaged is left out, what is gone is waiting again."""
+    """The cases that a folder of results remembers; what is damaged is left out, what is gone is waiting again.
+
+    Raises UnreadableRecord.
+    """
     found = []
-    for entry in readJson(folder / RECORD).get("cases") or []:
+    for entry in _read(folder).get("cases") or []:
         try:
             case = BatchCase(
                 name=str(entry["name"]),

@@ -93,7 +93,8 @@ class BatchTab:
         self._update()
 
     def enter(self) -> None:
-        """The panel is shown: a person may come back from the Segment Editor."""
+        """The panel is shown: a person may come back from the Segment Editor, or have put the folder right."""
+        self.queue.setFolder(self.queue.folder)
         self._update()
 
     def cancel(self) -> None:

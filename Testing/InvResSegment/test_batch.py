@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import json
 import shutil
+import struct
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,7 +342,7 @@ def test_cancelling_keeps_what_is_done_and_tomorrow_does_the_rest(queue, small_m
     assert tomorrow.missing(small_model) == ["All cases are done with this model."]
 
 
-def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_error(queue, images, tmp_path):
+def test_a_result_that_was_deleted_is_made_again_and_a_damaged_entry_is_left_out(queue, images, tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     entry = {"name": "a", "files": {"T1": str(images[0])}, "state": DONE, "result": "../a.seg.nrrd"}
@@ -349,11 +351,37 @@ def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_erro
     queue.setFolder(folder)
     (case,) = queue.cases
     assert (case.state, case.review, case.fileName) == (WAITING, "", "a.seg.nrrd")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "batch.json").write_text('{"cases": [', encoding="utf-8")
-    queue.setFolder(other)
-    assert queue.cases == [] and [path.name for path in other.iterdir()] == ["batch.json"]
+
+
+@pytest.mark.parametrize("content", [b'{"cases": [', b"[]", b'{"cases": 7}', b"\xff"])
+def test_a_record_that_cannot_be_read_is_told_and_never_written_over(
+    queue, small_model, images, scene, tmp_path, content
+):
+    results, record = tmp_path / "results", tmp_path / "results" / "batch.json"
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(results)
+    assert ran(queue, small_model) == [DONE] and queue.problem == ""
+    whole = record.read_bytes()
+    queue.setFolder(None)
+    record.write_bytes(content)
+    (results / "volumes.csv").write_bytes(b"mine")
+    queue.setFolder(results)
+    assert f"cannot be read from {record} (it is damaged)" in queue.problem
+    queue.add(cases_of(images))
+    queue.cases[0].state = FAILED
+    queue.tell()
+    assert queue.missing(small_model) == [queue.problem], "nothing is begun where it is not known what is there"
+    queue.cases[0].waitAgain()
+    kept = {path.name: path.read_bytes() for path in results.iterdir() if path.name != "case_0.seg.nrrd"}
+    assert kept == {"batch.json": content, "volumes.csv": b"mine"}
+    record.write_bytes(whole)
+    queue.tell()
+    assert record.read_bytes() == whole, "what it remembers is not in the list yet"
+    queue.setFolder(results)
+    assert queue.problem == "" and [case.state for case in queue.cases] == [DONE, WAITING, WAITING]
+    record.write_bytes(content)
+    queue.tell()
+    assert "cannot be read" in queue.problem and record.read_bytes() == content, "nor is one that was damaged since"
 
 
 def test_cases_that_only_a_folder_remembered_stay_with_it(queue, images, tmp_path):
@@ -615,6 +643,51 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     queue.folder = images[0].parent
     assert "Choose another folder for the results" in queue.missing(small_model, ending=".nii.gz")[0]
     assert queue.missing(small_model) == [], "a .seg.nrrd is never taken for an image"
+
+
+def turn_left_handed(path):
+    """The same NIfTI image with its first axis the other way round, as many scanners' converters write it."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    size, offset = struct.unpack_from("<3h", content, 42), int(struct.unpack_from("<f", content, 108)[0])
+    voxels = np.frombuffer(bytes(content[offset:]), np.uint8).reshape(*size[::-1], -1)
+    matrix = np.array([struct.unpack_from("<4f", content, 280 + 16 * row) for row in range(3)])
+    assert struct.unpack_from("<h", content, 254)[0] > 0 and np.linalg.det(matrix[:, :3]) > 0
+    matrix[:, 3] += matrix[:, 0] * (size[0] - 1)
+    matrix[:, 0] *= -1
+    struct.pack_into("<2h", content, 252, 0, 1)  # only the matrix holds, no quaternion
+    for row in range(3):
+        struct.pack_into("<4f", content, 280 + 16 * row, *matrix[row])
+    path.write_bytes(gzip.compress(bytes(content[:offset]) + np.ascontiguousarray(voxels[:, :, ::-1]).tobytes()))
+
+
+@pytest.mark.parametrize("ending", [".seg.nrrd", ".nii.gz"])
+def test_results_of_left_handed_images_are_reviewed_and_learned_from(queue, small_model, images, tmp_path, ending):
+    for path in images:
+        turn_left_handed(path)
+    # The backend's axes are those of the file in reverse, and so is the sign.
+    assert np.linalg.det(read_volume(images[0]).geometry.affine[:3, :3]) > 0
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    queue.start(small_model, "cpu", ending=ending)
+    waitUntil(lambda: not queue.running, 120)
+    made = read_volume(tmp_path / "results" / f"case_0{ending}", kind="labels")
+    assert np.linalg.det(made.geometry.affine[:3, :3]) > 0, "on the grid of the file"
+    review = ReviewQueue(queue, TrainingCases())
+    review.open(queue.cases[0], small_model)
+    mask, matrix = segmentMask(review.segmentation, segment_id(review))
+    assert np.linalg.det(matrix[:3, :3]) > 0, "Slicer has turned the image when it loaded it"
+    here, there = np.argwhere(mask)[:, ::-1], np.argwhere(made.array == 3)
+    assert len(here) == len(there) > 100
+    centre = matrix[:3, :3] @ here.mean(0) + matrix[:3, 3]
+    assert centre == pytest.approx(made.geometry.affine[:3, :3] @ there.mean(0) + made.geometry.affine[:3, 3], abs=1e-3)
+    review.accept()
+    review.leave()
+    dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"]
+    (image,), label = dataset.load(dataset.case("case01"))
+    learned, wanted = label.canonical(), made.canonical()
+    assert np.array_equal(learned.array > 0, wanted.array == 3), "the voxels that the model found, and no mirror image"
+    assert image.canonical().geometry.same_as(learned.geometry)
 
 
 def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package, images, tmp_path):
