@@ -155,10 +155,10 @@ class BatchQueue:
         if self.folder is not None and correctedPath(self.folder, case).is_file():
             case.state, case.review = DONE, EDITED
 
-    def tell(self) -> None:
-        """Remembers the state on disk, and calls whoever listens."""
-        # What is lost by a kill is at most the result of this time, which is made again.
-        if not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S:
+    def tell(self, atOnce: bool = False) -> None:
+        """Remembers the state on disk, and calls whoever listens. atOnce: also when that was done a moment ago."""
+        # What is lost by a kill is at most the result of this time, which is made again. Work of a person is not.
+        if atOnce or not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S:
             self.problem, self._keptAt = self._unknown, time.monotonic()
             if not self._unknown and self._worthKeeping:
                 self._keep()

@@ -101,9 +101,8 @@ class ReviewQueue:
             return False
         if not case.inScene:
             self._write(case, learn=False)
-        if not case.review:
-            case.review = EDITED
-            self._queue.tell()
+        case.review = case.review or EDITED
+        self._queue.tell(atOnce=True)  # also when it was corrected before: its volumes are others now
         return True
 
     def _write(self, case: BatchCase, learn: bool) -> None:
@@ -133,7 +132,7 @@ class ReviewQueue:
         elif learned:
             self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
         case.review = ACCEPTED
-        self._queue.tell()
+        self._queue.tell(atOnce=True)
         return learned
 
     def leave(self) -> None:

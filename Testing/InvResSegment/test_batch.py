@@ -590,6 +590,20 @@ def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, t
     assert row["remarks"].endswith("Accepted in the review.")
 
 
+def test_a_second_correction_reaches_the_table_and_the_record_as_well(reviewed, small_model, tmp_path):
+    case, told = reviewed._queue.cases[0], []
+    for count in (400, 2000):
+        reviewed.open(case, small_model)
+        paint(reviewed.segmentation, count)
+        reviewed.leave()
+        assert (float(table_of(tmp_path / "results")["case 0"]["ball (mL)"]), case.review) == (
+            case.volumesMl["ball"],
+            EDITED,
+        )
+        told.append(readBatch(tmp_path / "results")[0].volumesMl["ball"])
+    assert told[1] == case.volumesMl["ball"] > told[0]
+
+
 # ---------------------------------------------------------------- choices
 
 
