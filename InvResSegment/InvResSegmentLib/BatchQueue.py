@@ -55,6 +55,8 @@ class BatchQueue:
         self._logic = SegmentationLogic(backend, temporaryFolder)  # a second one: the Segment tab has its own run
         self._requestId: int | None = None
         self._current: BatchCase | None = None
+        self._todo: list[BatchCase] = []  # by the run, the current one first; those that it did not come to stay
+        self._before: dict[str, Any] = {}  # what was known of the current one
         self._cancelling = False
         self._model: Any = None
         self._locator: Any = None
@@ -80,6 +82,11 @@ class BatchQueue:
     def current(self) -> BatchCase | None:
         """The case that is being segmented."""
         return self._current
+
+    @property
+    def left(self) -> int:
+        """How many cases the run has still to do, or did not come to when it was cancelled."""
+        return len(self._todo)
 
     # ---------------------------------------------------------------- the list
 
@@ -217,6 +224,10 @@ class BatchQueue:
             sentences.append(_("All cases are done with this model."))
         return sentences
 
+    def anew(self, model: Any, ways: SegmentWays = AS_THE_MODEL, ending: str = RESULT_SUFFIX) -> int:
+        """How many results, which are there, a start would make anew. ways, ending: as of `start`."""
+        return sum(case.state == DONE and case.pending(model.sha256, ways, ending) for case in self.cases)
+
     def start(
         self,
         model: Any,
@@ -225,7 +236,7 @@ class BatchQueue:
         ways: SegmentWays = AS_THE_MODEL,
         ending: str = RESULT_SUFFIX,
     ) -> None:
-        """Segments what is still to be done; failed cases are tried again.
+        """Segments what is still to be done; failed cases are tried again. A result is there until it is made anew.
 
         locator: the `ModelInfo` that finds the place in whole images for a model of crops; None for other models.
         ending: one of `ENDINGS`, of the results of cases of files.
@@ -235,16 +246,11 @@ class BatchQueue:
         self._model, self._device, self._locator, self._cancelling = model, device, locator, False
         self._ways = ways
         self.settings = BatchSettings(model.sha256, ways, ending)
-        names = self._names(self.cases)
-        for case in self.cases:
-            if case.pending(model.sha256, ways, ending):
-                case.waitAgain()
-                if not case.inScene and endingOf(case.fileName) != ending:
-                    names.take(case, ending)
+        self._todo = [case for case in self.cases if case.pending(model.sha256, ways, ending)]
         self._next()
 
     def cancel(self) -> None:
-        """Ends the case that is running, which waits again then; what is done is kept."""
+        """Ends the case that is running, which is then as it was before; what is done is kept."""
         if not self.running:
             return
         self._cancelling = True
@@ -254,17 +260,21 @@ class BatchQueue:
             self._logic.cancel()
 
     def _next(self) -> None:
-        waiting = [case for case in self.cases if case.state == WAITING and not case.review]
-        if self._cancelling or not waiting:
+        listed = set(self.cases)
+        self._todo = [case for case in self._todo if case in listed and not case.review]
+        if self._cancelling or not self._todo:
             self._current, self._cancelling = None, False
             self.tell()
             return
-        case = self._current = waiting[0]
+        case = self._current = self._todo[0]
+        self._before = {**vars(case), "written": self._written(case.fileName)}
         case.waitAgain()
+        if not case.inScene and endingOf(case.fileName) != self.settings.ending:
+            self._names(self.cases).take(case, self.settings.ending)
         case.state = RUNNING
         self.tell()
         if self._cancelling:  # by one of those who were told
-            self._ended(case, WAITING, "")
+            self._stopped(case)
         elif case.inScene:
             self._startInScene(case)
         else:
@@ -301,7 +311,8 @@ class BatchQueue:
         def onFinished(outcome: Any) -> None:
             self._requestId = None
             found = outcome.result if outcome.state == "done" else {}
-            case.confidence, case.volumesMl = found.get("confidence"), dict(found.get("volumes_ml") or {})
+            if not case.review:  # while it ran, by a person who had it open
+                case.confidence, case.volumesMl = found.get("confidence"), dict(found.get("volumes_ml") or {})
             self._finished(case, outcome, warnings, notes)
 
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
@@ -319,7 +330,8 @@ class BatchQueue:
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":
                 case.segmentation = outcome.segmentationNode
-                case.confidence, case.volumesMl = outcome.confidence, outcome.volumesMl
+                if not case.review:
+                    case.confidence, case.volumesMl = outcome.confidence, outcome.volumesMl
             self._finished(case, outcome, outcome.warnings, outcome.notes)
 
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
@@ -337,17 +349,38 @@ class BatchQueue:
             self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
 
     def _report(self, case: BatchCase, fraction: float) -> None:
-        done = sum(one.state in (DONE, FAILED) for one in self.cases)
-        text = _("{name} ({number} of {count})").format(name=case.name, number=done + 1, count=len(self.cases))
-        self.progress(text, (done + fraction) / max(1, len(self.cases)))
+        count = max(1, len(self.cases))
+        done = max(0, count - len(self._todo))
+        text = _("{name} ({number} of {count})").format(name=case.name, number=done + 1, count=count)
+        self.progress(text, (done + fraction) / count)
 
     def _stopped(self, case: BatchCase) -> None:
         # Whoever ended it, the scene or a person: the others are not begun.
         self._cancelling = True
         self._ended(case, WAITING, "")
+        before = self._before
+        untouched = self._written(before["fileName"]) == before["written"]
+        if (
+            before["state"] == DONE and untouched and not case.review
+        ):  # else it was cancelled when it had just been made
+            for name in ("state", "message", "notes", "confidence", "volumesMl", "fileName"):
+                setattr(case, name, before[name])
+
+    def _written(self, fileName: str) -> tuple[int, int] | None:
+        """What tells whether a result is another file by now: its time and size; None without one."""
+        if self.folder is None or not fileName:
+            return None
+        try:
+            found = (self.folder / fileName).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
 
     def _ended(self, case: BatchCase, state: str, message: str) -> None:
-        case.state, case.message = state, message
+        # What a person has corrected meanwhile stands, whatever became of the run.
+        case.state, case.message = DONE if case.review else state, message
+        if state != WAITING:
+            self._todo.remove(case)
         qt.QTimer.singleShot(0, self._next)  # not from within: a thousand lost files are no depth of calls
 
 

@@ -150,6 +150,7 @@ class BatchTab:
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
         if path and Path(path).is_dir() and self._review.leave():
+            self._notice.clear()  # it was of the folder before
             self.queue.setFolder(Path(path))
             self._takeUpSettings()
 
@@ -163,6 +164,13 @@ class BatchTab:
             self.ui.modelBox.setCurrentIndex(row)
         self._ways.choose(settings.ways)
         self.ui.endingBox.setCurrentIndex(ENDINGS.index(settings.ending))
+        anew = self.queue.anew(self.model, self._ways.ways(self.model), self._ending) if self.model is not None else 0
+        if row is None and anew:
+            text = _(
+                "The model that made these results is not among the models any more. Start makes {count} of them anew "
+                "with {name}; what was edited or accepted stays."
+            )
+            self._notice.show(WARNING, text.format(count=anew, name=self.model.name))
 
     def _onRemove(self) -> None:
         self._removeCases(self._selected)
@@ -224,18 +232,17 @@ class BatchTab:
     def _showEnd(self) -> None:
         """What became of the run: each failure in a sentence, as far as there is room."""
         failed = [case for case in self.queue.cases if case.state == FAILED]
-        done = sum(case.state == DONE for case in self.queue.cases)
+        count = len(self.queue.cases)
         if failed:
-            count = len(failed)
             texts = [_("{name}: {reason}").format(name=case.name, reason=case.message) for case in failed]
-            if count > FAILURES_SHOWN:
-                more = _("{count} more failed; point at a row to see why.").format(count=count - FAILURES_SHOWN)
+            if len(failed) > FAILURES_SHOWN:
+                more = _("{count} more failed; point at a row to see why.").format(count=len(failed) - FAILURES_SHOWN)
                 texts[FAILURES_SHOWN:] = [more]
             self._notice.show(WARNING, *texts)
-        elif done == len(self.queue.cases):
+        elif not self.queue.left:
             self._notice.show(GOOD, _("All cases are done; see Review below."))
         else:
-            text = _("Stopped: {done} of {count} cases are done.").format(done=done, count=len(self.queue.cases))
+            text = _("Stopped: {done} of {count} cases are done.").format(done=count - self.queue.left, count=count)
             self._notice.show(INFORMATION, text)
 
     def _fillTable(self) -> None:
@@ -288,16 +295,21 @@ class BatchTab:
         self.ui.clearButton.enabled = bool(self.queue.cases) and not running
         for widget in (self.ui.modelBox, self.ui.folderEdit, self.ui.optionsRow):
             widget.enabled = not running
-        missing = [problem] if problem else []
+        missing, anew = [problem] if problem else [], 0
         if model is None:
             missing += self.queue.missing(None)
         else:
-            missing += self.queue.missing(model, self._ways.ways(model), self._ending)
+            asked = model, self._ways.ways(model), self._ending
+            missing += self.queue.missing(*asked)
+            anew = self.queue.anew(*asked)
         button = self.ui.startButton
         button.text = _("Cancel") if running or reading else _("Start")
         button.enabled = running or reading or not missing
         button.toolTip = _("Segments the cases one after the other; you can go on working.")
         if running or reading:
             button.toolTip = _("Stops; what is done is kept.")
+        elif anew and not missing:
+            text = _("{count} results were made by another model or with other options, and are made anew.")
+            button.toolTip += " " + text.format(count=anew)
         elif missing:
             button.toolTip = bullets(_("Before starting:"), missing)

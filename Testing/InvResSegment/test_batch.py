@@ -627,6 +627,49 @@ def test_other_ways_are_asked_for_and_make_anew_what_was_made_otherwise(queue, s
     assert [case.ways for case in readBatch(queue.folder)] == [ways, SegmentWays()]
 
 
+def test_results_are_there_until_another_model_makes_them_anew(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE] * 3
+    known = [(case.confidence, dict(case.volumesMl), case.fileName) for case in queue.cases]
+    rows, states = table_of(queue.folder), []
+    other = SimpleNamespace(**{**vars(small_model), "sha256": "other"})
+    assert (queue.anew(small_model), queue.anew(other)) == (0, 3)
+    queue.changed.append(lambda: states.append([case.state for case in queue.cases]))
+    queue.start(other, "cpu", ending=".nii.gz")
+    assert set(ReviewQueue(queue, TrainingCases()).cases) == set(queue.cases[1:]), (
+        "those that are not begun can be reviewed"
+    )
+    queue.cancel()
+    waitUntil(lambda: not queue.running, 60)
+    assert states[0] == ["running", DONE, DONE] and states[-1] == [DONE] * 3 and queue.left == 3
+    assert [(case.confidence, case.volumesMl, case.fileName) for case in queue.cases] == known
+    assert table_of(queue.folder) == rows and not list(queue.folder.glob("*.nii.gz"))
+    assert [case.state for case in readBatch(queue.folder)] == [DONE] * 3
+    queue.cases[2].review = EDITED
+    queue.changed.append(lambda: queue.cancel() if queue.cases[0].model == "other" else None)
+    queue.start(other, "cpu")
+    waitUntil(lambda: not queue.running, 60)
+    assert [case.model == "other" for case in queue.cases] == [True, False, False] and queue.left == 1
+    assert queue.missing(other) == [] and queue.anew(other) == 1, "it can be gone on with"
+
+
+def test_what_is_corrected_while_it_is_made_anew_stays(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE]
+    review = ReviewQueue(queue, TrainingCases())
+    review.step(True, small_model)
+    queue.start(SimpleNamespace(**{**vars(small_model), "sha256": "other"}), "cpu")
+    paint(review.segmentation, 400)
+    review.leave()
+    (case,) = queue.cases
+    corrected = case.volumesMl["ball"]
+    waitUntil(lambda: not queue.running, 60)
+    assert (case.state, case.review, case.volumesMl["ball"]) == (DONE, EDITED, corrected)
+    assert float(table_of(queue.folder)["case 0"]["ball (mL)"]) == corrected
+
+
 def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, small_model, images, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -1165,3 +1208,28 @@ def test_a_batch_that_is_gone_on_with_keeps_its_model_and_settings(tab, data, tm
     tab.setModels([replace(model, sha256="plain")], "")
     assert tab.ui.mirrorBox.isHidden() and tab.ui.piecesBox.isHidden(), "where they mean nothing they are not there"
     assert tab._ways.ways(tab.model) == SegmentWays(), "nor do they change anything"
+
+
+def test_results_of_a_model_that_is_gone_are_not_made_anew_without_a_word(tab, images, tmp_path):
+    (model,) = tab._models
+    (tmp_path / "results").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    tab.queue.add(cases_of(images))
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    tab.queue.cases[0].review = ACCEPTED
+    tab.queue.tell()
+    tab.setModels([], "")
+    tab.setModels([replace(model, sha256="z", name="quite <another>")], "")
+    said = tab.ui.batchNoticeText.text
+    assert "Start makes 2 of them anew with quite &lt;another&gt;" in said, said
+    assert "2 results were made by another model" in tab.ui.startButton.toolTip and tab.ui.startButton.enabled
+    tab.ui.folderEdit.currentPath = str(tmp_path / "elsewhere")
+    assert tab.ui.batchNotice.isHidden()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    assert tab.ui.batchNoticeText.text == said
+    tab.ui.startButton.click()
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    assert "Stopped: 1 of 3 cases are done." in tab.ui.batchNoticeText.text
