@@ -41,8 +41,8 @@ class BatchTab:
         self.queue.changed.append(self._update)
         self.queue.progress = self._onProgress
         self.queue.log = services.log
-        self.review = ReviewQueue(self.queue, services.cases)
-        self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
+        self.review = ReviewQueue(self.queue, services.cases, self._modelOf)
+        self._review = ReviewSection(self.ui, self.review, self._update)
         self._intake = BatchIntake(
             self.ui, services.backend, self._notice, lambda: self.model, self.queue.add, self._update
         )
@@ -273,11 +273,15 @@ class BatchTab:
                 item.setFont(font)
         table.blockSignals(wasBlocked)
 
+    def _modelOf(self, case):
+        """The `ModelInfo` that made the result of a case, or None: not the one that is chosen by now."""
+        return next((model for model in self._models if model.sha256 == case.model), None)
+
     def _findings(self, case) -> list[str]:
         """What is known of a result: how sure the model was, and its volumes."""
         if case.confidence is None:
             return []
-        made = next((model for model in self._models if model.sha256 == case.model), None)
+        made = self._modelOf(case)
         sentence = confidenceInWords(case.confidence, made.leastConfidence if made is not None else 0.0)
         volumes = [
             _("{segment}: {volume} mL").format(segment=name, volume=f"{volume:.2f}")

@@ -97,7 +97,7 @@ def readLabelMap(
             _("{path} has the value {value}, and nothing says what that stands for.").format(
                 path=path.name, value=foreign[0]
             ),
-            _("Choose the model that made it."),
+            _("In the tab Models, import the model that made it."),
         )
     if not parts:
         return ResultFile(array.astype(np.int32, copy=False)[..., None], matrix, tuple(labels))

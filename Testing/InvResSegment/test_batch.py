@@ -96,6 +96,11 @@ def ran(queue, model, locator=None):
     return [case.state for case in queue.cases]
 
 
+def made_by(*models):
+    """Which of these models made the result of a case, as the tab looks it up."""
+    return lambda case: next((model for model in models if model.sha256 == case.model), None)
+
+
 def remembered(folder):
     content = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
     return {case["name"]: (case["state"], case["review"]) for case in content["cases"]}
@@ -240,8 +245,8 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     queue.add([case])
     queue.setFolder(tmp_path / "results")
     assert ran(queue, small_model) == [DONE], case.message
-    review = ReviewQueue(queue, TrainingCases())
-    assert review.step(True, small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    assert review.step(True)
     assert review.background.GetImageData().GetDimensions() == SHAPE[::-1]
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
     review.accept()
@@ -437,8 +442,8 @@ def test_another_patients_image_of_the_same_name_gets_nothing_of_the_first(queue
     queue.setFolder(tmp_path / "results")
     queue.add([BatchCase("T1", files=anna)])
     assert ran(queue, small_model) == [DONE]
-    review = ReviewQueue(queue, TrainingCases())
-    review.step(True, small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.step(True)
     paint(review.segmentation)
     review.leave()
     before = {path.name: path.read_bytes() for path in queue.folder.glob("T1*")}
@@ -487,8 +492,8 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
     for case, volume in zip(queue.cases, volumes, strict=True):
         assert case.nodes == {"T1": volume} and case.segmentation.GetSegmentation().GetNumberOfSegments() == 1
         assert volume.GetName() in case.segmentation.GetName()
-    review = ReviewQueue(queue, TrainingCases())
-    review.open(queue.cases[1], small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[1])
     assert review.accept()
     (row,) = review._trainingCases.rows
     assert row.inScene and row.segmentation is queue.cases[1].segmentation and row.channels == {"T1": volumes[1]}
@@ -579,7 +584,7 @@ def test_two_cases_of_one_name_are_told_apart_by_their_results(tmp_path):
 
 
 def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     before = reviewed.current.volumesMl["ball"]
     paint(reviewed.segmentation, 400)
     reviewed.accept()
@@ -593,7 +598,7 @@ def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, t
 def test_a_second_correction_reaches_the_table_and_the_record_as_well(reviewed, small_model, tmp_path):
     case, told = reviewed._queue.cases[0], []
     for count in (400, 2000):
-        reviewed.open(case, small_model)
+        reviewed.open(case)
         paint(reviewed.segmentation, count)
         reviewed.leave()
         assert (float(table_of(tmp_path / "results")["case 0"]["ball (mL)"]), case.review) == (
@@ -637,7 +642,7 @@ def test_results_are_there_until_another_model_makes_them_anew(queue, small_mode
     assert (queue.anew(small_model), queue.anew(other)) == (0, 3)
     queue.changed.append(lambda: states.append([case.state for case in queue.cases]))
     queue.start(other, "cpu", ending=".nii.gz")
-    assert set(ReviewQueue(queue, TrainingCases()).cases) == set(queue.cases[1:]), (
+    assert set(ReviewQueue(queue, TrainingCases(), made_by(small_model)).cases) == set(queue.cases[1:]), (
         "those that are not begun can be reviewed"
     )
     queue.cancel()
@@ -658,8 +663,8 @@ def test_what_is_corrected_while_it_is_made_anew_stays(queue, small_model, image
     queue.add(cases_of(images[:1]))
     queue.setFolder(tmp_path / "results")
     assert ran(queue, small_model) == [DONE]
-    review = ReviewQueue(queue, TrainingCases())
-    review.step(True, small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.step(True)
     queue.start(SimpleNamespace(**{**vars(small_model), "sha256": "other"}), "cpu")
     paint(review.segmentation, 400)
     review.leave()
@@ -685,8 +690,8 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     assert (results / "case_1.nii.gz").read_bytes() == b"mine"
     assert queue.missing(small_model, ending=".nii.gz") == ["All cases are done with this model."]
     labels = read_volume(results / "case_0.nii.gz", kind="labels").array
-    review = ReviewQueue(queue, TrainingCases())
-    review.open(queue.cases[0], small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[0])
     segment = review.segmentation.GetSegmentation().GetNthSegment(0)
     assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == (labels == 3).sum() > 100
@@ -695,8 +700,8 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     assert (results / "case_0.corrected.seg.nrrd").is_file() and in_scene() == []
     other = SimpleNamespace(**{**vars(small_model), "sha256": "other"})
     with pytest.raises(ConversionError, match=r"case_1_2\.nii\.gz has the value 3") as refused:
-        review.open(queue.cases[1], other)
-    assert refused.value.hint == "Choose the model that made it." and in_scene() == []
+        ReviewQueue(queue, TrainingCases(), made_by(other)).open(queue.cases[1])
+    assert refused.value.hint == "In the tab Models, import the model that made it." and in_scene() == []
     queue.folder = images[0].parent
     assert "Choose another folder for the results" in queue.missing(small_model, ending=".nii.gz")[0]
     assert queue.missing(small_model) == [], "a .seg.nrrd is never taken for an image"
@@ -729,8 +734,8 @@ def test_results_of_left_handed_images_are_reviewed_and_learned_from(queue, smal
     waitUntil(lambda: not queue.running, 120)
     made = read_volume(tmp_path / "results" / f"case_0{ending}", kind="labels")
     assert np.linalg.det(made.geometry.affine[:3, :3]) > 0, "on the grid of the file"
-    review = ReviewQueue(queue, TrainingCases())
-    review.open(queue.cases[0], small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[0])
     mask, matrix = segmentMask(review.segmentation, segment_id(review))
     assert np.linalg.det(matrix[:3, :3]) > 0, "Slicer has turned the image when it loaded it"
     here, there = np.argwhere(mask)[:, ::-1], np.argwhere(made.array == 3)
@@ -770,10 +775,10 @@ def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package
     queue.setFolder(tmp_path / "results")
     queue.start(model, "cpu", ending=".nii.gz")
     waitUntil(lambda: not queue.running, 120)
-    review = ReviewQueue(queue, TrainingCases())
+    review = ReviewQueue(queue, TrainingCases(), made_by(model))
     seen = set()
     for case in queue.cases:
-        review.open(case, model)
+        review.open(case)
         inside = review.segmentation.GetSegmentation()
         names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]
         assert names == list(case.volumesMl)
@@ -808,7 +813,7 @@ def reviewed(queue, small_model, images, tmp_path):
     assert ran(queue, small_model) == [DONE] * 3
     for case in queue.cases:
         case.confidence = 0.9
-    return ReviewQueue(queue, TrainingCases())
+    return ReviewQueue(queue, TrainingCases(), made_by(small_model))
 
 
 def in_scene():
@@ -817,17 +822,17 @@ def in_scene():
 
 
 def test_stepping_through_leaves_no_nodes_behind(reviewed, small_model, scene):
-    assert reviewed.step(True, small_model)
+    assert reviewed.step(True)
     assert in_scene() == ["case 0", "case 0 segmentation"]
     segment = reviewed.segmentation.GetSegmentation().GetNthSegment(0)
     assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
     result = readResultFile(reviewed._queue.folder / "case_0.seg.nrrd")
     assert np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0]) == (result.labels == 3).sum()
-    assert not reviewed.step(False, small_model)
-    assert reviewed.step(True, small_model) and reviewed.step(True, small_model)
-    assert not reviewed.step(True, small_model) and in_scene() == ["case 2", "case 2 segmentation"]
+    assert not reviewed.step(False)
+    assert reviewed.step(True) and reviewed.step(True)
+    assert not reviewed.step(True) and in_scene() == ["case 2", "case 2 segmentation"]
     count = scene.GetNumberOfNodes()
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     assert scene.GetNumberOfNodes() == count, "display and storage nodes go as well"
     reviewed.leave()
     assert in_scene() == [] and remembered(reviewed._queue.folder)["case 0"] == (DONE, "")
@@ -839,31 +844,31 @@ def test_the_least_sure_case_comes_first_and_the_way_back_is_the_way_that_was_co
     for case, confidence in zip(cases, (0.9, 0.7, 0.8), strict=True):
         case.confidence = confidence
     assert [case.name for case in reviewed.cases] == ["case 1", "case 2", "case 0"]
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     reviewed.accept()
     assert reviewed.current is cases[1] and reviewed.cases[0] is cases[1], "it keeps its place"
     cases[0].confidence = 0.0  # as if it had just been done: nothing was found
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert reviewed.current is cases[0]
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     assert reviewed.current is cases[1]
     reviewed.leave()
     cases[2].confidence, cases[0].review = None, EDITED
-    again = ReviewQueue(reviewed._queue, TrainingCases())
+    again = ReviewQueue(reviewed._queue, TrainingCases(), made_by(small_model))
     assert again.cases == [cases[2], cases[0], cases[1]], "looked at by nobody, not accepted yet, accepted"
 
 
 def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend, scene, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
     voxels = np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0])
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
     tomorrow = BatchQueue(backend, lambda: str(tmp_path / "exchange"))
     tomorrow.setFolder(tmp_path / "results")
-    review = ReviewQueue(tomorrow, TrainingCases())
+    review = ReviewQueue(tomorrow, TrainingCases(), made_by(small_model))
     reviewed.leave()
-    review.open(tomorrow.cases[0], small_model)
+    review.open(tomorrow.cases[0])
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == voxels
     untouched = readResultFile(tmp_path / "results" / "case_0.seg.nrrd")
     assert (untouched.labels == 3).sum() < voxels, "what the model found is kept beside it"
@@ -872,7 +877,7 @@ def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend
 
 
 def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(reviewed, small_model, images, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
     reviewed.accept()
     (row,) = reviewed._trainingCases.rows
@@ -880,19 +885,19 @@ def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(revi
     assert row.name == "case 0" and not row.inScene and row.stored.paths == {"T1": str(images[0])}
     assert row.stored.label == str(label) and label.is_file() and row.stored.segments == ("ball",)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert in_scene() == ["case 1", "case 1 segmentation"]
     reviewed.accept()
     untouched = correctedPath(tmp_path / "results", reviewed.current)
     assert untouched.is_file(), "what was right as it is, too: the next model's result takes the place of this one's"
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     row.findings = [Finding("note", "It is small.")]
     reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     reviewed.leave()
     assert in_scene() == [] and len(reviewed._trainingCases.rows) == 2
     assert not row.findings and row.stored.segments == (), "what is corrected after all is what is learned"
-    reviewed.step(True, small_model)
-    reviewed.step(True, small_model)
+    reviewed.step(True)
+    reviewed.step(True)
     assert reviewed.current.name == "case 2", "the first that is not accepted"
 
 
@@ -901,7 +906,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
 ):
     cases = reviewed._trainingCases
     cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     ball = segmentMask(reviewed.segmentation, segment_id(reviewed))[0]
     # Drawn with overlap, in a box of its own that looks out of the image: Slicer keeps layers then.
     box, matrix = np.ones((10, 12, 16), np.uint8), vtk.vtkMatrix4x4()
@@ -920,7 +925,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
     reviewed.accept()
     assert readMasks(cases.rows[0].stored.label).layers.shape[3] == 2
     for _again in range(2):
-        reviewed.step(True, small_model)
+        reviewed.step(True)
         reviewed.accept()
     reviewed.leave()
     scene.SetURL(str(tmp_path / "scene.mrml"))
@@ -956,7 +961,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
 
 
 def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     new = reviewed.segmentation.GetSegmentation()
     assert new.GetNumberOfSegments() == 0
@@ -965,17 +970,17 @@ def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
 
 
 def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     segmentation = reviewed.segmentation.GetSegmentation()
     segmentation.RemoveSegment(segment_id(reviewed))
     segmentation.SetSourceRepresentationName("Closed surface")  # Slicer's own writer refuses it then, whole
     assert not reviewed.accept() and reviewed._trainingCases.rows == [], "there is nothing to learn from"
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
     corrected = tmp_path / "results" / "case_0.corrected.seg.nrrd"
     empty, result = read_volume(corrected, kind="labels"), read_volume(tmp_path / "results" / "case_0.seg.nrrd")
     assert not empty.array.any() and empty.geometry.same_as(result.geometry), "on the grid of the image"
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     again = reviewed.segmentation
     assert again.GetSegmentation().GetNumberOfSegments() == 0 and not reviewed.save(), "nothing has changed since"
     role = again.GetReferenceImageGeometryReferenceRole()
@@ -986,21 +991,21 @@ def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, smal
 
 def test_a_case_that_cannot_be_loaded_is_told_and_skipped(reviewed, small_model, images):
     images[1].unlink()
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     with pytest.raises(ConversionError, match="is not there any more"):
-        reviewed.open(reviewed.cases[1], small_model)
+        reviewed.open(reviewed.cases[1])
     assert in_scene() == [] and reviewed.current is None
     result = reviewed._queue.folder / "case_2.seg.nrrd"
     result.write_bytes(result.read_bytes()[:-20])
     with pytest.raises(ConversionError, match="could not be read"):
-        reviewed.open(reviewed.cases[2], small_model)
+        reviewed.open(reviewed.cases[2])
     assert in_scene() == []
 
 
 def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, monkeypatch):
     from InvResSegmentLib import NodeFiles
 
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
 
     def full(*_arguments):
@@ -1008,7 +1013,7 @@ def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, 
 
     monkeypatch.setattr(NodeFiles, "saveSegmentation", full)
     with pytest.raises(OSError, match="No space"):
-        reviewed.step(True, small_model)
+        reviewed.step(True)
     assert reviewed.current.name == "case 0" and in_scene() == ["case 0", "case 0 segmentation"]
 
 
@@ -1233,3 +1238,23 @@ def test_results_of_a_model_that_is_gone_are_not_made_anew_without_a_word(tab, i
     tab.ui.startButton.click()
     waitUntil(lambda: not tab.queue.running, 60)
     assert "Stopped: 1 of 3 cases are done." in tab.ui.batchNoticeText.text
+
+
+def test_a_label_map_is_reviewed_when_another_version_has_taken_over(tab, images, tmp_path):
+    (model,) = tab._models
+    (tmp_path / "results").mkdir()
+    tab.queue.add(cases_of(images[:1]))
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.endingBox.currentIndex = 1
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    heir = replace(model, sha256="b", version="1.1.0", active=True, labels=())
+    tab.setModels([replace(model, active=False), heir], "")
+    assert tab.model is heir
+    tab.ui.nextButton.click()
+    assert tab.review.current is tab.queue.cases[0], tab.ui.reviewNoticeText.text
+    assert tab.review.segmentation.GetSegmentation().GetNthSegment(0).GetName() == "ball"
+    tab.review.leave()
+    tab.setModels([heir], "")
+    tab._review.open(tab.queue.cases[0])
+    assert "import the model that made it" in tab.ui.reviewNoticeText.text and tab.review.current is None
