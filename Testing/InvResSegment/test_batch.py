@@ -256,6 +256,25 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
 
 
+def test_what_else_lies_in_the_folder_of_a_series_does_not_keep_it_from_being_reviewed(scene, tmp_path):
+    array = example(np.random.default_rng(3), SHAPE, 1)[0][0]
+    folder = tmp_path / "anna"
+    write_series(folder, array, "1.2.3", "T1 MPRAGE")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "0readme.txt").write_text("head", encoding="utf-8")
+    (folder / "0DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    sitk.WriteImage(sitk.Image(8, 8, sitk.sitkUInt8), str(folder / "0preview.png"))
+    volume = NodeFiles.loadVolume(folder, "anna")
+    assert volume.GetImageData().GetDimensions() == SHAPE[::-1]
+    scene.RemoveNode(volume)
+    for file in folder.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(ConversionError, match="anna could not be read as a volume"):
+        NodeFiles.loadVolume(folder, "anna")
+    assert in_scene() == []
+
+
 def test_two_studies_of_one_patient_are_held_out_together(queue, small_model, tmp_path):
     series = {"1.2.3": write_series(tmp_path / "dicom", np.ones((2, 4, 4)), "1.2.3", "T1 MPRAGE")}
     studies = list(BatchSources.casesOfDatabase(Database(series, ("1.2", "1.3")), T1))
