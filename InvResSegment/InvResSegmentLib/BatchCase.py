@@ -93,13 +93,13 @@ def patientCode(source: str, patient: str) -> str:
 
 
 def endingOf(fileName: str) -> str:
-    """That of `ENDINGS` which a result has; "" for another one."""
-    return next((ending for ending in ENDINGS if fileName.endswith(ending)), "")
+    """That of `ENDINGS` which a result has, written large or small; "" for another one."""
+    return next((ending for ending in ENDINGS if fileName.lower().endswith(ending)), "")
 
 
 def resultStem(fileName: str) -> str:
     """The name of a result without its ending."""
-    return fileName.removesuffix(endingOf(fileName))
+    return fileName[: len(fileName) - len(endingOf(fileName))]
 
 
 def correctedPath(folder: Path, case: BatchCase) -> Path:

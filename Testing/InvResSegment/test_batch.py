@@ -492,6 +492,16 @@ def test_results_of_which_the_record_does_not_say_what_they_were_made_of_are_lef
     assert [(case.fileName, case.state) for case in queue.cases] == [("T1_2.seg.nrrd", WAITING)]
 
 
+def test_a_file_whose_name_is_written_large_is_the_same_file_on_many_disks(images, tmp_path):
+    for name in ("CASE.NII.GZ", "Case_2.Corrected.SEG.NRRD"):
+        (tmp_path / name).write_bytes(b"of somebody")
+    case = BatchCase("case", files={"T1": images[0]})
+    ResultNames(tmp_path, {}, []).take(case, ".nii.gz")
+    assert case.fileName == "case_3.nii.gz"
+    ResultNames(tmp_path, {"case.nii.gz": case.identity}, []).take(case, ".nii.gz")
+    assert case.fileName == "case.nii.gz", "it made that one"
+
+
 def test_names_of_files_are_safe_and_differ():
     names, cases = ResultNames(None, {}, []), []
     for number, name in enumerate(("A/b: c", "a_b_c", "..", "Ödem", "x" * 300)):
