@@ -39,7 +39,8 @@ from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = ["BatchQueue"]
 
-KEPT_EVERY_S = 1.0
+KEPT_EVERY_S, KEPT_SHARE = 1.0, 0.05
+"""How often the state is written while cases are running: at most this share of the time, and not more often."""
 
 
 class BatchQueue:
@@ -68,7 +69,7 @@ class BatchQueue:
         self.changed: list[Callable[[], None]] = []
         self.progress: Callable[[str, float], None] = lambda text, fraction: None
         self.log: Callable[[str], None] = lambda text: None
-        self._keptAt = 0.0
+        self._keptUntil = 0.0  # monotonic time, s: what changes in the running meanwhile is written later
         self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
         self._unknown = ""  # why it is not known what batches have done in the folder, in words
         self.problem = ""  # that, or why batch.json or the table could not be written
@@ -164,11 +165,14 @@ class BatchQueue:
 
     def tell(self, atOnce: bool = False) -> None:
         """Remembers the state on disk, and calls whoever listens. atOnce: also when that was done a moment ago."""
-        # What is lost by a kill is at most the result of this time, which is made again. Work of a person is not.
-        if atOnce or not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S:
-            self.problem, self._keptAt = self._unknown, time.monotonic()
+        # What is lost by a kill are at most results of this time, which are made again. Work of a person is not.
+        began = time.monotonic()
+        if atOnce or not self.running or began > self._keptUntil:
+            self.problem = self._unknown
             if not self._unknown and self._worthKeeping:
                 self._keep()
+            ended = time.monotonic()
+            self._keptUntil = ended + max(KEPT_EVERY_S, (ended - began) / KEPT_SHARE)
         for listener in list(self.changed):
             listener()
 

@@ -36,6 +36,7 @@ class BatchTab:
         self.ui = slicer.util.childWidgetVariables(self.widget)
         self._models: list = []
         self._wasRunning = False
+        self._filled: list[tuple] = []  # what the rows of the table show
         self._notice = Notice(self.ui, "batchNotice")
         self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
         self.queue.changed.append(self._update)
@@ -77,6 +78,7 @@ class BatchTab:
     def setModels(self, models: list, emptyText: str) -> None:
         """The models that were found; emptyText says why there are none."""
         before, self._models = self.model, list(models)
+        self._filled = []  # how sure a model should be is its own affair
         box = self.ui.modelBox
         wasBlocked = box.blockSignals(True)
         box.clear()
@@ -246,32 +248,38 @@ class BatchTab:
             self._notice.show(INFORMATION, text)
 
     def _fillTable(self) -> None:
+        """Rows whose case has changed: with a thousand cases the others would take longer than the panel may wait."""
         table = self.ui.casesTable
-        cases = self.queue.cases
+        known = [_shown(case, case is self.review.current) for case in self.queue.cases]
         wasBlocked = table.blockSignals(True)
-        table.setRowCount(len(cases))
+        table.setRowCount(len(known))
+        for row, case in enumerate(self.queue.cases):
+            if row >= len(self._filled) or self._filled[row] != known[row]:
+                self._fillRow(table, row, case)
+        self._filled = known
+        table.blockSignals(wasBlocked)
+
+    def _fillRow(self, table, row: int, case) -> None:
         states = {WAITING: _("waiting"), RUNNING: _("running"), DONE: _("done"), FAILED: _("failed")}
         reviews = {"": "", EDITED: _("edited"), ACCEPTED: _("accepted")}
         icons = {DONE: qt.QStyle.SP_DialogApplyButton, FAILED: qt.QStyle.SP_MessageBoxCritical}
-        for row, case in enumerate(cases):
-            sure = "" if case.confidence is None else f"{case.confidence:.2f}"
-            channels = ", ".join({**case.files, **case.nodes})
-            cells = (case.name, channels, states[case.state], sure, reviews[case.review])
-            for column, text in enumerate(cells):
-                item = table.item(row, column)
-                if item is None:
-                    item = qt.QTableWidgetItem()
-                    table.setItem(row, column, item)
-                item.setText(text)
-                item.setToolTip("\n".join(filter(None, (case.message, case.notes, *self._findings(case)))) or text)
-                if column == 2:
-                    kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
-                    kind = kind or icons.get(case.state)
-                    item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
-                font = item.font()
-                font.setBold(case is self.review.current)
-                item.setFont(font)
-        table.blockSignals(wasBlocked)
+        sure = "" if case.confidence is None else f"{case.confidence:.2f}"
+        channels = ", ".join({**case.files, **case.nodes})
+        told = "\n".join(filter(None, (case.message, case.notes, *self._findings(case))))
+        for column, text in enumerate((case.name, channels, states[case.state], sure, reviews[case.review])):
+            item = table.item(row, column)
+            if item is None:
+                item = qt.QTableWidgetItem()
+                table.setItem(row, column, item)
+            item.setText(text)
+            item.setToolTip(told or text)
+            if column == 2:
+                kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
+                kind = kind or icons.get(case.state)
+                item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
+            font = item.font()
+            font.setBold(case is self.review.current)
+            item.setFont(font)
 
     def _modelOf(self, case):
         """The `ModelInfo` that made the result of a case, or None: not the one that is chosen by now."""
@@ -317,3 +325,9 @@ class BatchTab:
             button.toolTip += " " + text.format(count=anew)
         elif missing:
             button.toolTip = bullets(_("Before starting:"), missing)
+
+
+def _shown(case, isOpen: bool) -> tuple:
+    """What the row of a case is made of."""
+    found = (case.confidence, case.volumesMl, case.model)
+    return (case, case.state, case.message, case.notes, *found, case.review, isOpen)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import struct
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1287,3 +1288,46 @@ def test_a_label_map_is_reviewed_when_another_version_has_taken_over(tab, images
     tab.setModels([heir], "")
     tab._review.open(tab.queue.cases[0])
     assert "import the model that made it" in tab.ui.reviewNoticeText.text and tab.review.current is None
+
+
+def test_of_a_thousand_cases_only_what_has_changed_is_shown_and_written_anew(tab, tmp_path, monkeypatch):
+    queue, filled = tab.queue, []
+    volumes = {f"segment {number}": 1.5 for number in range(20)}
+    queue.folder = tmp_path
+    queue.cases = [
+        BatchCase(f"case {number}", {"T1": Path(f"{number}.nii")}, state=DONE, confidence=0.9, volumesMl=volumes)
+        for number in range(1000)
+    ]
+    fill = tab._fillRow
+    monkeypatch.setattr(tab, "_fillRow", lambda table, row, case: (filled.append(row), fill(table, row, case)))
+    queue.tell()
+    assert filled == list(range(1000))
+    for change in ({"state": FAILED}, {"message": "Look."}, {"confidence": 0.1}, {"volumesMl": {}}, {"review": EDITED}):
+        filled.clear()
+        vars(queue.cases[500]).update(change)
+        queue.tell()
+        assert filled == [500], change
+    cells = [tab.ui.casesTable.item(500, column) for column in range(5)]
+    assert [cell.text() for cell in cells] == ["case 500", "T1", "failed", "0.10", "edited"]
+    assert all(cell.toolTip().startswith("Look.") for cell in cells)
+    filled.clear()
+    queue.remove(queue.cases[:999])
+    queue.cases.append(BatchCase("another", {"T1": Path("x.nii")}))
+    queue.tell()
+    assert set(filled) == {0, 1} and tab.ui.casesTable.item(1, 0).text() == "another"
+
+    queue._current = queue.cases[0]  # as if it was running
+    before = (tmp_path / "batch.json").read_bytes()
+    monkeypatch.setattr(queue, "_keptUntil", 0.0)
+    keep = queue._keep
+    monkeypatch.setattr(queue, "_keep", lambda: (time.sleep(0.2), keep()))  # as long as a thousand take
+    queue.cases[0].message = "first"
+    queue.tell()
+    queue.cases[0].message = "second"
+    queue.tell()
+    written = json.loads((tmp_path / "batch.json").read_bytes())["cases"][0]["message"]
+    assert written == "first" and (tmp_path / "batch.json").read_bytes() != before
+    assert queue._keptUntil - time.monotonic() > 3, "for a twentieth of the time at most"
+    queue.tell(atOnce=True)
+    assert json.loads((tmp_path / "batch.json").read_bytes())["cases"][0]["message"] == "second", "work of a person"
+    queue._current = None
