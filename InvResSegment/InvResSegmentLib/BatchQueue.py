@@ -341,6 +341,9 @@ class BatchQueue:
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
 
     def _finished(self, case: BatchCase, outcome: Any, warnings: Sequence[str], notes: Sequence[str]) -> None:
+        if outcome.state == "done" and not case.inScene:
+            text = _("{file} beside it was made earlier, with other settings.")
+            notes = [*notes, *(text.format(file=name) for name in self._names(self.cases).earlier(case))]
         for sentence in (*warnings, *notes):
             self.log(_("{name}: {sentence}").format(name=case.name, sentence=sentence))
         if outcome.state == "done":

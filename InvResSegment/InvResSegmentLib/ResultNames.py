@@ -24,7 +24,7 @@ class ResultNames:
     def __init__(self, folder: Path | None, made: Mapping[str, tuple | None], cases: Iterable[BatchCase]) -> None:
         cases = [case for case in cases if case.fileName and not case.inScene]
         there = [path.name for path in folder.iterdir()] if folder is not None and folder.is_dir() else []
-        self._there = {name.casefold() for name in there if endingOf(name)}
+        self._there = {name.casefold(): name for name in there if endingOf(name)}
         owners = {**made, **{case.fileName: case.identity for case in cases if case.state != WAITING}}
         self._owners = {name.casefold(): owner for name, owner in owners.items()}
         self._cases = {resultStem(case.fileName).casefold(): case for case in cases}
@@ -46,6 +46,11 @@ class ResultNames:
             candidate = f"{plain}_{number}"
         case.fileName = f"{candidate}{ending}"
         self._cases[candidate.casefold()] = case
+
+    def earlier(self, case: BatchCase) -> list[str]:
+        """The other files that batches have made of the same images, before the ending was another one."""
+        ours = (name for name, owner in self._owners.items() if owner == case.identity)
+        return sorted(self._there[name] for name in ours if name in self._there and name != case.fileName.casefold())
 
     def _isFree(self, stem: str, ending: str, case: BatchCase) -> bool:
         """Whether neither another case nor a file of other images, or of nobody knows what, has this name."""

@@ -538,7 +538,7 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
 
 
 def table_of(folder, name="volumes.csv"):
-    with open(folder / name, encoding="utf-8", newline="") as stream:
+    with open(folder / name, encoding="utf-8-sig", newline="") as stream:
         return {row["case"]: row for row in csv.DictReader(stream)}
 
 
@@ -611,6 +611,7 @@ def test_two_cases_of_one_name_are_told_apart_by_their_results(tmp_path):
     done = [BatchCase("a", fileName=name, state=DONE, confidence=0.5) for name in ("a.seg.nrrd", "a_2.nii.gz")]
     writeTable(tmp_path / "volumes.csv", done)
     assert set(table_of(tmp_path)) == {"a", "a_2"}
+    assert (tmp_path / "volumes.csv").read_bytes().startswith(b"\xef\xbb\xbfcase,"), "so that spreadsheets read umlauts"
 
 
 def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, tmp_path):
@@ -719,6 +720,8 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     assert names == ["case_0.nii.gz", "case_1_2.nii.gz", "case_2.seg.nrrd"], "nothing of another is written over"
     assert (results / "case_1.nii.gz").read_bytes() == b"mine"
     assert queue.missing(small_model, ending=".nii.gz") == ["All cases are done with this model."]
+    assert queue.cases[0].notes == "case_0.seg.nrrd beside it was made earlier, with other settings."
+    assert "case_1.seg.nrrd" in readBatch(results)[1].notes and not queue.cases[2].notes, "nor of what is of nobody"
     labels = read_volume(results / "case_0.nii.gz", kind="labels").array
     review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
     review.open(queue.cases[0])
