@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = [
     "ACCEPTED",
+    "CORRECTED_SUFFIX",
     "DONE",
     "EDITED",
     "ENDINGS",
@@ -23,7 +22,6 @@ __all__ = [
     "BatchCase",
     "correctedPath",
     "endingOf",
-    "freeFileName",
     "patientCode",
     "resultStem",
 ]
@@ -34,7 +32,6 @@ EDITED, ACCEPTED = "edited", "accepted"
 RESULT_SUFFIX, CORRECTED_SUFFIX = ".seg.nrrd", ".corrected.seg.nrrd"
 ENDINGS = (RESULT_SUFFIX, ".nii.gz")
 """Of results: Slicer's segmentations with names and colours, or label maps, which any program reads."""
-LONGEST_NAME = 60
 
 
 @dataclass(eq=False)
@@ -69,6 +66,12 @@ class BatchCase:
         """Whether its images are nodes of the scene and not files."""
         return bool(self.nodes)
 
+    @property
+    def identity(self) -> tuple[tuple[str, str], ...]:
+        """What it is made of, each channel with its file or node: cases of one identity are the same case."""
+        nodes = {channel: node.GetID() for channel, node in self.nodes.items()}
+        return tuple(sorted((channel, str(image)) for channel, image in {**self.files, **nodes}.items()))
+
     def pending(self, modelSha256: str, ways: SegmentWays = AS_THE_MODEL, ending: str = "") -> bool:
         """Whether this model has still to segment it, in these ways and into a file with this ending ("" = any).
 
@@ -89,29 +92,14 @@ def patientCode(source: str, patient: str) -> str:
     return hashlib.sha256(f"{source}\n{patient}".encode()).hexdigest()[:16]
 
 
-def freeFileName(
-    name: str, cases: Iterable[BatchCase], foreign: Iterable[str] = (), ending: str = RESULT_SUFFIX
-) -> str:
-    """A file name for the result of a case, on any file system: other than what is foreign, and with another stem than
-    those of the other cases, for corrections are called after it."""
-    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:LONGEST_NAME] or "case"
-    stems = {resultStem(case.fileName).casefold() for case in cases}
-    used = {one.casefold() for one in foreign}
-    candidate, number = plain, 1
-    while candidate.casefold() in stems or f"{candidate}{ending}".casefold() in used:
-        number += 1
-        candidate = f"{plain}_{number}"
-    return f"{candidate}{ending}"
-
-
 def endingOf(fileName: str) -> str:
-    """That of `ENDINGS` which a result has; "" for another one."""
-    return next((ending for ending in ENDINGS if fileName.endswith(ending)), "")
+    """That of `ENDINGS` which a result has, written large or small; "" for another one."""
+    return next((ending for ending in ENDINGS if fileName.lower().endswith(ending)), "")
 
 
 def resultStem(fileName: str) -> str:
     """The name of a result without its ending."""
-    return fileName.removesuffix(endingOf(fileName))
+    return fileName[: len(fileName) - len(endingOf(fileName))]
 
 
 def correctedPath(folder: Path, case: BatchCase) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,16 +21,26 @@ from .BatchCase import (
     BatchCase,
     correctedPath,
     endingOf,
-    freeFileName,
 )
-from .BatchRecord import RECORD, BatchSettings, readBatch, readMade, readSettings, readTable, writeBatch
+from .BatchRecord import (
+    RECORD,
+    BatchSettings,
+    UnreadableRecord,
+    readBatch,
+    readMade,
+    readSettings,
+    readTable,
+    writeBatch,
+)
 from .BatchTable import freeTableName, writeTable
+from .ResultNames import ResultNames
 from .SegmentationLogic import SegmentationLogic, SegmentationRequest
 from .SegmentWays import AS_THE_MODEL, SegmentWays
 
 __all__ = ["BatchQueue"]
 
-KEPT_EVERY_S = 1.0
+KEPT_EVERY_S, KEPT_SHARE = 1.0, 0.05
+"""How often the state is written while cases are running: at most this share of the time, and not more often."""
 
 
 class BatchQueue:
@@ -45,6 +56,8 @@ class BatchQueue:
         self._logic = SegmentationLogic(backend, temporaryFolder)  # a second one: the Segment tab has its own run
         self._requestId: int | None = None
         self._current: BatchCase | None = None
+        self._todo: list[BatchCase] = []  # by the run, the current one first; those that it did not come to stay
+        self._before: dict[str, Any] = {}  # what was known of the current one
         self._cancelling = False
         self._model: Any = None
         self._locator: Any = None
@@ -56,9 +69,10 @@ class BatchQueue:
         self.changed: list[Callable[[], None]] = []
         self.progress: Callable[[str, float], None] = lambda text, fraction: None
         self.log: Callable[[str], None] = lambda text: None
-        self._keptAt = 0.0
+        self._keptUntil = 0.0  # monotonic time, s: what changes in the running meanwhile is written later
         self._asRead: dict[BatchCase, tuple] = {}  # cases that the folder remembered, and how they were
-        self.problem = ""  # why batch.json or the table could not be written, in words
+        self._unknown = ""  # why it is not known what batches have done in the folder, in words
+        self.problem = ""  # that, or why batch.json or the table could not be written
 
     @property
     def running(self) -> bool:
@@ -70,6 +84,11 @@ class BatchQueue:
         """The case that is being segmented."""
         return self._current
 
+    @property
+    def left(self) -> int:
+        """How many cases the run has still to do, or did not come to when it was cancelled."""
+        return len(self._todo)
+
     # ---------------------------------------------------------------- the list
 
     def forgetScene(self) -> None:
@@ -79,17 +98,17 @@ class BatchQueue:
 
     def add(self, cases: Iterable[BatchCase]) -> int:
         """Appends the cases that are not there yet; returns how many those are."""
-        known, new = {_identity(case): case for case in self.cases}, []
+        known, new = {case.identity: case for case in self.cases}, []
         for case in cases:
-            if (same := known.get(_identity(case))) is None:
+            if (same := known.get(case.identity)) is None:
                 new.append(case)
             else:
                 self._asRead.pop(same, None)  # asked for, and not only remembered
                 same.patient = same.patient or case.patient
-        foreign = self._foreign()
+        names = self._names(self.cases)
         for case in new:
             if not case.fileName and not case.inScene:
-                case.fileName = freeFileName(case.name, self.cases, foreign)
+                names.take(case, RESULT_SUFFIX)
                 self._takeUpCorrection(case)
             self.cases.append(case)
         self.tell()
@@ -104,62 +123,71 @@ class BatchQueue:
     def setFolder(self, folder: Path | None) -> None:
         """Where results go; the cases that it remembers from before come to the list, as they were then.
 
-        Those that only came from the folder before, and were not touched since, stay with that one.
+        Those that only came from the folder before, and were not touched since, stay with that one. Where it cannot be
+        read what a folder remembers, `problem` says so, and choosing it again tries again.
         """
-        if folder == self.folder or self.running:
+        if self.running or (folder == self.folder and not self._unknown):
             return
-        remembered = readBatch(folder) if folder is not None else []
-        theirs = {_identity(case) for case in remembered}
+        remembered, settings, self._unknown = [], None, ""
+        if folder is not None:
+            try:
+                remembered, settings = readBatch(folder), readSettings(folder)
+            except UnreadableRecord as error:
+                self._unknown = _unreadable(folder, error)
+        theirs = {case.identity for case in remembered}
         mine = [case for case in self.cases if self._asRead.get(case) != _state(case)]
-        others = [case for case in mine if _identity(case) not in theirs]
+        others = [case for case in mine if case.identity not in theirs]
         self._asRead = {case: _state(case) for case in remembered}
+        self.folder, self.settings = folder, settings
+        names = self._names(remembered)
         for case in others:
             if not case.inScene:  # their results, if any, lie in the folder from before
                 case.waitAgain()
                 case.model, case.review = "", ""
-                case.fileName = freeFileName(case.name, remembered, ending=endingOf(case.fileName) or RESULT_SUFFIX)
+                names.take(case, endingOf(case.fileName) or RESULT_SUFFIX)
+                self._takeUpCorrection(case)
                 remembered.append(case)
-        scene = [case for case in others if case.inScene]
-        self.folder, self.cases = folder, [*remembered, *scene]
-        self.settings = readSettings(folder) if folder is not None else None
-        foreign = self._foreign()
-        for case in self.cases:
-            if case.state == WAITING and case.fileName in foreign:
-                self._rename(case, foreign, endingOf(case.fileName) or RESULT_SUFFIX)
+        self.cases = [*remembered, *(case for case in others if case.inScene)]
         self.tell()
 
-    def _rename(self, case: BatchCase, foreign: Sequence[str], ending: str) -> None:
-        others = [other for other in self.cases if other is not case]
-        case.fileName = freeFileName(case.name, others, foreign, ending)
-
-    def _foreign(self) -> list[str]:
-        """Segmentations in the folder of results that no batch has made: nothing may be written over them."""
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        ours = set(readMade(self.folder)) | {case.fileName for case in self.cases if case.state != WAITING}
-        return [file.name for file in self.folder.iterdir() if endingOf(file.name) and file.name not in ours]
+    def _names(self, cases: Sequence[BatchCase]) -> ResultNames:
+        """Those that are taken in the folder of results. cases: whose names are taken, too."""
+        made: dict[str, tuple | None] = {}
+        if self.folder is not None:
+            with contextlib.suppress(UnreadableRecord):  # then every result in it may be of anything
+                made = readMade(self.folder)
+        return ResultNames(self.folder, made, cases)
 
     def _takeUpCorrection(self, case: BatchCase) -> None:
         """A case that was corrected before, taken off the list and added again, is not segmented anew."""
         if self.folder is not None and correctedPath(self.folder, case).is_file():
             case.state, case.review = DONE, EDITED
 
-    def tell(self) -> None:
-        """Remembers the state on disk, and calls whoever listens."""
-        # What is lost by a kill is at most the result of this time, which is made again.
-        if self._worthKeeping and (not self.running or time.monotonic() - self._keptAt > KEPT_EVERY_S):
-            self.problem, self._keptAt = "", time.monotonic()
-            table = readTable(self.folder) or freeTableName(self.folder)
-            try:
-                writeBatch(self.folder, self.cases, self.settings, table)
-            except OSError as error:
-                self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
-                    folder=self.folder, reason=(error.strerror or str(error)).lower()
-                )
-            else:
-                self._writeTable(self.folder / table)
+    def tell(self, atOnce: bool = False) -> None:
+        """Remembers the state on disk, and calls whoever listens. atOnce: also when that was done a moment ago."""
+        # What is lost by a kill are at most results of this time, which are made again. Work of a person is not.
+        began = time.monotonic()
+        if atOnce or not self.running or began > self._keptUntil:
+            self.problem = self._unknown
+            if not self._unknown and self._worthKeeping:
+                self._keep()
+            ended = time.monotonic()
+            self._keptUntil = ended + max(KEPT_EVERY_S, (ended - began) / KEPT_SHARE)
         for listener in list(self.changed):
             listener()
+
+    def _keep(self) -> None:
+        try:
+            table = readTable(self.folder) or freeTableName(self.folder)
+            writeBatch(self.folder, self.cases, self.settings, table)
+        except UnreadableRecord as error:
+            self.problem = _unreadable(self.folder, error)
+        except OSError as error:
+            self.problem = _("The state of the batch could not be written to {folder}: {reason}.").format(
+                folder=self.folder, reason=(error.strerror or str(error)).lower()
+            )
+        else:
+            self._writeTable(self.folder / table)
 
     def _writeTable(self, path: Path) -> None:
         if all(case.inScene or case.state not in (DONE, FAILED) for case in self.cases):
@@ -191,12 +219,18 @@ class BatchQueue:
         onFiles = [case for case in self.cases if not case.inScene]
         if self.folder is None and onFiles:
             sentences.append(_("Choose a folder for the results."))
+        elif self._unknown and onFiles:
+            sentences.append(self._unknown)
         elif ending != RESULT_SUFFIX and any(file.parent == self.folder for c in onFiles for file in c.files.values()):
             text = _("Choose another folder for the results: as {ending} they could be taken for images beside them.")
             sentences.append(text.format(ending=ending))
         if not any(case.pending(model.sha256, ways, ending) for case in self.cases):
             sentences.append(_("All cases are done with this model."))
         return sentences
+
+    def anew(self, model: Any, ways: SegmentWays = AS_THE_MODEL, ending: str = RESULT_SUFFIX) -> int:
+        """How many results, which are there, a start would make anew. ways, ending: as of `start`."""
+        return sum(case.state == DONE and case.pending(model.sha256, ways, ending) for case in self.cases)
 
     def start(
         self,
@@ -206,7 +240,7 @@ class BatchQueue:
         ways: SegmentWays = AS_THE_MODEL,
         ending: str = RESULT_SUFFIX,
     ) -> None:
-        """Segments what is still to be done; failed cases are tried again.
+        """Segments what is still to be done; failed cases are tried again. A result is there until it is made anew.
 
         locator: the `ModelInfo` that finds the place in whole images for a model of crops; None for other models.
         ending: one of `ENDINGS`, of the results of cases of files.
@@ -216,16 +250,11 @@ class BatchQueue:
         self._model, self._device, self._locator, self._cancelling = model, device, locator, False
         self._ways = ways
         self.settings = BatchSettings(model.sha256, ways, ending)
-        foreign = self._foreign()
-        for case in self.cases:
-            if case.pending(model.sha256, ways, ending):
-                case.waitAgain()
-                if not case.inScene and endingOf(case.fileName) != ending:
-                    self._rename(case, foreign, ending)
+        self._todo = [case for case in self.cases if case.pending(model.sha256, ways, ending)]
         self._next()
 
     def cancel(self) -> None:
-        """Ends the case that is running, which waits again then; what is done is kept."""
+        """Ends the case that is running, which is then as it was before; what is done is kept."""
         if not self.running:
             return
         self._cancelling = True
@@ -235,17 +264,21 @@ class BatchQueue:
             self._logic.cancel()
 
     def _next(self) -> None:
-        waiting = [case for case in self.cases if case.state == WAITING and not case.review]
-        if self._cancelling or not waiting:
+        listed = set(self.cases)
+        self._todo = [case for case in self._todo if case in listed and not case.review]
+        if self._cancelling or not self._todo:
             self._current, self._cancelling = None, False
             self.tell()
             return
-        case = self._current = waiting[0]
+        case = self._current = self._todo[0]
+        self._before = {**vars(case), "written": self._written(case.fileName)}
         case.waitAgain()
+        if not case.inScene and endingOf(case.fileName) != self.settings.ending:
+            self._names(self.cases).take(case, self.settings.ending)
         case.state = RUNNING
         self.tell()
         if self._cancelling:  # by one of those who were told
-            self._ended(case, WAITING, "")
+            self._stopped(case)
         elif case.inScene:
             self._startInScene(case)
         else:
@@ -282,7 +315,8 @@ class BatchQueue:
         def onFinished(outcome: Any) -> None:
             self._requestId = None
             found = outcome.result if outcome.state == "done" else {}
-            case.confidence, case.volumesMl = found.get("confidence"), dict(found.get("volumes_ml") or {})
+            if not case.review:  # while it ran, by a person who had it open
+                case.confidence, case.volumesMl = found.get("confidence"), dict(found.get("volumes_ml") or {})
             self._finished(case, outcome, warnings, notes)
 
         self._requestId = self._backend.request(arguments, onEvent, onFinished)
@@ -300,12 +334,16 @@ class BatchQueue:
         def onDone(outcome: Any) -> None:
             if outcome.state == "done":
                 case.segmentation = outcome.segmentationNode
-                case.confidence, case.volumesMl = outcome.confidence, outcome.volumesMl
+                if not case.review:
+                    case.confidence, case.volumesMl = outcome.confidence, outcome.volumesMl
             self._finished(case, outcome, outcome.warnings, outcome.notes)
 
         self._logic.start(request, lambda text, fraction, eta_s: self._report(case, fraction), onDone)
 
     def _finished(self, case: BatchCase, outcome: Any, warnings: Sequence[str], notes: Sequence[str]) -> None:
+        if outcome.state == "done" and not case.inScene:
+            text = _("{file} beside it was made earlier, with other settings.")
+            notes = [*notes, *(text.format(file=name) for name in self._names(self.cases).earlier(case))]
         for sentence in (*warnings, *notes):
             self.log(_("{name}: {sentence}").format(name=case.name, sentence=sentence))
         if outcome.state == "done":
@@ -318,23 +356,46 @@ class BatchQueue:
             self._ended(case, FAILED, f"{outcome.message} {outcome.hint}".strip())
 
     def _report(self, case: BatchCase, fraction: float) -> None:
-        done = sum(one.state in (DONE, FAILED) for one in self.cases)
-        text = _("{name} ({number} of {count})").format(name=case.name, number=done + 1, count=len(self.cases))
-        self.progress(text, (done + fraction) / max(1, len(self.cases)))
+        count = max(1, len(self.cases))
+        done = max(0, count - len(self._todo))
+        text = _("{name} ({number} of {count})").format(name=case.name, number=done + 1, count=count)
+        self.progress(text, (done + fraction) / count)
 
     def _stopped(self, case: BatchCase) -> None:
         # Whoever ended it, the scene or a person: the others are not begun.
         self._cancelling = True
         self._ended(case, WAITING, "")
+        before = self._before
+        untouched = self._written(before["fileName"]) == before["written"]
+        if (
+            before["state"] == DONE and untouched and not case.review
+        ):  # else it was cancelled when it had just been made
+            for name in ("state", "message", "notes", "confidence", "volumesMl", "fileName"):
+                setattr(case, name, before[name])
+
+    def _written(self, fileName: str) -> tuple[int, int] | None:
+        """What tells whether a result is another file by now: its time and size; None without one."""
+        if self.folder is None or not fileName:
+            return None
+        try:
+            found = (self.folder / fileName).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
 
     def _ended(self, case: BatchCase, state: str, message: str) -> None:
-        case.state, case.message = state, message
+        # What a person has corrected meanwhile stands, whatever became of the run.
+        case.state, case.message = DONE if case.review else state, message
+        if state != WAITING:
+            self._todo.remove(case)
         qt.QTimer.singleShot(0, self._next)  # not from within: a thousand lost files are no depth of calls
 
 
-def _identity(case: BatchCase) -> tuple:
-    nodes = {channel: node.GetID() for channel, node in case.nodes.items()}
-    return tuple(sorted((channel, str(path)) for channel, path in {**case.files, **nodes}.items()))
+def _unreadable(folder: Path, error: UnreadableRecord) -> str:
+    return _(
+        "What batches have done in this folder cannot be read from {path} ({reason}): put that file right or move it "
+        "away and choose the folder again, or choose another folder."
+    ).format(path=folder / RECORD, reason=error)
 
 
 def _state(case: BatchCase) -> tuple:

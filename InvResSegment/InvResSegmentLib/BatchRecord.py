@@ -8,11 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .BatchCase import ACCEPTED, DONE, EDITED, ENDINGS, FAILED, RESULT_SUFFIX, RUNNING, WAITING, BatchCase
-from .SegmentWays import AS_THE_MODEL, SegmentWays
-from .WholeFile import readJson, writeJson
+from slicer.i18n import tr as _
 
-__all__ = ["RECORD", "BatchSettings", "readBatch", "readMade", "readSettings", "readTable", "writeBatch"]
+from .BatchCase import (
+    ACCEPTED,
+    DONE,
+    EDITED,
+    ENDINGS,
+    FAILED,
+    RESULT_SUFFIX,
+    RUNNING,
+    WAITING,
+    BatchCase,
+    correctedPath,
+)
+from .SegmentWays import AS_THE_MODEL, SegmentWays
+from .WholeFile import loadJson, writeJson
+
+__all__ = [
+    "RECORD",
+    "BatchSettings",
+    "UnreadableRecord",
+    "readBatch",
+    "readMade",
+    "readSettings",
+    "readTable",
+    "writeBatch",
+]
 
 RECORD = "batch.json"
 
@@ -26,10 +48,14 @@ class BatchSettings:
     ending: str = RESULT_SUFFIX
 
 
+class UnreadableRecord(Exception):
+    """A folder has a record, and what it says cannot be known; the text says why."""
+
+
 def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings | None, table: str) -> None:
     """Remembers the cases of files in the folder of their results. table: the file name of their volumes, "" for none.
 
-    settings: None where none is known. Raises OSError.
+    settings: None where none is known. Raises OSError, and UnreadableRecord: that one is never written over.
     """
     entries = [
         {
@@ -49,8 +75,9 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings
         for case in cases
         if not case.inScene
     ]
-    # Of cases that were taken off the list, too: what no batch has made must not be written over.
-    made = sorted({*readMade(folder), *(case.fileName for case in cases if case.state == DONE and not case.inScene)})
+    # Of cases that were taken off the list, too: what no batch has made, or of other images, must not be written over.
+    done = {case.fileName: case.identity for case in cases if case.state == DONE and not case.inScene}
+    made = {name: dict(owner or ()) for name, owner in sorted({**readMade(folder), **done}.items())}
     content: dict[str, Any] = {"format": 1, "cases": entries, "made": made, "table": table}
     if settings is not None:
         ways = settings.ways.toJson()
@@ -59,21 +86,51 @@ def writeBatch(folder: Path, cases: Sequence[BatchCase], settings: BatchSettings
     writeJson(folder / RECORD, content)
 
 
-def readMade(folder: Path) -> list[str]:
-    """The names of the results that batches have written into a folder."""
-    record = readJson(folder / RECORD)
-    listed = [entry.get("result") for entry in record.get("cases") or [] if isinstance(entry, dict)]
-    return [str(name) for name in (*(record.get("made") or []), *listed) if name]
+def readMade(folder: Path) -> dict[str, tuple | None]:
+    """The names of the results that batches have written into a folder -> the `identity` of what they were made of.
+
+    None where that is not known: records were lists of names alone at first. Raises UnreadableRecord.
+    """
+    record = _read(folder)
+    made = record.get("made")
+    found = {str(name): None for name in made} if isinstance(made, list) else {}
+    if isinstance(made, dict):
+        found = {str(name): _owner(files) for name, files in made.items()}
+    for entry in record.get("cases") or []:
+        if isinstance(entry, dict) and entry.get("result"):
+            found[str(entry["result"])] = _owner(entry.get("files"))
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record = loadJson(folder / RECORD)
+    except OSError as error:
+        raise UnreadableRecord((error.strerror or str(error)).lower()) from None
+    except ValueError:
+        raise UnreadableRecord(_("it is damaged")) from None
+    if not isinstance(record.get("cases") or [], list):
+        raise UnreadableRecord(_("it is damaged"))
+    return record
+
+
+def _owner(files: Any) -> tuple | None:
+    if not files or not isinstance(files, dict):
+        return None
+    return BatchCase("", files={str(channel): Path(str(path)) for channel, path in files.items()}).identity
 
 
 def readTable(folder: Path) -> str:
-    """The file name of the table of volumes that batches write in a folder; "" for none yet."""
-    return Path(str(readJson(folder / RECORD).get("table") or "")).name
+    """The file name of the table of volumes that batches write in a folder, "" for none yet.
+
+    Raises UnreadableRecord.
+    """
+    return Path(str(_read(folder).get("table") or "")).name
 
 
 def readSettings(folder: Path) -> BatchSettings | None:
-    """What the batch of a folder was started with last; None where that is not known."""
-    found = readJson(folder / RECORD).get("settings")
+    """What the batch of a folder was started with last; None where that is not known. Raises UnreadableRecord."""
+    found = _read(folder).get("settings")
     if not isinstance(found, dict):
         return None
     ending = found.get("ending") if found.get("ending") in ENDINGS else RESULT_SUFFIX
@@ -81,9 +138,12 @@ def readSettings(folder: Path) -> BatchSettings | None:
 
 
 def readBatch(folder: Path) -> list[BatchCase]:
-    """The cases that a folder of results remembers; what is damaged is left out, what is gone is waiting again."""
+    """The cases that a folder of results remembers; what is damaged is left out, what is gone is waiting again.
+
+    Raises UnreadableRecord.
+    """
     found = []
-    for entry in readJson(folder / RECORD).get("cases") or []:
+    for entry in _read(folder).get("cases") or []:
         try:
             case = BatchCase(
                 name=str(entry["name"]),
@@ -101,7 +161,8 @@ def readBatch(folder: Path) -> list[BatchCase]:
             )
         except (KeyError, TypeError, AttributeError):
             continue
-        if case.state == DONE and not (folder / case.fileName).is_file():
+        kept = (folder / case.fileName).is_file() or (case.review and correctedPath(folder, case).is_file())
+        if case.state == DONE and not kept:
             case.waitAgain()
             case.review = ""
         found.append(case)

@@ -36,13 +36,14 @@ class BatchTab:
         self.ui = slicer.util.childWidgetVariables(self.widget)
         self._models: list = []
         self._wasRunning = False
+        self._filled: list[tuple] = []  # what the rows of the table show
         self._notice = Notice(self.ui, "batchNotice")
         self.queue = BatchQueue(services.backend, slicer.util.tempDirectory)
         self.queue.changed.append(self._update)
         self.queue.progress = self._onProgress
         self.queue.log = services.log
-        self.review = ReviewQueue(self.queue, services.cases)
-        self._review = ReviewSection(self.ui, self.review, lambda: self.model, self._update)
+        self.review = ReviewQueue(self.queue, services.cases, self._modelOf)
+        self._review = ReviewSection(self.ui, self.review, self._update)
         self._intake = BatchIntake(
             self.ui, services.backend, self._notice, lambda: self.model, self.queue.add, self._update
         )
@@ -77,6 +78,7 @@ class BatchTab:
     def setModels(self, models: list, emptyText: str) -> None:
         """The models that were found; emptyText says why there are none."""
         before, self._models = self.model, list(models)
+        self._filled = []  # how sure a model should be is its own affair
         box = self.ui.modelBox
         wasBlocked = box.blockSignals(True)
         box.clear()
@@ -93,7 +95,8 @@ class BatchTab:
         self._update()
 
     def enter(self) -> None:
-        """The panel is shown: a person may come back from the Segment Editor."""
+        """The panel is shown: a person may come back from the Segment Editor, or have put the folder right."""
+        self.queue.setFolder(self.queue.folder)
         self._update()
 
     def cancel(self) -> None:
@@ -149,6 +152,7 @@ class BatchTab:
     def _onResultsFolder(self, path: str) -> None:
         # While a path is being typed it names no folder yet.
         if path and Path(path).is_dir() and self._review.leave():
+            self._notice.clear()  # it was of the folder before
             self.queue.setFolder(Path(path))
             self._takeUpSettings()
 
@@ -162,6 +166,13 @@ class BatchTab:
             self.ui.modelBox.setCurrentIndex(row)
         self._ways.choose(settings.ways)
         self.ui.endingBox.setCurrentIndex(ENDINGS.index(settings.ending))
+        anew = self.queue.anew(self.model, self._ways.ways(self.model), self._ending) if self.model is not None else 0
+        if row is None and anew:
+            text = _(
+                "The model that made these results is not among the models any more. Start makes {count} of them anew "
+                "with {name}; what was edited or accepted stays."
+            )
+            self._notice.show(WARNING, text.format(count=anew, name=self.model.name))
 
     def _onRemove(self) -> None:
         self._removeCases(self._selected)
@@ -223,53 +234,62 @@ class BatchTab:
     def _showEnd(self) -> None:
         """What became of the run: each failure in a sentence, as far as there is room."""
         failed = [case for case in self.queue.cases if case.state == FAILED]
-        done = sum(case.state == DONE for case in self.queue.cases)
+        count = len(self.queue.cases)
         if failed:
-            count = len(failed)
             texts = [_("{name}: {reason}").format(name=case.name, reason=case.message) for case in failed]
-            if count > FAILURES_SHOWN:
-                more = _("{count} more failed; point at a row to see why.").format(count=count - FAILURES_SHOWN)
+            if len(failed) > FAILURES_SHOWN:
+                more = _("{count} more failed; point at a row to see why.").format(count=len(failed) - FAILURES_SHOWN)
                 texts[FAILURES_SHOWN:] = [more]
             self._notice.show(WARNING, *texts)
-        elif done == len(self.queue.cases):
+        elif not self.queue.left:
             self._notice.show(GOOD, _("All cases are done; see Review below."))
         else:
-            text = _("Stopped: {done} of {count} cases are done.").format(done=done, count=len(self.queue.cases))
+            text = _("Stopped: {done} of {count} cases are done.").format(done=count - self.queue.left, count=count)
             self._notice.show(INFORMATION, text)
 
     def _fillTable(self) -> None:
+        """Rows whose case has changed: with a thousand cases the others would take longer than the panel may wait."""
         table = self.ui.casesTable
-        cases = self.queue.cases
+        known = [_shown(case, case is self.review.current) for case in self.queue.cases]
         wasBlocked = table.blockSignals(True)
-        table.setRowCount(len(cases))
+        table.setRowCount(len(known))
+        for row, case in enumerate(self.queue.cases):
+            if row >= len(self._filled) or self._filled[row] != known[row]:
+                self._fillRow(table, row, case)
+        self._filled = known
+        table.blockSignals(wasBlocked)
+
+    def _fillRow(self, table, row: int, case) -> None:
         states = {WAITING: _("waiting"), RUNNING: _("running"), DONE: _("done"), FAILED: _("failed")}
         reviews = {"": "", EDITED: _("edited"), ACCEPTED: _("accepted")}
         icons = {DONE: qt.QStyle.SP_DialogApplyButton, FAILED: qt.QStyle.SP_MessageBoxCritical}
-        for row, case in enumerate(cases):
-            sure = "" if case.confidence is None else f"{case.confidence:.2f}"
-            channels = ", ".join({**case.files, **case.nodes})
-            cells = (case.name, channels, states[case.state], sure, reviews[case.review])
-            for column, text in enumerate(cells):
-                item = table.item(row, column)
-                if item is None:
-                    item = qt.QTableWidgetItem()
-                    table.setItem(row, column, item)
-                item.setText(text)
-                item.setToolTip("\n".join(filter(None, (case.message, case.notes, *self._findings(case)))) or text)
-                if column == 2:
-                    kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
-                    kind = kind or icons.get(case.state)
-                    item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
-                font = item.font()
-                font.setBold(case is self.review.current)
-                item.setFont(font)
-        table.blockSignals(wasBlocked)
+        sure = "" if case.confidence is None else f"{case.confidence:.2f}"
+        channels = ", ".join({**case.files, **case.nodes})
+        told = "\n".join(filter(None, (case.message, case.notes, *self._findings(case))))
+        for column, text in enumerate((case.name, channels, states[case.state], sure, reviews[case.review])):
+            item = table.item(row, column)
+            if item is None:
+                item = qt.QTableWidgetItem()
+                table.setItem(row, column, item)
+            item.setText(text)
+            item.setToolTip(told or text)
+            if column == 2:
+                kind = qt.QStyle.SP_MessageBoxWarning if case.state == DONE and case.message else None
+                kind = kind or icons.get(case.state)
+                item.setIcon(table.style().standardIcon(kind) if kind else qt.QIcon())
+            font = item.font()
+            font.setBold(case is self.review.current)
+            item.setFont(font)
+
+    def _modelOf(self, case):
+        """The `ModelInfo` that made the result of a case, or None: not the one that is chosen by now."""
+        return next((model for model in self._models if model.sha256 == case.model), None)
 
     def _findings(self, case) -> list[str]:
         """What is known of a result: how sure the model was, and its volumes."""
         if case.confidence is None:
             return []
-        made = next((model for model in self._models if model.sha256 == case.model), None)
+        made = self._modelOf(case)
         sentence = confidenceInWords(case.confidence, made.leastConfidence if made is not None else 0.0)
         volumes = [
             _("{segment}: {volume} mL").format(segment=name, volume=f"{volume:.2f}")
@@ -287,16 +307,27 @@ class BatchTab:
         self.ui.clearButton.enabled = bool(self.queue.cases) and not running
         for widget in (self.ui.modelBox, self.ui.folderEdit, self.ui.optionsRow):
             widget.enabled = not running
-        missing = [problem] if problem else []
+        missing, anew = [problem] if problem else [], 0
         if model is None:
             missing += self.queue.missing(None)
         else:
-            missing += self.queue.missing(model, self._ways.ways(model), self._ending)
+            asked = model, self._ways.ways(model), self._ending
+            missing += self.queue.missing(*asked)
+            anew = self.queue.anew(*asked)
         button = self.ui.startButton
         button.text = _("Cancel") if running or reading else _("Start")
         button.enabled = running or reading or not missing
         button.toolTip = _("Segments the cases one after the other; you can go on working.")
         if running or reading:
             button.toolTip = _("Stops; what is done is kept.")
+        elif anew and not missing:
+            text = _("{count} results were made by another model or with other options, and are made anew.")
+            button.toolTip += " " + text.format(count=anew)
         elif missing:
             button.toolTip = bullets(_("Before starting:"), missing)
+
+
+def _shown(case, isOpen: bool) -> tuple:
+    """What the row of a case is made of."""
+    found = (case.confidence, case.volumesMl, case.model)
+    return (case, case.state, case.message, case.notes, *found, case.review, isOpen)

@@ -14,6 +14,8 @@ from .WholeFile import writeWhole
 __all__ = ["freeTableName", "writeTable"]
 
 TABLE, SUFFIX = "volumes", ".csv"
+BYTE_ORDER_MARK = "\ufeff"
+"""Without it, spreadsheets on Windows read names with umlauts in another encoding."""
 REMARKS = {EDITED: "Corrected by hand.", ACCEPTED: "Accepted in the review."}
 """Not in the language of the panel, as nothing is in the table: other programs read it."""
 
@@ -40,4 +42,4 @@ def writeTable(path: Path, cases: Sequence[BatchCase]) -> None:
         volumes = [case.volumesMl.get(label, "") for label in labels]
         remarks = " ".join(filter(None, (case.message, REMARKS.get(case.review, ""))))
         table.writerow([name, *volumes, "" if case.confidence is None else case.confidence, remarks])
-    writeWhole(path, text.getvalue())
+    writeWhole(path, BYTE_ORDER_MARK + text.getvalue())

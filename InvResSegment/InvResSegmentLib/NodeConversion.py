@@ -248,7 +248,16 @@ def _readOnGrid(
 
 
 def onGridOf(result: ResultFile, inputNode: slicer.vtkMRMLVolumeNode) -> ResultFile:
-    """The same segments. Raises ConversionError where they lie on another grid than the volume."""
+    """The same segments, on the axes of the volume. Raises ConversionError where they lie on another grid.
+
+    Slicer turns the third axis of a left-handed file when it loads it, and the backend writes on the grid of the file.
+    """
+    toVolume = volumeMatrix(inputNode)
+    if np.linalg.det(result.matrix[:3, :3]) * np.linalg.det(toVolume[:3, :3]) < 0:
+        turned = result.matrix.copy()
+        turned[:3, 3] += turned[:3, 2] * (result.layers.shape[0] - 1)
+        turned[:3, 2] *= -1
+        result = replace(result, layers=result.layers[::-1], matrix=turned)
     if not _sameGrid(result, inputNode):
         raise ConversionError(
             _("The result does not lie on the grid of {name}; nothing was changed.").format(name=inputNode.GetName()),

@@ -31,6 +31,7 @@ IMAGE, LABELS = "vtkMRMLScalarVolumeNode", "vtkMRMLLabelMapVolumeNode"
 SEGMENTATION_FILE = ".seg.nrrd"
 _EMPTY = {"Segmentation_SourceRepresentation": BINARY_LABELMAP}
 """Tells a segmentation without segments from a label map that names none."""
+LOOKED_INTO, TRIED = 100, 5  # files of a folder
 SINGLE_FILES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img")
 
 
@@ -40,16 +41,9 @@ def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) 
     passing: neither saved with the scene nor offered in selectors.
     Raises ConversionError where there is no such file, or no volume in it.
     """
-    file = _firstFile(path)
+    files = _files(path)
     node = _newNode(kind, name, passing)
-    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
-    # Names of DICOM files may end in anything (1.2.840.55), and the backend reads the series of such a file.
-    storage.SetSingleFile(not path.is_dir() and file.name.lower().endswith(SINGLE_FILES))
-    storage.SetFileName(str(file))
-    read = storage.ReadData(node)
-    slicer.mrmlScene.RemoveNode(storage)  # the scene would take the file for its own, and write to it
-    image = node.GetImageData()
-    if not read or image is None or image.GetPointData().GetScalars() is None:
+    if not any(_readInto(node, file, series=path.is_dir()) for file in files):
         slicer.mrmlScene.RemoveNode(node)
         raise ConversionError(
             _("{path} could not be read as a volume.").format(path=path),
@@ -58,6 +52,18 @@ def loadVolume(path: Path, name: str, kind: str = IMAGE, passing: bool = False) 
     if kind == IMAGE:
         _giveDisplay(node, passing)
     return node
+
+
+def _readInto(node: slicer.vtkMRMLScalarVolumeNode, file: Path, series: bool) -> bool:
+    """Whether there is a volume in a file. series: it is of a folder, and others may belong to it."""
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    # Names of DICOM files may end in anything (1.2.840.55), and the backend reads the series of such a file.
+    storage.SetSingleFile(not series and file.name.lower().endswith(SINGLE_FILES))
+    storage.SetFileName(str(file))
+    read = storage.ReadData(node)
+    slicer.mrmlScene.RemoveNode(storage)  # the scene would take the file for its own, and write to it
+    image = node.GetImageData()
+    return bool(read) and image is not None and image.GetPointData().GetScalars() is not None
 
 
 def readLabels(path: Path, values: Mapping[str, Sequence[int]] | None = None) -> ResultFile:
@@ -97,7 +103,7 @@ def readLabelMap(
             _("{path} has the value {value}, and nothing says what that stands for.").format(
                 path=path.name, value=foreign[0]
             ),
-            _("Choose the model that made it."),
+            _("In the tab Models, import the model that made it."),
         )
     if not parts:
         return ResultFile(array.astype(np.int32, copy=False)[..., None], matrix, tuple(labels))
@@ -203,11 +209,11 @@ def _writeSegments(node: slicer.vtkMRMLSegmentationNode, path: Path) -> bool:
         slicer.mrmlScene.RemoveNode(storage)
 
 
-def _firstFile(path: Path) -> Path:
-    """The file itself, or the first one of a folder."""
+def _files(path: Path) -> list[Path]:
+    """The file itself, or those of the folder of a DICOM series of which one should be enough, the likeliest first."""
     try:
-        file = min((one for one in path.iterdir() if one.is_file()), default=path) if path.is_dir() else path
-        there = file.is_file()
+        files = _inSeries(path) if path.is_dir() else [path]
+        there = bool(files) and files[0].is_file()
     except OSError as error:
         raise ConversionError(
             _("{path} cannot be read: {reason}.").format(path=path, reason=error.strerror or error)
@@ -216,7 +222,19 @@ def _firstFile(path: Path) -> Path:
         raise ConversionError(
             _("The file {path} is not there any more.").format(path=path), _("Put it back where it was.")
         )
-    return file
+    return files
+
+
+def _inSeries(folder: Path) -> list[Path]:
+    """Files of a folder that may be slices: notes, previews and the desktop's own files may lie beside those."""
+    named = sorted(one for one in folder.iterdir() if not one.name.startswith(".") and one.is_file())
+    files = [one for one in named if one.stem.upper() != "DICOMDIR"][:LOOKED_INTO]
+    return sorted(files, key=lambda file: not _isDicom(file))[:TRIED]  # not all DICOM files say that they are
+
+
+def _isDicom(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _newNode(kind: str, name: str, passing: bool):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import slicer
@@ -18,8 +18,10 @@ __all__ = ["ReviewQueue"]
 
 
 class ReviewQueue:
-    """Steps through the cases of a batch that are done. trainingCases: gets what is accepted (`TrainingCases`).
+    """Steps through the cases of a batch that are done.
 
+    trainingCases: gets what is accepted (`TrainingCases`). modelOf: gives the `ModelInfo` that made the result of a
+    case, for names and colours; None where it is not among the models.
     First come those that nobody has looked at, the model's least sure ones before the others. What was opened keeps its
     place, so that the way back is the way that a person came, also when cases are done or accepted meanwhile.
     A case of files is loaded when it is opened; when it is left, its nodes go, as it is a training case of files. What
@@ -27,8 +29,8 @@ class ReviewQueue:
     lost by going on.
     """
 
-    def __init__(self, queue: BatchQueue, trainingCases: Any) -> None:
-        self._queue, self._trainingCases = queue, trainingCases
+    def __init__(self, queue: BatchQueue, trainingCases: Any, modelOf: Callable[[BatchCase], Any]) -> None:
+        self._queue, self._trainingCases, self._modelOf = queue, trainingCases, modelOf
         self.current: BatchCase | None = None
         self._tried: BatchCase | None = None  # opened last, or tried to
         self._opened: list[BatchCase] = []  # in this order, for the first time
@@ -55,11 +57,8 @@ class ReviewQueue:
         """The first image of the case that is open."""
         return next(iter(self.channels.values()), None)
 
-    def step(self, forward: bool, model: Any) -> bool:
-        """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError.
-
-        model: as of `open`.
-        """
+    def step(self, forward: bool) -> bool:
+        """Opens the next case, or the one before; False where there is none. Raises ConversionError, OSError."""
         cases = self.cases
         if self._tried in cases:
             place = cases.index(self._tried) + (1 if forward else -1)
@@ -67,11 +66,11 @@ class ReviewQueue:
             place = next((i for i, case in enumerate(cases) if case.review != ACCEPTED), 0)
         if not 0 <= place < len(cases):
             return False
-        self.open(cases[place], model)
+        self.open(cases[place])
         return True
 
-    def open(self, case: BatchCase, model: Any) -> None:
-        """Puts image and result into the scene. model: what the result was made with, for names and colours.
+    def open(self, case: BatchCase) -> None:
+        """Puts image and result into the scene.
 
         Raises ConversionError where they cannot be read, and OSError where the case before cannot be saved.
         """
@@ -87,7 +86,7 @@ class ReviewQueue:
             self.channels = {name: node for name, node in case.nodes.items() if node.GetScene() is not None}
             self.segmentation = case.segmentation
         else:
-            self._load(case, model)
+            self._load(case)
         self.current = case
         self._segmentCount = self.segmentation.GetSegmentation().GetNumberOfSegments()
 
@@ -101,9 +100,8 @@ class ReviewQueue:
             return False
         if not case.inScene:
             self._write(case, learn=False)
-        if not case.review:
-            case.review = EDITED
-            self._queue.tell()
+        case.review = case.review or EDITED
+        self._queue.tell(atOnce=True)  # also when it was corrected before: its volumes are others now
         return True
 
     def _write(self, case: BatchCase, learn: bool) -> None:
@@ -133,7 +131,7 @@ class ReviewQueue:
         elif learned:
             self._trainingCases.add(case.name, dict(self.channels), self.segmentation)
         case.review = ACCEPTED
-        self._queue.tell()
+        self._queue.tell(atOnce=True)
         return learned
 
     def leave(self) -> None:
@@ -163,7 +161,7 @@ class ReviewQueue:
             return True
         return NodeConversion.wasEdited(self.segmentation)
 
-    def _load(self, case: BatchCase, model: Any) -> None:
+    def _load(self, case: BatchCase) -> None:
         loaded: list = []
         try:
             channels = {}
@@ -171,14 +169,14 @@ class ReviewQueue:
                 title = case.name if len(case.files) == 1 else f"{case.name} {name}"
                 loaded.append(NodeFiles.loadVolume(path, title))
                 channels[name] = loaded[-1]
-            self.segmentation = self._segmentation(case, model, loaded)
+            self.segmentation = self._segmentation(case, loaded)
             self.channels = channels
         except ConversionError:
             for node in loaded:
                 _remove(node)
             raise
 
-    def _segmentation(self, case: BatchCase, model: Any, loaded: list) -> slicer.vtkMRMLSegmentationNode:
+    def _segmentation(self, case: BatchCase, loaded: list) -> slicer.vtkMRMLSegmentationNode:
         name = _("{name} segmentation").format(name=case.name)
         corrected, image = correctedPath(self._queue.folder, case), loaded[0]
         if case.review and corrected.is_file():
@@ -187,7 +185,8 @@ class ReviewQueue:
             if not node.GetSegmentation().GetNumberOfSegments():  # to be drawn in, after all
                 node.SetReferenceImageGeometryParameterFromVolumeNode(image)
         else:
-            labels = model.labels if model is not None and model.sha256 == case.model else ()
+            model = self._modelOf(case)
+            labels = model.labels if model is not None else ()
             stated = [
                 NodeConversion.SegmentLabel(one.name, one.value, one.colour, one.terminology)
                 for one in labels

@@ -18,20 +18,20 @@ __all__ = ["ReviewSection"]
 class ReviewSection:
     """`reviewButton` of the Batch tab; hidden until a case is done.
 
-    model: gives the chosen `ModelInfo`, or None. onChanged: called when another case is open, or was accepted.
+    onChanged: called when another case is open, or was accepted.
     """
 
-    def __init__(self, ui, review: ReviewQueue, model: Callable, onChanged: Callable[[], None]) -> None:
-        self._ui, self._queue, self._model, self._onChanged = ui, review, model, onChanged
+    def __init__(self, ui, review: ReviewQueue, onChanged: Callable[[], None]) -> None:
+        self._ui, self._queue, self._onChanged = ui, review, onChanged
         self._notice = Notice(ui, "reviewNotice")
-        ui.previousButton.connect("clicked()", lambda: self._move(lambda: review.step(False, model())))
-        ui.nextButton.connect("clicked()", lambda: self._move(lambda: review.step(True, model())))
+        ui.previousButton.connect("clicked()", lambda: self._move(lambda: review.step(False)))
+        ui.nextButton.connect("clicked()", lambda: self._move(lambda: review.step(True)))
         ui.correctButton.connect("clicked()", self._onCorrect)
         ui.acceptButton.connect("clicked()", self._onAccept)
 
     def open(self, case: BatchCase) -> None:
         """Show this case."""
-        self._move(lambda: self._queue.open(case, self._model()) or True)
+        self._move(lambda: self._queue.open(case) or True)
 
     def leave(self) -> bool:
         """Close the case that is open, with what was changed saved; False where that fails, and it stays open."""

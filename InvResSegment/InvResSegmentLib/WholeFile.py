@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-__all__ = ["readJson", "writeJson", "writeWhole"]
+__all__ = ["loadJson", "readJson", "writeJson", "writeWhole"]
 
 
 def writeWhole(path: Path, text: str) -> None:
@@ -35,7 +35,17 @@ def writeJson(path: Path, content: Any) -> None:
 def readJson(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none, or it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return loadJson(path)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def loadJson(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file. Raises OSError, or ValueError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import json
 import shutil
+import struct
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +33,6 @@ from InvResSegmentLib.BatchCase import (
     WAITING,
     BatchCase,
     correctedPath,
-    freeFileName,
 )
 from InvResSegmentLib.BatchQueue import BatchQueue
 from InvResSegmentLib.BatchRecord import BatchSettings, readBatch, readSettings, readTable
@@ -42,6 +44,7 @@ from InvResSegmentLib.CaseFindings import findingsOf, patients, problems
 from InvResSegmentLib.Models import ModelCatalogue
 from InvResSegmentLib.NodeConversion import ConversionError, segmentMask
 from InvResSegmentLib.ResultFile import SegmentLabel, readMasks, readResultFile
+from InvResSegmentLib.ResultNames import ResultNames
 from InvResSegmentLib.ReviewQueue import ReviewQueue
 from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
@@ -92,6 +95,11 @@ def ran(queue, model, locator=None):
     queue.start(model, "cpu", locator)
     waitUntil(lambda: not queue.running, 120)
     return [case.state for case in queue.cases]
+
+
+def made_by(*models):
+    """Which of these models made the result of a case, as the tab looks it up."""
+    return lambda case: next((model for model in models if model.sha256 == case.model), None)
 
 
 def remembered(folder):
@@ -238,8 +246,8 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     queue.add([case])
     queue.setFolder(tmp_path / "results")
     assert ran(queue, small_model) == [DONE], case.message
-    review = ReviewQueue(queue, TrainingCases())
-    assert review.step(True, small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    assert review.step(True)
     assert review.background.GetImageData().GetDimensions() == SHAPE[::-1]
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) > 100
     review.accept()
@@ -247,6 +255,25 @@ def test_a_dicom_study_is_segmented_and_reviewed(queue, small_model, tmp_path):
     assert review._trainingCases.rows[0].stored.patient == case.patient != "", "who it is of is known to the split"
     dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
     assert not [found for found in check_dataset(dataset) if found.severity == "error"], "it can be learned from"
+
+
+def test_what_else_lies_in_the_folder_of_a_series_does_not_keep_it_from_being_reviewed(scene, tmp_path):
+    array = example(np.random.default_rng(3), SHAPE, 1)[0][0]
+    folder = tmp_path / "anna"
+    write_series(folder, array, "1.2.3", "T1 MPRAGE")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "0readme.txt").write_text("head", encoding="utf-8")
+    (folder / "0DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    sitk.WriteImage(sitk.Image(8, 8, sitk.sitkUInt8), str(folder / "0preview.png"))
+    volume = NodeFiles.loadVolume(folder, "anna")
+    assert volume.GetImageData().GetDimensions() == SHAPE[::-1]
+    scene.RemoveNode(volume)
+    for file in folder.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(ConversionError, match="anna could not be read as a volume"):
+        NodeFiles.loadVolume(folder, "anna")
+    assert in_scene() == []
 
 
 def test_two_studies_of_one_patient_are_held_out_together(queue, small_model, tmp_path):
@@ -340,7 +367,7 @@ def test_cancelling_keeps_what_is_done_and_tomorrow_does_the_rest(queue, small_m
     assert tomorrow.missing(small_model) == ["All cases are done with this model."]
 
 
-def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_error(queue, images, tmp_path):
+def test_a_result_that_was_deleted_is_made_again_and_a_damaged_entry_is_left_out(queue, images, tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     entry = {"name": "a", "files": {"T1": str(images[0])}, "state": DONE, "result": "../a.seg.nrrd"}
@@ -349,11 +376,37 @@ def test_a_result_that_was_deleted_is_made_again_and_a_damaged_record_is_no_erro
     queue.setFolder(folder)
     (case,) = queue.cases
     assert (case.state, case.review, case.fileName) == (WAITING, "", "a.seg.nrrd")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "batch.json").write_text('{"cases": [', encoding="utf-8")
-    queue.setFolder(other)
-    assert queue.cases == [] and [path.name for path in other.iterdir()] == ["batch.json"]
+
+
+@pytest.mark.parametrize("content", [b'{"cases": [', b"[]", b'{"cases": 7}', b"\xff"])
+def test_a_record_that_cannot_be_read_is_told_and_never_written_over(
+    queue, small_model, images, scene, tmp_path, content
+):
+    results, record = tmp_path / "results", tmp_path / "results" / "batch.json"
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(results)
+    assert ran(queue, small_model) == [DONE] and queue.problem == ""
+    whole = record.read_bytes()
+    queue.setFolder(None)
+    record.write_bytes(content)
+    (results / "volumes.csv").write_bytes(b"mine")
+    queue.setFolder(results)
+    assert f"cannot be read from {record} (it is damaged)" in queue.problem
+    queue.add(cases_of(images))
+    queue.cases[0].state = FAILED
+    queue.tell()
+    assert queue.missing(small_model) == [queue.problem], "nothing is begun where it is not known what is there"
+    queue.cases[0].waitAgain()
+    kept = {path.name: path.read_bytes() for path in results.iterdir() if path.name != "case_0.seg.nrrd"}
+    assert kept == {"batch.json": content, "volumes.csv": b"mine"}
+    record.write_bytes(whole)
+    queue.tell()
+    assert record.read_bytes() == whole, "what it remembers is not in the list yet"
+    queue.setFolder(results)
+    assert queue.problem == "" and [case.state for case in queue.cases] == [DONE, WAITING, WAITING]
+    record.write_bytes(content)
+    queue.tell()
+    assert "cannot be read" in queue.problem and record.read_bytes() == content, "nor is one that was damaged since"
 
 
 def test_cases_that_only_a_folder_remembered_stay_with_it(queue, images, tmp_path):
@@ -404,12 +457,60 @@ def test_a_corrected_case_that_is_taken_off_and_added_again_keeps_its_correction
     assert not case.pending("another model")
 
 
+def test_another_patients_image_of_the_same_name_gets_nothing_of_the_first(queue, small_model, images, tmp_path):
+    anna, bert = ({"T1": path} for path in images[:2])
+    queue.setFolder(tmp_path / "results")
+    queue.add([BatchCase("T1", files=anna)])
+    assert ran(queue, small_model) == [DONE]
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.step(True)
+    paint(review.segmentation)
+    review.leave()
+    before = {path.name: path.read_bytes() for path in queue.folder.glob("T1*")}
+    assert set(before) == {"T1.seg.nrrd", "T1.corrected.seg.nrrd"}
+    queue.remove(list(queue.cases))
+    queue.add([BatchCase("t1", files=bert)])
+    (case,) = queue.cases
+    assert (case.fileName, case.state, case.review) == ("t1_2.seg.nrrd", WAITING, "")
+    queue.start(small_model, "cpu", ending=".nii.gz")
+    waitUntil(lambda: not queue.running, 120)
+    assert (case.fileName, case.state) == ("t1_2.nii.gz", DONE), "T1.nii.gz would be corrected as T1.corrected.seg.nrrd"
+    assert {name: (queue.folder / name).read_bytes() for name in before} == before
+    queue.setFolder(None)
+    queue.cases = []
+    queue.add([BatchCase("T1", files=anna)])
+    queue.setFolder(tmp_path / "results")
+    found = {one.name: (one.fileName, one.state, one.review) for one in queue.cases}
+    assert found == {"t1": ("t1_2.nii.gz", DONE, ""), "T1": ("T1.seg.nrrd", DONE, EDITED)}, "to each their own"
+
+
+def test_results_of_which_the_record_does_not_say_what_they_were_made_of_are_left_alone(queue, images, tmp_path):
+    (tmp_path / "T1.seg.nrrd").write_bytes(b"of somebody")
+    (tmp_path / "T1.corrected.seg.nrrd").write_bytes(b"corrected")
+    (tmp_path / "batch.json").write_text(json.dumps({"cases": [], "made": ["T1.seg.nrrd"]}), encoding="utf-8")
+    queue.setFolder(tmp_path)
+    queue.add([BatchCase("T1", files={"T1": images[0]})])
+    assert [(case.fileName, case.state) for case in queue.cases] == [("T1_2.seg.nrrd", WAITING)]
+
+
+def test_a_file_whose_name_is_written_large_is_the_same_file_on_many_disks(images, tmp_path):
+    for name in ("CASE.NII.GZ", "Case_2.Corrected.SEG.NRRD"):
+        (tmp_path / name).write_bytes(b"of somebody")
+    case = BatchCase("case", files={"T1": images[0]})
+    ResultNames(tmp_path, {}, []).take(case, ".nii.gz")
+    assert case.fileName == "case_3.nii.gz"
+    ResultNames(tmp_path, {"case.nii.gz": case.identity}, []).take(case, ".nii.gz")
+    assert case.fileName == "case.nii.gz", "it made that one"
+
+
 def test_names_of_files_are_safe_and_differ():
-    names = []
-    for name in ("A/b: c", "a_b_c", "..", "Ödem", "x" * 300):
-        names.append(freeFileName(name, [BatchCase("", fileName=one) for one in names]))
-    assert names[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
-    assert len(names[4]) < 80
+    names, cases = ResultNames(None, {}, []), []
+    for number, name in enumerate(("A/b: c", "a_b_c", "..", "Ödem", "x" * 300)):
+        cases.append(BatchCase(name, files={"T1": Path(f"{number}.nii")}))
+        names.take(cases[-1], ".seg.nrrd")
+    found = [case.fileName for case in cases]
+    assert found[:4] == ["A_b_c.seg.nrrd", "a_b_c_2.seg.nrrd", "case.seg.nrrd", "Ödem.seg.nrrd"]
+    assert len(found[4]) < 80
 
 
 def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
@@ -421,8 +522,8 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
     for case, volume in zip(queue.cases, volumes, strict=True):
         assert case.nodes == {"T1": volume} and case.segmentation.GetSegmentation().GetNumberOfSegments() == 1
         assert volume.GetName() in case.segmentation.GetName()
-    review = ReviewQueue(queue, TrainingCases())
-    review.open(queue.cases[1], small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[1])
     assert review.accept()
     (row,) = review._trainingCases.rows
     assert row.inScene and row.segmentation is queue.cases[1].segmentation and row.channels == {"T1": volumes[1]}
@@ -437,7 +538,7 @@ def test_cases_of_the_scene_get_segmentations_there(queue, small_model, scene):
 
 
 def table_of(folder, name="volumes.csv"):
-    with open(folder / name, encoding="utf-8", newline="") as stream:
+    with open(folder / name, encoding="utf-8-sig", newline="") as stream:
         return {row["case"]: row for row in csv.DictReader(stream)}
 
 
@@ -510,10 +611,11 @@ def test_two_cases_of_one_name_are_told_apart_by_their_results(tmp_path):
     done = [BatchCase("a", fileName=name, state=DONE, confidence=0.5) for name in ("a.seg.nrrd", "a_2.nii.gz")]
     writeTable(tmp_path / "volumes.csv", done)
     assert set(table_of(tmp_path)) == {"a", "a_2"}
+    assert (tmp_path / "volumes.csv").read_bytes().startswith(b"\xef\xbb\xbfcase,"), "so that spreadsheets read umlauts"
 
 
 def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     before = reviewed.current.volumesMl["ball"]
     paint(reviewed.segmentation, 400)
     reviewed.accept()
@@ -522,6 +624,20 @@ def test_what_a_person_corrected_is_what_the_table_says(reviewed, small_model, t
     wanted = np.count_nonzero(mask) * abs(np.linalg.det(matrix[:3, :3])) / 1000
     assert float(row["ball (mL)"]) == pytest.approx(wanted, abs=1e-3) and float(row["ball (mL)"]) > before
     assert row["remarks"].endswith("Accepted in the review.")
+
+
+def test_a_second_correction_reaches_the_table_and_the_record_as_well(reviewed, small_model, tmp_path):
+    case, told = reviewed._queue.cases[0], []
+    for count in (400, 2000):
+        reviewed.open(case)
+        paint(reviewed.segmentation, count)
+        reviewed.leave()
+        assert (float(table_of(tmp_path / "results")["case 0"]["ball (mL)"]), case.review) == (
+            case.volumesMl["ball"],
+            EDITED,
+        )
+        told.append(readBatch(tmp_path / "results")[0].volumesMl["ball"])
+    assert told[1] == case.volumesMl["ball"] > told[0]
 
 
 # ---------------------------------------------------------------- choices
@@ -547,6 +663,49 @@ def test_other_ways_are_asked_for_and_make_anew_what_was_made_otherwise(queue, s
     assert [case.ways for case in readBatch(queue.folder)] == [ways, SegmentWays()]
 
 
+def test_results_are_there_until_another_model_makes_them_anew(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE] * 3
+    known = [(case.confidence, dict(case.volumesMl), case.fileName) for case in queue.cases]
+    rows, states = table_of(queue.folder), []
+    other = SimpleNamespace(**{**vars(small_model), "sha256": "other"})
+    assert (queue.anew(small_model), queue.anew(other)) == (0, 3)
+    queue.changed.append(lambda: states.append([case.state for case in queue.cases]))
+    queue.start(other, "cpu", ending=".nii.gz")
+    assert set(ReviewQueue(queue, TrainingCases(), made_by(small_model)).cases) == set(queue.cases[1:]), (
+        "those that are not begun can be reviewed"
+    )
+    queue.cancel()
+    waitUntil(lambda: not queue.running, 60)
+    assert states[0] == ["running", DONE, DONE] and states[-1] == [DONE] * 3 and queue.left == 3
+    assert [(case.confidence, case.volumesMl, case.fileName) for case in queue.cases] == known
+    assert table_of(queue.folder) == rows and not list(queue.folder.glob("*.nii.gz"))
+    assert [case.state for case in readBatch(queue.folder)] == [DONE] * 3
+    queue.cases[2].review = EDITED
+    queue.changed.append(lambda: queue.cancel() if queue.cases[0].model == "other" else None)
+    queue.start(other, "cpu")
+    waitUntil(lambda: not queue.running, 60)
+    assert [case.model == "other" for case in queue.cases] == [True, False, False] and queue.left == 1
+    assert queue.missing(other) == [] and queue.anew(other) == 1, "it can be gone on with"
+
+
+def test_what_is_corrected_while_it_is_made_anew_stays(queue, small_model, images, tmp_path):
+    queue.add(cases_of(images[:1]))
+    queue.setFolder(tmp_path / "results")
+    assert ran(queue, small_model) == [DONE]
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.step(True)
+    queue.start(SimpleNamespace(**{**vars(small_model), "sha256": "other"}), "cpu")
+    paint(review.segmentation, 400)
+    review.leave()
+    (case,) = queue.cases
+    corrected = case.volumesMl["ball"]
+    waitUntil(lambda: not queue.running, 60)
+    assert (case.state, case.review, case.volumesMl["ball"]) == (DONE, EDITED, corrected)
+    assert float(table_of(queue.folder)["case 0"]["ball (mL)"]) == corrected
+
+
 def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, small_model, images, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -561,9 +720,11 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     assert names == ["case_0.nii.gz", "case_1_2.nii.gz", "case_2.seg.nrrd"], "nothing of another is written over"
     assert (results / "case_1.nii.gz").read_bytes() == b"mine"
     assert queue.missing(small_model, ending=".nii.gz") == ["All cases are done with this model."]
+    assert queue.cases[0].notes == "case_0.seg.nrrd beside it was made earlier, with other settings."
+    assert "case_1.seg.nrrd" in readBatch(results)[1].notes and not queue.cases[2].notes, "nor of what is of nobody"
     labels = read_volume(results / "case_0.nii.gz", kind="labels").array
-    review = ReviewQueue(queue, TrainingCases())
-    review.open(queue.cases[0], small_model)
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[0])
     segment = review.segmentation.GetSegmentation().GetNthSegment(0)
     assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == (labels == 3).sum() > 100
@@ -572,11 +733,56 @@ def test_results_as_label_maps_are_reviewed_with_the_names_of_the_model(queue, s
     assert (results / "case_0.corrected.seg.nrrd").is_file() and in_scene() == []
     other = SimpleNamespace(**{**vars(small_model), "sha256": "other"})
     with pytest.raises(ConversionError, match=r"case_1_2\.nii\.gz has the value 3") as refused:
-        review.open(queue.cases[1], other)
-    assert refused.value.hint == "Choose the model that made it." and in_scene() == []
+        ReviewQueue(queue, TrainingCases(), made_by(other)).open(queue.cases[1])
+    assert refused.value.hint == "In the tab Models, import the model that made it." and in_scene() == []
     queue.folder = images[0].parent
     assert "Choose another folder for the results" in queue.missing(small_model, ending=".nii.gz")[0]
     assert queue.missing(small_model) == [], "a .seg.nrrd is never taken for an image"
+
+
+def turn_left_handed(path):
+    """The same NIfTI image with its first axis the other way round, as many scanners' converters write it."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    size, offset = struct.unpack_from("<3h", content, 42), int(struct.unpack_from("<f", content, 108)[0])
+    voxels = np.frombuffer(bytes(content[offset:]), np.uint8).reshape(*size[::-1], -1)
+    matrix = np.array([struct.unpack_from("<4f", content, 280 + 16 * row) for row in range(3)])
+    assert struct.unpack_from("<h", content, 254)[0] > 0 and np.linalg.det(matrix[:, :3]) > 0
+    matrix[:, 3] += matrix[:, 0] * (size[0] - 1)
+    matrix[:, 0] *= -1
+    struct.pack_into("<2h", content, 252, 0, 1)  # only the matrix holds, no quaternion
+    for row in range(3):
+        struct.pack_into("<4f", content, 280 + 16 * row, *matrix[row])
+    path.write_bytes(gzip.compress(bytes(content[:offset]) + np.ascontiguousarray(voxels[:, :, ::-1]).tobytes()))
+
+
+@pytest.mark.parametrize("ending", [".seg.nrrd", ".nii.gz"])
+def test_results_of_left_handed_images_are_reviewed_and_learned_from(queue, small_model, images, tmp_path, ending):
+    for path in images:
+        turn_left_handed(path)
+    # The backend's axes are those of the file in reverse, and so is the sign.
+    assert np.linalg.det(read_volume(images[0]).geometry.affine[:3, :3]) > 0
+    queue.add(cases_of(images))
+    queue.setFolder(tmp_path / "results")
+    queue.start(small_model, "cpu", ending=ending)
+    waitUntil(lambda: not queue.running, 120)
+    made = read_volume(tmp_path / "results" / f"case_0{ending}", kind="labels")
+    assert np.linalg.det(made.geometry.affine[:3, :3]) > 0, "on the grid of the file"
+    review = ReviewQueue(queue, TrainingCases(), made_by(small_model))
+    review.open(queue.cases[0])
+    mask, matrix = segmentMask(review.segmentation, segment_id(review))
+    assert np.linalg.det(matrix[:3, :3]) > 0, "Slicer has turned the image when it loaded it"
+    here, there = np.argwhere(mask)[:, ::-1], np.argwhere(made.array == 3)
+    assert len(here) == len(there) > 100
+    centre = matrix[:3, :3] @ here.mean(0) + matrix[:3, 3]
+    assert centre == pytest.approx(made.geometry.affine[:3, :3] @ there.mean(0) + made.geometry.affine[:3, 3], abs=1e-3)
+    review.accept()
+    review.leave()
+    dataset = read_dataset(exported(review._trainingCases, small_model, tmp_path).dataset)
+    assert not [found for found in check_dataset(dataset) if found.severity == "error"]
+    (image,), label = dataset.load(dataset.case("case01"))
+    learned, wanted = label.canonical(), made.canonical()
+    assert np.array_equal(learned.array > 0, wanted.array == 3), "the voxels that the model found, and no mirror image"
+    assert image.canonical().geometry.same_as(learned.geometry)
 
 
 def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package, images, tmp_path):
@@ -602,10 +808,10 @@ def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package
     queue.setFolder(tmp_path / "results")
     queue.start(model, "cpu", ending=".nii.gz")
     waitUntil(lambda: not queue.running, 120)
-    review = ReviewQueue(queue, TrainingCases())
+    review = ReviewQueue(queue, TrainingCases(), made_by(model))
     seen = set()
     for case in queue.cases:
-        review.open(case, model)
+        review.open(case)
         inside = review.segmentation.GetSegmentation()
         names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]
         assert names == list(case.volumesMl)
@@ -640,7 +846,7 @@ def reviewed(queue, small_model, images, tmp_path):
     assert ran(queue, small_model) == [DONE] * 3
     for case in queue.cases:
         case.confidence = 0.9
-    return ReviewQueue(queue, TrainingCases())
+    return ReviewQueue(queue, TrainingCases(), made_by(small_model))
 
 
 def in_scene():
@@ -649,17 +855,17 @@ def in_scene():
 
 
 def test_stepping_through_leaves_no_nodes_behind(reviewed, small_model, scene):
-    assert reviewed.step(True, small_model)
+    assert reviewed.step(True)
     assert in_scene() == ["case 0", "case 0 segmentation"]
     segment = reviewed.segmentation.GetSegmentation().GetNthSegment(0)
     assert segment.GetName() == "ball" and segment.GetColor() == pytest.approx((250 / 255, 20 / 255, 40 / 255))
     result = readResultFile(reviewed._queue.folder / "case_0.seg.nrrd")
     assert np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0]) == (result.labels == 3).sum()
-    assert not reviewed.step(False, small_model)
-    assert reviewed.step(True, small_model) and reviewed.step(True, small_model)
-    assert not reviewed.step(True, small_model) and in_scene() == ["case 2", "case 2 segmentation"]
+    assert not reviewed.step(False)
+    assert reviewed.step(True) and reviewed.step(True)
+    assert not reviewed.step(True) and in_scene() == ["case 2", "case 2 segmentation"]
     count = scene.GetNumberOfNodes()
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     assert scene.GetNumberOfNodes() == count, "display and storage nodes go as well"
     reviewed.leave()
     assert in_scene() == [] and remembered(reviewed._queue.folder)["case 0"] == (DONE, "")
@@ -671,31 +877,31 @@ def test_the_least_sure_case_comes_first_and_the_way_back_is_the_way_that_was_co
     for case, confidence in zip(cases, (0.9, 0.7, 0.8), strict=True):
         case.confidence = confidence
     assert [case.name for case in reviewed.cases] == ["case 1", "case 2", "case 0"]
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     reviewed.accept()
     assert reviewed.current is cases[1] and reviewed.cases[0] is cases[1], "it keeps its place"
     cases[0].confidence = 0.0  # as if it had just been done: nothing was found
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert reviewed.current is cases[0]
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     assert reviewed.current is cases[1]
     reviewed.leave()
     cases[2].confidence, cases[0].review = None, EDITED
-    again = ReviewQueue(reviewed._queue, TrainingCases())
+    again = ReviewQueue(reviewed._queue, TrainingCases(), made_by(small_model))
     assert again.cases == [cases[2], cases[0], cases[1]], "looked at by nobody, not accepted yet, accepted"
 
 
 def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend, scene, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
     voxels = np.count_nonzero(segmentMask(reviewed.segmentation, segment_id(reviewed))[0])
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, EDITED)
     tomorrow = BatchQueue(backend, lambda: str(tmp_path / "exchange"))
     tomorrow.setFolder(tmp_path / "results")
-    review = ReviewQueue(tomorrow, TrainingCases())
+    review = ReviewQueue(tomorrow, TrainingCases(), made_by(small_model))
     reviewed.leave()
-    review.open(tomorrow.cases[0], small_model)
+    review.open(tomorrow.cases[0])
     assert np.count_nonzero(segmentMask(review.segmentation, segment_id(review))[0]) == voxels
     untouched = readResultFile(tmp_path / "results" / "case_0.seg.nrrd")
     assert (untouched.labels == 3).sum() < voxels, "what the model found is kept beside it"
@@ -704,7 +910,7 @@ def test_what_was_changed_is_there_again_tomorrow(reviewed, small_model, backend
 
 
 def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(reviewed, small_model, images, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
     reviewed.accept()
     (row,) = reviewed._trainingCases.rows
@@ -712,19 +918,19 @@ def test_what_is_accepted_becomes_a_training_case_of_files_and_its_nodes_go(revi
     assert row.name == "case 0" and not row.inScene and row.stored.paths == {"T1": str(images[0])}
     assert row.stored.label == str(label) and label.is_file() and row.stored.segments == ("ball",)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert in_scene() == ["case 1", "case 1 segmentation"]
     reviewed.accept()
     untouched = correctedPath(tmp_path / "results", reviewed.current)
     assert untouched.is_file(), "what was right as it is, too: the next model's result takes the place of this one's"
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     row.findings = [Finding("note", "It is small.")]
     reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     reviewed.leave()
     assert in_scene() == [] and len(reviewed._trainingCases.rows) == 2
     assert not row.findings and row.stored.segments == (), "what is corrected after all is what is learned"
-    reviewed.step(True, small_model)
-    reviewed.step(True, small_model)
+    reviewed.step(True)
+    reviewed.step(True)
     assert reviewed.current.name == "case 2", "the first that is not accepted"
 
 
@@ -733,7 +939,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
 ):
     cases = reviewed._trainingCases
     cases.setNode(scene.AddNewNodeByClass("vtkMRMLScriptedModuleNode", "InvResSegment"))
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     ball = segmentMask(reviewed.segmentation, segment_id(reviewed))[0]
     # Drawn with overlap, in a box of its own that looks out of the image: Slicer keeps layers then.
     box, matrix = np.ones((10, 12, 16), np.uint8), vtk.vtkMatrix4x4()
@@ -752,7 +958,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
     reviewed.accept()
     assert readMasks(cases.rows[0].stored.label).layers.shape[3] == 2
     for _again in range(2):
-        reviewed.step(True, small_model)
+        reviewed.step(True)
         reviewed.accept()
     reviewed.leave()
     scene.SetURL(str(tmp_path / "scene.mrml"))
@@ -788,7 +994,7 @@ def test_accepted_cases_outlive_the_scene_and_are_what_the_backend_learns_from(
 
 
 def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     reviewed.segmentation.GetSegmentation().RemoveSegment(segment_id(reviewed))
     new = reviewed.segmentation.GetSegmentation()
     assert new.GetNumberOfSegments() == 0
@@ -797,17 +1003,17 @@ def test_a_deleted_segment_is_a_change(reviewed, small_model, tmp_path):
 
 
 def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, small_model, tmp_path):
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     segmentation = reviewed.segmentation.GetSegmentation()
     segmentation.RemoveSegment(segment_id(reviewed))
     segmentation.SetSourceRepresentationName("Closed surface")  # Slicer's own writer refuses it then, whole
     assert not reviewed.accept() and reviewed._trainingCases.rows == [], "there is nothing to learn from"
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     assert remembered(tmp_path / "results")["case 0"] == (DONE, ACCEPTED)
     corrected = tmp_path / "results" / "case_0.corrected.seg.nrrd"
     empty, result = read_volume(corrected, kind="labels"), read_volume(tmp_path / "results" / "case_0.seg.nrrd")
     assert not empty.array.any() and empty.geometry.same_as(result.geometry), "on the grid of the image"
-    reviewed.step(False, small_model)
+    reviewed.step(False)
     again = reviewed.segmentation
     assert again.GetSegmentation().GetNumberOfSegments() == 0 and not reviewed.save(), "nothing has changed since"
     role = again.GetReferenceImageGeometryReferenceRole()
@@ -818,21 +1024,21 @@ def test_a_case_with_nothing_in_it_is_saved_left_and_opened_again(reviewed, smal
 
 def test_a_case_that_cannot_be_loaded_is_told_and_skipped(reviewed, small_model, images):
     images[1].unlink()
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     with pytest.raises(ConversionError, match="is not there any more"):
-        reviewed.open(reviewed.cases[1], small_model)
+        reviewed.open(reviewed.cases[1])
     assert in_scene() == [] and reviewed.current is None
     result = reviewed._queue.folder / "case_2.seg.nrrd"
     result.write_bytes(result.read_bytes()[:-20])
     with pytest.raises(ConversionError, match="could not be read"):
-        reviewed.open(reviewed.cases[2], small_model)
+        reviewed.open(reviewed.cases[2])
     assert in_scene() == []
 
 
 def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, monkeypatch):
     from InvResSegmentLib import NodeFiles
 
-    reviewed.step(True, small_model)
+    reviewed.step(True)
     paint(reviewed.segmentation)
 
     def full(*_arguments):
@@ -840,7 +1046,7 @@ def test_changes_that_cannot_be_saved_keep_the_case_open(reviewed, small_model, 
 
     monkeypatch.setattr(NodeFiles, "saveSegmentation", full)
     with pytest.raises(OSError, match="No space"):
-        reviewed.step(True, small_model)
+        reviewed.step(True)
     assert reviewed.current.name == "case 0" and in_scene() == ["case 0", "case 0 segmentation"]
 
 
@@ -1040,3 +1246,91 @@ def test_a_batch_that_is_gone_on_with_keeps_its_model_and_settings(tab, data, tm
     tab.setModels([replace(model, sha256="plain")], "")
     assert tab.ui.mirrorBox.isHidden() and tab.ui.piecesBox.isHidden(), "where they mean nothing they are not there"
     assert tab._ways.ways(tab.model) == SegmentWays(), "nor do they change anything"
+
+
+def test_results_of_a_model_that_is_gone_are_not_made_anew_without_a_word(tab, images, tmp_path):
+    (model,) = tab._models
+    (tmp_path / "results").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    tab.queue.add(cases_of(images))
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    tab.queue.cases[0].review = ACCEPTED
+    tab.queue.tell()
+    tab.setModels([], "")
+    tab.setModels([replace(model, sha256="z", name="quite <another>")], "")
+    said = tab.ui.batchNoticeText.text
+    assert "Start makes 2 of them anew with quite &lt;another&gt;" in said, said
+    assert "2 results were made by another model" in tab.ui.startButton.toolTip and tab.ui.startButton.enabled
+    tab.ui.folderEdit.currentPath = str(tmp_path / "elsewhere")
+    assert tab.ui.batchNotice.isHidden()
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    assert tab.ui.batchNoticeText.text == said
+    tab.ui.startButton.click()
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    assert "Stopped: 1 of 3 cases are done." in tab.ui.batchNoticeText.text
+
+
+def test_a_label_map_is_reviewed_when_another_version_has_taken_over(tab, images, tmp_path):
+    (model,) = tab._models
+    (tmp_path / "results").mkdir()
+    tab.queue.add(cases_of(images[:1]))
+    tab.ui.folderEdit.currentPath = str(tmp_path / "results")
+    tab.ui.endingBox.currentIndex = 1
+    tab.ui.startButton.click()
+    waitUntil(lambda: not tab.queue.running, 60)
+    heir = replace(model, sha256="b", version="1.1.0", active=True, labels=())
+    tab.setModels([replace(model, active=False), heir], "")
+    assert tab.model is heir
+    tab.ui.nextButton.click()
+    assert tab.review.current is tab.queue.cases[0], tab.ui.reviewNoticeText.text
+    assert tab.review.segmentation.GetSegmentation().GetNthSegment(0).GetName() == "ball"
+    tab.review.leave()
+    tab.setModels([heir], "")
+    tab._review.open(tab.queue.cases[0])
+    assert "import the model that made it" in tab.ui.reviewNoticeText.text and tab.review.current is None
+
+
+def test_of_a_thousand_cases_only_what_has_changed_is_shown_and_written_anew(tab, tmp_path, monkeypatch):
+    queue, filled = tab.queue, []
+    volumes = {f"segment {number}": 1.5 for number in range(20)}
+    queue.folder = tmp_path
+    queue.cases = [
+        BatchCase(f"case {number}", {"T1": Path(f"{number}.nii")}, state=DONE, confidence=0.9, volumesMl=volumes)
+        for number in range(1000)
+    ]
+    fill = tab._fillRow
+    monkeypatch.setattr(tab, "_fillRow", lambda table, row, case: (filled.append(row), fill(table, row, case)))
+    queue.tell()
+    assert filled == list(range(1000))
+    for change in ({"state": FAILED}, {"message": "Look."}, {"confidence": 0.1}, {"volumesMl": {}}, {"review": EDITED}):
+        filled.clear()
+        vars(queue.cases[500]).update(change)
+        queue.tell()
+        assert filled == [500], change
+    cells = [tab.ui.casesTable.item(500, column) for column in range(5)]
+    assert [cell.text() for cell in cells] == ["case 500", "T1", "failed", "0.10", "edited"]
+    assert all(cell.toolTip().startswith("Look.") for cell in cells)
+    filled.clear()
+    queue.remove(queue.cases[:999])
+    queue.cases.append(BatchCase("another", {"T1": Path("x.nii")}))
+    queue.tell()
+    assert set(filled) == {0, 1} and tab.ui.casesTable.item(1, 0).text() == "another"
+
+    queue._current = queue.cases[0]  # as if it was running
+    before = (tmp_path / "batch.json").read_bytes()
+    monkeypatch.setattr(queue, "_keptUntil", 0.0)
+    keep = queue._keep
+    monkeypatch.setattr(queue, "_keep", lambda: (time.sleep(0.2), keep()))  # as long as a thousand take
+    queue.cases[0].message = "first"
+    queue.tell()
+    queue.cases[0].message = "second"
+    queue.tell()
+    written = json.loads((tmp_path / "batch.json").read_bytes())["cases"][0]["message"]
+    assert written == "first" and (tmp_path / "batch.json").read_bytes() != before
+    assert queue._keptUntil - time.monotonic() > 3, "for a twentieth of the time at most"
+    queue.tell(atOnce=True)
+    assert json.loads((tmp_path / "batch.json").read_bytes())["cases"][0]["message"] == "second", "work of a person"
+    queue._current = None
