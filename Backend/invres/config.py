@@ -152,10 +152,6 @@ class TrainingConfig:
             raise InvresError(
                 f"There is no memory setting {self.memory!r}; the settings are {', '.join(MEMORY_SETTINGS)}."
             )
-        for where, part in (("training", self), ("training.loss", self.loss)):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise InvresError(f"{where}.{key} must be a finite number, got {value}.")
         for key in ("batch_size", "iterations_per_epoch", "epochs", "validate_every"):
             if getattr(self, key) < 1:
                 raise InvresError(f"training.{key} must be 1 or more, got {getattr(self, key)}.")
@@ -170,6 +166,10 @@ class TrainingConfig:
             raise InvresError(f"training.patch must be three sizes of 1 or more, got {list(self.patch)}.")
         if not self.learning_rate > 0:
             raise InvresError(f"training.learning_rate must be above 0, got {self.learning_rate}.")
+        for where, part in (("training", self), ("training.loss", self.loss)):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InvresError(f"{where}.{key} must be a finite number, got {value}.")
 
 
 @dataclass(frozen=True)

@@ -878,7 +878,7 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--set", "training.learning_rate=1e999"], "learning_rate must be a number, got '1e999'.", ""),
         (["--set", "augmentation.noise_std=-1e999"], "noise_std must be a number, got '-1e999'.", ""),
         (["--lr", "inf"], "training.learning_rate must be a finite number, got inf.", ""),
-        (["--lr", "nan"], "training.learning_rate must be a finite number, got nan.", ""),
+        (["--lr", "nan"], "training.learning_rate must be above 0, got nan.", ""),
         (["--time", "9" * 400 + "h"], "training.time_s must be a finite number, got inf.", ""),
         (["-r", "INFINITE"], "training.loss.dice must be a finite number, got inf.", ""),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,12 @@ def test_a_mistake_is_told_with_its_place_what_was_wanted_and_what_was_got(cls, 
         ),
         (TrainingConfig, {"patch": (64, 0, 64)}, "training.patch must be three sizes of 1 or more"),
         *((TrainingConfig, {"learning_rate": r}, "learning_rate must be above 0") for r in (0.0, -1.0, float("nan"))),
+        *(
+            (TrainingConfig, {key: float("inf")}, f"training.{key} must be a finite number, got inf")
+            for key in ("learning_rate", "time_s", "weight_decay", "gradient_clip", "checkpoint_every_s")
+        ),
+        *((TrainingConfig, {"loss": LossWeights(dice=w)}, "loss.dice must be a finite") for w in (math.inf, math.nan)),
+        (Recipe, {"spacing_mm": (1.0, 1.0, 0.009)}, "three sizes of 0.01 mm or more, got [1.0, 1.0, 0.009]"),
         *(
             (TrainingConfig, {key: -1}, f"training.{key} must be 0 or more, got -1")
             for key in ("time_s", "warmup_iterations", "early_stop_epochs", "validation_cases", "weight_decay", "seed")
