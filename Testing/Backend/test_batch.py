@@ -143,7 +143,7 @@ def scans(tmp_path):
     folder = tmp_path / "scans"
     for number, name in enumerate("abc"):
         write_volume(folder / f"{name}.nii.gz", phantom(GRID, 1, number)[0][0])
-    return folder, package_of(tmp_path / "model")
+    return folder, package_of(tmp_path / "model", patch=(24, 24, 24))
 
 
 def command(folder, package, output, *more):
@@ -368,7 +368,7 @@ def test_real_dicom_series_are_segmented_case_by_case(tmp_path):
     grid = Geometry((6, 20, 24), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     for name in ("one", "two"):
         _write_series(tmp_path / "data" / name, grid)
-    package = package_of(tmp_path / "model")
+    package = package_of(tmp_path / "model", patch=(24, 24, 24))
     outcome = command(tmp_path / "data", package, tmp_path / "out", "--ending", ".seg.nrrd")
     assert outcome.code == 0, outcome.err
     for name in ("one", "two"):

