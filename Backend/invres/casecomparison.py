@@ -119,8 +119,8 @@ def compare_case(
             rescored, _, _ = _scores(predicted, reference, scheme, dataset.scheme)
             without[channel.name] = {name: of_label["Dice"] for name, of_label in rescored.items()}
     values = {one.name: list(one.values) for one in dataset.scheme.labels} if files else {}
-    images_known = case.fingerprints or fingerprints(volumes)
-    knows = base is not None and not {*base.package.manifest.trained_on}.isdisjoint(images_known)
+    learned = () if base is None else base.package.manifest.trained_on
+    knows = bool(learned) and not {*learned}.isdisjoint(case.fingerprints or fingerprints(volumes))
     return CaseComparison(
         case.name,
         case.patient,

@@ -21,13 +21,13 @@ from .dataset_json import (
     stem_of,
 )
 from .events import SILENT, Reporter, listed
+from .files import SEGMENTATION
 from .segmentfiles import counted
 
 __all__ = ["CaseInputs", "cases_to_segment", "chosen_channels", "inputs_of"]
 
 DESCRIPTION = "dataset.json"
 LABEL = re.compile(r"(.+[_-])?(labels?|seg|segmentation|dseg|mask)", re.IGNORECASE)
-SEGMENTATION = ".seg.nrrd"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .config import ENGINES, MEMORY_SETTINGS, OPTIMIZERS
 from .configjson import nearest
 from .events import JsonReporter, Reporter, TerminalReporter
 from .faults import fault_of
+from .files import SEGMENTATION, WRITABLE_ENDINGS
 from .interruption import terminable
 from .networkconfig import ENHANCEMENT_NETWORKS, NETWORKS
 
@@ -31,7 +32,7 @@ _MEMORY = (
     "time; with bf16 or fp16 also 16-bit gradients), lowest (also a 16-bit state)"
 )
 
-ENDINGS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+ENDINGS = (SEGMENTATION, *WRITABLE_ENDINGS)
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

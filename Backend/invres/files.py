@@ -15,7 +15,19 @@ from typing import Any
 
 from . import InvresError
 
-__all__ = ["WRITABLE_ENDINGS", "digest_of", "safe_name", "stamps_of", "write_changed", "write_json", "written_whole"]
+__all__ = [
+    "SEGMENTATION",
+    "WRITABLE_ENDINGS",
+    "digest_of",
+    "safe_name",
+    "stamps_of",
+    "write_changed",
+    "write_json",
+    "written_whole",
+]
+
+SEGMENTATION = ".seg.nrrd"
+"""The ending of Slicer's segmentations."""
 
 WRITABLE_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Of volume files. They stand here so that a name can be refused before the libraries that write them are imported."""

@@ -250,8 +250,8 @@ class _Run:
         summary = {**training, "validation_cases": len(scored) if held_out else 0}
         metrics = manifest_metrics(scored) if held_out and scored else {}
         # With one patient in its training cases, as in a training from the start.
-        seen = self.trainer.seen(part, [one.confidence for one in scored])
-        known = [*manifest.trained_on, *self.trainer.trained_on(part)]
+        seen, images = self.trainer.seen(part, [one.confidence for one in scored])
+        known = [*manifest.trained_on, *images]
         log = self.trainer.folder(kept) / METRICS
         package = save_tuned(
             self.output, manifest, plan, options, weights, summary, metrics, seen, known, promoted, log

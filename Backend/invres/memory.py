@@ -242,9 +242,8 @@ def _used_bytes(device: torch.device) -> int:
 def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1, members: int = 1) -> tuple[int, int]:
     """Bytes of the network's parameters and buffers, and the peak that segmenting one batch of windows adds to them.
 
-    members: of an ensemble.
-
-    Found on hollow tensors like `predict_training`. The VAE branch takes no part in segmenting.
+    members: of an ensemble. Found on hollow tensors like `predict_training`. The VAE branch takes no part in
+    segmenting.
     """
 
     def pass_through() -> tuple[int, int]:

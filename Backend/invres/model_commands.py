@@ -12,6 +12,7 @@ from . import InvresError
 from .configjson import to_dict
 from .console import load_torch, package_named, say, spread, user_models_dir
 from .events import Reporter
+from .files import SEGMENTATION
 from .interruption import postponed
 from .lineage import active_members, read_active
 from .manifest import Manifest, check_name
@@ -34,7 +35,7 @@ __all__ = ["describe", "models"]
 
 
 def describe(options: argparse.Namespace, report: Reporter) -> None:
-    if options.model.lower().endswith(".seg.nrrd"):
+    if options.model.lower().endswith(SEGMENTATION):
         record = read_provenance(Path(options.model))
         say(report, "\n".join([f"{Path(options.model).name}: a segmentation.", *provenance_told(record)]))
         report.result(provenance=record)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import InvresError
-from .files import WRITABLE_ENDINGS
+from .files import SEGMENTATION, WRITABLE_ENDINGS
 
 __all__ = [
     "beside",
@@ -20,7 +20,6 @@ __all__ = [
     "with_ending",
 ]
 
-SEGMENTATION = ".seg.nrrd"
 ANOTHER = "Choose another name."
 
 

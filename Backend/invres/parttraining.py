@@ -165,14 +165,15 @@ class PartTrainer:
         self._curves.draw(folder, report)
         return result, network.engine
 
-    def seen(self, part: Part, confidences: Iterable[float]) -> Expectation:
-        """What the cases that a part was trained on are like. confidences: in the cases that it was compared on."""
-        volumes = [case_volumes_ml(case, self.plan.scheme) for case in self._cases(part.train, SILENT)]
-        return of_volumes(self.plan.scheme.names, volumes, confidences)
+    def seen(self, part: Part, confidences: Iterable[float]) -> tuple[Expectation, list[str]]:
+        """What the cases that a part was trained on are like, and the fingerprints of their images.
 
-    def trained_on(self, part: Part) -> list[str]:
-        """The fingerprints of the images of a part's training cases."""
-        return [one for case in self._cases(part.train, SILENT) for one in case.fingerprints]
+        confidences: in the cases that it was compared on.
+        """
+        cases = self._cases(part.train, SILENT)
+        volumes = [case_volumes_ml(case, self.plan.scheme) for case in cases]
+        images = [image for case in cases for image in case.fingerprints]
+        return of_volumes(self.plan.scheme.names, volumes, confidences), images
 
     def _cases(self, names: Sequence[str], report: Reporter) -> list[PreparedCase]:
         """The cases that can still be read; others may have changed since the run was begun, and are left out."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import InvresError
 from .console import load_torch, say, segmenter_named
-from .events import Reporter, TerminalReporter, WhileHeard, format_seconds
+from .events import Reporter, TerminalReporter, WhileHeard, format_seconds, listed
 from .expectation import Expectation, confidence_in_words
 from .modelpackage import ModelPackage
 from .outputs import check_provenance
@@ -110,8 +110,8 @@ def _list_cases(package: ModelPackage, options: argparse.Namespace, report: Repo
     for case in cases:
         say(report, _described(case))
     say(report, f"{len(cases)} case{'' if len(cases) == 1 else 's'}; nothing was segmented.")
-    listed = [{"name": case.name, "inputs": {name: str(path) for name, path in case.inputs.items()}} for case in cases]
-    report.result(cases=listed)
+    files = [{name: str(path) for name, path in case.inputs.items()} for case in cases]
+    report.result(cases=[{"name": case.name, "inputs": one} for case, one in zip(cases, files, strict=True)])
 
 
 def _cases_of(package: ModelPackage, options: argparse.Namespace, report: Reporter) -> list[CaseInputs]:
@@ -151,9 +151,7 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     say(report, f"Segmentations: {len(cases)}{before}, in {found['output']}")
     say(report, f"Volumes: {found['table']}")
     if warned := found["warned"]:
-        say(
-            report, f"Look at {', '.join(warned[:10])}{' and more' if len(warned) > 10 else ''}: see the remarks there."
-        )
+        say(report, f"Look at {listed(warned)}: see the remarks there.")
     report.result(**found)
 
 

@@ -367,9 +367,8 @@ class BatchQueue:
         self._ended(case, WAITING, "")
         before = self._before
         untouched = self._written(before["fileName"]) == before["written"]
-        if (
-            before["state"] == DONE and untouched and not case.review
-        ):  # else it was cancelled when it had just been made
+        # Else it was cancelled when it had just been made.
+        if before["state"] == DONE and untouched and not case.review:
             for name in ("state", "message", "notes", "confidence", "volumesMl", "fileName"):
                 setattr(case, name, before[name])
 

@@ -135,7 +135,7 @@ ALLOWED = {
         "checkpoint config configjson devices diffusion enhancementconfig events imagepairs manifest memory "
         "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
-    "caseinputs": "cases config dataset_json events segmentfiles",
+    "caseinputs": "cases config dataset_json events files segmentfiles",
     "batchrecord": "files",
     "batch": "alignment batchrecord caseinputs events faults inference modelpackage runfolder segmentoptions",
     "heldout": (
@@ -187,7 +187,7 @@ ALLOWED = {
     "furthertables": "enhancementscores fcn_table iqt_figures published reproduction",
     "console": "config configjson events interruption modelpackage",
     "model_commands": (
-        "configjson console events interruption joining lineage manifest modelpackage outputs provenance versions"
+        "configjson console events files interruption joining lineage manifest modelpackage outputs provenance versions"
     ),
     "bench_command": "benchmark console cube depth devices events files variants",
     "reproduce_command": (
@@ -213,7 +213,7 @@ ALLOWED = {
         "networkconfig plan_command recipekeys reproduce_command runfolder segment_command segmentfiles stopfile "
         "trainer training trainingrun tuningplan worker"
     ),
-    "cli": "commands config configjson events faults interruption networkconfig",
+    "cli": "commands config configjson events faults files interruption networkconfig",
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))

@@ -15,6 +15,7 @@ from invres.config import ChannelPlan, CropPlan, Label, LabelScheme, Preparation
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
+from invres.sides import Side
 
 BRAIN = (
     "Segmentation category and type - 3D Slicer General Anatomy list~SCT^123037004^Anatomical Structure"
@@ -54,16 +55,20 @@ def trained_package(path, channels, scheme, iterations=45):
 
 def of_crops(package, path):
     """The same network as if it had been trained on crops around the ball."""
+    crop = CropPlan(("ball",), (3.0, 3.0, 3.0), (14.0, 14.0, 14.0))
+    return remade(package, path, "crops", plan=replace(package.manifest.plan, crop=crop))
+
+
+def with_sides(package, path):
+    """The same network, whose ball has a left (3) and a right side (5)."""
+    return remade(package, path, "sided", sides=[Side("ball", 3, 5)])
+
+
+def remade(package, path, name, **changes):
+    """The same network in a package of its own. changes: of what `save_package` takes."""
     known = package.manifest
-    return save_package(
-        path,
-        name="crops",
-        network=known.network,
-        state_dict=package.load_weights(),
-        plan=replace(known.plan, crop=CropPlan(("ball",), (3.0, 3.0, 3.0), (14.0, 14.0, 14.0))),
-        scheme=known.scheme,
-        patch=known.patch,
-    )
+    same = {"network": known.network, "plan": known.plan, "scheme": known.scheme, "patch": known.patch}
+    return save_package(path, name=name, state_dict=package.load_weights(), **{**same, **changes})
 
 
 def example(generator, shape, channels):

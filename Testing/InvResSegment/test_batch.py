@@ -48,7 +48,7 @@ from InvResSegmentLib.ResultNames import ResultNames
 from InvResSegmentLib.ReviewQueue import ReviewQueue
 from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.TrainingCases import Finding, TrainingCases
-from small_models import add_volume, dice, example, model_info
+from small_models import add_volume, dice, example, model_info, with_sides
 from standins import pythonqt, qtclasses, waitUntil
 from tiny_datasets import invres
 from tiny_run import SHAPE, write_balls
@@ -56,8 +56,6 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from invres.cases import read_dataset
 from invres.doctor import check_dataset
-from invres.modelpackage import save_package
-from invres.sides import Side
 from invres.volume import read_volume
 
 T1 = (SimpleNamespace(name="T1", modality="MR", optional=False),)
@@ -786,17 +784,7 @@ def test_results_of_left_handed_images_are_reviewed_and_learned_from(queue, smal
 
 
 def test_a_label_map_with_sides_is_reviewed_with_both(queue, one_channel_package, images, tmp_path):
-    known = one_channel_package.manifest
-    package = save_package(
-        tmp_path / "sided",
-        name="sided",
-        network=known.network,
-        state_dict=one_channel_package.load_weights(),
-        plan=known.plan,
-        scheme=known.scheme,
-        patch=known.patch,
-        sides=[Side("ball", 3, 5)],
-    )
+    package = with_sides(one_channel_package, tmp_path / "sided")
     model = model_info(package)
     # A wide image with the ball well to one side of the scanner's middle, which tells the side where no head does.
     voxels, classes = example(np.random.default_rng(3), (18, 20, 40), 1)

@@ -19,10 +19,18 @@ from InvResSegmentLib.SegmentWays import SegmentWays
 from InvResSegmentLib.UncertaintyMap import UNCERTAINTY_ROLE
 from InvResSegmentLib.VolumeDescription import choosableImages
 from scipy import ndimage
-from small_models import MATRICES, add_transform, add_volume, dice, example, matrix, model_info, rotation
-
-from invres.modelpackage import save_package
-from invres.sides import Side
+from small_models import (
+    MATRICES,
+    add_transform,
+    add_volume,
+    dice,
+    example,
+    matrix,
+    model_info,
+    remade,
+    rotation,
+    with_sides,
+)
 
 SHAPE = (22, 24, 26)
 
@@ -186,17 +194,7 @@ def test_two_channels_make_two_segments(scene, panel, two_channel_package):
 
 
 def test_a_structure_with_two_sides_becomes_two_segments(scene, panel, one_channel_package, tmp_path):
-    known = one_channel_package.manifest
-    package = save_package(
-        tmp_path / "sided",
-        name="sided",
-        network=known.network,
-        state_dict=one_channel_package.load_weights(),
-        plan=known.plan,
-        scheme=known.scheme,
-        patch=known.patch,
-        sides=[Side("ball", 3, 5)],
-    )
+    package = with_sides(one_channel_package, tmp_path / "sided")
     # The ball lies on the right of where the scanner's axis has the middle, and the image on both sides of it.
     request, _, classes = one_request(scene, model_info(package), matrix(origin=(-11.4, 20, 5)))
     outcome = panel.run(request)
@@ -327,17 +325,10 @@ def test_the_memory_plan_is_a_sentence_with_figures(scene, panel, backend, small
 
 
 def test_a_channel_that_the_model_can_do_without_may_stay_empty(scene, panel, two_channel_package, tmp_path):
-    known = two_channel_package.manifest
-    channels = tuple(dataclasses.replace(channel, optional=True) for channel in known.plan.channels)
-    package = save_package(
-        tmp_path / "either",
-        name="either",
-        network=known.network,
-        state_dict=two_channel_package.load_weights(),
-        plan=dataclasses.replace(known.plan, channels=channels),
-        scheme=known.scheme,
-        patch=known.patch,
-    )
+    plan = two_channel_package.manifest.plan
+    channels = tuple(dataclasses.replace(channel, optional=True) for channel in plan.channels)
+    changed = dataclasses.replace(plan, channels=channels)
+    package = remade(two_channel_package, tmp_path / "either", "either", plan=changed)
     model = model_info(package)
     images, _ = ball(2)
     flair = add_volume(scene, images[1], name="FLAIR")
