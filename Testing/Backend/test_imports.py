@@ -50,6 +50,7 @@ ALLOWED = {
     "networks": "networkconfig reversible",
     "hollow": "",
     "livebytes": "hollow reversible",
+    "slidingwindow": "",
     "image_header": "events",
     "nifti_file": "image_header",
     "multiframe": "image_header",
@@ -70,7 +71,7 @@ ALLOWED = {
     "midline": "config events preprocessing sides volume",
     "fingerprints": "volume",
     "prepared": "cases config configjson events files fingerprints preprocessing volume",
-    "doctor": "alignment cases config dataset_json events expectation layouts preprocessing volume",
+    "doctor": "alignment cases config dataset_json events expectation layouts preprocessing sides volume",
     "resultcomparison": "dataset_json events intervals paireddifference",
     "evaluation": "alignment config events intervals metrics preprocessing volume",
     "packagefiles": "events",
@@ -87,7 +88,7 @@ ALLOWED = {
     "muon": "",
     "step": "config losses muon networks reversible",
     "objectives": "config losses networks step",
-    "memory": "config hollow livebytes losses networkconfig networks reversible step",
+    "memory": "config hollow livebytes losses networkconfig networks reversible slidingwindow step",
     "iqt_figures": "memory networkconfig networks step",
     "cardplan": "config events memory networkconfig networks",
     "patchsize": "config events networks volume",
@@ -104,7 +105,7 @@ ALLOWED = {
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "segmentoptions": "config",
     "segmentfiles": "config manifest outputs",
-    "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
+    "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions slidingwindow",
     "inference": (
         "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
         "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
