@@ -289,7 +289,7 @@ class Dependencies:
                 return
             said = tail.text + errors.text
             message = folderFailure(said) or _("The packages in {folder} cannot be installed: {reason}.").format(
-                folder=folder, reason=(errors.lastLine or reason).rstrip(".")
+                folder=folder, reason=(errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
             )
             onDone(InstallOutcome("failed", message, failureHint(said, folder)))
 
@@ -378,7 +378,7 @@ class Dependencies:
             if exitCode == 0 and not reason:
                 self._next(others, onDone)
             else:
-                said = (errors.lastLine or reason).rstrip(".")
+                said = (errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
                 message = _("{step} failed: {reason}.").format(step=step.text, reason=said)
                 onDone(InstallOutcome("failed", message, failureHint(tail.text + errors.text, folder)))
 

@@ -108,6 +108,7 @@ class SetupSection:
         command = self._dependencies.downloadCommand(TORCH_BUILDS[self._ui.torchBuildBox.currentIndex])
         self._ui.commandEdit.setPlainText(command)
         self._ui.saveCommandButton.enabled = bool(command)
+        self._ui.torchBuildBox.enabled = "--index-url" in command  # for a Mac there is one build
 
     def _showBusy(self) -> None:
         busy = self.checking or self.installing

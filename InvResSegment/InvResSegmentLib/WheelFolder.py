@@ -26,6 +26,7 @@ TORCH_DOWNLOADED = "2.13.0"
 TORCH_BUILDS = ("cpu", "cu130", "cu126")
 """Indexes of pytorch.org that have it: for the CPU, for NVIDIA cards from GTX 16 and RTX 20 on, and for older ones."""
 # pip takes these tags as they are written: 2_28 does not stand for 2_27. torch needs 2_28, others have any below it.
+_PINNED = "The user requested (constraint) "  # so pip calls what is here and stays
 OLDEST_GLIBC, NEWEST_GLIBC = 17, 28
 
 
@@ -73,29 +74,38 @@ def downloadCommand(preflight: Preflight, separate: bool, build: str, folder: st
     platforms = _platforms(preflight.facts.get("platforms") or ())
     if not platforms:
         return ""
-    parts = ["python -m pip download --only-binary=:all:", f"--python-version {_minor(preflight)}"]
-    parts += [f"--platform {name}" for name in platforms]
-    if not platforms[0].startswith("macosx"):
-        parts += [f"--index-url https://download.pytorch.org/whl/{build}", "--extra-index-url https://pypi.org/simple"]
-    parts += [f"--dest {folder}", f"torch=={TORCH_DOWNLOADED}", TORCHVISION]
+    parts = [f"python -m pip download --dest {folder} torch=={TORCH_DOWNLOADED} {TORCHVISION}"]
     for package in preflight.packages:
         if package.name == "torch" or (package.name in SLICERS_OWN and not separate and package.name != "numpy"):
             continue
         held = constraints([(package.name, package.version)]) if package.state == "ok" else ""
         parts.append(held.strip() or package.name)
+    if not platforms[0].startswith("macosx"):
+        parts += [f"--index-url https://download.pytorch.org/whl/{build}", "--extra-index-url https://pypi.org/simple"]
+    parts += ["--only-binary=:all:", f"--python-version {_minor(preflight)}"]
+    parts += [f"--platform {name}" for name in platforms]
     return " ".join(parts)
 
 
 def folderFailure(said: str) -> str:
-    """What pip has missed in a folder of packages, in a sentence; "" where it has missed nothing."""
-    missed = re.search(r"No matching distribution found for ([^\s(;]+)[^(\n]*(?:\(from ([\w.-]+))?", said)
-    if missed is None:
-        return ""
-    if missed[2]:
+    """What pip has missed in a folder of packages, or what there does not go together, in a sentence; "" for others.
+
+    said: what pip wrote, output and errors.
+    """
+    missed = re.search(r"that satisfies the requirement (\S+)(?: \(from (?!versions:)(\w+(?:[.-]\w+)*))?", said)
+    if missed and missed[2]:
         return _("The folder of packages lacks {name}, which {other} needs, or has none that fits.").format(
             name=missed[1], other=missed[2]
         )
-    return _("The folder of packages lacks {name}, or has none that fits.").format(name=missed[1])
+    if missed:
+        return _("The folder of packages lacks {name}, or has none that fits.").format(name=missed[1])
+    conflict = re.search(r"The conflict is caused by:\n((?: +\S.*\n)+)", said.replace("\r", ""))
+    if conflict is None:
+        return ""
+    reasons = "; ".join(line.strip() for line in conflict[1].splitlines())
+    return _(
+        "What is in the folder of packages does not go together with itself or with what is here: {reasons}."
+    ).format(reasons=reasons.replace(_PINNED, ""))
 
 
 def _problem(folder: dict, wheels: Sequence[dict], preflight: Preflight, wanted: Iterable[str]) -> str:
@@ -108,7 +118,7 @@ def _problem(folder: dict, wheels: Sequence[dict], preflight: Preflight, wanted:
         return ""
     if not wheels:
         return _("No packages (files with the ending .whl) are in {folder}.").format(folder=path)
-    missing, unfit, outdated = [], [], []
+    missing, unfit, outdated, example = [], [], [], ""
     for requirement in wanted:
         name, wish = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
         there = [wheel for wheel in wheels if wheel["name"] == _canonical(name)]
@@ -116,7 +126,8 @@ def _problem(folder: dict, wheels: Sequence[dict], preflight: Preflight, wanted:
         if not there:
             missing.append(name)
         elif not fitting:
-            unfit.append(str(there[-1]["file"]))
+            unfit.append(name)
+            example = example or str(there[-1]["file"])
         elif not any(satisfies(str(wheel["version"]), wish) for wheel in fitting):
             outdated.append(f"{name} {fitting[-1]['version']}")
     said = []
@@ -124,12 +135,16 @@ def _problem(folder: dict, wheels: Sequence[dict], preflight: Preflight, wanted:
         said.append(_("The folder of packages lacks {names}.").format(names=", ".join(missing)))
     if unfit:
         said.append(
-            _("Not for Python {version} on this computer: {files}.").format(
-                version=_minor(preflight), files=", ".join(unfit)
+            _("In the folder of packages {names} are not for Python {version} on {system} ({example}).").format(
+                names=", ".join(unfit), version=_minor(preflight), system=_system(preflight), example=example
             )
         )
     if outdated:
-        said.append(_("Of another version than is needed: {names}.").format(names=", ".join(outdated)))
+        said.append(
+            _("In the folder of packages are other versions than are needed: {names}.").format(
+                names=", ".join(outdated)
+            )
+        )
     return " ".join(said)
 
 
@@ -152,6 +167,10 @@ def _platforms(supported: Sequence[str]) -> list[str]:
 
 def _minor(preflight: Preflight) -> str:
     return ".".join(preflight.pythonVersion.split(".")[:2])
+
+
+def _system(preflight: Preflight) -> str:
+    return f"{preflight.system.partition('-')[0]} {preflight.facts.get('machine') or ''}".strip()
 
 
 def _canonical(name: str) -> str:
