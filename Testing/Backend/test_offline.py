@@ -48,11 +48,11 @@ def test_the_watch_sees_a_look_at_the_network(code):
     assert found.returncode == 77 and "asked for the network" in found.stderr
 
 
-def test_training_segmenting_and_scoring_ask_for_no_network(tmp_path):
+def test_training_and_segmenting_ask_for_no_network(tmp_path):
     data = write_dataset(tmp_path / "data")
     recipe = write_recipe(tmp_path / "recipe.json", iterations_per_epoch=1, epochs=1)
     run, case = tmp_path / "run", next(iter(read_dataset(data).cases))
-    inputs = [f"--input={name}={path}" for name, path in case.images.items()]
+    inputs = [f"--input={name}={path}" for name, path in zip(("T1", "T2"), case.images, strict=True)]
     lines = (
         ("check", "--data", data),
         ("train", "--data", data, "--recipe", recipe, "--output", run, "--device", "cpu"),

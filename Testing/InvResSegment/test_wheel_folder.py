@@ -294,7 +294,7 @@ def test_the_way_without_internet_is_named_where_there_is_none():
 # --- the panel ------------------------------------------------------------------------------------------------------
 
 
-def test_the_panel_looks_into_the_folder_remembers_it_and_saves_the_command(python, folder, tmp_path):
+def test_the_panel_looks_into_the_folder_remembers_it_and_saves_the_command(python, folder, tmp_path, monkeypatch):
     with loadedPanel(tmp_path / "models", python=str(python)) as loaded:
         panel = loaded.enter().panel
         ui = panel.ui
@@ -314,12 +314,8 @@ def test_the_panel_looks_into_the_folder_remembers_it_and_saves_the_command(pyth
         waitUntil(lambda: not panel.setup.checking, 60)
         assert ui.installButton.enabled and str(folder) in panel.dependencies.advice[0]
         asked = []
-        slicer.util.confirmOkCancelDisplay, before = (
-            lambda text, title: asked.append(text),
-            slicer.util.confirmOkCancelDisplay,
-        )
+        monkeypatch.setattr(slicer.util, "confirmOkCancelDisplay", lambda text, title: asked.append(text))
         ui.installButton.click()
-        slicer.util.confirmOkCancelDisplay = before
         assert str(folder) in asked[0] and "nothing is downloaded" in asked[0]
     with loadedPanel(
         tmp_path / "models", python=str(python), settings={"InvResSegment/PackagesFolder": str(folder)}
