@@ -10,7 +10,6 @@ from slicer.i18n import tr as _
 
 __all__ = [
     "OPTIONAL",
-    "SLICERS_OWN",
     "TORCHVISION",
     "TORCH_REQUIREMENT",
     "PackageState",

@@ -106,7 +106,8 @@ class SetupSection:
     def _showCommand(self, _index: int = 0) -> None:
         """The command that fills a folder of packages, once it is known which ones fit this Python."""
         command = self._dependencies.downloadCommand(TORCH_BUILDS[self._ui.torchBuildBox.currentIndex])
-        self._ui.commandEdit.setPlainText(command)
+        self._ui.commandEdit.text = command
+        self._ui.commandEdit.cursorPosition = 0
         self._ui.saveCommandButton.enabled = bool(command)
         self._ui.torchBuildBox.enabled = "--index-url" in command  # for a Mac there is one build
 
@@ -192,7 +193,7 @@ class SetupSection:
         self.check()
 
     def _onSaveCommand(self) -> None:
-        self._save(_("Save the command"), "InvResSegment-packages.txt", self._ui.commandEdit.plainText + "\n")
+        self._save(_("Save the command"), "InvResSegment-packages.txt", self._ui.commandEdit.text + "\n")
 
     def _onReport(self) -> None:
         facts = [("Device", Settings.device()), ("Setup", self.problem or "ready")]

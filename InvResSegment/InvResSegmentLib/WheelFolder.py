@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from slicer.i18n import tr as _
 
-from .Requirements import OPTIONAL, SLICERS_OWN, TORCHVISION, Preflight, Step, constraints, installationSteps, satisfies
+from .Requirements import OPTIONAL, TORCHVISION, Preflight, Step, constraints, installationSteps, satisfies
 
 __all__ = [
     "TORCH_BUILDS",
@@ -26,8 +26,8 @@ TORCH_DOWNLOADED = "2.13.0"
 TORCH_BUILDS = ("cpu", "cu130", "cu126")
 """Indexes of pytorch.org that have it: for the CPU, for NVIDIA cards from GTX 16 and RTX 20 on, and for older ones."""
 # pip takes these tags as they are written: 2_28 does not stand for 2_27. torch needs 2_28, others have any below it.
-_PINNED = "The user requested (constraint) "  # so pip calls what is here and stays
 OLDEST_GLIBC, NEWEST_GLIBC = 17, 28
+PINNED = "The user requested (constraint) "  # pip's words for what is here and stays
 
 
 def fromFolder(folder: str) -> list[str]:
@@ -76,7 +76,8 @@ def downloadCommand(preflight: Preflight, separate: bool, build: str, folder: st
         return ""
     parts = [f"python -m pip download --dest {folder} torch=={TORCH_DOWNLOADED} {TORCHVISION}"]
     for package in preflight.packages:
-        if package.name == "torch" or (package.name in SLICERS_OWN and not separate and package.name != "numpy"):
+        # Nothing but Slicer's own SimpleITK will do, and nothing else depends on it.
+        if package.name == "torch" or (package.name == "SimpleITK" and not separate):
             continue
         held = constraints([(package.name, package.version)]) if package.state == "ok" else ""
         parts.append(held.strip() or package.name)
@@ -105,7 +106,7 @@ def folderFailure(said: str) -> str:
     reasons = "; ".join(line.strip() for line in conflict[1].splitlines())
     return _(
         "What is in the folder of packages does not go together with itself or with what is here: {reasons}."
-    ).format(reasons=reasons.replace(_PINNED, ""))
+    ).format(reasons=reasons.replace(PINNED, ""))
 
 
 def _problem(folder: dict, wheels: Sequence[dict], preflight: Preflight, wanted: Iterable[str]) -> str:
