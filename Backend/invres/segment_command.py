@@ -50,7 +50,9 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
     )
     if options.volumes is not None and not options.frames:
         raise InvresError(
-            "--volumes is for --frames.", hint="The volumes of one image are printed; --data writes them by itself."
+            "--volumes is for --frames.",
+            hint="The volumes of one image are printed; --data writes them by itself.",
+            code="usage",
         )
     if options.ending and options.data is None:
         raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")

@@ -114,6 +114,7 @@ class _Run:
     onDone: Callable[[SegmentationOutcome], None]
     reference: slicer.vtkMRMLScalarVolumeNode  # on whose grid the result lies, also when it has left the scene
     inputs: tuple[SegmentationResult.InputRecord, ...]
+    region: tuple[float, ...] = ()  # in mm in the frame of the reference; of all frames, wherever it is moved meanwhile
     frames: SegmentedFrames | None = None  # of a sequence
     peak: int = 0  # of its frames
     begun: float = field(default_factory=time.monotonic)
@@ -371,9 +372,9 @@ class SegmentationLogic:
         arguments += ["--output", str(run.resultPath)]
         arguments += ["--uncertainty", str(run.uncertaintyPath)] if request.uncertainty else []
         if request.roiNode is not None:
+            run.region = run.region or NodeConversion.regionInVolume(request.roiNode, reference)
             # Without exponents, which argparse takes for options where the number is negative.
-            bounds = NodeConversion.regionInVolume(request.roiNode, reference)
-            arguments += ["--roi", *(f"{number:.6f}" for number in bounds)]
+            arguments += ["--roi", *(f"{number:.6f}" for number in run.region)]
         self._progress("export", len(nodes), len(nodes), None)
         return arguments
 
@@ -535,9 +536,12 @@ class SegmentationLogic:
         run = self._run
         if run is None or run.verdict is not None:
             return
-        if run.reference.GetScene() is None:
+        # Of a single image all is handed over by now.
+        needed = run.inputs[:1] if run.frames is None else run.inputs
+        gone = next((volume.name for volume in needed if _scene().GetNodeByID(volume.nodeId) is None), "")
+        if gone:
             sentence = _("{name} was deleted during the segmentation; nothing was changed.")
-            self._stop("failed", sentence.format(name=run.reference.GetName()), _("Load it again and press Apply."))
+            self._stop("failed", sentence.format(name=gone), _("Load it again and press Apply."))
         elif run.frames is not None and not run.frames.series.isThere:
             sentence = _("The sequence {name} was deleted during the segmentation; nothing was changed.")
             name = run.frames.series.node.GetName()

@@ -68,8 +68,7 @@ def warnings(recorder):
     return [event["message"] for event in recorder.events if event["event"] == "warning"]
 
 
-@pytest.mark.parametrize("ending", WRITABLE_ENDINGS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("grid", "ending"), zip((*GRIDS, GRIDS[1]), WRITABLE_ENDINGS, strict=True))
 def test_each_frame_is_segmented_as_if_it_had_come_alone(tmp_path, grid, ending):
     package = package_on(tmp_path / "m", grid)
     frames = steps(3, grid)

@@ -252,6 +252,41 @@ def test_two_sequences_of_a_browser_go_together(scene, panel, two_channel_packag
             assert dice(mask, classes[number] == value) > 0.5
 
 
+def test_a_channel_that_is_deleted_meanwhile_is_not_done_without(scene, panel, two_channel_package):
+    model = model_info(two_channel_package)
+    for channel in model.channels:
+        channel.optional = True
+    images, _ = ball(2, seed=5)
+    _, _, moving = sequence_of(scene, [images[0]] * 3, [matrix()] * 3)
+    still = add_volume(scene, images[1], matrix(), "still")
+
+    def meddle(text, _):
+        if text == "Frame 2 of 3: Segmenting" and still.GetScene() is not None:
+            scene.RemoveNode(still)
+
+    request = SegmentationRequest(model, {"T1": moving, "FLAIR": still}, "cpu", series=sequenceOf([moving]))
+    outcome = panel.run(request, meddle)
+    assert (outcome.state, outcome.message) == (
+        "failed",
+        "still was deleted during the segmentation; nothing was changed.",
+    )
+
+
+def test_a_region_is_the_same_in_all_frames(scene, panel, backend, small_model):
+    _, _, shown, _ = cine(scene)
+    roi = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    roi.SetSize(20, 20, 20)
+    roi.SetCenter(*(matrix() @ [12, 12, 12, 1])[:3])
+    number = len(backend.requests)
+    outcome = panel.run(
+        request_of(small_model, shown, roiNode=roi),
+        lambda text, _: roi.SetCenter(50, 50, 50) if text == "Frame 1 of 4: Segmenting" else None,
+    )
+    assert outcome.state == "done"
+    asked = [arguments[arguments.index("--roi") + 1 :][:6] for arguments in backend.requests[number:]]
+    assert len(asked) == COUNT and all(bounds == asked[0] for bounds in asked)
+
+
 def test_an_output_that_was_chosen_is_refused(scene, panel, small_model):
     _, _, shown, _ = cine(scene)
     output = scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
