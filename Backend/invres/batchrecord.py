@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from . import InvresError
 from .files import safe_name, stamps_of, write_changed
+from .volumestable import TableLine, write_table
 
 __all__ = ["RECORD", "TABLE", "BatchRecord", "images_of", "result_name"]
 
@@ -104,20 +103,16 @@ class BatchRecord:
             self.folder / RECORD,
             json.dumps({**self._begun, "cases": self.cases}, indent=1, ensure_ascii=False) + "\n",
         )
+        lines = []
         done = {name: entry for name, entry in self.cases.items() if "volumes_ml" in entry}
-        labels = list(dict.fromkeys(label for entry in done.values() for label in entry["volumes_ml"]))
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["case", *(f"{label} (mL)" for label in labels), "confidence", "remarks"])
         for name in sorted(done.keys() | self._failed.keys()):
             if name in self._failed:
-                table.writerow([name, *("" for _ in labels), "", self._failed[name]])
+                lines.append(TableLine([name], remarks=self._failed[name]))
             else:
                 entry = done[name]
-                volumes = [entry["volumes_ml"].get(label, "") for label in labels]
-                table.writerow([name, *volumes, entry["confidence"], " ".join(entry["warnings"])])
-        # Excel takes a file without the mark for another encoding.
-        write_changed(self.folder / TABLE, "\ufeff" + text.getvalue())
+                remarks = " ".join(entry["warnings"])
+                lines.append(TableLine([name], entry["volumes_ml"], entry["confidence"], remarks))
+        write_table(self.folder / TABLE, ["case"], lines)
 
 
 def images_of(paths: Iterable[Path]) -> Stamps:

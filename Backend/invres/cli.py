@@ -148,6 +148,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="instead: all cases of a data set, or of a folder of scans; goes on where it was ended",
     )
+    one.add_argument(
+        "--frames",
+        action="store_true",
+        help="a 4D file (x, y, z, time) is a series, such as cine MR: segment each of its frames into one 4D label map",
+    )
+    one.add_argument(
+        "--volumes", type=Path, metavar="FILE.csv", help="with --frames: a table of the volumes in mL by frame"
+    )
     where = one.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "-o", "--output", type=Path, help=".seg.nrrd, .nii.gz, .nii, .nrrd or .mha; with --data a folder"

@@ -21,6 +21,7 @@ __all__ = [
     "LPS_TO_RAS",
     "READABLE",
     "Header",
+    "TimeAxis",
     "array_order",
     "check_claim",
     "check_dimensions",
@@ -46,6 +47,28 @@ _STRONG_SHEAR_DEGREES = 5.0
 
 
 @dataclass(frozen=True)
+class TimeAxis:
+    """The fourth axis of a file: the place of its first volume and the step from one to the next.
+
+    in_seconds: the file says that this is time, and its unit, from which both were converted to s.
+    """
+
+    start: float = 0.0
+    step: float = 1.0
+    in_seconds: bool = False
+
+    def __post_init__(self) -> None:
+        # Many files leave the step out, as 0.
+        for name, least, instead in (("start", -math.inf, 0.0), ("step", 0.0, 1.0)):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if math.isfinite(value) and value > least else instead)
+
+    def at(self, number: int) -> float:
+        """The place of volume `number`, counted from 0."""
+        return round(self.start + number * self.step, 6)
+
+
+@dataclass(frozen=True)
 class Header:
     """What a file says about its voxels.
 
@@ -54,7 +77,8 @@ class Header:
     affine: 4x4, (d, h, w, 1) -> RAS mm, its axes at right angles.
     frames: of one DICOM file with all slices, the numbers of its frames in the order of their position.
     mixed_types: the slices of a series do not all have values of one type.
-    metadata: text fields of NRRD files. warnings: a sentence for each thing that was repaired or looks wrong.
+    time: the fourth axis of 4D. metadata: text fields of NRRD files.
+    warnings: a sentence for each thing that was repaired or looks wrong.
     """
 
     files: tuple[str, ...]
@@ -66,6 +90,7 @@ class Header:
     nifti: NiftiHeader | None = None
     frames: tuple[int, ...] = ()
     mixed_types: bool = False
+    time: TimeAxis = TimeAxis()
 
     @property
     def shape(self) -> tuple[int, int, int]:

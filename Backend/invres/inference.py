@@ -36,13 +36,40 @@ from .region import Bounds, Box, are_left_and_right, clear_outside, crop_to_regi
 from .restoration import restore_probabilities, restore_uncertainty, restore_volume
 from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
 from .sides import sided_scheme
-from .volume import Geometry, Volume, read_channels, read_volume, write_segmentation, write_volume
+from .volume import (
+    SEVERAL_VOLUMES,
+    Geometry,
+    Volume,
+    read_channels,
+    read_volume,
+    write_segmentation,
+    write_volume,
+)
 
-__all__ = ["NetworkKeeper", "SegmentedCase", "is_crop", "load_network", "segment", "segment_case", "segment_volumes"]
+__all__ = [
+    "Clock",
+    "Found",
+    "Locate",
+    "NetworkKeeper",
+    "SegmentedCase",
+    "bytes_beside",
+    "find",
+    "how_made",
+    "is_crop",
+    "load_network",
+    "looked_at",
+    "segment",
+    "segment_case",
+    "segment_volumes",
+]
 
 Locate = Callable[[Sequence[Volume | None], Reporter], tuple[Sequence[Bounds], int]]
 WHOLE: Box = (slice(None), slice(None), slice(None))
 WORTH_TELLING_ML = 1.0  # of loose pieces
+OF_FRAMES = (
+    "Where they are frames of a series, segment this file alone with --frames; else extract one volume of it, such as "
+    "the first, into a file of its own, and give that."
+)
 SLACK = 1.5  # a crop may be so much longer than the largest that was trained on
 
 
@@ -189,7 +216,7 @@ def segment_case(
     report: Reporter,
 ) -> SegmentedCase:
     """As `segment_volumes`, with all that was measured; around a region of interest the labels go on."""
-    manifest, clock = package.manifest, _Clock()
+    manifest, clock = package.manifest, Clock()
     report.progress("segment.prepare", 0, 1)
     prepared = prepare(volumes, None, manifest.plan, manifest.scheme, report=report)
     if options.roi_mm:
@@ -246,40 +273,107 @@ def segment(
     Raises InvresError for inputs that do not fit the model, for mirroring that would swap labels of both sides, and for
     results that would overwrite an input.
     """
-    clock, resident = _Clock(), PeakResident()
+    clock, resident = Clock(), PeakResident()
     manifest = package.manifest
     check_files(manifest, inputs, output, probabilities_path, uncertainty_path)
     options = options.mirrored_as(manifest.mirror_axes)
     check_mirror(manifest.scheme, options.mirror_axes or ())
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
-    names = [channel.name for channel in manifest.plan.channels]
+    volumes, resampled = looked_at(package, volumes, options, report)
+    read = inputs_told(inputs)
+    report.progress("segment.read", 1, 1)
+    clock.lap("read")
+    if network is None:
+        network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
+    clock.lap("load")
+    found = find(package, network, volumes, options, report, locate, clock)
+    labels, parts, roi_mm = found.labels, found.parts, options.roi_mm
+    how = how_made(package, network, volumes, resampled, options, found)
+    how["inputs"] = read
+    report.progress("segment.write", 0, 1)
+    write_segmentation(output, labels, found.scheme, {FIELD: header_text(how)})
+    maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
+    written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
+    if uncertainty_path is not None:
+        _write_uncertainty(uncertainty_path, parts, labels.geometry, manifest.scheme, roi_mm)
+    report.progress("segment.write", 1, 1)
+    clock.lap("write")
+    return {
+        "output": str(output),
+        "probabilities": written,
+        "uncertainty": None if uncertainty_path is None else str(uncertainty_path),
+        "volumes_ml": found.volumes_ml,
+        "confidence": round(found.confidence, 4),
+        "seconds": clock.rounded(),
+        "measured_bytes": found.measured_bytes + bytes_beside(network, volumes),
+        "measured_rss_bytes": resident.growth_bytes(),
+        "device": str(next(network.parameters()).device),
+        **how,
+    }
+
+
+def looked_at(
+    package: ModelPackage, volumes: Sequence[Volume | None], options: SegmentOptions, report: Reporter
+) -> tuple[Sequence[Volume | None], list[str]]:
+    """The volumes of a case as they were read, on one grid where `options` want it, and the names of those that were
+    resampled for that. Says what is missing, and warns where an image or a wish is unlike what the model has seen."""
+    channels = package.manifest.plan.channels
+    names = [channel.name for channel in channels]
     resampled: list[str] = []
     if options.align:
         volumes, resampled = align_channels(volumes, names)
         if resampled:
             report.note(resampled_sentence([resampled]))
-    missing = [name for name, volume in zip(names, volumes, strict=True) if volume is None]
-    if missing:
+    if missing := _missing(package, volumes):
         report.note(f"There is no {' and no '.join(missing)}; the model was trained to do without.")
-    read = inputs_told(inputs)
-    report.progress("segment.read", 1, 1)
-    clock.lap("read")
-    arrays = [None if volume is None else volume.array for volume in volumes]
-    for sentence in unlike_modality(manifest.plan.channels, arrays):
+    for sentence in unlike_modality(channels, [None if volume is None else volume.array for volume in volumes]):
         report.warning(sentence)
-    if odd := _odd_window(options.window, manifest.patch):
+    if odd := _odd_window(options.window, package.manifest.patch):
         report.warning(odd)
-    if network is None:
-        network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
-    clock.lap("load")
+    return volumes, resampled
+
+
+def _missing(package: ModelPackage, volumes: Sequence[Volume | None]) -> list[str]:
+    channels = package.manifest.plan.channels
+    return [channel.name for channel, volume in zip(channels, volumes, strict=True) if volume is None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in the volumes of a case, before it is written.
+
+    labels, scheme: divided into left and right where the model has sides and they can be told. boxes: that `parts` lie
+    in; () of a whole image. volumes_ml: of each region as a whole. confidence: the least of all parts.
+    """
+
+    labels: Volume
+    scheme: LabelScheme
+    parts: Sequence[SegmentedCase]
+    boxes: Sequence[Bounds]
+    volumes_ml: dict[str, float]
+    confidence: float
+    measured_bytes: int
+
+
+def find(
+    package: ModelPackage,
+    network: SegmentationNetwork,
+    volumes: Sequence[Volume | None],
+    options: SegmentOptions,
+    report: Reporter,
+    locate: Locate | None,
+    clock: Clock,
+) -> Found:
+    """Segments volumes that were `looked_at`. locate: see `segment`. Warns where the result is unlike what the model
+    has seen."""
+    manifest, roi_mm = package.manifest, options.roi_mm
     boxes, locating_bytes = _boxes(package, volumes, options, locate, report)
     if boxes:
         clock.lap("locate")
     parts = _segment_parts(package, network, volumes, boxes, options, report)
     for part in parts:
         clock.add(part.seconds)
-    roi_mm = options.roi_mm
     labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
     _remember_windows(package, parts, labels.geometry, options)
     if manifest.sides and options.sides:
@@ -289,12 +383,34 @@ def segment(
         clock.lap("sides")
     if roi_mm:
         clear_outside(labels.array, labels.geometry, roi_mm)
-    device = next(network.parameters()).device
-    how = {
-        "inputs": read,
-        "missing_channels": missing,
-        "resampled_channels": resampled,
-        "device_title": device_info(device).title,
+    of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
+    if scheme.regions:
+        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in scheme.names}
+    else:  # not the sum of parts: boxes may overlap, and a voxel counts once
+        volumes_ml = _label_volumes_ml(labels, scheme)
+    confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
+    if not roi_mm:
+        said = (unlike_result(manifest.expected, *seen) for seen in zip(of_parts, confidences, strict=True))
+        for sentence in dict.fromkeys(itertools.chain(*said)):
+            report.warning(sentence)
+    measured = max(locating_bytes, *(part.prediction.measured_bytes for part in parts))
+    return Found(labels, scheme, parts, boxes, volumes_ml, min(confidences), measured)
+
+
+def how_made(
+    package: ModelPackage,
+    network: SegmentationNetwork,
+    volumes: Sequence[Volume | None],
+    resampled: Sequence[str],
+    options: SegmentOptions,
+    found: Found,
+) -> dict[str, Any]:
+    """All that is needed to do the same again, but for the `inputs`."""
+    manifest, parts = package.manifest, found.parts
+    return {
+        "missing_channels": _missing(package, volumes),
+        "resampled_channels": list(resampled),
+        "device_title": device_info(next(network.parameters()).device).title,
         "model": package.name,
         "model_id": package.id,
         "model_version": manifest.version,
@@ -308,42 +424,18 @@ def segment(
             "sides": options.sides,
             "one_piece": options.one_piece,
             "align": options.align,
-            "boxes_mm": [list(box) for box in boxes],
+            "boxes_mm": [list(box) for box in found.boxes],
         },
         "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    report.progress("segment.write", 0, 1)
-    write_segmentation(output, labels, scheme, {FIELD: header_text(how)})
-    maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
-    written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
-    if uncertainty_path is not None:
-        _write_uncertainty(uncertainty_path, parts, labels.geometry, manifest.scheme, roi_mm)
-    of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
-    if scheme.regions:
-        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in scheme.names}
-    else:  # not the sum of parts: boxes may overlap, and a voxel counts once
-        volumes_ml = _label_volumes_ml(labels, scheme)
-    confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
-    if not roi_mm:
-        said = (unlike_result(manifest.expected, *seen) for seen in zip(of_parts, confidences, strict=True))
-        for sentence in dict.fromkeys(itertools.chain(*said)):
-            report.warning(sentence)
-    report.progress("segment.write", 1, 1)
-    clock.lap("write")
+
+
+def bytes_beside(network: SegmentationNetwork, volumes: Sequence[Volume | None]) -> int:
+    """Of the volumes of the files, where they share the memory that the network ran in: not on a card."""
+    if next(network.parameters()).device.type == "cuda":
+        return 0
     # The tensors share the memory of the prepared image; the volumes of the files stand beside them.
-    beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes if volume is not None)
-    return {
-        "output": str(output),
-        "probabilities": written,
-        "uncertainty": None if uncertainty_path is None else str(uncertainty_path),
-        "volumes_ml": volumes_ml,
-        "confidence": round(min(confidences), 4),
-        "seconds": clock.rounded(),
-        "measured_bytes": max(locating_bytes, *(part.prediction.measured_bytes for part in parts)) + beside,
-        "measured_rss_bytes": resident.growth_bytes(),
-        "device": str(device),
-        **how,
-    }
+    return sum(volume.array.nbytes for volume in volumes if volume is not None)
 
 
 def _remember_windows(
@@ -372,7 +464,7 @@ def _odd_window(window: tuple[int, int, int], own: tuple[int, int, int]) -> str:
     return ""
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
@@ -484,19 +576,28 @@ def _read_inputs(
     """
     found = files_of_channels(channels, inputs, model)
     if not isinstance(found, Path):
-        return [None if path is None else read_volume(path, report=report) for path in found]
+        return [None if path is None else _read_one(path, report) for path in found]
     volumes = read_channels(found, report=report)
     if len(volumes) != len(channels):
         names = [channel.name for channel in channels]
         hint = f"Give each channel once: {each_channel(channels)}."
         if len(names) == 1:
-            hint = "Extract one volume of it, such as the first, into a file of its own, and give that."
+            hint = OF_FRAMES
         raise InvresError(
             f"The model {model} takes {counted(names)}; {found} holds {len(volumes)} volume"
             f"{'' if len(volumes) == 1 else 's'}.",
             hint=hint,
         )
     return volumes
+
+
+def _read_one(path: Path, report: Reporter) -> Volume:
+    try:
+        return read_volume(path, report=report)
+    except InvresError as error:
+        if error.code != SEVERAL_VOLUMES:
+            raise
+        raise InvresError(error.message, hint=OF_FRAMES, code=error.code) from None
 
 
 def _label_volumes_ml(labels: Volume, scheme: LabelScheme) -> dict[str, float]:

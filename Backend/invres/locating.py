@@ -17,6 +17,7 @@ from .inference import segment_case
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .prediction import SegmentOptions
+from .preprocessing import NOTHING_TO_SEGMENT
 from .region import Bounds
 from .sides import SIDES
 from .volume import Volume
@@ -71,6 +72,7 @@ def locate(
         raise InvresError(
             f"{package.name} found no {what} in this image.",
             hint="Check that the image shows it, or give the region of interest yourself.",
+            code=NOTHING_TO_SEGMENT,
         )
     report.note(f"{package.name} found {what} in {len(boxes)} place{'' if len(boxes) == 1 else 's'}.")
     return boxes, found.prediction.measured_bytes

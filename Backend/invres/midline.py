@@ -15,7 +15,7 @@ from .preprocessing import nonzero_box
 from .sides import Side
 from .volume import Volume
 
-__all__ = ["Mirror", "Plane", "best_mirror", "divided", "find_midline", "likeness_at", "on_one_side"]
+__all__ = ["Mirror", "Plane", "best_mirror", "divided", "find_midline", "join_sides", "likeness_at", "on_one_side"]
 
 ALIKE = 0.48  # the least likeness of two halves: real ones reach 0.7, planes through one hemisphere 0.45
 BESIDE_MM = 10.0  # an image that is to tell the middle by its axis shows so much on either side of it
@@ -119,6 +119,14 @@ def _right(mask: np.ndarray, distance_mm: np.ndarray) -> np.ndarray:
     to_right = (2 * on_right > voxels) & (far_left == 0)
     to_left = (2 * on_right <= voxels) & (far_right == 0)
     return (right | to_right[piece]) & ~to_left[piece]
+
+
+def join_sides(labels: np.ndarray, scheme: LabelScheme, sides: Sequence[Side]) -> None:
+    """Gives left and right of a label map the value of their label again, in place."""
+    values = {label.name: label.output_value for label in scheme.labels}
+    masks = [(values[side.label], np.isin(labels, (side.left_value, side.right_value))) for side in sides]
+    for value, mask in masks:
+        labels[mask] = value
 
 
 def on_one_side(labels: np.ndarray, scheme: LabelScheme, sides: Sequence[Side], right: bool) -> np.ndarray:

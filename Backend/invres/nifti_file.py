@@ -14,14 +14,15 @@ from typing import BinaryIO
 import numpy as np
 
 from . import InvresError
-from .image_header import COPY_AGAIN, check_claim, check_spacing, missing_data_file, unsupported_values
+from .image_header import COPY_AGAIN, TimeAxis, check_claim, check_spacing, missing_data_file, unsupported_values
 
-__all__ = ["NiftiHeader", "nifti_chunks", "read_nifti_header", "read_nifti_voxels"]
+__all__ = ["NiftiHeader", "nifti_chunks", "nifti_frames", "read_nifti_header", "read_nifti_voxels"]
 
 _TYPES = {
     **{2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8"},
     **{256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"},
 }
+_SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
 _COLOURS = {128: 3, 2304: 4}
 
 
@@ -31,7 +32,7 @@ class NiftiHeader:
 
     size: (x, y, z[, t]). dtype: of one component, in the byte order of the file.
     scale: (slope, intercept) or None. affines: what sform and qform say, as far as the header declares them:
-    4x4, (x, y, z, 1) -> RAS mm. is_nifti: an Analyze file has no place for them.
+    4x4, (x, y, z, 1) -> RAS mm. is_nifti: an Analyze file has no place for them. time: the fourth axis.
     """
 
     data_file: Path
@@ -43,6 +44,7 @@ class NiftiHeader:
     scale: tuple[float, float] | None
     affines: tuple[np.ndarray, ...]
     is_nifti: bool
+    time: TimeAxis
 
 
 def read_nifti_header(path: Path) -> NiftiHeader | None:
@@ -122,6 +124,7 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         scale=(slope, intercept) if scaled and (slope, intercept) != (1, 0) else None,
         affines=tuple(np.diag([unit_mm] * 3 + [1.0]) @ affine for affine in affines),
         is_nifti=is_nifti,
+        time=_time(raw, order, pixdim) if is_nifti else TimeAxis(0.0, float(pixdim[4])),
     )
 
 
@@ -137,7 +140,29 @@ def read_nifti_voxels(path: Path, nifti: NiftiHeader) -> np.ndarray:
         if last > first:
             stored[first:last] = np.frombuffer(chunk, np.uint8)[first - done : last - done]
         done += len(chunk)
-    array = stored.view(nifti.dtype).reshape(nifti.size[::-1])
+    return _scaled(stored, nifti).reshape(nifti.size[::-1])
+
+
+def nifti_frames(path: Path, nifti: NiftiHeader) -> Iterator[np.ndarray]:
+    """The scaled voxels (D, H, W) of each volume of a 4D file, one after the other, as they are unpacked: no more than
+    one is held. That the file is whole shows at its end only (`nifti_chunks`)."""
+    frame_bytes = nifti.voxel_bytes // nifti.size[3]
+    held, before, left = bytearray(), nifti.offset_bytes, nifti.size[3]
+    for chunk in nifti_chunks(path, nifti):
+        held += chunk[before:]
+        before = max(0, before - len(chunk))
+        while left and len(held) >= frame_bytes:
+            frame = np.frombuffer(bytes(held[:frame_bytes]), np.uint8)
+            del held[:frame_bytes]
+            left -= 1
+            yield _scaled(frame, nifti).reshape(nifti.size[2::-1])
+        if not left:
+            held.clear()
+
+
+def _scaled(stored: np.ndarray, nifti: NiftiHeader) -> np.ndarray:
+    """The values of stored bytes (N,)."""
+    array = stored.view(nifti.dtype)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if nifti.scale is not None:
         slope, intercept = nifti.scale
@@ -159,6 +184,12 @@ def nifti_chunks(path: Path, nifti: NiftiHeader) -> Iterator[bytes]:
         complete = False
     if not complete:
         raise InvresError(f"{path} is damaged or cut short: it cannot be unpacked to the end.", hint=COPY_AGAIN)
+
+
+def _time(raw: bytes, order: str, pixdim: np.ndarray) -> TimeAxis:
+    unit = _SECONDS.get(raw[123] & 56)
+    (start,) = struct.unpack_from(order + "f", raw, 136)
+    return TimeAxis((unit or 1.0) * start, (unit or 1.0) * float(pixdim[4]), unit is not None)
 
 
 def _qform(quaternion: tuple[float, ...], pixdim: np.ndarray) -> np.ndarray:

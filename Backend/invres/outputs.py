@@ -16,6 +16,7 @@ __all__ = [
     "check_outputs",
     "check_provenance",
     "check_report",
+    "check_table",
     "same_file",
     "with_ending",
 ]
@@ -64,11 +65,33 @@ def check_provenance(path: Path) -> None:
     _check_json(path, "model_sha256", "a provenance")
 
 
+def check_table(path: Path, first_title: str) -> None:
+    """Raises InvresError for a CSV file that cannot be written, and for a file there that is no earlier table.
+
+    first_title: of the first column of every such table."""
+    if path.suffix.lower() != ".csv":
+        raise InvresError(f"{path.name} cannot be the table of volumes, which is a .csv file.", hint=ANOTHER)
+    _check_place(path, _begins_with(path, f"\ufeff{first_title},"), "a table of volumes")
+
+
+def _begins_with(path: Path, text: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(text.encode())) == text.encode()
+    except OSError:
+        return False
+
+
 def _check_json(path: Path, key: str, what: str) -> None:
     """key: that every file of the kind has. what: the kind, in words."""
+    _check_place(path, _has_key(path, key), what)
+
+
+def _check_place(path: Path, is_earlier: bool, what: str) -> None:
+    """is_earlier: whether the file that is there, if one is, is of the kind `what`."""
     if path.is_dir():
         raise InvresError(f"{path} is a folder, not a file that can be written.", hint="Add a file name.")
-    if path.exists() and not _has_key(path, key):
+    if path.exists() and not is_earlier:
         raise InvresError(
             f"{path} is there already, holds something else than {what}, and would be overwritten.",
             hint=ANOTHER,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .cases import Case, Dataset
 
 __all__ = [
+    "NOTHING_TO_SEGMENT",
     "PreparedCase",
     "case_volumes_ml",
     "check_grids",
@@ -39,6 +40,9 @@ __all__ = [
     "with_dropout",
     "without_channel",
 ]
+
+NOTHING_TO_SEGMENT = "nothing_to_segment"
+"""Code of the error where an image shows nothing, or not what a model looks for in it."""
 
 # Spacings closer than this (relative) count as the same and are not resampled.
 SAME_SPACING = 1e-3
@@ -209,6 +213,7 @@ def prepare(
             raise InvresError(
                 f"There is nothing to segment in the {channel} volume of {_subject(name)}: every voxel is {lowest:g}.",
                 hint="Check that the right file was chosen and that it was exported completely.",
+                code=NOTHING_TO_SEGMENT,
             )
     grid = given[0].geometry
     box = nonzero_box([volume.array for volume in given]) if plan.crop_to_nonzero else nonzero_box([])

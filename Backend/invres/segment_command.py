@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from .console import load_torch, say, segmenter_named
 from .events import Reporter, TerminalReporter, WhileHeard, format_seconds, listed
 from .expectation import Expectation, confidence_in_words
 from .modelpackage import ModelPackage
-from .outputs import check_provenance
+from .outputs import check_provenance, check_table
 from .provenance import write_provenance
 from .segmentoptions import SegmentOptions
 
@@ -48,27 +48,29 @@ def segment(options: argparse.Namespace, report: Reporter) -> None:
         options.one_piece,
         options.align,
     )
-    (_one_case if options.data is None else _all_cases)(package, choices, options, report)
+    if options.volumes is not None and not options.frames:
+        raise InvresError(
+            "--volumes is for --frames.",
+            hint="The volumes of one image are printed; --data writes them by itself.",
+            code="usage",
+        )
+    if options.ending and options.data is None:
+        raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
+    run = _all_cases if options.data is not None else _all_frames if options.frames else _one_case
+    run(package, choices, options, report)
 
 
 def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
     from .segmentfiles import check_files, named_inputs
 
     manifest = package.manifest
-    if options.ending:
-        raise InvresError("--ending is for --data; the name of one --output has its own.", code="usage")
     inputs = named_inputs(options.input, manifest.plan.channels)
     check_files(manifest, inputs, options.output, options.probabilities, options.uncertainty)
-    if options.provenance is not None:
-        check_provenance(options.provenance)
-    # Said to a person only: the panel and scripts name files that they have made for this.
-    if isinstance(report, TerminalReporter) and options.output.exists():
-        report.note(f"{options.output} was there before and is replaced.")
+    _check_rest(options, report)
     other = _other_model(package, options.locate) if options.locate else None
     load_torch(report)
     from .inference import NetworkKeeper
     from .inference import segment as run
-    from .pace import remember_speed
 
     keeper = _kept.setdefault("keeper", NetworkKeeper())
     locate = _locator(package, other, options.device) if other else None
@@ -83,24 +85,81 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         locate=locate,
         uncertainty_path=options.uncertainty,
     )
+    _made(package, found, options)
+    say(report, f"Segmentation: {found['output']}")
+    for name, volume in found["volumes_ml"].items():
+        say(report, f"  {name}: {volume:.2f} mL")
+    _say_how(package, choices, found, report)
+    report.result(**found)
+
+
+def _all_frames(package: ModelPackage, choices: SegmentOptions, options: argparse.Namespace, report: Reporter) -> None:
+    from .frames import FRAME, open_series
+    from .segmentfiles import check_series_files, named_inputs
+
+    _refuse(options, ("probabilities", "uncertainty"), "is for one image", "Leave it out, or leave --frames out.")
+    manifest = package.manifest
+    inputs = named_inputs(options.input, manifest.plan.channels)
+    check_series_files(manifest, inputs, options.output)
+    if options.volumes is not None:
+        check_table(options.volumes, FRAME)
+    _check_rest(options, report)
+    series = open_series(manifest.plan.channels, inputs, package.name)
+    report.note(f"{series.count} frames.")
+    other = _other_model(package, options.locate) if options.locate else None
+    load_torch(report)
+    from .inference import NetworkKeeper
+    from .series import segment_series
+
+    keeper = _kept.setdefault("keeper", NetworkKeeper())
+    locate = _locator(package, other, options.device) if other else None
+    found = segment_series(package, inputs, options.output, choices, options.volumes, report, keeper, locate)
+    _made(package, found, options)
+    frames = found["frames"]
+    say(report, f"Segmentation: {found['output']}, {len(frames)} frames")
+    for name in dict.fromkeys(name for frame in frames for name in frame["volumes_ml"]):
+        volumes = {frame["frame"]: frame["volumes_ml"][name] for frame in frames if name in frame["volumes_ml"]}
+        least, most = min(volumes, key=volumes.__getitem__), max(volumes, key=volumes.__getitem__)
+        to = f" (frame {least}) to {volumes[most]:.2f} mL (frame {most})" if volumes[least] < volumes[most] else ""
+        say(report, f"  {name}: {volumes[least]:.2f} mL{to}")
+    if options.volumes is not None:
+        say(report, f"  Volumes of all frames: {options.volumes}")
+    _say_how(package, choices, found, report)
+    report.result(**found)
+
+
+def _check_rest(options: argparse.Namespace, report: Reporter) -> None:
+    """What one image and a series have in common."""
+    if options.provenance is not None:
+        check_provenance(options.provenance)
+    # Said to a person only: the panel and scripts name files that they have made for this.
+    if isinstance(report, TerminalReporter) and options.output.exists():
+        report.note(f"{options.output} was there before and is replaced.")
+
+
+def _made(package: ModelPackage, found: dict[str, Any], options: argparse.Namespace) -> None:
+    """What is left to do when a segmentation is written."""
+    from .pace import remember_speed
+
     if options.provenance is not None:
         write_provenance(options.provenance, found)
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
-        manifest.sha256,
+        package.manifest.sha256,
         found["device"],
         settings["windows"] * flips,
         tuple(settings["window"]),
         found["seconds"]["predict"],
     )
-    say(report, f"Segmentation: {found['output']}")
-    for name, volume in found["volumes_ml"].items():
-        say(report, f"  {name}: {volume:.2f} mL")
+
+
+def _say_how(package: ModelPackage, choices: SegmentOptions, found: dict[str, Any], report: Reporter) -> None:
     # What is expected is of whole images; a box may have its edge anywhere.
-    say(report, f"  {confidence_in_words(found['confidence'], Expectation() if choices.roi_mm else manifest.expected)}")
+    expected = Expectation() if choices.roi_mm else package.manifest.expected
+    of_all = ", the least of all frames" if "frames" in found else ""
+    say(report, f"  {confidence_in_words(found['confidence'], expected)}{of_all}")
     say(report, f"  {format_seconds(found['seconds']['total'])} on {found['device']}")
-    report.result(**found)
 
 
 def _list_cases(package: ModelPackage, options: argparse.Namespace, report: Reporter) -> None:
@@ -126,9 +185,9 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     from .mirroring import check_mirror
 
     manifest = package.manifest
-    for flag in ("probabilities", "uncertainty"):
-        if getattr(options, flag) is not None:
-            raise InvresError(f"--{flag} is for one case.", hint="Leave it out, or segment case by case.", code="usage")
+    if options.frames:
+        raise InvresError("--frames is for one case.", hint="Segment series by series, with --input.", code="usage")
+    _refuse(options, ("probabilities", "uncertainty"), "is for one case", "Leave it out, or segment case by case.")
     if options.provenance is not None:
         raise InvresError(
             "--provenance is for one case.",
@@ -153,6 +212,12 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     if warned := found["warned"]:
         say(report, f"Look at {listed(warned)}: see the remarks there.")
     report.result(**found)
+
+
+def _refuse(options: argparse.Namespace, flags: Sequence[str], why: str, hint: str) -> None:
+    for flag in flags:
+        if getattr(options, flag) is not None:
+            raise InvresError(f"--{flag} {why}.", hint=hint, code="usage")
 
 
 def _described(case: CaseInputs) -> str:

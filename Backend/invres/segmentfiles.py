@@ -7,10 +7,20 @@ from pathlib import Path
 
 from . import InvresError
 from .config import ChannelPlan
+from .files import SEGMENTATION
 from .manifest import Manifest
 from .outputs import beside, check_outputs, with_ending
 
-__all__ = ["check_files", "counted", "each_channel", "files_of_channels", "maps_of", "named_inputs"]
+__all__ = [
+    "check_files",
+    "check_series_files",
+    "counted",
+    "each_channel",
+    "files_of_channels",
+    "maps_of",
+    "named_inputs",
+    "series_files",
+]
 
 
 def named_inputs(texts: Sequence[str], channels: Sequence[ChannelPlan]) -> dict[str, Path]:
@@ -82,6 +92,33 @@ def check_files(
         outputs.append(uncertainty)
     check_outputs(outputs, inputs.values())
     files_of_channels(manifest.plan.channels, inputs, manifest.name)
+
+
+def check_series_files(manifest: Manifest, inputs: Mapping[str, Path], output: Path) -> None:
+    """The same for a series of frames, whose result is one 4D label map."""
+    if output.name.lower().endswith(SEGMENTATION):
+        raise InvresError(
+            f"{output.name} cannot hold a series: a {SEGMENTATION} is one segmentation, and the frames become one 4D "
+            "label map.",
+            hint="Give it the ending .nii.gz, which Slicer loads as a volume sequence, or .nrrd.",
+        )
+    series_files(manifest.plan.channels, inputs, manifest.name)
+    check_outputs([output], inputs.values(), also="")
+
+
+def series_files(channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str) -> Sequence[Path | None]:
+    """As `files_of_channels`, for files of which each is one channel, in several frames or in one."""
+    found = files_of_channels(channels, inputs, model)
+    if not isinstance(found, Path):
+        return found
+    if len(channels) == 1:
+        return [found]
+    raise InvresError(
+        f"With --frames a 4D file is one channel in several frames, and the model {model} takes "
+        f"{counted([channel.name for channel in channels])}.",
+        hint=f"Give each with its name: {each_channel(channels)}.",
+        code="usage",
+    )
 
 
 def maps_of(probabilities: Path, manifest: Manifest) -> dict[str, Path]:

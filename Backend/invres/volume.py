@@ -19,22 +19,29 @@ import SimpleITK as sitk
 
 from . import InvresError
 from .events import SILENT, Reporter
-from .image_header import Header, corners
+from .image_header import Header, TimeAxis, corners
 from .segmentation_file import flatten_segments, reference_grid, write_segmentation
 from .volume_io import WRITABLE_ENDINGS, read_header, read_voxels, to_sitk, write_image
 
 __all__ = [
+    "SEVERAL_VOLUMES",
     "WRITABLE_ENDINGS",
     "Geometry",
     "Volume",
+    "check_scalar",
+    "finite",
     "read_channels",
     "read_geometry",
     "read_volume",
     "resample",
     "write_channels",
     "write_segmentation",
+    "write_series",
     "write_volume",
 ]
+
+SEVERAL_VOLUMES = "several_volumes"
+"""Code of the error where one volume was wanted and the file holds more."""
 
 _WORLD_AXES = (2, 1, 0)  # canonical D, H, W point along these axes of RAS
 
@@ -194,10 +201,11 @@ def read_volume(
         raise InvresError(
             f"{path} is 4D with {header.count} volumes of {_by(header.size[:3])} voxels, but one 3D volume is wanted.",
             hint="Split it into one file per volume, or use it as the only image of a case with that many channels.",
+            code=SEVERAL_VOLUMES,
         )
     is_segmentation = kind == "labels" and "Segment0_ID" in header.metadata
     if not is_segmentation:
-        _check_scalar(path, header)
+        check_scalar(path, header)
     array, affine = read_voxels(header).reshape(*header.shape, -1), header.affine
     if is_segmentation:
         array = flatten_segments(array, header.metadata, name, report)
@@ -207,7 +215,7 @@ def read_volume(
         array[box] = stored
     else:
         array = array[..., 0]
-    array = _as_labels(array, path) if kind == "labels" else _finite(array, name, report)
+    array = _as_labels(array, path) if kind == "labels" else finite(array, name, report)
     return Volume(array, Geometry.from_affine(affine, array.shape))
 
 
@@ -219,13 +227,13 @@ def read_channels(path: str | os.PathLike[str], *, report: Reporter = SILENT) ->
     header = read_header(path)
     if header.count == 1:
         return [read_volume(path, report=report)]
-    _check_scalar(path, header)
+    check_scalar(path, header)
     for sentence in header.warnings:
         report.warning(sentence, path=os.fspath(path))
     geometry = Geometry.from_affine(header.affine, header.shape)
     name = Path(path).name
     return [
-        Volume(_finite(channel, f"{name}, channel {index}", report), geometry)
+        Volume(finite(channel, f"{name}, channel {index}", report), geometry)
         for index, channel in enumerate(read_voxels(header))
     ]
 
@@ -243,6 +251,11 @@ def write_channels(path: str | os.PathLike[str], channels: Sequence[Volume], *, 
     """Writes volumes of one grid as one 4D file, as `read_channels` reads it; otherwise as `write_volume`."""
     array = np.stack([channel.array for channel in channels])
     write_image(path, array, channels[0].geometry.affine, compress=compress)
+
+
+def write_series(path: str | os.PathLike[str], array: np.ndarray, geometry: Geometry, time: TimeAxis) -> None:
+    """Writes frames (T, D, H, W) of one grid as one 4D file; otherwise as `write_volume`."""
+    write_image(path, array, geometry.affine, time=time)
 
 
 def resample(
@@ -292,7 +305,8 @@ def _canonical_moves(direction: np.ndarray) -> tuple[tuple[int, ...], tuple[int,
     return order, flipped
 
 
-def _check_scalar(path: str | os.PathLike[str], header: Header) -> None:
+def check_scalar(path: str | os.PathLike[str], header: Header) -> None:
+    """Raises InvresError for colours and vectors."""
     if header.components > 1:
         raise InvresError(
             f"{path} has {header.components} values per voxel (colour or vectors), but one is wanted.",
@@ -300,19 +314,19 @@ def _check_scalar(path: str | os.PathLike[str], header: Header) -> None:
         )
 
 
-def _finite(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
+def finite(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
     """`array` without NaN, infinities and what float32, which all is computed in, cannot hold; with a warning that says
     how many there were and where."""
-    if array.dtype.kind != "f" or (finite := np.abs(array) <= np.finfo(np.float32).max).all():
+    if array.dtype.kind != "f" or (usable := np.abs(array) <= np.finfo(np.float32).max).all():
         return array
-    where = np.nonzero(~finite)
-    smallest = array[finite].min() if finite.any() else array.dtype.type(0)
+    where = np.nonzero(~usable)
+    smallest = array[usable].min() if usable.any() else array.dtype.type(0)
     box = ", ".join(f"{axis} {w.min()} to {w.max()}" for axis, w in zip(("k", "j", "i"), where, strict=True))
     report.warning(
         f"{name}: {len(where[0])} voxels are NaN, infinite or beyond 3.4e38 (slices {box}); they were set to the "
         f"smallest other value, {float(smallest):g}."
     )
-    return np.where(finite, array, smallest)
+    return np.where(usable, array, smallest)
 
 
 def _as_labels(array: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:

@@ -20,6 +20,7 @@ from .image_header import (
     LPS_TO_RAS,
     READABLE,
     Header,
+    TimeAxis,
     array_order,
     check_claim,
     check_dimensions,
@@ -96,6 +97,9 @@ def _read_file_header(path: Path) -> Header:
             "declared), so left and right may be exchanged."
         )
     affine, sentence = repaired_axes(path, affine, shape)
+    time = TimeAxis() if nifti is None else nifti.time
+    if nifti is None and reader is not None and reader.GetDimension() > 3:
+        time = TimeAxis(reader.GetOrigin()[3], reader.GetSpacing()[3])
     texts = {} if reader is None else {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     return Header(
         files=(os.fspath(path),),
@@ -105,6 +109,7 @@ def _read_file_header(path: Path) -> Header:
         metadata={key: text for key, text in texts.items() if key.startswith("Segment")},
         warnings=(*warnings, *([sentence] if sentence else [])),
         nifti=nifti,
+        time=time,
     )
 
 
@@ -139,8 +144,11 @@ def write_image(
     metadata: dict[str, str] | None = None,
     compress: bool = True,
     layers: bool = False,
+    time: TimeAxis | None = None,
 ) -> None:
     """Writes (D, H, W) or (T, D, H, W) voxels; complete or not at all. A missing folder is made.
+
+    time: of the first axis of four; NIfTI says that it is in s.
 
     layers: of an NRRD file, the first axis are label maps of one grid, in the way that Slicer keeps segments that
     overlap: a list of values for each voxel.
@@ -161,6 +169,9 @@ def write_image(
         listed = sitk.GetImageFromArray(np.moveaxis(array, 0, -1), isVector=True)
         listed.CopyInformation(image)
         image = listed
+    if time is not None:
+        image.SetSpacing([*image.GetSpacing()[:3], time.step])
+        image.SetOrigin([*image.GetOrigin()[:3], time.start])
     for key, value in (metadata or {}).items():
         image.SetMetaData(key, value)
     try:

@@ -166,17 +166,19 @@ def exportVolume(
     volumeNode: slicer.vtkMRMLScalarVolumeNode,
     path: str | Path,
     frameNode: slicer.vtkMRMLTransformableNode | None = None,
+    placedAs: slicer.vtkMRMLTransformableNode | None = None,
 ) -> None:
     """Writes the volume as an uncompressed NRRD, voxel for voxel, in its own frame or in that of `frameNode`.
 
     The own frame is the one before the parent transform, so that a result needs no resampling on its way back.
+    placedAs: the node of the scene whose parent transform it has, where it is itself in none.
     Raises ConversionError for a volume that cannot be written so, OSError where the disk does not take it.
     """
     if problem := exportProblem(volumeNode):
         raise ConversionError(problem)
     matrix = volumeMatrix(volumeNode)
     if frameNode is not None:
-        between = linearTransformBetween(volumeNode, frameNode)
+        between = linearTransformBetween(placedAs or volumeNode, frameNode)
         if between is None:
             message = _("{name} is under a non-linear transform that {other} is not under.").format(
                 name=volumeNode.GetName(), other=frameNode.GetName()

@@ -10,6 +10,7 @@ from .Text import confidenceInWords, escape, formatBytes, formatSeconds
 __all__ = ["ResultView", "openInSegmentEditor"]
 
 ROWS_SHOWN = 10
+COLUMNS_FITTING = 3
 
 
 class ResultView:
@@ -36,11 +37,14 @@ class ResultView:
         node = outcome.segmentationNode
         sentences = [_summary(node.GetName(), outcome, predictedBytes)]
         if outcome.confidence is not None:
-            sentences.append(escape(confidenceInWords(outcome.confidence, leastConfidence)))
+            least = _("Least of all frames: ") if outcome.frames else ""
+            sentences.append(escape(least + confidenceInWords(outcome.confidence, leastConfidence)))
         self._ui.resultSummary.text = "<br>".join(sentences)
         self._ui.volumesTable.setMRMLTableNode(outcome.tableNode)
         self._fitTable(outcome.tableNode)
         self._ui.show3DButton.setSegmentationNode(node)
+        # A case would show whatever frame the browser is at when it is learned from.
+        self._ui.trainingButton.visible = not outcome.frames
         self._warnings.show(WARNING, *outcome.warnings)
         self._notes.show(INFORMATION, *outcome.notes)
         self._ui.resultButton.visible = True
@@ -66,16 +70,19 @@ class ResultView:
     def _fitTable(self, tableNode) -> None:
         """As high as its rows, so that a short table needs no scroll bar and a long one does not fill the panel.
 
-        The names share the width that the scroll bar of a long table leaves; a second bar would cover the last row.
+        The names share the width that the scroll bar of a long table leaves; a second bar would cover the last row. The
+        table by frame has a column for each segment, and room for that bar.
         """
         table = self._ui.volumesTable
         rows = min(tableNode.GetNumberOfRows() if tableNode else 0, ROWS_SHOWN)
         header = table.horizontalHeader()
         header.setSectionResizeMode(qt.QHeaderView.ResizeToContents)
-        if tableNode is not None and tableNode.GetNumberOfColumns():
+        columns = tableNode.GetNumberOfColumns() if tableNode else 0
+        if 0 < columns <= COLUMNS_FITTING:
             header.setSectionResizeMode(0, qt.QHeaderView.Stretch)
         rowHeight = table.verticalHeader().defaultSectionSize
         height = header.sizeHint.height() + rows * rowHeight + 2 * table.frameWidth
+        height += table.horizontalScrollBar().sizeHint.height() if columns > COLUMNS_FITTING else 0
         table.setMinimumHeight(height)
         table.setMaximumHeight(height)
 
@@ -98,6 +105,8 @@ def openInSegmentEditor(segmentationNode, volumeNode) -> None:
 
 def _summary(name: str, outcome, predictedBytes: int | None) -> str:
     parts = [f"<b>{escape(name)}</b>"]
+    if outcome.frames:
+        parts.append(_("{count} frames").format(count=outcome.frames))
     if outcome.seconds:
         parts.append(_("{time}").format(time=formatSeconds(outcome.seconds)))
     if outcome.measuredPeakBytes:

@@ -19,6 +19,7 @@ from .SegmentationLogic import SegmentationRequest
 from .SegmentWays import WayBoxes
 from .Text import bullets, escape, formatBytes, formatSeconds
 from .VolumeDescription import frameOfReference
+from .VolumeSequence import sequenceOf
 
 __all__ = ["SegmentTab"]
 
@@ -43,6 +44,7 @@ class SegmentTab(VTKObservationMixin):
         self._connected, self._guiTag = None, None  # whose values the selectors show
         self._running = self._closed = False
         self._request = None  # of the run or the last one
+        self._series = None  # that the chosen volumes show a frame of
         self._plan = None
         self._planNumber = 0
         self._planning = False
@@ -71,6 +73,7 @@ class SegmentTab(VTKObservationMixin):
         self.ui.trainingButton.connect("clicked()", self._onAddToTraining)
         self.ui.clearLogButton.connect("clicked()", self.ui.logText.clear)
         self.ui.locateBox.connect("toggled(bool)", self._scheduleUpdate)
+        self.ui.framesBox.connect("toggled(bool)", self._scheduleUpdate)
         self.ui.outputSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         self.ui.roiSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._scheduleUpdate)
         scene = slicer.mrmlScene
@@ -260,6 +263,7 @@ class SegmentTab(VTKObservationMixin):
         self._matchNotice.show(INFORMATION, *(self._unmatched if empty else self._doubts))
         self._showFindings(list(volumes.values()))
         self._showLocating()
+        self._showSeries(list(volumes.values()))
         self._ways.show(self._models.chosen)
         request = self._makeRequest()
         missing = [self._services.problem()] if self._services.problem() else []
@@ -289,7 +293,8 @@ class SegmentTab(VTKObservationMixin):
             window=None,
             locator=self._locator if self.ui.locateBox.checked else None,
             ways=self._ways.ways(model),
-            uncertainty=self.ui.uncertaintyBox.checked,
+            uncertainty=self.ui.uncertaintyBox.checked and not self._allFrames,
+            series=self._series if self._allFrames else None,
         )
 
     @property
@@ -310,6 +315,22 @@ class SegmentTab(VTKObservationMixin):
             box.text = text.format(structure=model.cropAround[0], model=locator.name)
         elif box.visible:
             box.text = _("Find the {structure} with another model first").format(structure=model.cropAround[0])
+
+    @property
+    def _allFrames(self) -> bool:
+        return self._series is not None and self.ui.framesBox.checked
+
+    def _showSeries(self, volumes: list) -> None:
+        series = sequenceOf(volumes)
+        if (series and series.node) != (self._series and self._series.node):
+            self.ui.framesBox.checked = False
+        self._series = series
+        box = self.ui.framesBox
+        box.visible = series is not None
+        if series is not None:
+            text = _("All {count} frames of {sequence}")
+            box.text = text.format(count=series.count, sequence=series.node.GetName())
+        self.ui.uncertaintyBox.enabled = not self._allFrames
 
     def _showFindings(self, volumes: list) -> None:
         self.ui.matchRow.visible = self._models.chosen is not None
@@ -347,7 +368,11 @@ class SegmentTab(VTKObservationMixin):
                 said = bool(self._message.text) and message == self._failure
                 self._planNotice.show(WARNING, "" if said else message)
             else:
-                self._planNotice.show(GOOD if plan.fits else WARNING, plan.sentence)
+                sentences = [plan.sentence]
+                if request.series is not None and plan.seconds:
+                    words = {"count": request.series.count, "time": formatSeconds(plan.seconds * request.series.count)}
+                    sentences.append(_("That is for one frame; all {count} take about {time}.").format(**words))
+                self._planNotice.show(GOOD if plan.fits else WARNING, *sentences)
 
         self._services.logic.plan(request, onDone)
 
@@ -436,7 +461,8 @@ class SegmentTab(VTKObservationMixin):
     def _setRunning(self, running: bool) -> None:
         self._running = running
         ui = self.ui
-        for widget in (ui.searchBox, ui.modelList, ui.channelPickers, ui.matchRow, ui.alignRow, ui.roiRow):
+        choices = (ui.searchBox, ui.modelList, ui.channelPickers, ui.matchRow, ui.alignRow, ui.roiRow, ui.framesBox)
+        for widget in choices:
             widget.enabled = not running
         ui.outputSelector.enabled = not running
         ui.deviceBox.enabled = not running

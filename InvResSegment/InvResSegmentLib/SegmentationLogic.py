@@ -16,6 +16,8 @@ from slicer.i18n import tr as _
 
 from . import GeometryDoctor, NodeConversion, SegmentationResult, UncertaintyMap
 from .SegmentWays import AS_THE_MODEL, SegmentWays
+from .SeriesResult import SegmentedFrames
+from .VolumeSequence import VolumeSequence
 
 __all__ = [
     "MemoryPlan",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 Triple = tuple[int, int, int]
+NOTHING_TO_SEGMENT = "nothing_to_segment"  # code of the backend for an image that shows nothing
 CROP_SLACK = 1.5  # `inference.SLACK` of the backend
 
 
@@ -36,6 +39,7 @@ class SegmentationRequest:
     window: voxels (D, H, W) of the sliding window, None for the model's own.
     locator: the ModelInfo that finds the place in a whole image for a model that was trained on crops; None without.
     ways: how it is done. uncertainty: whether a map of where the model is unsure is wanted.
+    series: the sequence whose frames are all to be segmented, into a new sequence; None for what is shown now.
     """
 
     model: Any
@@ -47,6 +51,7 @@ class SegmentationRequest:
     locator: Any = None
     ways: SegmentWays = AS_THE_MODEL
     uncertainty: bool = False
+    series: VolumeSequence | None = None
 
     @property
     def located(self) -> bool:
@@ -82,7 +87,7 @@ class SegmentationOutcome:
 
     warnings: what to look at, in sentences; notes: what is worth knowing and needs nothing done. confidence: the mean
     probability of what was found, 0 where nothing was, None where it is not known. volumesMl: label -> mL, on the grid
-    of the file.
+    of the file. frames: how many were segmented, 0 of a single image; the confidence is then the least of all.
     """
 
     state: str
@@ -96,6 +101,7 @@ class SegmentationOutcome:
     notes: list[str] = field(default_factory=list)
     confidence: float | None = None
     volumesMl: dict[str, float] = field(default_factory=dict)
+    frames: int = 0
 
 
 @dataclass
@@ -108,6 +114,9 @@ class _Run:
     onDone: Callable[[SegmentationOutcome], None]
     reference: slicer.vtkMRMLScalarVolumeNode  # on whose grid the result lies, also when it has left the scene
     inputs: tuple[SegmentationResult.InputRecord, ...]
+    region: tuple[float, ...] = ()  # in mm in the frame of the reference; of all frames, wherever it is moved meanwhile
+    frames: SegmentedFrames | None = None  # of a sequence
+    peak: int = 0  # of its frames
     begun: float = field(default_factory=time.monotonic)
     requestId: int | None = None
     fraction: float = 0.0
@@ -192,7 +201,9 @@ class SegmentationLogic:
         elif complete:
             sentences.append(_("Choose a volume for one channel at least."))
         output = request.outputNode
-        if output is not None and output.GetScene() is not None and not _takesVoxels(output):
+        if request.series is not None and output is not None:
+            sentences.append(_("All frames go into a new segmentation sequence; choose no other output."))
+        elif output is not None and output.GetScene() is not None and not _takesVoxels(output):
             sentences.append(
                 _("The segmentation {name} is made of surfaces; choose a new segmentation as output.").format(
                     name=output.GetName()
@@ -298,10 +309,23 @@ class SegmentationLogic:
             for name, node in self._nodes(request).items()
         )
         run = self._run = _Run(request, folder, onProgress, onDone, self._reference(request), inputs)
+        if request.series is not None:
+            run.frames = SegmentedFrames(request.series, run.reference, _labelsOf(request.model))
+        scene = run.reference.GetScene()
+        for event, handler in (
+            (scene.StartCloseEvent, self._onSceneClosing),
+            (scene.NodeRemovedEvent, self._onNodeRemoved),
+        ):
+            run.observers.append((scene, scene.AddObserver(event, handler)))
+        self._ask(run)
+
+    def _ask(self, run: _Run) -> None:
+        """Hands the volumes, or those of the frame at hand, over to the backend."""
+        run.requestId = None
         try:
             arguments = self._export(run)
         except NodeConversion.ConversionError as error:
-            self._end(SegmentationOutcome("failed", message=error.message, hint=error.hint))
+            self._fail(run, error.message, error.hint)
             return
         except OSError as error:
             self._end(SegmentationOutcome("failed", **_writingFailed(error)))
@@ -309,12 +333,6 @@ class SegmentationLogic:
         if run.verdict is not None:  # cancelled from within onProgress
             self._endAsDecided()
             return
-        scene = run.reference.GetScene()
-        for event, handler in (
-            (scene.StartCloseEvent, self._onSceneClosing),
-            (scene.NodeRemovedEvent, self._onNodeRemoved),
-        ):
-            run.observers.append((scene, scene.AddObserver(event, handler)))
         try:
             requestId = self._backend.request(arguments, self._onEvent, self._onFinished)
         except Exception as error:  # a backend that cannot even be asked must not leave a run that never ends
@@ -348,14 +366,15 @@ class SegmentationLogic:
         for index, (channel, node) in enumerate(nodes.items()):
             self._progress("export", index, len(nodes), None)
             path = run.folder / f"channel{index}.nrrd"  # a short plain name, whatever the volume is called
-            NodeConversion.exportVolume(node, path, None if node is reference else reference)
+            volume = node if run.frames is None else _ofFrame(run.frames, node)
+            NodeConversion.exportVolume(volume, path, None if node is reference else reference, placedAs=node)
             arguments += ["--input", f"{channel}={path}"]
         arguments += ["--output", str(run.resultPath)]
         arguments += ["--uncertainty", str(run.uncertaintyPath)] if request.uncertainty else []
         if request.roiNode is not None:
+            run.region = run.region or NodeConversion.regionInVolume(request.roiNode, reference)
             # Without exponents, which argparse takes for options where the number is negative.
-            bounds = NodeConversion.regionInVolume(request.roiNode, reference)
-            arguments += ["--roi", *(f"{number:.6f}" for number in bounds)]
+            arguments += ["--roi", *(f"{number:.6f}" for number in run.region)]
         self._progress("export", len(nodes), len(nodes), None)
         return arguments
 
@@ -365,8 +384,9 @@ class SegmentationLogic:
         if event.get("event") == "progress":
             self._progress(event.get("stage", ""), event.get("done", 0), event.get("total", 1), event.get("eta_s"))
         elif event.get("event") == "warning" and event.get("message"):
-            self._run.warnings.append(event["message"])
-        elif event.get("event") == "note" and event.get("message"):
+            warn = self._run.warnings.append if self._run.frames is None else self._run.frames.warn
+            warn(event["message"])
+        elif event.get("event") == "note" and event.get("message") and event["message"] not in self._run.notes:
             self._run.notes.append(event["message"])
 
     def _progress(self, stage: str, done: float, total: float, eta_s: float | None) -> None:
@@ -377,7 +397,14 @@ class SegmentationLogic:
         part = min(1.0, max(0.0, done / total)) if total else 0.0
         # A window that was halved for lack of memory begins anew; the bar waits for it rather than going back.
         run.fraction = max(run.fraction, first + (last - first) * part)
-        run.onProgress(text, run.fraction, eta_s if stage == "segment.tiles" else None)
+        if run.frames is None:
+            run.onProgress(text, run.fraction, eta_s if stage == "segment.tiles" else None)
+            return
+        number, count = run.frames.done, run.frames.series.count
+        done = min(1.0, (number + run.fraction) / count)
+        left = (time.monotonic() - run.begun) * (1 - done) / done if number else None
+        words = {"number": min(number + 1, count), "count": count, "stage": text}
+        run.onProgress(_("Frame {number} of {count}: {stage}").format(**words), done, left)
 
     def _onFinished(self, outcome: Any) -> None:
         run = self._run
@@ -385,14 +412,45 @@ class SegmentationLogic:
             return
         if run.verdict is not None:
             self._endAsDecided()
-        elif outcome.state == "done":
-            self._import(run, outcome.result)
         elif outcome.state == "cancelled":
             self._end(SegmentationOutcome("cancelled", message=_("The segmentation was cancelled.")))
+        elif run.frames is not None and (outcome.state == "done" or outcome.code == NOTHING_TO_SEGMENT):
+            self._takeFrame(run, outcome)
+        elif outcome.state == "done":
+            self._import(run, lambda change: self._addToScene(run, outcome.result, change))
         else:
-            self._end(SegmentationOutcome("failed", message=outcome.message, hint=outcome.hint))
+            self._fail(run, outcome.message, outcome.hint)
 
-    def _import(self, run: _Run, found: dict[str, Any]) -> None:
+    def _takeFrame(self, run: _Run, outcome: Any) -> None:
+        """The result of a frame, and on to the next one or, with the last, into the scene."""
+        frames, found = run.frames, outcome.result
+        try:
+            volume = _ofFrame(frames, run.reference)
+            if outcome.state == "done":
+                result = NodeConversion.readResult(run.resultPath, volume)
+                seconds = float((found.get("seconds") or {}).get("total") or 0.0)
+                frames.add(result, volume, found.get("confidence") or 0.0, _provenance(run, found, seconds))
+                run.peak = max(run.peak, int(found.get("measured_bytes") or 0))
+            else:
+                frames.warn(_("{message} The frame was left empty.").format(message=outcome.message))
+                frames.addEmpty(volume)
+        except Exception as error:
+            self._fail(run, _importMessage(error), getattr(error, "hint", ""))
+            return
+        run.fraction = 0.0
+        if frames.done < frames.series.count:
+            self._ask(run)
+        elif not frames.found:
+            self._end(SegmentationOutcome("failed", message=outcome.message, hint=outcome.hint))
+        else:
+            self._import(run, lambda change: self._addSeriesToScene(run, change))
+
+    def _fail(self, run: _Run, message: str, hint: str) -> None:
+        if run.frames is not None:
+            message = _("Frame {number}: {message}").format(number=run.frames.done + 1, message=message)
+        self._end(SegmentationOutcome("failed", message=message, hint=hint))
+
+    def _import(self, run: _Run, add: Callable[[SegmentationResult.SceneChange], SegmentationOutcome]) -> None:
         """The result into the scene, or nothing at all."""
         change = SegmentationResult.SceneChange()
         scene = _scene()
@@ -401,31 +459,22 @@ class SegmentationLogic:
             self._endAsDecided()
             return
         try:
-            reference = run.reference
-            # All that can be wrong with the file shows here, before anything is touched.
-            result = NodeConversion.readResult(run.resultPath, reference)
-            scene.SaveStateForUndo()
-            outcome = self._addToScene(run, found, result, reference, change)
+            outcome = add(change)
         except Exception as error:
             change.revert(scene)
-            message = getattr(error, "message", "") or _("The result could not be added to the scene: {error}.").format(
-                error=str(error) or type(error).__name__
-            )
-            self._end(SegmentationOutcome("failed", message=message, hint=getattr(error, "hint", "")))
+            self._end(SegmentationOutcome("failed", message=_importMessage(error), hint=getattr(error, "hint", "")))
             return
         self._progress("import", 1, 1, None)
         self._lastChange = change
         self._end(outcome)
 
     def _addToScene(
-        self,
-        run: _Run,
-        found: dict[str, Any],
-        result: NodeConversion.ResultFile,
-        reference: slicer.vtkMRMLScalarVolumeNode,
-        change: SegmentationResult.SceneChange,
+        self, run: _Run, found: dict[str, Any], change: SegmentationResult.SceneChange
     ) -> SegmentationOutcome:
-        request, model = run.request, run.request.model
+        request, model, reference = run.request, run.request.model, run.reference
+        # All that can be wrong with the file shows here, before anything is touched.
+        result = NodeConversion.readResult(run.resultPath, reference)
+        _scene().SaveStateForUndo()
         node = request.outputNode
         if node is not None and node.GetScene() is None:
             run.warnings.append(_("The chosen segmentation was deleted during the run; the result is in a new one."))
@@ -435,13 +484,8 @@ class SegmentationLogic:
         else:
             change.keep(node)
         change.target = node.GetID()
-        labels = [
-            NodeConversion.SegmentLabel(label.name, label.value, label.colour, label.terminology)
-            for label in model.labels
-            if not label.sided  # of which side a value is, the file says
-        ]
         origin = found.get("model_sha256") or model.sha256
-        NodeConversion.importSegmentation(result, reference, node, origin, labels, change.segments)
+        NodeConversion.importSegmentation(result, reference, node, origin, _labelsOf(model), change.segments)
         run.warnings += change.segments.warnings
         if node.GetID() in change.created:
             SegmentationResult.placeBeside(node, reference)
@@ -452,28 +496,35 @@ class SegmentationLogic:
             UncertaintyMap.hideUncertainty(change)
         table = SegmentationResult.volumesTableOf(node, reference, change)
         seconds = time.monotonic() - run.begun
-        peak = int(found.get("measured_bytes") or 0)
-        provenance = SegmentationResult.Provenance(
-            model=model.name,
-            modelSha256=origin,
-            inputs=run.inputs,
-            settings={**(found.get("settings") or {}), "device": found.get("device") or request.device},
-            versions={**_versions(), **(found.get("software") or {})},
-            seconds=round(seconds, 2),
-            measuredPeakBytes=peak,
-            warnings=tuple(run.warnings),
-        )
+        provenance = _provenance(run, found, seconds)
         SegmentationResult.storeProvenance(node, provenance)
         return SegmentationOutcome(
             "done",
             node,
             table,
-            measuredPeakBytes=peak,
+            measuredPeakBytes=provenance.measuredPeakBytes,
             seconds=seconds,
             warnings=run.warnings,
             notes=run.notes,
             confidence=found.get("confidence"),
             volumesMl=dict(found.get("volumes_ml") or {}),
+        )
+
+    def _addSeriesToScene(self, run: _Run, change: SegmentationResult.SceneChange) -> SegmentationOutcome:
+        frames, scene = run.frames, _scene()
+        scene.SaveStateForUndo()
+        node, table = frames.intoScene(_provenance(run, {}, 0.0), change)
+        UncertaintyMap.hideUncertainty(change)
+        return SegmentationOutcome(
+            "done",
+            node,
+            table,
+            measuredPeakBytes=run.peak,
+            seconds=time.monotonic() - run.begun,
+            warnings=frames.warnings,
+            notes=run.notes,
+            confidence=frames.confidence,
+            frames=frames.series.count,
         )
 
     # ---------------------------------------------------------------- what may happen meanwhile
@@ -485,9 +536,16 @@ class SegmentationLogic:
         run = self._run
         if run is None or run.verdict is not None:
             return
-        if run.reference.GetScene() is None:
+        # Of a single image all is handed over by now.
+        needed = run.inputs[:1] if run.frames is None else run.inputs
+        gone = next((volume.name for volume in needed if _scene().GetNodeByID(volume.nodeId) is None), "")
+        if gone:
             sentence = _("{name} was deleted during the segmentation; nothing was changed.")
-            self._stop("failed", sentence.format(name=run.reference.GetName()), _("Load it again and press Apply."))
+            self._stop("failed", sentence.format(name=gone), _("Load it again and press Apply."))
+        elif run.frames is not None and not run.frames.series.isThere:
+            sentence = _("The sequence {name} was deleted during the segmentation; nothing was changed.")
+            name = run.frames.series.node.GetName()
+            self._stop("failed", sentence.format(name=name), _("Load it again and press Apply."))
 
     def _stop(self, state: str, message: str, hint: str = "") -> None:
         run = self._run
@@ -518,6 +576,46 @@ class SegmentationLogic:
     def _reference(self, request: SegmentationRequest) -> slicer.vtkMRMLScalarVolumeNode | None:
         """The volume of the first channel that has one; the result lies on its grid."""
         return None if request.model is None else next(iter(self._nodes(request).values()), None)
+
+
+def _labelsOf(model: Any) -> list[NodeConversion.SegmentLabel]:
+    """Of which side a value is, the file says."""
+    return [
+        NodeConversion.SegmentLabel(label.name, label.value, label.colour, label.terminology)
+        for label in model.labels
+        if not label.sided
+    ]
+
+
+def _ofFrame(frames: SegmentedFrames, node: slicer.vtkMRMLScalarVolumeNode) -> slicer.vtkMRMLScalarVolumeNode:
+    """What a volume shows in the frame at hand. Raises ConversionError where it is not there any more."""
+    volume = frames.series.volumeAt(node, frames.done)
+    if volume is None:
+        raise NodeConversion.ConversionError(
+            _("It is not in the sequence of {name} any more; nothing was changed.").format(name=node.GetName()),
+            _("Leave the sequence as it is during a run, and run it again."),
+        )
+    return volume
+
+
+def _importMessage(error: Exception) -> str:
+    text = _("The result could not be added to the scene: {error}.").format(error=str(error) or type(error).__name__)
+    return getattr(error, "message", "") or text
+
+
+def _provenance(run: _Run, found: dict[str, Any], seconds: float) -> SegmentationResult.Provenance:
+    """found: the result of the backend, of a frame too."""
+    model = run.request.model
+    return SegmentationResult.Provenance(
+        model=model.name,
+        modelSha256=found.get("model_sha256") or model.sha256,
+        inputs=run.inputs,
+        settings={**(found.get("settings") or {}), "device": found.get("device") or run.request.device},
+        versions={**_versions(), **(found.get("software") or {})},
+        seconds=round(seconds, 2),
+        measuredPeakBytes=int(found.get("measured_bytes") or 0),
+        warnings=tuple(run.warnings),
+    )
 
 
 def _scene() -> slicer.vtkMRMLScene:

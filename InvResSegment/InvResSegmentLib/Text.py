@@ -5,7 +5,16 @@ import math
 
 from slicer.i18n import tr as _
 
-__all__ = ["bullets", "confidenceInWords", "escape", "firstOf", "formatBytes", "formatSeconds", "paragraphs"]
+__all__ = [
+    "bullets",
+    "confidenceInWords",
+    "escape",
+    "firstOf",
+    "formatBytes",
+    "formatSeconds",
+    "framesInWords",
+    "paragraphs",
+]
 
 
 def formatBytes(count: float | None) -> str:
@@ -46,6 +55,24 @@ def confidenceInWords(confidence: float, least: float) -> str:
     else:
         text = _("Confidence {confidence} of 1 ({least} or more on the images the model was tested with).")
     return text.format(**values)
+
+
+def framesInWords(frames: list[int], count: int) -> str:
+    """Frames, counted from 1 and in order, of so many: "Frames 3, 7, 9 to 12"."""
+    if len(frames) == count:
+        return _("All {count} frames").format(count=count)
+    if len(frames) == 1:
+        return _("Frame {number}").format(number=frames[0])
+    runs: list[list[int]] = []
+    for frame in frames:
+        if runs and frame == runs[-1][-1] + 1:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    parts = []
+    for run in runs:
+        parts += [_("{first} to {last}").format(first=run[0], last=run[-1])] if len(run) > 2 else map(str, run)
+    return _("Frames {numbers}").format(numbers=", ".join(parts))
 
 
 def escape(text: object) -> str:

@@ -32,6 +32,7 @@ ALLOWED = {
     "mirroring": "config events sides",
     "files": "",
     "provenance": "files",
+    "volumestable": "files",
     "faults": "",
     "runfolder": "events faults",
     "probe": "",
@@ -104,13 +105,18 @@ ALLOWED = {
     "syntheticbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "segmentoptions": "config",
-    "segmentfiles": "config manifest outputs",
+    "segmentfiles": "config files manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions slidingwindow",
     "inference": (
         "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
         "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
     ),
-    "locating": "config events inference modelpackage networks prediction region sides volume",
+    "frames": "config events image_header nifti_file segmentfiles volume volume_io",
+    "series": (
+        "config devices events frames inference manifest memory midline mirroring modelpackage preprocessing "
+        "provenance segmentfiles segmentoptions sides volume volumestable"
+    ),
+    "locating": "config events inference modelpackage networks prediction preprocessing region sides volume",
     "cropping": "cases config configjson events files fingerprints inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks pace prediction region volume",
     "enhancement": (
@@ -137,7 +143,7 @@ ALLOWED = {
         "modelpackage networks objectives prediction scans trainer trainingrun volume"
     ),
     "caseinputs": "cases config dataset_json events files segmentfiles",
-    "batchrecord": "files",
+    "batchrecord": "files volumestable",
     "batch": "alignment batchrecord caseinputs events faults inference modelpackage runfolder segmentoptions",
     "heldout": (
         "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
@@ -201,8 +207,8 @@ ALLOWED = {
     "compare_command": "console events files outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events files heldout outputs trainingrun",
     "segment_command": (
-        "batch caseinputs console devices events expectation inference locating mirroring modelpackage outputs pace "
-        "provenance segmentfiles segmentoptions"
+        "batch caseinputs console devices events expectation frames inference locating mirroring modelpackage outputs "
+        "pace provenance segmentfiles segmentoptions series"
     ),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "

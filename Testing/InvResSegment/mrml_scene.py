@@ -41,6 +41,7 @@ def emptyScene():
         ("SubjectHierarchy", slicer.vtkSlicerSubjectHierarchyModuleLogic),
         ("Markups", slicer.vtkSlicerMarkupsLogic),
         ("Tables", slicer.vtkSlicerTablesLogic),
+        ("Sequences", slicer.vtkSlicerSequencesLogic),
     ):
         logic = kind()
         logic.SetMRMLApplicationLogic(application)

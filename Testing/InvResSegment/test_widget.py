@@ -289,6 +289,48 @@ def test_apply_segments_and_shows_the_result(tab, panel, voxels):
     waitUntil(lambda: not tab.ui.applyButton.enabled, 10)
 
 
+def test_all_frames_of_a_sequence_are_segmented_on_request(tab, panel, voxels):
+    sequence = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "cine")
+    frame = addVolume("frame", voxels=voxels[0])
+    for value in ("0", "1", "2"):
+        sequence.SetDataNodeAtValue(frame, value)
+    slicer.mrmlScene.RemoveNode(frame)
+    plain = addVolume("T1", voxels=voxels[0])
+    choose(tab, "one")
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    assert not tab.ui.framesBox.visible and tab.ui.uncertaintyBox.enabled
+    browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
+    browser.SetAndObserveMasterSequenceNodeID(sequence.GetID())
+    pickers(tab)["T1"].setCurrentNode(browser.GetProxyNode(sequence))
+    waitUntil(lambda: tab.ui.framesBox.visible and tab.idle, 60)
+    assert tab.ui.framesBox.text == "All 3 frames of cine" and not tab.ui.framesBox.checked
+    tab.ui.framesBox.checked = True
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    assert "all 3 take about" in tab.ui.planNoticeText.text and not tab.ui.uncertaintyBox.enabled
+    before = nodesOfScene()
+    tab.ui.applyButton.click()
+    waitUntil(lambda: "Frame 2 of 3" in tab.ui.progressText.text, 60)
+    assert not tab.ui.framesBox.enabled
+    tab.ui.applyButton.click()
+    waitUntil(lambda: not tab.running, 30)
+    assert nodesOfScene() == before and "The scene is as it was." in tab.ui.messageNoticeText.text
+    waitUntil(lambda: tab.ui.applyButton.enabled and tab.idle, 60)
+    tab.ui.applyButton.click()
+    waitUntil(lambda: not tab.running, 120)
+    assert ", 3 frames, " in tab.ui.resultSummary.text and "Least of all frames: Confid" in tab.ui.resultSummary.text
+    assert tab.ui.volumesTable.mrmlTableNode().GetNumberOfRows() == 3
+    assert not tab.ui.trainingButton.visible
+    (node,) = slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    assert browser.GetSequenceNode(node).GetNumberOfDataNodes() == 3
+    tab.ui.undoButton.click()
+    assert not tab.ui.resultButton.visible and nodesOfScene() == before
+    pickers(tab)["T1"].setCurrentNode(plain)
+    waitUntil(lambda: not tab.ui.framesBox.visible, 10)
+    pickers(tab)["T1"].setCurrentNode(browser.GetProxyNode(sequence))
+    waitUntil(lambda: tab.ui.framesBox.visible, 10)
+    assert not tab.ui.framesBox.checked, "off until it is asked for again"
+
+
 def test_a_long_table_of_volumes_needs_one_scroll_bar_and_not_two(tab, panel):
     node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "structures")
     table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "volumes")
