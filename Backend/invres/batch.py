@@ -69,7 +69,7 @@ def segment_cases(
                 continue
             record.begin(case.name, target, images)
             try:
-                found = segment(package, case.inputs, target, options, None, of_case, keeper=keeper, locate=locate)
+                found = segment(package, case.inputs, target, options, None, of_case, None, keeper, locate, locator)
             except Exception as error:
                 fault = fault_of(error)
                 if fault.code in ENDS_ALL:

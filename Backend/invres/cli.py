@@ -25,7 +25,7 @@ from .files import SEGMENTATION, WRITABLE_ENDINGS
 from .interruption import terminable
 from .networkconfig import ENHANCEMENT_NETWORKS, NETWORKS
 
-__all__ = ["main"]
+__all__ = ["main", "perform"]
 
 _MEMORY = (
     "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None, report: Reporter | None = None)
     if report is None:
         report = JsonReporter() if "--json" in arguments else TerminalReporter()
     try:
-        options = _parser().parse_args(arguments)
-        options.run(options, report)
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        perform(arguments, report)
         return 0
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,14 +107,18 @@ def main(arguments: Sequence[str] | None = None, report: Reporter | None = None)
         return fault.exit_code
 
 
+def perform(arguments: Sequence[str], report: Reporter) -> None:
+    """Runs one command; what goes wrong is raised. Raises SystemExit after --help and --version."""
+    options = _parser().parse_args(arguments)
+    options.run(options, report)
+
+
 def _verb(name: str) -> Callable[[argparse.Namespace, Reporter], None]:
     """The function `name` of the commands module, imported when it is called."""
 
     def run(options: argparse.Namespace, report: Reporter) -> None:
         from . import commands
 
-        with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         # The worker ends as its requests do.
         with contextlib.nullcontext() if name == "worker" else terminable():
             getattr(commands, name)(options, report)

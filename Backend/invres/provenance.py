@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import InvresError
+from . import InvresError, __version__
 from .files import digest_of, write_changed
 
-__all__ = ["FIELD", "PARTS", "header_text", "inputs_told", "provenance_told", "read_provenance", "write_provenance"]
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+__all__ = [
+    "FIELD",
+    "PARTS",
+    "header_text",
+    "inputs_told",
+    "model_told",
+    "provenance_told",
+    "read_provenance",
+    "software_told",
+    "write_provenance",
+]
 
 FIELD = "InvResSegment.Provenance"
 """The field of a .seg.nrrd; the panel's attribute of a node is called so as well."""
@@ -24,23 +39,44 @@ PARTS = (
 HEADER_BYTES = 1 << 20  # of a file that is searched for the field
 
 
-def inputs_told(inputs: Mapping[str, Path]) -> list[dict[str, str]]:
-    """Channel, name and digest of each file, without its folder, which may say whose it is; in the order of names."""
-    files = sorted(inputs.items())
-    return [{"channel": name, "file": path.name, "sha256": digest_of(path)} for name, path in files]
+def model_told(manifest: Manifest) -> dict[str, str]:
+    """Which model it was."""
+    return {
+        "model": manifest.name,
+        "model_version": manifest.version,
+        "model_id": manifest.id,
+        "model_sha256": manifest.sha256,
+    }
 
 
-def header_text(found: Mapping[str, Any]) -> str:
-    """The field of a .seg.nrrd, from the result of a segmentation."""
-    return json.dumps({"format_version": 1, **{key: found[key] for key in PARTS}}, ensure_ascii=False)
+def inputs_told(inputs: Mapping[str, Path | None]) -> list[dict[str, str]]:
+    """Channel, name and digest of each file, without its folder, which may say whose it is; in the order of names.
+
+    inputs: None for an image that was in memory, of which both are "".
+    """
+    return [
+        {"channel": name, "file": path.name if path else "", "sha256": digest_of(path) if path else ""}
+        for name, path in sorted(inputs.items())
+    ]
 
 
-def write_provenance(path: Path, found: Mapping[str, Any]) -> None:
+def software_told() -> dict[str, str]:
+    """The versions of what computes."""
+    torch = import_module("torch")
+    return {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def header_text(record: Mapping[str, Any]) -> str:
+    """The field of a .seg.nrrd. record: all of PARTS."""
+    return json.dumps({"format_version": 1, **{key: record[key] for key in PARTS}}, ensure_ascii=False)
+
+
+def write_provenance(path: Path, record: Mapping[str, Any], output: Path) -> None:
     """The same as a file, with the name of the result and the date (UTC). Raises InvresError where the disk refuses."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {**json.loads(header_text(found)), "output": Path(found["output"]).name, "date": date}
+    content = {**json.loads(header_text(record)), "output": output.name, "date": date}
     try:
-        write_changed(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_changed(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InvresError(
             f"{path} cannot be written: {error.strerror or error}.", hint="Free some space.", code="write_failed"
@@ -77,7 +113,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def provenance_told(record: Mapping[str, Any]) -> list[str]:
     """The record for people, a line for each part."""
-    files = [f"{one['channel']} = {one['file']}".removeprefix(" = ") for one in record["inputs"]]
+    files = [f"{one['channel']} = {one['file'] or 'in memory'}".removeprefix(" = ") for one in record["inputs"]]
     settings = {key: value for key, value in record["settings"].items() if value not in ([], False, None)}
     lines = [
         f"  model      {record['model']} {record['model_version']} (id {record['model_id'][:8]})",

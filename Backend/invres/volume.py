@@ -27,6 +27,7 @@ __all__ = [
     "WRITABLE_ENDINGS",
     "Geometry",
     "Volume",
+    "finite_values",
     "read_channels",
     "read_geometry",
     "read_volume",
@@ -207,7 +208,7 @@ def read_volume(
         array[box] = stored
     else:
         array = array[..., 0]
-    array = _as_labels(array, path) if kind == "labels" else _finite(array, name, report)
+    array = _as_labels(array, path) if kind == "labels" else finite_values(array, name, report)
     return Volume(array, Geometry.from_affine(affine, array.shape))
 
 
@@ -225,7 +226,7 @@ def read_channels(path: str | os.PathLike[str], *, report: Reporter = SILENT) ->
     geometry = Geometry.from_affine(header.affine, header.shape)
     name = Path(path).name
     return [
-        Volume(_finite(channel, f"{name}, channel {index}", report), geometry)
+        Volume(finite_values(channel, f"{name}, channel {index}", report), geometry)
         for index, channel in enumerate(read_voxels(header))
     ]
 
@@ -300,7 +301,7 @@ def _check_scalar(path: str | os.PathLike[str], header: Header) -> None:
         )
 
 
-def _finite(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
+def finite_values(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
     """`array` without NaN, infinities and what float32, which all is computed in, cannot hold; with a warning that says
     how many there were and where."""
     if array.dtype.kind != "f" or (finite := np.abs(array) <= np.finfo(np.float32).max).all():

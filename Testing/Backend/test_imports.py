@@ -58,6 +58,7 @@ ALLOWED = {
     "outputs": "files",
     "segmentation_file": "config events image_header volume_io",
     "volume": "events image_header segmentation_file volume_io",
+    "memoryimages": "events image_header volume",
     "alignment": "volume",
     "dataset_json": "alignment config events volume",
     "layouts": "config dataset_json events segmentation_file volume volume_io",
@@ -105,11 +106,15 @@ ALLOWED = {
     "segmentoptions": "config",
     "segmentfiles": "config manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
+    "segmentation": (
+        "config image_header outputs prediction preprocessing provenance region restoration segmentfiles volume "
+        "volume_io"
+    ),
     "inference": (
         "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
-        "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
+        "pieces prediction preprocessing provenance region restoration segmentation segmentfiles sides volume"
     ),
-    "locating": "config events inference modelpackage networks prediction region sides volume",
+    "locating": ("config devices events inference modelpackage networks prediction region segmentfiles sides volume"),
     "cropping": "cases config configjson events files fingerprints inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks pace prediction region volume",
     "enhancement": (
@@ -117,7 +122,7 @@ ALLOWED = {
         "modelpackage networks outputs prediction scans volume"
     ),
     "trainer": (
-        "checkpoint config configjson events files guard livebytes losses memory networkconfig networks "
+        "checkpoint config configjson events files guard interruption livebytes losses memory networkconfig networks "
         "objectives sampling step"
     ),
     "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
@@ -200,8 +205,8 @@ ALLOWED = {
     "compare_command": "console events files outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events files heldout outputs trainingrun",
     "segment_command": (
-        "batch caseinputs console devices events expectation inference locating mirroring modelpackage outputs pace "
-        "provenance segmentfiles segmentoptions"
+        "batch caseinputs console events expectation inference locating mirroring modelpackage outputs pace "
+        "segmentfiles segmentoptions"
     ),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
@@ -214,6 +219,9 @@ ALLOWED = {
         "trainer training trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults files interruption networkconfig",
+    "api": (
+        "cli console devices events faults inference interruption locating memoryimages modelpackage segmentoptions"
+    ),
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))
