@@ -205,6 +205,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     _device(one)
 
+    one = add(
+        "rerun",
+        "Makes segmentations again, exactly as their record says, and compares them with the stored ones.",
+        "rerun",
+    )
+    one.add_argument(
+        "record",
+        type=Path,
+        metavar="FILE",
+        help="a .seg.nrrd, a .json that --provenance wrote, or the segmentations.json of segment --data",
+    )
+    one.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        action="append",
+        metavar="PLACE",
+        help="file, or folder to look in with all folders below it, for the inputs, which are known by their content "
+        "whatever they are called now; may be repeated (default: the folder of FILE alone)",
+    )
+    one.add_argument("-m", "--model", help="name or path, where the model of the record is not installed")
+    one.add_argument("--locate", metavar="MODEL", help="the same for the model that found the place")
+    one.add_argument(
+        "-o", "--output", type=Path, help="also write it: .seg.nrrd, .nii.gz, .nii, .nrrd or .mha; of cases a folder"
+    )
+    one.add_argument(
+        "--case", nargs="+", action="extend", default=[], metavar="NAME", help="of a segmentations.json (default: all)"
+    )
+    one.add_argument("--device", help="auto, cpu or cuda:0 (default: of the kind of the record)")
+
     one = add("enhance", "Gives a scan at finer voxels, with a model of image quality transfer.", "enhance")
     one.add_argument("-m", "--model", required=True, help="name of a model, or path of a package")
     one.add_argument(

@@ -15,7 +15,7 @@ import torch
 from . import InvresError
 from .alignment import align_channels, resampled_sentence
 from .config import ChannelPlan, CropPlan
-from .devices import choose_device, device_info
+from .devices import choose_device, computation_told, device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
 from .manifest import Manifest
@@ -334,7 +334,9 @@ def segment_inputs(
         volumes_ml=volumes_of(labels, scheme, of_parts),
         confidence=round(min(confidences), 4),
         provenance={
-            **model_told(manifest),
+            **model_told(package),
+            # Whoever gives the box, or an image as small as a crop, asks no other model.
+            "locator": model_told(locator) if locator is not None and boxes and not roi_mm else None,
             "inputs": read,
             "missing_channels": missing,
             "resampled_channels": resampled,
@@ -352,7 +354,7 @@ def segment_inputs(
             },
             "software": software_told(),
             "device_title": device_info(device).title,
-            "device": str(device),
+            **computation_told(device),
         },
         scheme_of_network=manifest.scheme,
         parts=tuple(parts),

@@ -15,11 +15,12 @@ from . import InvresError, __version__
 from .files import digest_of, write_changed
 
 if TYPE_CHECKING:
-    from .manifest import Manifest
+    from .modelpackage import ModelPackage
 
 __all__ = [
     "FIELD",
     "PARTS",
+    "checked_record",
     "header_text",
     "inputs_told",
     "model_told",
@@ -31,21 +32,28 @@ __all__ = [
 
 FIELD = "InvResSegment.Provenance"
 """The field of a .seg.nrrd; the panel's attribute of a node is called so as well."""
+LATER = ("manifest_sha256", "locator", "device", "threads", "precision")
+"""What records of earlier versions do not say; it is None then."""
 PARTS = (
     *("model", "model_version", "model_id", "model_sha256", "inputs", "missing_channels", "resampled_channels"),
-    *("settings", "software", "device_title"),
+    *("settings", "software", "device_title", *LATER),
 )
 """What it consists of, all of it in the result of a segmentation. No date: the same again gives the same bytes."""
+LIBRARIES = ("torch", "monai", "numpy", "scipy", "SimpleITK")
+"""That compute what the voxels of a result depend on."""
 HEADER_BYTES = 1 << 20  # of a file that is searched for the field
 
 
-def model_told(manifest: Manifest) -> dict[str, str]:
-    """Which model it was."""
+def model_told(package: ModelPackage) -> dict[str, str]:
+    """Which model it was. The digest of the weights says nothing of how images are prepared for them; that of the
+    manifest does."""
+    manifest = package.manifest
     return {
         "model": manifest.name,
         "model_version": manifest.version,
         "model_id": manifest.id,
         "model_sha256": manifest.sha256,
+        "manifest_sha256": package.manifest_digest(),
     }
 
 
@@ -61,9 +69,9 @@ def inputs_told(inputs: Mapping[str, Path | None]) -> list[dict[str, str]]:
 
 
 def software_told() -> dict[str, str]:
-    """The versions of what computes."""
-    torch = import_module("torch")
-    return {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    """The versions of what computes; "" where a library does not say its own."""
+    versions = {name: str(getattr(import_module(name), "__version__", "")) for name in LIBRARIES}
+    return {"invres": __version__, "python": platform.python_version(), **versions}
 
 
 def header_text(record: Mapping[str, Any]) -> str:
@@ -100,15 +108,23 @@ def read_provenance(path: Path) -> dict[str, Any]:
             # A header has line breaks and backslashes behind a backslash.
             text = re.sub(r"\\(.)", lambda match: {"n": "\n"}.get(match[1], match[1]), text)
             try:
-                record = json.loads(text)
-                provenance_told(record)  # what a damaged one does not survive
-                return {key: record[key] for key in ("format_version", *PARTS)}
-            except (ValueError, KeyError, TypeError, AttributeError):
+                return checked_record(json.loads(text))
+            except ValueError:
                 break
     raise InvresError(
         f"{path} does not say how it was made.",
         hint="`invres segment` writes it into .seg.nrrd files; a program that saved one again may have left it out.",
     )
+
+
+def checked_record(record: Any) -> dict[str, Any]:
+    """The parts of a record, None for those that an earlier version lacks. Raises ValueError for anything else."""
+    try:
+        parts = {key: record.get(key) if key in LATER else record[key] for key in PARTS}
+        provenance_told(parts)  # what a damaged one does not survive
+        return {"format_version": record.get("format_version", 1), **parts}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("This is no provenance.") from None
 
 
 def provenance_told(record: Mapping[str, Any]) -> list[str]:
@@ -121,6 +137,7 @@ def provenance_told(record: Mapping[str, Any]) -> list[str]:
         *(f"  without    {name}" for name in record["missing_channels"]),
         *(f"  resampled  {name}, to the grid of the first channel" for name in record["resampled_channels"]),
         f"  settings   {', '.join(f'{key} {_shown(value)}' for key, value in settings.items())}",
+        *([f"  located by {located['model']} {located['model_version']}"] if (located := record["locator"]) else []),
         f"  software   {', '.join(f'{name} {version}' for name, version in record['software'].items())}",
         f"  device     {record['device_title']}",
     ]

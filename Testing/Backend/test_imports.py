@@ -114,6 +114,7 @@ ALLOWED = {
         "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
         "pieces prediction preprocessing provenance region restoration segmentation segmentfiles sides volume"
     ),
+    "agreement": "config files metrics segmentation segmentation_file volume",
     "locating": ("config devices events inference modelpackage networks prediction region segmentfiles sides volume"),
     "cropping": "cases config configjson events files fingerprints inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks pace prediction region volume",
@@ -142,7 +143,9 @@ ALLOWED = {
     ),
     "caseinputs": "cases config dataset_json events files segmentfiles",
     "batchrecord": "files",
-    "batch": "alignment batchrecord caseinputs events faults inference modelpackage runfolder segmentoptions",
+    "batch": (
+        "alignment batchrecord caseinputs events faults inference modelpackage provenance runfolder segmentoptions"
+    ),
     "heldout": (
         "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
     ),
@@ -208,6 +211,8 @@ ALLOWED = {
         "batch caseinputs console events expectation inference locating mirroring modelpackage outputs pace "
         "segmentfiles segmentoptions"
     ),
+    "rerunrecord": "events files modelpackage provenance segmentoptions",
+    "rerun_command": ("agreement console devices events inference locating modelpackage outputs rerunrecord"),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
         "prediction tuningmemory"
@@ -215,8 +220,8 @@ ALLOWED = {
     "commands": (
         "bench_command cases compare_command config configjson console demo devices doctor enhance_command "
         "evaluate_command events finetuning interruption labelmaps manifest model_commands modelpackage "
-        "networkconfig plan_command recipekeys reproduce_command runfolder segment_command segmentfiles stopfile "
-        "trainer training trainingrun tuningplan worker"
+        "networkconfig plan_command recipekeys reproduce_command rerun_command runfolder segment_command segmentfiles "
+        "stopfile trainer training trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults files interruption networkconfig",
     "api": (
