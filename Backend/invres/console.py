@@ -65,10 +65,11 @@ def load_torch(report: Reporter, module: str = "inference") -> None:
             importlib.import_module("torch")
             importlib.import_module(f"{__package__}.{module}")
     except Exception as error:
-        package = "torch" if "torch" not in sys.modules else getattr(error, "name", None) or "monai"
+        name = "torch" if "torch" not in sys.modules else getattr(error, "name", None)
+        package = f"The package {name}" if name else "A package that is needed"
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InvresError(
-            f"The package {package} is not installed or damaged: {reason}.",
+            f"{package} is not installed or damaged: {reason}.",
             hint="Install it (in Slicer: Install in the Setup section of the panel), then try again.",
             code="missing_package",
         ) from None

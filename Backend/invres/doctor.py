@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import ndimage
 
 from . import InvresError
 from .alignment import (
@@ -27,6 +28,7 @@ from .dataset_json import read_json
 from .events import SILENT, Recorder, Reporter
 from .expectation import unlike_modality
 from .layouts import LABELS_JSON, label_list_of
+from .sides import side_pairs
 from .volume import Geometry, Volume
 
 __all__ = ["Finding", "check_dataset", "findings_table"]
@@ -164,6 +166,7 @@ def _check_case(
     label = (Volume(label.array, stored) if close else label).canonical()
     labelled[case.name] = {int(value) for value in np.unique(label.array)} - {0}
     yield from _check_label_values(case.name, labelled[case.name], dataset)
+    yield from _check_sides(case.name, label, dataset)
     if grid.same_as(label.geometry, tolerance_mm=LABEL_TOLERANCE_MM):
         if dataset.aligned:
             with contextlib.suppress(InvresError):  # told of as grid_mismatch
@@ -227,6 +230,37 @@ def _check_label_values(case: str, found: set[int], dataset: Dataset) -> Iterato
             "unknown_label_value",
             f"The label of {case} has values that the data set does not name: {values}.",
             _how_to_name(dataset),
+        )
+
+
+def _check_sides(case: str, label: Volume, dataset: Dataset) -> Iterator[Finding]:
+    """Labels whose names say left and right, where the header has them the other way round."""
+    pairs = side_pairs(dataset.scheme.names)
+    if not pairs:
+        return
+    places = np.flatnonzero(label.array)
+    found = label.array.ravel()[places]
+    to_the_right = label.geometry.affine[0, :3] @ np.unravel_index(places, label.array.shape)
+    middles = {}
+    for entry in dataset.scheme.labels:
+        counts, sums = (
+            ndimage.sum_labels(one, found, entry.values).sum() for one in (np.ones_like(to_the_right), to_the_right)
+        )
+        if counts:
+            middles[entry.name] = sums / counts
+    there = [(left, right) for left, right in pairs if left in middles and right in middles]
+    swapped = [(left, right) for left, right in there if middles[left] > middles[right]]
+    # One pair may lie oddly (a part of the heart, say); what is mirrored has most of them swapped.
+    if 2 * len(swapped) > len(there):
+        left, right = swapped[0]
+        others = f", and so it is with {len(swapped)} of its {len(there)} pairs of sides" if len(there) > 1 else ""
+        yield Finding(
+            case,
+            "warning",
+            "sides_swapped",
+            f"By the header of {case}, {left} lies to the right of {right}{others}.",
+            "Look in a viewer whether labels are swapped or the image is mirrored, and correct it; training takes the "
+            "case as it is.",
         )
 
 

@@ -19,6 +19,7 @@ from .livebytes import LiveBytes
 from .networkconfig import NetworkConfig
 from .networks import BORDER, build, build_enhancer, build_predictor, with_patch
 from .reversible import abridged, role
+from .slidingwindow import mirrored_logits
 from .step import enhancement_step, make_optimizer, training_step
 
 __all__ = [
@@ -239,11 +240,13 @@ def _used_bytes(device: torch.device) -> int:
     return total - free
 
 
-def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1, members: int = 1) -> tuple[int, int]:
+def predict_forward(
+    config: NetworkConfig, window: Triple, batch_size: int = 1, members: int = 1, mirrored: bool = False
+) -> tuple[int, int]:
     """Bytes of the network's parameters and buffers, and the peak that segmenting one batch of windows adds to them.
 
-    members: of an ensemble. Found on hollow tensors like `predict_training`. The VAE branch takes no part in
-    segmenting.
+    members: of an ensemble. mirrored: whether predictions of mirrored windows are averaged. Found on hollow tensors
+    like `predict_training`. The VAE branch takes no part in segmenting.
     """
 
     def pass_through() -> tuple[int, int]:
@@ -254,9 +257,7 @@ def predict_forward(config: NetworkConfig, window: Triple, batch_size: int = 1, 
             probe = LiveBytes()
             probe.watch([tiles, *held])
             with probe:
-                # The average over mirrored predictions is a second map of the logits' size.
-                logits = network(tiles).logits.float()
-                logits = logits / 1
+                mirrored_logits(network, tiles, [(), (0,)] if mirrored else [()])  # more flips hold no more
             weights = sum(_nbytes(tensor) for tensor in held)
             return weights, probe.peak - weights
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from scipy.optimize import minimize
 
 from .config import LabelScheme
 from .events import SILENT, Reporter
@@ -192,6 +191,8 @@ def likeness_at(plane: Plane, labels: Volume, values: Sequence[int]) -> float:
 
 
 def _climbed(samples: _Samples, start: Place, steps: np.ndarray) -> np.ndarray:
+    from scipy.optimize import minimize  # which takes as long to import as a third of torch; few models have sides
+
     options = {"initial_simplex": np.asarray(start) + steps, "maxfev": 60, "xatol": 1e-3, "fatol": 1e-4}
     found: np.ndarray = minimize(lambda at: -samples.likeness(at), start, method="Nelder-Mead", options=options).x
     return found

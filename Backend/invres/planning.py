@@ -99,6 +99,7 @@ def plan_segmentation(
     grid = Geometry(shape, spacing_mm, (0, 0, 0), np.eye(3)[:, ::-1])
     whole = grid.with_spacing(manifest.plan.spacing_mm).shape
     wanted = window_within(window, manifest.patch, whole)
+    flips = flips_of(manifest.mirror_axes if mirror_axes is None else mirror_axes)
     here = device_info(device)
     main = here if device.type == "cpu" else device_info(torch.device("cpu"))
     choices = _windows(wanted, build_divisor(manifest))
@@ -110,7 +111,7 @@ def plan_segmentation(
         if roi_shape is not None:
             box = grid.crop((slice(0, roi_shape[0]), slice(0, roi_shape[1]), slice(0, roi_shape[2])))
             seen = region_shape(box.with_spacing(manifest.plan.spacing_mm).shape, whole, choice)
-        on_device, on_host = _bytes(manifest, grid.shape, whole, seen, choice, overlap, device)
+        on_device, on_host = _bytes(manifest, grid.shape, whole, seen, choice, overlap, device, len(flips) > 1)
         found = choice, on_device, on_host, seen
         first = first or found
         report.progress("plan", index + 1, len(choices) + 1)
@@ -126,8 +127,8 @@ def plan_segmentation(
     seconds = None
     if best is not None:
         per_voxel = _seconds_per_voxel(manifest, device, choice)
-        flips = len(flips_of(manifest.mirror_axes if mirror_axes is None else mirror_axes))
-        seconds = round(per_voxel * flips * count * float(np.prod(choice)) + _other_seconds(manifest, shape, whole), 1)
+        windows = len(flips) * count * float(np.prod(choice))
+        seconds = round(per_voxel * windows + _other_seconds(manifest, shape, whole), 1)
     report.progress("plan", len(choices) + 1, len(choices) + 1)
     plan = SegmentationPlan(
         predicted_bytes=on_device,
@@ -176,6 +177,7 @@ def _bytes(
     window: Triple,
     overlap: float,
     device: torch.device,
+    mirrored: bool,
 ) -> tuple[int, int]:
     """Peaks on the device and in main memory.
 
@@ -189,14 +191,14 @@ def _bytes(
     predicted = int(np.prod(seen))
     count = window_count(seen, window, overlap)
     batch = 1 if on_card else min(2, count)
-    weights, forward = predict_forward(manifest.network, window, batch, manifest.members)
+    weights, forward = predict_forward(manifest.network, window, batch, manifest.members, mirrored)
     files = channels * voxels * FLOAT
     image = channels * predicted * FLOAT
-    logits = (classes + 1) * padded * FLOAT
+    logits = classes * predicted * FLOAT
     filled_up = channels * padded * FLOAT if padded > predicted else 0
-    # The Gaussian weights, and the logits of the batch before, which MONAI holds until the next ones are there.
-    tiles = (1 + (batch * classes if count > batch else 0)) * int(np.prod(window)) * FLOAT
-    predicting = weights + image + filled_up + logits + max(forward + tiles, padded * FLOAT)
+    # The logits of a batch are weighted, and in the end a softmax needs one map for its sums.
+    joining = (batch * classes + 1) * int(np.prod(window)) * FLOAT
+    predicting = weights + image + filled_up + logits + max(forward, joining, predicted * FLOAT)
     # In canonical orientation, one channel at a time resampled (ITK holds its own copies) and scaled: by its voxels in
     # double precision and their mask, beside a copy of the channel where that comes first.
     scaling = 18 * voxels if manifest.plan.normalise_first else 14 * prepared

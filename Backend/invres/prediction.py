@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers.utils import sliding_window_inference
 
 from . import OutOfMemory
 from .config import LabelScheme
@@ -20,6 +19,7 @@ from .mirroring import flips_of
 from .networks import SegmentationNetwork
 from .preprocessing import PreparedCase
 from .segmentoptions import SegmentOptions
+from .slidingwindow import mirrored_logits, sliding_window, window_starts
 
 __all__ = [
     "Prediction",
@@ -51,39 +51,22 @@ def predict_probabilities(
     through softmax (sigmoid for regions). Mirrored predictions are averaged as logits too; without mirror axes there
     are none.
     """
-    flips = [tuple(axis + 2 for axis in flip) for flip in flips_of(options.mirror_axes or ())]
+    flips = flips_of(options.mirror_axes or ())
     total = len(flips) * window_count(image.shape[1:], window, options.overlap)
     done = 0
     report.progress("segment.tiles", 0, total)
 
-    def predictor(tiles: torch.Tensor) -> torch.Tensor:
+    def predict(tiles: torch.Tensor) -> torch.Tensor:
         nonlocal done
-        logits: torch.Tensor | None = None
-        for flip in flips:  # a flip of no axis would copy too
-            found = network(tiles.flip(flip) if flip else tiles).logits.float()
-            found = found.flip(flip) if flip else found
-            logits = found if logits is None else logits + found
-        assert logits is not None
+        logits = mirrored_logits(network, tiles, flips)
         done += tiles.shape[0] * len(flips)
-        report.progress("segment.tiles", min(done, total), total)
-        # Always a new tensor: the caller weights it in place.
-        return logits / len(flips)
+        report.progress("segment.tiles", done, total)
+        return logits
 
-    logits = sliding_window_inference(
-        image[None],
-        roi_size=window,
-        # For a batch of one and small maps torch's CPU convolution leaves oneDNN for a path five times slower.
-        sw_batch_size=2 if image.device.type == "cpu" else 1,
-        predictor=predictor,
-        overlap=options.overlap,
-        mode="gaussian",
-        sigma_scale=0.125,
-        padding_mode="replicate",
-        sw_device=image.device,
-        device=stitch_device or image.device,
-    )
-    assert isinstance(logits, torch.Tensor)  # one output in, one out
-    return logits[0].sigmoid_() if regions else _softmax_in_place(logits[0])
+    # For a batch of one and small maps torch's CPU convolution leaves oneDNN for a path five times slower.
+    batch = 2 if image.device.type == "cpu" else 1
+    logits = sliding_window(predict, image, window, options.overlap, batch, stitch_device or image.device)
+    return logits.sigmoid_() if regions else _softmax_in_place(logits)
 
 
 def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
@@ -114,11 +97,7 @@ def confidence_of(probabilities: np.ndarray | torch.Tensor, regions: bool) -> fl
 
 def window_count(shape: tuple[int, ...], window: Triple, overlap: float) -> int:
     """How many windows cover an image of this shape."""
-    count = 1
-    for size, length in zip(shape, window, strict=True):
-        step = max(1, int(length * (1 - overlap)))
-        count *= 1 if size <= length else math.ceil((size - length) / step) + 1
-    return count
+    return math.prod(len(window_starts(size, length, overlap)) for size, length in zip(shape, window, strict=True))
 
 
 def window_within(window: Triple, patch: Triple, shape: Triple) -> Triple:

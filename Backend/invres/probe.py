@@ -32,7 +32,6 @@ PACKAGES = (
     ("safetensors", "safetensors", ""),
     ("pydicom", "pydicom", ""),
     ("psutil", "psutil", ""),
-    ("monai", "monai", ""),
     ("memcnn", "memcnn", ""),  # last, as the panel does without: its failure must hide nothing
 )
 DRIVER_LIMIT_S = 10

@@ -39,7 +39,7 @@ PARTS = (
     *("settings", "software", "device_title", *LATER),
 )
 """What it consists of, all of it in the result of a segmentation. No date: the same again gives the same bytes."""
-LIBRARIES = ("torch", "monai", "numpy", "scipy", "SimpleITK")
+LIBRARIES = ("torch", "numpy", "scipy", "SimpleITK")
 """That compute what the voxels of a result depend on."""
 HEADER_BYTES = 1 << 20  # of a file that is searched for the field
 

@@ -16,6 +16,7 @@ __all__ = [
     "check_sides",
     "is_of_one_side",
     "possible_sides",
+    "side_pairs",
     "sided_scheme",
     "sides_of_recipe",
 ]
@@ -23,7 +24,7 @@ __all__ = [
 SIDES = ("left ", "right ")
 """What names of labels of one side begin with, in any case of letters."""
 
-_SIDE_WORDS = frozenset(("left", "right", "l", "r", "lh", "rh"))
+_SIDE_OF = {"left": "left", "l": "left", "lh": "left", "right": "right", "r": "right", "rh": "right"}
 DARKER = 0.8  # the right side's colour, so that both can be told apart
 LEFT, RIGHT = "SCT^7771000^Left", "SCT^24028007^Right"
 TYPE_MODIFIER, REGION, REGION_MODIFIER = 3, 5, 6  # places in category~type~modifier..., counted as in TERMS
@@ -34,8 +35,24 @@ NONE = ("", "^^")
 def is_of_one_side(name: str) -> bool:
     """Whether the name of a label says of which side it is, in any of the usual ways: "left kidney",
     "Left-Hippocampus", "hippocampus_R", "ctx-lh-insula", "LeftKidney"."""
+    return not _SIDE_OF.keys().isdisjoint(_words(name))
+
+
+def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(left, right) of the labels that are one structure's two sides by their names."""
+    sides: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        words = _words(name)
+        said = [word for word in words if word in _SIDE_OF]
+        if len(said) == 1:
+            structure = tuple(word for word in words if word and word not in _SIDE_OF)
+            sides.setdefault(structure, {}).setdefault(_SIDE_OF[said[0]], name)
+    return [(found["left"], found["right"]) for found in sides.values() if len(found) == 2]
+
+
+def _words(name: str) -> list[str]:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return not _SIDE_WORDS.isdisjoint(re.split(r"[^a-z]+", apart.casefold()))
+    return re.split(r"[^a-z0-9]+", apart.casefold())
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,7 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     known = {package.name for package in preflight.packages}
     # A probe that crashed has not looked at the packages behind.
     unseen = [
-        name
-        for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
-        if name not in known
+        name for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn") if name not in known
     ]
     coming = (TORCHVISION,) if torchComes else ()
     needed = [package.needs for package in rest if package.needs not in ("", "torch", *coming, *own)]

@@ -286,3 +286,39 @@ def test_a_ct_without_a_negative_value_is_told_of(build):
     one = Dataset("tiny", ("CT",), ("CT",), SCHEME, tuple(dataset.cases), build.folder, "test")
     (finding,) = check_dataset(one)
     assert (finding.severity, finding.code, finding.case) == ("warning", "not_hounsfield", "shifted")
+
+
+SIDED = LabelScheme((Label("left kidney", (1,), 1), Label("Kidney_R", (2, 3), 2), Label("spleen", (4,), 4)))
+FLIPPED = Geometry(GRID.shape, GRID.spacing_mm, GRID.origin_mm, GRID.direction * [1, 1, -1])
+TURNED = Geometry((7, 11, 9), (1.0, 1.0, 2.0), GRID.origin_mm, GRID.direction[:, [2, 1, 0]])
+
+
+@pytest.mark.parametrize(("grid", "right_axis", "sense"), [(GRID, 2, 1), (FLIPPED, 2, -1), (TURNED, 0, 1)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sides_that_lie_the_wrong_way_round_by_the_header_are_named(tmp_path, grid, right_axis, sense, swapped):
+    build = Builder(tmp_path)
+    label = np.zeros(grid.shape, np.uint8)
+    along = np.moveaxis(label, right_axis, 0)  # slices from left to right, or back
+    order = [1, 2, 3] if (sense > 0) != swapped else [3, 2, 1]
+    for place, value in zip((2, 3, 4), order, strict=True):
+        along[place, 4:6, 4] = value
+    build.add("case", label=label, grid=grid)
+    build.add("one side alone", label=np.where(label == 1, 1, 0).astype(np.uint8), grid=grid)
+    found = [one for one in check_dataset(build.dataset(SIDED)) if one.code == "sides_swapped"]
+    assert [(one.case, one.severity) for one in found] == ([("case", "warning")] if swapped else [])
+    assert not swapped or "left kidney lies to the right of Kidney_R." in found[0].message
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_one_odd_pair_among_several_is_no_swapped_case(tmp_path, odd):
+    build = Builder(tmp_path)
+    names = [f"{side} {name}" for name in ("lung", "kidney", "ventricle") for side in ("left", "right")]
+    scheme = LabelScheme(tuple(Label(name, (n,), n) for n, name in enumerate(names, start=1)))
+    label = np.zeros(GRID.shape, np.uint8)
+    for pair in range(3):
+        left, right = (4, 2) if pair < odd else (2, 4)
+        label[3, 3 + pair, left], label[3, 3 + pair, right] = 2 * pair + 1, 2 * pair + 2
+    build.add("case", label=label)
+    found = [one.message for one in check_dataset(build.dataset(scheme)) if one.code == "sides_swapped"]
+    told = f"left lung lies to the right of right lung, and so it is with {odd} of its 3 pairs of sides."
+    assert found == ([] if odd == 1 else [f"By the header of case, {told}"])

@@ -50,6 +50,7 @@ ALLOWED = {
     "networks": "networkconfig reversible",
     "hollow": "",
     "livebytes": "hollow reversible",
+    "slidingwindow": "",
     "image_header": "events",
     "nifti_file": "image_header",
     "multiframe": "image_header",
@@ -71,7 +72,7 @@ ALLOWED = {
     "midline": "config events preprocessing sides volume",
     "fingerprints": "volume",
     "prepared": "cases config configjson events files fingerprints preprocessing volume",
-    "doctor": "alignment cases config dataset_json events expectation layouts preprocessing volume",
+    "doctor": "alignment cases config dataset_json events expectation layouts preprocessing sides volume",
     "resultcomparison": "dataset_json events intervals paireddifference",
     "evaluation": "alignment config events intervals metrics preprocessing volume",
     "packagefiles": "events",
@@ -88,7 +89,7 @@ ALLOWED = {
     "muon": "",
     "step": "config losses muon networks reversible",
     "objectives": "config losses networks step",
-    "memory": "config hollow livebytes losses networkconfig networks reversible step",
+    "memory": "config hollow livebytes losses networkconfig networks reversible slidingwindow step",
     "iqt_figures": "memory networkconfig networks step",
     "cardplan": "config events memory networkconfig networks",
     "patchsize": "config events networks volume",
@@ -105,7 +106,7 @@ ALLOWED = {
     "labelmapbatches": "config preprocessing randomness sampling synthesis synthesisconfig",
     "segmentoptions": "config",
     "segmentfiles": "config manifest outputs",
-    "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions",
+    "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions slidingwindow",
     "segmentation": (
         "config image_header outputs prediction preprocessing provenance region restoration segmentfiles volume "
         "volume_io"

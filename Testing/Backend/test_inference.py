@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from grids import GRIDS, REGIONS
+from monai.inferers.utils import sliding_window_inference
 from tiny_datasets import GRIDS as PHANTOM_GRIDS
 from tiny_datasets import files_up_to, leftovers, phantom
 
@@ -24,6 +25,7 @@ from invres.networkconfig import NetworkConfig, VAEConfig
 from invres.networks import NetworkOutput, build
 from invres.planning import plan_segmentation
 from invres.prediction import SegmentOptions, predict_probabilities
+from invres.slidingwindow import sliding_window
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 SCHEME = LabelScheme((Label("a", (10,), 10), Label("b", (150,), 150), Label("c", (250,), 250)))
@@ -124,7 +126,7 @@ class Numbered(torch.nn.Module):
     def forward(self, x):
         numbers = torch.arange(self.count, self.count + len(x), dtype=x.dtype)
         self.count += len(x)
-        return NetworkOutput(numbers.reshape(-1, 1, 1, 1, 1).expand_as(x))
+        return NetworkOutput(numbers.reshape(-1, 1, 1, 1, 1) + torch.zeros_like(x))
 
 
 def test_windows_are_joined_with_weights_that_fall_from_their_middle():
@@ -136,6 +138,35 @@ def test_windows_are_joined_with_weights_that_fall_from_their_middle():
     near, far = np.exp(-(1.5**2) / 2), np.exp(-(2.5**2) / 2)
     assert float(seam[5]) == pytest.approx(far / (near + far), abs=1e-3)
     assert torch.allclose(seam[4:8] + seam[4:8].flip(0), torch.tensor(1.0), atol=1e-5)
+
+
+class Surroundings(torch.nn.Module):
+    """What it says of a voxel depends on the whole window, so that windows disagree where they overlap."""
+
+    def forward(self, x):
+        inside = x - x.mean(dim=(2, 3, 4), keepdim=True)
+        return NetworkOutput(torch.cat([inside, inside.cumsum(3) / 9, -inside], dim=1))
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5])
+@pytest.mark.parametrize("window", [(8, 8, 8), (16, 7, 9), (64, 9, 64), (20, 17, 23), (21, 18, 26)])
+def test_windows_are_joined_as_monai_joins_them(window, overlap):
+    """With the weights given, as MONAI's own are bounded below, at a thousandth."""
+    bells = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in window]
+    weights = bells[0][:, None, None] * bells[1][:, None] * bells[2]
+    image = torch.randn(1, 20, 17, 23, generator=torch.Generator().manual_seed(0))
+    found = sliding_window(lambda tiles: Surroundings()(tiles).logits, image, window, overlap, 2, "cpu")
+    wanted = sliding_window_inference(
+        image[None],
+        window,
+        2,
+        lambda tiles: Surroundings()(tiles).logits,
+        overlap=overlap,
+        mode="gaussian",
+        padding_mode="replicate",
+        roi_weight_map=weights,
+    )
+    assert torch.allclose(found, wanted[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [(8, 8, 8), (7, 17, 30), (32, 32, 32)])

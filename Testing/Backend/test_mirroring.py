@@ -150,7 +150,10 @@ def test_a_training_of_sided_labels_mirrors_nothing_from_left_to_right(tmp_path)
     [
         *[(name, True) for name in ("left kidney", "Left-Hippocampus", "hippocampus_R", "ctx-lh-insula", "LeftKidney")],
         *[(name, True) for name in ("L putamen", "wm (right)", "RIGHT", "Kidney_left")],
-        *[(name, False) for name in ("liver", "brain stem", "Leftover", "CSF", "tumour core", "alright", "Rl")],
+        *[
+            (name, False)
+            for name in ("liver", "brain stem", "Leftover", "CSF", "tumour core", "alright", "Rl", "vertebra L1")
+        ],
     ],
 )
 def test_names_of_one_side_are_known_in_all_usual_spellings(name, one):

@@ -56,7 +56,7 @@ def test_a_segmentation_says_how_it_was_made(place, segmented):
         {"channel": "T2", "file": ODD, "sha256": digests[1]},
     ]
     assert record["model_sha256"] == digest_of(place / "model" / "model.safetensors")
-    assert {"invres", "python", "torch", "monai", "numpy", "scipy", "SimpleITK"} == record["software"].keys()
+    assert {"invres", "python", "torch", "numpy", "scipy", "SimpleITK"} == record["software"].keys()
     assert all(record["software"].values()) and record["device_title"]
     assert (record["device"], record["precision"]) == ("cpu", "fp32") and record["threads"] >= 1
     assert record["manifest_sha256"] == digest_of(place / "model" / "manifest.json") and record["locator"] is None

@@ -36,7 +36,7 @@ from InvResSegmentLib.Requirements import (  # noqa: E402
     satisfies,
 )
 
-NAMES = ("numpy", "SimpleITK", "torch", "scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
+NAMES = ("numpy", "SimpleITK", "torch", "scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn")
 PYTHON = {
     "event": "python",
     "version": "3.12.10",
@@ -129,8 +129,8 @@ def test_everything_there_is_ready():
             "broken",
         ),
         (
-            {"monai": {"imports": False, "needs": "typing_extensions"}},
-            "monai needs typing_extensions, which is not",
+            {"psutil": {"imports": False, "needs": "typing_extensions"}},
+            "psutil needs typing_extensions, which is not",
             "incomplete",
         ),
         ({"numpy": {"imports": False, "error": "x"}}, "numpy, a part of Slicer itself, is damaged", "broken"),
@@ -149,7 +149,7 @@ def test_a_package_that_takes_python_down_is_named():
     assert found.sentences == ("torch is damaged: Python crashes when it is imported (code -11).",)
     steps = installationSteps(found)
     assert [step.kind for step in steps] == ["uninstall", "clear", "torch", "packages"]
-    assert steps[-1].names == ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
+    assert steps[-1].names == ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_memcnn_that_takes_python_down_hides_nothing():
 
     assert PACKAGES[-1][0] == "memcnn", "the packages behind one that crashes are not seen"
     assert judge(report(memcnn=None), -11).ready
-    assert not judge(report(monai=None), -11).ready
+    assert not judge(report(psutil=None), -11).ready
 
 
 def test_a_card_that_torch_cannot_use_is_told():
@@ -279,7 +279,7 @@ def test_from_nothing_torch_comes_first_and_slicers_own_never():
     steps = installationSteps(judge(report(**missing), 0))
     assert [step.kind for step in steps] == ["torch", "packages"]
     assert steps[0].names == ("torch>=2.8,!=2.9.*", "torchvision")
-    assert steps[1].names == ("scikit-image", "safetensors", "pydicom", "psutil", "monai", "memcnn")
+    assert steps[1].names == ("scikit-image", "safetensors", "pydicom", "psutil", "memcnn")
     everything = {name.replace("-", "_"): MISSING for name in NAMES}
     names = installationSteps(judge(report(**everything), 0, separate=True), separate=True)[1].names
     assert {"numpy", "SimpleITK"} <= set(names), "a separate Python needs them"
@@ -298,7 +298,7 @@ def test_what_installing_will_do_can_be_read_beforehand():
 @pytest.mark.parametrize("torch", [{"version": "2.9.1"}, {"imports": False, "error": "OSError: x"}])
 def test_a_wrong_torch_goes_before_another_comes(torch):
     broken = {"imports": False, "needs": "torch"}
-    steps = installationSteps(judge(report(torch=torch, memcnn=broken, monai=broken), 0))
+    steps = installationSteps(judge(report(torch=torch, memcnn=broken, psutil=broken), 0))
     assert [step.kind for step in steps] == ["uninstall", "clear", "torch"]
     assert steps[0].names == ("torch", "torchvision")
 
@@ -370,11 +370,11 @@ def installed(monkeypatch, before, after=None):
 
 
 def test_torch_comes_by_the_pytorch_extension_and_the_rest_by_slicers_installer(monkeypatch, calls):
-    dependencies, outcome = installed(monkeypatch, report(torch=MISSING, monai=MISSING))
+    dependencies, outcome = installed(monkeypatch, report(torch=MISSING, psutil=MISSING))
     assert outcome.state == "done" and not dependencies.installPending
     (what, asks, backend, requirement), (ensure, names, held, requester) = calls
     assert (what, asks, backend, requirement) == ("torch", False, None, ">=2.8,!=2.9.*")
-    assert (ensure, names, requester) == ("ensure", ["monai"], "InvResSegment")
+    assert (ensure, names, requester) == ("ensure", ["psutil"], "InvResSegment")
     assert "numpy==1.0\n" in held and "SimpleITK==1.0\n" in held and re.search(r"^torch==[0-9.]+$", held, re.M)
 
 
@@ -406,7 +406,7 @@ def test_slicer_5_10_and_no_pytorch_extension(monkeypatch, calls):
 
 def test_a_person_may_decline(monkeypatch, calls):
     sys.modules["PyTorchUtils"].PyTorchUtilsLogic.answer = None
-    dependencies, outcome = installed(monkeypatch, report(torch=MISSING, monai=MISSING))
+    dependencies, outcome = installed(monkeypatch, report(torch=MISSING, psutil=MISSING))
     assert outcome.state == "declined" and [call[0] for call in calls] == ["torch"] and not dependencies.installPending
 
 
@@ -415,17 +415,17 @@ def test_a_failure_is_told_in_a_sentence(monkeypatch, calls):
         raise subprocess.CalledProcessError(1, "pip install")
 
     sys.modules["slicer.packaging"].pip_ensure = fails
-    dependencies, outcome = installed(monkeypatch, report(monai=MISSING))
+    dependencies, outcome = installed(monkeypatch, report(psutil=MISSING))
     assert outcome.state == "failed" and outcome.message.startswith("The installation failed: ") and outcome.hint
     assert not dependencies.installPending
 
     def findsNothing(*_arguments, **_options):
-        print("ERROR: No matching distribution found for monai")  # as Slicer does, line by line
+        print("ERROR: No matching distribution found for psutil")  # as Slicer does, line by line
         raise subprocess.CalledProcessError(1, "pip install")
 
     sys.modules["slicer.packaging"].pip_ensure = findsNothing
-    dependencies, outcome = installed(monkeypatch, report(monai=MISSING))
-    assert outcome.message == "The installation failed: No matching distribution found for monai."
+    dependencies, outcome = installed(monkeypatch, report(psutil=MISSING))
+    assert outcome.message == "The installation failed: No matching distribution found for psutil."
     assert "no version that fits" in outcome.hint and sys.stdout.write("") == 0
     outcome = installed(monkeypatch, report(torch=MISSING), after=report(torch={"imports": False, "error": "x"}))[1]
     assert outcome.state == "failed" and "half installed" in outcome.message
@@ -518,7 +518,7 @@ def test_a_child_looks_at_a_real_python(here):
 
 
 def test_half_installed_packages_of_a_real_python_are_found(here, monkeypatch, tmp_path):
-    (tmp_path / "monai").mkdir()
+    (tmp_path / "psutil").mkdir()
     (tmp_path / "memcnn.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "psutil.py").write_text("raise OSError('a library cannot be loaded')")
     (tmp_path / "safetensors.py").write_text("import os; print('on the way'); os._exit(3)")
@@ -552,7 +552,7 @@ def test_a_check_can_be_cancelled(here):
 
 def test_a_separate_python_is_installed_into_by_pip_in_the_background(here, monkeypatch, tmp_path):
     (tmp_path / "pip.py").write_text(
-        "import sys; print('pip', *sys.argv[1:])\nif 'monai' in sys.argv: sys.exit('no network')"
+        "import sys; print('pip', *sys.argv[1:])\nif 'psutil' in sys.argv: sys.exit('no network')"
     )
     monkeypatch.setattr(module.Paths, "backendFolder", lambda: f"{tmp_path}{os.pathsep}{BACKEND}")
     log, outcomes = [], []
@@ -562,10 +562,10 @@ def test_a_separate_python_is_installed_into_by_pip_in_the_background(here, monk
     standins.waitUntil(lambda: outcomes, 120)
     assert outcomes[0].state == "done"
     assert "pip --disable-pip-version-check install torch>=2.8,!=2.9.* torchvision" in "".join(log)
-    dependencies.preflight = judge(report(monai=MISSING), 0)
+    dependencies.preflight = judge(report(psutil=MISSING), 0)
     dependencies.install(outcomes.append)
     standins.waitUntil(lambda: len(outcomes) == 2, 30)
-    assert outcomes[1].state == "failed" and outcomes[1].message == "Installing monai failed: no network."
+    assert outcomes[1].state == "failed" and outcomes[1].message == "Installing psutil failed: no network."
 
 
 def test_the_probe_looks_for_what_the_package_requires():
