@@ -32,10 +32,11 @@ __all__ = [
 
 FIELD = "InvResSegment.Provenance"
 """The field of a .seg.nrrd; the panel's attribute of a node is called so as well."""
+MODEL = ("model", "model_version", "model_id", "model_sha256")
 LATER = ("manifest_sha256", "locator", "device", "threads", "precision")
 """What records of earlier versions do not say; it is None then."""
 PARTS = (
-    *("model", "model_version", "model_id", "model_sha256", "inputs", "missing_channels", "resampled_channels"),
+    *(*MODEL, "inputs", "missing_channels", "resampled_channels"),
     *("settings", "software", "device_title", *LATER),
 )
 """What it consists of, all of it in the result of a segmentation. No date: the same again gives the same bytes."""
@@ -121,7 +122,11 @@ def checked_record(record: Any) -> dict[str, Any]:
     """The parts of a record, None for those that an earlier version lacks. Raises ValueError for anything else."""
     try:
         parts = {key: record.get(key) if key in LATER else record[key] for key in PARTS}
-        provenance_told(parts)  # what a damaged one does not survive
+        # What a damaged one does not survive.
+        provenance_told(parts)
+        told = [*(one["sha256"] for one in parts["inputs"]), *((parts["locator"] or parts)[key] for key in MODEL)]
+        if not all(isinstance(text, str) for text in told):
+            raise TypeError
         return {"format_version": record.get("format_version", 1), **parts}
     except (KeyError, TypeError, AttributeError):
         raise ValueError("This is no provenance.") from None

@@ -125,10 +125,10 @@ def _made_again(
         locate = finder(plan.package, plan.locator, chosen, keepers[1])
     elif (boxes := told["settings"].get("boxes_mm")) and not told["settings"]["roi_mm"]:
         report.note("The record does not say which model found the place, so the boxes that it has are taken.")
-        found_before = [tuple(box) for box in boxes]
+        recorded = [tuple(box) for box in boxes]
 
         def locate(*_: Any) -> tuple[list[tuple[float, ...]], int]:
-            return found_before, 0
+            return recorded, 0
 
     with computed_as(told):
         found = segment_inputs(
@@ -140,8 +140,7 @@ def _made_again(
             locate=locate,
             locator=plan.locator,
         )
-        found_how = found.provenance
-    for sentence in differences_told(told, found_how):
+    for sentence in differences_told(told, found.provenance):
         report.warning(f"{sentence} Voxels may differ by rounding, or by more.")
     agreement = compare(record.stored, found) if record.stored is not None else None
     if plan.output is not None:
@@ -158,7 +157,7 @@ def _made_again(
         "dice": {} if agreement is None else agreement.dice,
         "other_grid": "" if agreement is None else agreement.other_grid,
         "volumes_ml": found.volumes_ml,
-        **found_how,
+        **found.provenance,
     }
 
 

@@ -41,34 +41,40 @@ def read_records(path: Path, cases: Sequence[str] = ()) -> list[Record]:
     Raises InvresError for another file, for one without a record, and for a case that is not there.
     """
     if path.name.lower().endswith(SEGMENTATION):
-        found = [Record(path.name, read_provenance(path), path.name, path)]
+        found: dict[str, Record | None] = {path.name: Record(path.name, read_provenance(path), path.name, path)}
     else:
         found = _read_json(path)
-    if unknown := [name for name in cases if name not in [record.name for record in found]]:
+    if unknown := [name for name in cases if name not in found]:
         raise InvresError(
-            f"{path.name} has no case {unknown[0]}; it has {listed([record.name for record in found])}.",
+            f"{path.name} has no case {unknown[0]}; it has {listed(list(found))}.",
             hint="Leave --case out for all of them.",
         )
-    return [record for record in found if not cases or record.name in cases]
+    chosen = {name: record for name, record in found.items() if not cases or name in cases}
+    if not chosen:
+        raise InvresError(f"{path} has no case that is done.", hint="Segment them first, by the same command again.")
+    if without := [name for name, record in chosen.items() if record is None]:
+        raise InvresError(
+            f"{path} was written by an earlier version, which did not note the sha256 of the inputs of "
+            f"{listed(without)}.",
+            hint="Give their .seg.nrrd, whose headers have them, or name other cases by --case.",
+        )
+    return [record for record in chosen.values() if record is not None]
 
 
-def _read_json(path: Path) -> list[Record]:
+def _read_json(path: Path) -> dict[str, Record | None]:
+    """The records by name; None for a case of an earlier version, which has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "cases" not in content:
-            output = Path(content["output"]).name
-            return [Record(output, checked_record(content), output, _there(path.parent / output))]
-        entries = {name: entry for name, entry in content["cases"].items() if "volumes_ml" in entry}
-        if entries and not any("inputs" in entry for entry in entries.values()):
-            raise InvresError(
-                f"{path} was written by an earlier version, which did not note the sha256 of the inputs there.",
-                hint="Give a .seg.nrrd of that folder, whose header has them.",
-            )
-        return [
-            Record(name, checked_record(entry), Path(entry["output"]).name, _there(path.parent / entry["output"]))
-            for name, entry in entries.items()
-            if "inputs" in entry
-        ]
+        entries = content["cases"] if "cases" in content else {Path(content["output"]).name: content}
+        found: dict[str, Record | None] = {}
+        for name, entry in entries.items():
+            if entry is content or "inputs" in entry:
+                output = Path(entry["output"]).name
+                stored = path.parent / output
+                found[name] = Record(name, checked_record(entry), output, stored if stored.is_file() else None)
+            elif "volumes_ml" in entry:  # done
+                found[name] = None
+        return found
     except OSError as error:
         raise InvresError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -76,10 +82,6 @@ def _read_json(path: Path) -> list[Record]:
             f"{path} does not say how a segmentation was made.",
             hint="Give a .seg.nrrd, a file that --provenance wrote, or the segmentations.json of `segment --data`.",
         ) from None
-
-
-def _there(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 def model_of(
@@ -265,4 +267,4 @@ def _has_files(folder: Path) -> bool:
 
 
 def _short(sha256: str) -> str:
-    return f"{sha256[:SHOWN]}..."
+    return sha256[:SHOWN]

@@ -265,10 +265,12 @@ def test_all_cases_of_a_folder_are_made_again_and_one_that_cannot_be_does_not_en
     assert result["same"] is True and Path(result["cases"][0]["output"]).is_file()
     assert "has no case x; it has a, b, c" in rerun(tmp_path, record, "--case", "x")[1]["message"]
     content = json.loads(record.read_text(encoding="utf-8"))
-    for entry in content["cases"].values():
-        del entry["inputs"]
+    del content["cases"]["a"]["inputs"]  # as an earlier version left it
     record.write_text(json.dumps(content), encoding="utf-8")
-    assert "written by an earlier version" in rerun(tmp_path, record)[1]["message"]
+    assert "did not note the sha256 of the inputs of a." in rerun(tmp_path, record)[1]["message"]
+    assert rerun(tmp_path, record, "-i", tmp_path / "scans", "--case", "c")[1]["same"] is True
+    record.write_text(json.dumps({**content, "cases": {}}), encoding="utf-8")
+    assert "has no case that is done" in rerun(tmp_path, record)[1]["message"]
 
 
 def test_a_dicom_folder_is_known_by_its_files(tmp_path):
@@ -299,6 +301,12 @@ def test_what_is_no_record_is_refused_and_nothing_is_overwritten(place, publishe
         assert error["code"] == "output_is_input"
     error = rerun(place, published / "a.seg.nrrd", "-i", published / "scans", "-o", published / "x.png")[1]
     assert "cannot be written" in error["message"]
+    for damage in (
+        lambda record: record["inputs"][0].pop("sha256"),
+        lambda record: record.update(locator={"model": 1}),
+    ):
+        changed(place / "a.seg.nrrd", damage, published / "c.seg.nrrd")
+        assert "does not say how" in rerun(place, published / "c.seg.nrrd")[1]["message"]
     changed(published / "a.seg.nrrd", lambda record: record["settings"].pop("overlap"))
     assert "damaged or incomplete" in rerun(place, published / "a.seg.nrrd", "-i", published / "scans")[1]["message"]
     assert leftovers(published) == []
