@@ -277,15 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="with the VAE branch (default: as the recipe has it)"
     )
-    one.add_argument(
-        "--set",
-        dest="values",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any value of the recipe, by its dotted key, as JSON or a word: 'training.patch=[96,96,96]', "
-        "'spacing_mm=[1,1,1]', training.schedule=poly; once for each",
-    )
+    _set(one)
     one.add_argument("--vram", metavar="8GB", help="choose memory setting and patch so that training fits a card")
     one.add_argument(
         "--fold",
@@ -351,6 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--locate", metavar="MODEL", help="segmenting: this model finds the place first")
     _device(one)
     one.add_argument("-r", "--recipe", help="training by this recipe (name or JSON file), but for what is given here")
+    _set(one)
     one.add_argument("-n", "--network", choices=NETWORKS + ENHANCEMENT_NETWORKS, help="training it (fully_invres)")
     one.add_argument("--engine", choices=ENGINES, help="(auto)")
     one.add_argument("--precision", choices=PRECISIONS, help="(fp32)")
@@ -498,6 +491,17 @@ def _align(parser: argparse.ArgumentParser, text: str = _ALIGN) -> None:
 
 def _window(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help=text)
+
+
+def _set(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of the recipe, by its dotted key, as JSON or a word: 'training.patch=[96,96,96]', "
+        "'spacing_mm=[1,1,1]', training.schedule=poly; once for each",
+    )
 
 
 def _size(parser: argparse.ArgumentParser, side: int) -> None:

@@ -24,7 +24,7 @@ from .model_commands import describe, models
 from .modelpackage import ModelPackage
 from .networkconfig import VAEConfig
 from .plan_command import plan
-from .recipekeys import given_keys, with_values
+from .recipekeys import check_said_once, with_values
 from .reproduce_command import reproduce
 from .rerun_command import rerun
 from .segment_command import segment
@@ -277,10 +277,8 @@ def _wishes(options: argparse.Namespace) -> dict[str, Any]:
 
 def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with the command line's wishes. Raises InvresError where `--set` and another option say the same."""
-    for key in given_keys(options.values):
-        option = _OPTIONS.get(key, "")
-        if option and getattr(options, option.replace("-", "_")) is not None:
-            raise InvresError(f"--{option} and --set both give {key}.", hint="Give one of them.", code="usage")
+    said = {key: one for key, one in _OPTIONS.items() if getattr(options, one.replace("-", "_")) is not None}
+    check_said_once(options.set, said)
     wishes = _wishes(options)
     network, training = recipe.network, recipe.training
     if options.network and options.network != network.name:
@@ -298,7 +296,7 @@ def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     training = training.with_optimizer(wishes.get("optimizer", training.optimizer))
     training = dataclasses.replace(training, **wishes)
     changed = dataclasses.replace(recipe, network=network, training=training, augmentation=augmentation)
-    return with_values(changed, options.values)
+    return with_values(changed, options.set)
 
 
 def _seconds(text: str) -> float:

@@ -13,6 +13,7 @@ from .enhancementconfig import EnhancementConfig
 from .events import Reporter, format_bytes
 from .mirroring import check_mirror
 from .networkconfig import NetworkConfig, VAEConfig
+from .recipekeys import check_said_once, given_keys, with_values
 
 __all__ = ["plan"]
 
@@ -27,12 +28,18 @@ _ROLES = {
     "loss": "head and loss",
 }
 _CHOICES = ("engine", "precision", "memory", "optimizer")
+_OPTIONS = {
+    **{f"training.{key}": key for key in ("patch", *_CHOICES)},
+    **{"training.batch_size": "batch", "network.name": "network", "network.vae": "vae"},
+    **{"network.in_channels": "channels", "network.out_channels": "classes"},
+}
+"""Keys of a recipe that have an option of their own."""
 CHANNELS = CLASSES = 4  # unless the recipe tells; as the networks are compared here
 TENSOR = 6  # components
 PATCHES = {False: (128, 128, 128), True: (11, 11, 11)}  # whether the network enhances; the second is published
 
 
-_OF_STEPS = ("patch", "channels", "classes", "batch", "recipe", "network", "vram", "measure")
+_OF_STEPS = ("patch", "channels", "classes", "batch", "recipe", "network", "vram", "measure", "set")
 _OF_VOLUMES = ("shape", "roi_shape", "mirror", "window", "locate")
 
 
@@ -58,11 +65,11 @@ def plan(options: argparse.Namespace, report: Reporter) -> None:
 def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
     """Raises InvresError where options are given that would not count: their absence in the answer is not seen."""
     given = {name: getattr(options, name) for name in names}
-    # Not None alone: without the options, --window has zeros and --measure is False; --no-vae is False as well.
+    # Not None alone: without the options, --window has zeros, --set nothing and --measure is False; so is --no-vae.
     asked = [
         f"--{name.replace('_', '-')}"
         for name, value in given.items()
-        if (any(value) if name == "window" else value if name == "measure" else value is not None)
+        if (any(value) if name == "window" else value if name in ("measure", "set") else value is not None)
     ]
     if asked:
         raise InvresError(
@@ -131,7 +138,13 @@ def _wanted(options: argparse.Namespace) -> tuple[NetworkConfig, TrainingConfig]
             f"The recipe {recipe.name} trains {recipe.network.name}, and --network asks for {options.network}.",
             hint="Leave one of the two out.",
         )
+    check_said_once(options.set, {key: one for key, one in _OPTIONS.items() if getattr(options, one) is not None})
+    recipe, given_here = with_values(recipe, options.set), given_keys(options.set)
     channels, classes = _sizes(recipe)
+    if "network.in_channels" in given_here:
+        channels = recipe.network.in_channels
+    if "network.out_channels" in given_here:
+        classes = recipe.network.out_channels
     if options.channels is not None:
         channels, classes = options.channels, options.channels if recipe.enhancement else classes
     if options.classes is not None:

@@ -2,7 +2,8 @@
 
 `python -m invres.probe` writes one JSON object a line to stdout: first {"event": "python", ...}, then
 {"event": "importing", "name": ...} and {"event": "package", ...} for each package, at last {"event": "end"}. A package
-that takes Python down when it is imported is the one that was last announced.
+that takes Python down when it is imported is the one that was last announced. With a folder as its argument it also
+writes {"event": "folder", ...} and {"event": "wheel", ...} for each wheel in it, and whether that fits this Python.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ PACKAGES = (
 DRIVER_LIMIT_S = 10
 
 
-def examine() -> Iterator[dict[str, Any]]:
-    """The report, object by object."""
+def examine(wheels: str = "") -> Iterator[dict[str, Any]]:
+    """The report, object by object. wheels: a folder of packages to look through; "": none."""
     folder = sysconfig.get_paths()["purelib"]
     yield {
         "event": "python",
@@ -50,7 +51,10 @@ def examine() -> Iterator[dict[str, Any]]:
         "writable": os.access(folder, os.W_OK),
         "free_bytes": _free_bytes(folder),
         "long_paths": _long_paths(),
+        "platforms": list(dict.fromkeys(tag.platform for tag in _supported_tags())),
     }
+    if wheels:
+        yield from _folder(wheels)
     for distribution, name, requirement in PACKAGES:
         yield {"event": "importing", "name": distribution}
         yield {"event": "package", **_package(distribution, name), "requirement": requirement}
@@ -118,6 +122,42 @@ def _nvidia_cards() -> list[str]:
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
 
 
+def _folder(folder: str) -> Iterator[dict[str, Any]]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        yield {"event": "folder", "path": folder, "error": error.strerror or str(error)}
+        return
+    yield {"event": "folder", "path": folder, "error": ""}
+    supported = frozenset(_supported_tags())
+    utilities = _packaging("utils")
+    for name in names if utilities else ():
+        if not name.endswith(".whl"):
+            continue
+        try:
+            distribution, version, _build, tags = utilities.parse_wheel_filename(name)
+        except ValueError:
+            continue
+        fits = not supported.isdisjoint(tags)
+        yield {"event": "wheel", "file": name, "name": distribution, "version": str(version), "fits": fits}
+
+
+def _supported_tags() -> list[Any]:
+    """The tags of wheels that fit this Python, the best first; [] where pip is missing."""
+    library = _packaging("tags")
+    return list(library.sys_tags()) if library else []
+
+
+def _packaging(module: str) -> Any:
+    """A module of `packaging`: pip's own copy, as pip decides in the end; None where there is none."""
+    for library in ("pip._vendor.packaging", "packaging"):
+        try:
+            return importlib.import_module(f"{library}.{module}")
+        except Exception:  # half a pip
+            continue
+    return None
+
+
 def _free_bytes(folder: str) -> int | None:
     while folder and not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -143,7 +183,7 @@ def main() -> None:
     """Writes the report to stdout; what packages print goes to stderr."""
     stream = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
     os.dup2(2, 1)
-    for entry in examine():
+    for entry in examine(*sys.argv[1:2]):
         stream.write(json.dumps(entry, ensure_ascii=True) + "\n")
         stream.flush()
     stream.close()

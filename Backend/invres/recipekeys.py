@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from . import InvresError
 from .config import Recipe
 from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
 
-__all__ = ["given_keys", "with_values"]
+__all__ = ["check_said_once", "given_keys", "with_values"]
 
 
 def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
@@ -44,6 +44,16 @@ def given_keys(given: Sequence[str]) -> list[str]:
     one is not of this form.
     """
     return [key for text in given for key in _keys_in(*_key_and_value(text))]
+
+
+def check_said_once(given: Sequence[str], options: Mapping[str, str]) -> None:
+    """Raises InvresError where one of `given` and an option say the same. options: keys that an option has said, and
+    how it is written.
+    """
+    for key in given_keys(given):
+        for said, option in options.items():
+            if key == said or key.startswith(f"{said}."):
+                raise InvresError(f"--{option} and --set both give {said}.", hint="Give one of them.", code="usage")
 
 
 def _keys_in(key: str, value: Any) -> Iterator[str]:

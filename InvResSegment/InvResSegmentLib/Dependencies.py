@@ -18,7 +18,7 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
-from . import Paths
+from . import Paths, Settings
 from .ChildProcess import ChildProcess
 from .Diagnostics import diagnosticReport
 from .Protocol import LineSplitter, TextTail, parsedEvent
@@ -33,6 +33,7 @@ from .Requirements import (
     installationSteps,
     judge,
 )
+from .WheelFolder import downloadCommand, folderFailure, fromFolder, wantedNames, withFolder
 
 __all__ = [
     "Dependencies",
@@ -169,7 +170,7 @@ class Dependencies:
 
         A check that is under way is begun anew, and its callback not called.
         """
-        separate = bool(separatePython())
+        separate, folder = bool(separatePython()), Settings.packagesFolder()
         entries: list[dict] = []
         lines = LineSplitter()
 
@@ -177,10 +178,10 @@ class Dependencies:
             entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
 
         def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
-            self.preflight = judge(entries, exitCode, errors.lastLine or reason, separate)
+            self.preflight = withFolder(judge(entries, exitCode, errors.lastLine or reason, separate), separate)
             onDone(self.preflight)
 
-        self._run(("-m", "invres.probe"), onOutput, onEnd)
+        self._run(("-m", "invres.probe", *filter(None, [folder])), onOutput, onEnd)
 
     @property
     def planned(self) -> list[str]:
@@ -194,14 +195,23 @@ class Dependencies:
         """What a person should know before `install`, in sentences; [] before the first check."""
         if self.preflight is None:
             return []
-        return installationAdvice(self.preflight, bool(separatePython()), _pyTorchUtils() is not None)
+        withExtension = _pyTorchUtils() is not None
+        return installationAdvice(self.preflight, bool(separatePython()), withExtension, Settings.packagesFolder())
+
+    def downloadCommand(self, build: str) -> str:
+        """What fills a folder of packages on a computer with internet, see `WheelFolder.downloadCommand`; "" before the
+        first check."""
+        if self.preflight is None:
+            return ""
+        return downloadCommand(self.preflight, bool(separatePython()), build)
 
     def install(self, onDone: Callable[[InstallOutcome], None]) -> None:
         """Does what the last `check` calls for, then checks again. Asks nothing: who calls it has shown `planned` and
         `advice`.
 
         In Slicer's own Python torch comes through the PyTorch extension where it is there, the rest by Slicer's own
-        package installer, which shows its progress. In a separate Python pip runs in the background.
+        package installer, which shows its progress. In a separate Python pip runs in the background. Where a folder of
+        packages is chosen, all comes from it by pip, which has to find everything there before anything is changed.
         """
         preflight = self.preflight
         if preflight is None:
@@ -215,30 +225,17 @@ class Dependencies:
         if not steps:
             self._end(onDone, InstallOutcome("done", _("Everything is installed.")))
             return
-        if separate:
-            self._installSeparately(steps, onDone)
-            return
-        if _mustRestartFirst(steps):
-            self.installPending = True
-            message = _("torch is in use by another module, so it cannot be replaced now.")
-            self._end(onDone, InstallOutcome("restart", message, _("Restart Slicer; the installation then goes on.")))
-            return
-        # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
-        self.installPending = True
-        printed = _Printed(self._log)
-        try:
-            with contextlib.redirect_stdout(printed):
-                for step in steps:
-                    self._log(f"{step.text}\n")
-                    if not self._doInSlicer(step, preflight):
-                        self.installPending = False
-                        self._end(onDone, InstallOutcome("declined", _("The installation was cancelled.")))
-                        return
-        except Exception as error:
-            self.installPending = False
-            self._end(onDone, _failed(error, printed.tail))
-            return
-        self._verify(onDone)
+
+        def begin() -> None:
+            if separate:
+                self._installSeparately(steps, onDone)
+            else:
+                self._installInSlicer(steps, preflight, onDone)
+
+        if Settings.packagesFolder():
+            self._rehearse(steps, preflight, begin, onDone)
+        else:
+            begin()
 
     def cancel(self) -> None:
         """Ends a check, or an installation in a separate Python; its callback is not called."""
@@ -261,12 +258,43 @@ class Dependencies:
             ("Slicer", f"{slicer.app.applicationVersion}, revision {slicer.app.revision}"),
             ("System", f"{slicer.app.os} {slicer.app.arch}"),
             ("Separate Python", separatePython() or "no"),
+            ("Packages from a folder", "yes" if Settings.packagesFolder() else "no"),
             ("PyTorch extension", "yes" if _pyTorchUtils() is not None else "no"),
             ("Slicer's package installer", "yes" if _packaging() is not None else "no"),
         ]
         return diagnosticReport(self.preflight, [*about, *facts], errorCodes)
 
     # ---------------------------------------------------------------- inside
+
+    def _rehearse(
+        self,
+        steps: Sequence[Step],
+        preflight: Preflight,
+        begin: Callable[[], None],
+        onDone: Callable[[InstallOutcome], None],
+    ) -> None:
+        """Lets pip find everything in the folder of packages, also what the packages need in their turn, without
+        changing anything; then begins."""
+        folder = Settings.packagesFolder()
+        self._log(_("Looking whether all packages are in {folder}").format(folder=folder) + "\n")
+        notes = tempfile.TemporaryDirectory()
+        held = [] if separatePython() else ["--constraint", _written(_held(preflight, withTorch=False), notes.name)]
+        tail = TextTail()
+
+        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
+            notes.cleanup()
+            # A pip before 22.2 rehearses nothing.
+            if (exitCode == 0 and not reason) or "no such option" in errors.text:
+                begin()
+                return
+            said = tail.text + errors.text
+            message = folderFailure(said) or _("The packages in {folder} cannot be installed: {reason}.").format(
+                folder=folder, reason=(errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
+            )
+            onDone(InstallOutcome("failed", message, failureHint(said, folder)))
+
+        pip = ["-m", "pip", "--disable-pip-version-check", "install", "--dry-run", *wantedNames(steps)]
+        self._run([*pip, *fromFolder(folder), *held], lambda data: self._log(tail.feed(data)), onEnd)
 
     def _verify(self, onDone: Callable[[InstallOutcome], None]) -> None:
         def onChecked(found: Preflight) -> None:
@@ -278,6 +306,31 @@ class Dependencies:
                 onDone(InstallOutcome("failed", sentence, _("Restart Slicer and press Install again.")))
 
         self.check(onChecked)
+
+    def _installInSlicer(
+        self, steps: Sequence[Step], preflight: Preflight, onDone: Callable[[InstallOutcome], None]
+    ) -> None:
+        if _mustRestartFirst(steps):
+            self.installPending = True
+            message = _("torch is in use by another module, so it cannot be replaced now.")
+            self._end(onDone, InstallOutcome("restart", message, _("Restart Slicer; the installation then goes on.")))
+            return
+        # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
+        self.installPending = True
+        printed = _Printed(self._log)
+        try:
+            with contextlib.redirect_stdout(printed):
+                for step in steps:
+                    self._log(f"{step.text}\n")
+                    if not self._doInSlicer(step, preflight):
+                        self.installPending = False
+                        self._end(onDone, InstallOutcome("declined", _("The installation was cancelled.")))
+                        return
+        except Exception as error:
+            self.installPending = False
+            self._end(onDone, _failed(error, printed.tail))
+            return
+        self._verify(onDone)
 
     def _doInSlicer(self, step: Step, preflight: Preflight) -> bool:
         """Does one step in Slicer's own Python; False if the person has declined."""
@@ -292,9 +345,10 @@ class Dependencies:
         return True
 
     def _installTorch(self, step: Step, preflight: Preflight) -> bool:
-        utilities = _pyTorchUtils()
-        if utilities is None:
-            self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
+        utilities, folder = _pyTorchUtils(), Settings.packagesFolder()
+        if utilities is None or folder:
+            if not folder:
+                self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
             _pipInstall(step.names, _held(preflight, withTorch=False))
             return True
         logic = utilities.PyTorchUtilsLogic()
@@ -315,16 +369,18 @@ class Dependencies:
                 _clearLeftovers(self.preflight, step.names)
             self._next(others, onDone)
             return
+        folder = Settings.packagesFolder()
         pip = ["-m", "pip", "--disable-pip-version-check"]
-        pip += ["uninstall", "--yes", *step.names] if step.kind == "uninstall" else ["install", *step.names]
+        removing = step.kind == "uninstall"
+        pip += ["uninstall", "--yes", *step.names] if removing else ["install", *step.names, *fromFolder(folder)]
 
         def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
             if exitCode == 0 and not reason:
                 self._next(others, onDone)
             else:
-                said = (errors.lastLine or reason).rstrip(".")
+                said = (errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
                 message = _("{step} failed: {reason}.").format(step=step.text, reason=said)
-                onDone(InstallOutcome("failed", message, failureHint(tail.text + errors.text)))
+                onDone(InstallOutcome("failed", message, failureHint(tail.text + errors.text, folder)))
 
         tail = TextTail()
         self._run(pip, lambda data: self._log(tail.feed(data)), onEnd)
@@ -357,7 +413,7 @@ class Dependencies:
                 onEnd(exitCode, reason, errors)
 
         def tooLong() -> None:
-            if self._child is child and arguments[-1] == "invres.probe":
+            if self._child is child and "invres.probe" in arguments:
                 child.kill()
                 ended(-1, _("it took too long"))
 
@@ -422,16 +478,22 @@ def _held(preflight: Preflight, withTorch: bool) -> list[tuple[str, str]]:
 def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> None:
     """Installs into Slicer's own Python without replacing what it has."""
     importlib.invalidate_caches()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "constraints.txt"
-        path.write_text(constraints(held), encoding="utf-8")
-        packaging = _packaging()
-        if packaging is None:
-            slicer.util.pip_install([*names, "--constraint", str(path)])
+    folder, packaging = Settings.packagesFolder(), _packaging()
+    with tempfile.TemporaryDirectory() as notes:
+        path = _written(held, notes)
+        if folder or packaging is None:  # pip_ensure takes packages and no options
+            slicer.util.pip_install([*names, *fromFolder(folder), "--constraint", path])
             return
         packaging.pip_ensure(
             list(names), constraints=path, prompt_install=False, requester="InvResSegment", skip_in_testing=False
         )
+
+
+def _written(held: Sequence[tuple[str, str]], folder: str) -> str:
+    """The path of a constraints file in a folder."""
+    path = Path(folder) / "constraints.txt"
+    path.write_text(constraints(held), encoding="utf-8")
+    return str(path)
 
 
 def _clearLeftovers(preflight: Preflight, names: Sequence[str]) -> None:
@@ -481,4 +543,4 @@ def _failed(error: Exception, printed: str) -> InstallOutcome:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = (errors[-1].removeprefix("ERROR: ") if errors else lines[-1]).rstrip(".")
     message = _("The installation failed: {reason}.").format(reason=reason)
-    return InstallOutcome("failed", message, failureHint(printed + str(error)))
+    return InstallOutcome("failed", message, failureHint(printed + str(error), Settings.packagesFolder()))

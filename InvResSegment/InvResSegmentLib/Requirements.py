@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from slicer.i18n import tr as _
 
 __all__ = [
+    "OPTIONAL",
+    "TORCHVISION",
     "TORCH_REQUIREMENT",
     "PackageState",
     "Preflight",
@@ -31,7 +33,10 @@ OPTIONAL = ("memcnn",)
 TORCH_BYTES = 8 * 1024**3
 OTHER_BYTES = 1024**3
 NO_VERSION = ("No matching distribution found", "Could not find a version that satisfies", "ResolutionImpossible")
-NO_NETWORK = ("Retrying (Retry(", "ConnectionError", "NameResolutionError", "TimeoutError", "ProxyError", "SSLError")
+NO_NETWORK = (
+    *("Retrying (Retry(", "Max retries exceeded", "ConnectionError", "NameResolutionError", "TimeoutError"),
+    *("ProxyError", "SSLError", "getaddrinfo failed", "Temporary failure in name resolution", "Network is unreachable"),
+)
 """What pip says where nothing fits, and where it has not reached the index: then it says the first as well."""
 # pip unpacks files of torch with about 170 characters below the folder of packages.
 LONGEST_BASE = 260 - 170
@@ -58,7 +63,8 @@ class Preflight:
     """What was found. ready: everything works. sentences: in plain words, what is missing or in the way.
 
     blockers: those of them that installing cannot mend. cards: names of CUDA cards that torch sees; idleCards: of
-    NVIDIA cards that it cannot use, being a torch for the CPU. report: the probe's answers as they came.
+    NVIDIA cards that it cannot use, being a torch for the CPU. leftOut: what is optional and cannot be installed from
+    the folder of packages. report: the probe's answers as they came.
     """
 
     ready: bool
@@ -70,6 +76,7 @@ class Preflight:
     torchBuild: str = ""
     cards: tuple[str, ...] = ()
     idleCards: tuple[str, ...] = ()
+    leftOut: tuple[str, ...] = ()
     report: tuple[dict, ...] = field(default=(), repr=False)
 
     def package(self, name: str) -> PackageState | None:
@@ -77,9 +84,14 @@ class Preflight:
         return next((package for package in self.packages if package.name == name), None)
 
     @property
+    def facts(self) -> dict:
+        """What the probe has told of the Python itself; {} where it did not come so far."""
+        return _pythonOf(self.report)
+
+    @property
     def system(self) -> str:
         """Name and version of the operating system, as Python tells it."""
-        return str(_pythonOf(self.report).get("system") or "")
+        return str(self.facts.get("system") or "")
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,9 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
             names = ("torch", TORCHVISION)
             steps.append(Step("uninstall", names, _("Removing torch {version}").format(version=torch.version).rstrip()))
             steps.append(Step("clear", names, _("Clearing what is left of torch")))
-        steps.append(Step("torch", (f"torch{TORCH_REQUIREMENT}", TORCHVISION), _("Installing torch")))
-    own = () if separate else SLICERS_OWN
+        names = tuple(name for name in (f"torch{TORCH_REQUIREMENT}", TORCHVISION) if name not in preflight.leftOut)
+        steps.append(Step("torch", names, _("Installing torch")))
+    own = (*preflight.leftOut, *(() if separate else SLICERS_OWN))
     rest = [p for p in preflight.packages if p.name != "torch" and p.name not in own and p.state != "ok"]
     if not preflight.packages:
         return steps
@@ -185,7 +198,9 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     known = {package.name for package in preflight.packages}
     # A probe that crashed has not looked at the packages behind.
     unseen = [
-        name for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn") if name not in known
+        name
+        for name in ("scipy", "scikit-image", "safetensors", "pydicom", "psutil", "memcnn")
+        if name not in known and name not in own
     ]
     coming = (TORCHVISION,) if torchComes else ()
     needed = [package.needs for package in rest if package.needs not in ("", "torch", *coming, *own)]
@@ -197,11 +212,14 @@ def installationSteps(preflight: Preflight, separate: bool = False) -> list[Step
     return steps
 
 
-def installationAdvice(preflight: Preflight, separate: bool, withExtension: bool) -> list[str]:
+def installationAdvice(preflight: Preflight, separate: bool, withExtension: bool, folder: str = "") -> list[str]:
     """What a person should know before the steps are begun: how much is downloaded, and which torch it will be.
 
-    withExtension: whether Slicer's extension PyTorch, which chooses by the GPU, is there.
+    withExtension: whether Slicer's extension PyTorch, which chooses by the GPU, is there. folder: where the packages
+    come from in place of the internet; "" for the internet.
     """
+    if folder:
+        return [_("All packages come from this folder, and nothing is downloaded: {folder}").format(folder=folder)]
     if not any(step.kind == "torch" for step in installationSteps(preflight, separate)):
         return []
     said = [_("torch is a download of about 3 GB with CUDA, and of less than 1 GB for the CPU only.")]
@@ -229,10 +247,20 @@ def installationAdvice(preflight: Preflight, separate: bool, withExtension: bool
     return said
 
 
-def failureHint(said: str) -> str:
-    """What to do when pip has failed, by what it said."""
+def failureHint(said: str, folder: str = "") -> str:
+    """What to do when pip has failed, by what it said. folder: where the packages come from; "" for the internet."""
+    if folder and any(words in said for words in NO_VERSION):
+        return _(
+            "The folder has to hold packages that fit one another, this Python and the packages that are here: fill "
+            "it anew with the command under Setup, Without internet."
+        )
+    if folder:
+        return _("Check the folder of packages and the free space, restart Slicer, and try again.")
     if any(words in said for words in NO_NETWORK):
-        return _("Check the network, restart Slicer, and try again.")
+        return _(
+            "Check the network, restart Slicer, and try again. A computer without internet installs from a folder of "
+            "packages: see Setup, Without internet."
+        )
     if any(words in said for words in NO_VERSION):
         return _(
             "pip found no version that fits this Python, this computer and the packages that are here; the network and "

@@ -4,11 +4,21 @@ import qt
 
 from .Paths import defaultModelsFolder, defaultRunsFolder
 
-__all__ = ["device", "modelsFolder", "runsFolder", "setDevice", "setModelsFolder", "setRunsFolder"]
+__all__ = [
+    "device",
+    "modelsFolder",
+    "packagesFolder",
+    "runsFolder",
+    "setDevice",
+    "setModelsFolder",
+    "setPackagesFolder",
+    "setRunsFolder",
+]
 
 _DEVICE = "InvResSegment/Device"
 _MODELS_FOLDER = "InvResSegment/ModelsFolder"
 _RUNS_FOLDER = "InvResSegment/RunsFolder"
+_PACKAGES_FOLDER = "InvResSegment/PackagesFolder"
 
 
 def device() -> str:
@@ -39,3 +49,13 @@ def runsFolder() -> str:
 def setRunsFolder(path: str) -> None:
     """Remember the folder of fine-tunings; "" goes back to the default."""
     qt.QSettings().setValue(_RUNS_FOLDER, path)
+
+
+def packagesFolder() -> str:
+    """The folder of packages (wheels) that is installed from; "" for the internet."""
+    return str(qt.QSettings().value(_PACKAGES_FOLDER) or "")
+
+
+def setPackagesFolder(path: str) -> None:
+    """Remember the folder of packages; "" goes back to the internet."""
+    qt.QSettings().setValue(_PACKAGES_FOLDER, path)

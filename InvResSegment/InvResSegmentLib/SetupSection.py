@@ -1,4 +1,4 @@
-"""The setup section: what the backend lacks, in words; installing it; another Python; the diagnostic report."""
+"""The setup section: what the backend lacks, in words; installing it, also without internet; the diagnostic report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from slicer.i18n import tr as _
 from . import Settings
 from .Dependencies import separatePython, setSeparatePython
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
+from .WheelFolder import TORCH_BUILDS
 
 __all__ = ["SetupSection"]
 
@@ -32,11 +33,20 @@ class SetupSection:
         self.installing = False
         ui.pythonPathEdit.filters = ctk.ctkPathLineEdit.Files
         ui.pythonPathEdit.currentPath = separatePython()
+        ui.packagesFolderEdit.filters = ctk.ctkPathLineEdit.Dirs
+        ui.packagesFolderEdit.currentPath = Settings.packagesFolder()
+        ui.offlineButton.collapsed = not Settings.packagesFolder()
+        titles = {"cpu": _("CPU"), "cu130": _("NVIDIA GPU"), "cu126": _("NVIDIA GPU before GTX 16 and RTX 20")}
+        for build in TORCH_BUILDS:
+            ui.torchBuildBox.addItem(titles[build])
         ui.installButton.connect("clicked()", self._onInstall)
         ui.checkButton.connect("clicked()", self.check)
         ui.restartButton.connect("clicked()", self._onRestart)
         ui.reportButton.connect("clicked()", self._onReport)
         ui.pythonPathEdit.connect("currentPathChanged(QString)", self._onPython)
+        ui.packagesFolderEdit.connect("currentPathChanged(QString)", self._onPackagesFolder)
+        ui.torchBuildBox.connect("currentIndexChanged(int)", self._showCommand)
+        ui.saveCommandButton.connect("clicked()", self._onSaveCommand)
         ui.restartButton.visible = False
         ui.setupLog.visible = False
         self._showBusy()
@@ -90,7 +100,16 @@ class SetupSection:
         else:
             self._notice.show(ERROR if preflight.blockers else WARNING, *_sentences(preflight))
         self._ui.setupButton.collapsed = preflight.ready
+        self._showCommand()
         self._showBusy()
+
+    def _showCommand(self, _index: int = 0) -> None:
+        """The command that fills a folder of packages, once it is known which ones fit this Python."""
+        command = self._dependencies.downloadCommand(TORCH_BUILDS[self._ui.torchBuildBox.currentIndex])
+        self._ui.commandEdit.text = command
+        self._ui.commandEdit.cursorPosition = 0
+        self._ui.saveCommandButton.enabled = bool(command)
+        self._ui.torchBuildBox.enabled = "--index-url" in command  # for a Mac there is one build
 
     def _showBusy(self) -> None:
         busy = self.checking or self.installing
@@ -99,7 +118,7 @@ class SetupSection:
         preflight = self._dependencies.preflight
         self._ui.installButton.enabled = not busy and not (preflight is not None and preflight.blockers)
         self._ui.installButton.visible = not self.ready
-        self._ui.pythonPathEdit.enabled = not busy
+        self._ui.pythonPathEdit.enabled = self._ui.packagesFolderEdit.enabled = not busy
         if self.installing:
             self._ui.setupButton.text = _("Setup: installing")
         elif self.checking:
@@ -158,27 +177,38 @@ class SetupSection:
             self._notice.show(INFORMATION, _("Choose the file of a Python, such as bin/python of an environment."))
             return
         setSeparatePython(path)
+        self._checkAnew(restartBackend=True)
+
+    def _onPackagesFolder(self, path: str) -> None:
+        if path.strip() != Settings.packagesFolder():
+            Settings.setPackagesFolder(path.strip())
+            if not self.ready:  # else it is looked at when something is missing
+                self._checkAnew(restartBackend=False)
+
+    def _checkAnew(self, restartBackend: bool) -> None:
         self.ready = False
         self._dependencies.cancel()
         self.checking = False
-        self._onChanged(True)
+        self._onChanged(restartBackend)
         self.check()
 
+    def _onSaveCommand(self) -> None:
+        self._save(_("Save the command"), "InvResSegment-packages.txt", self._ui.commandEdit.text + "\n")
+
     def _onReport(self) -> None:
-        path = qt.QFileDialog.getSaveFileName(
-            self._ui.setupButton, _("Save the diagnostic report"), "InvResSegment-report.txt", _("Text (*.txt)")
-        )
+        facts = [("Device", Settings.device()), ("Setup", self.problem or "ready")]
+        self._save(_("Save the diagnostic report"), "InvResSegment-report.txt", self._dependencies.report(facts))
+
+    def _save(self, title: str, name: str, text: str) -> None:
+        path = qt.QFileDialog.getSaveFileName(self._ui.setupButton, title, name, _("Text (*.txt)"))
         if not path:
             return
-        facts = [("Device", Settings.device()), ("Setup", self.problem or "ready")]
         try:
-            Path(path).write_text(self._dependencies.report(facts), encoding="utf-8")
+            Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
-            self._notice.show(
-                ERROR, _("The report could not be saved: {reason}.").format(reason=error.strerror or error)
-            )
+            self._notice.show(ERROR, _("The file could not be saved: {reason}.").format(reason=error.strerror or error))
             return
-        self._notice.show(GOOD, _("The report was saved to {path}.").format(path=path))
+        self._notice.show(GOOD, _("Saved to {path}.").format(path=path))
 
 
 def _sentences(preflight) -> list[str]:

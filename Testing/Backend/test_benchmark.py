@@ -37,6 +37,12 @@ def small_networks(monkeypatch):
     monkeypatch.setattr(benchmark, "NetworkConfig", lambda **values: complete(channels=(4, 16), **values))
 
 
+@pytest.fixture
+def few_networks(small_networks, monkeypatch):
+    """Three of them, where a test is not about all."""
+    monkeypatch.setattr(benchmark, "NETWORKS", ("unet3d", "partially_invres", "fully_invres"))
+
+
 def assert_progress_is_complete(recorder, stages=1):
     steps = [e for e in recorder.events if e["event"] == "progress"]
     ends = [e for e in steps if e["done"] == e["total"]]
@@ -113,7 +119,7 @@ def test_gradients_agree_under_every_engine(small_networks):
     assert_progress_is_complete(recorder)
 
 
-def test_wrong_gradients_are_reported_as_such(small_networks, monkeypatch):
+def test_wrong_gradients_are_reported_as_such(few_networks, monkeypatch):
     """A recomputation of another function than the one that ran must show in the rows."""
     original = Couple._retreat_half
 
@@ -144,7 +150,7 @@ def test_the_machine_is_named_in_words():
     assert describe_machine("cpu") == f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def test_a_network_that_fails_costs_only_its_own_row(small_networks, monkeypatch):
+def test_a_network_that_fails_costs_only_its_own_row(few_networks, monkeypatch):
     real = benchmark.predict_training
 
     def failing(config, *arguments, **options):
@@ -158,7 +164,7 @@ def test_a_network_that_fails_costs_only_its_own_row(small_networks, monkeypatch
         assert row.get("error") == ("RuntimeError: no room" if row["network"] == "partially_invres" else None)
 
 
-def test_an_engine_that_fails_costs_neither_the_times_of_the_others_nor_their_base(small_networks, monkeypatch):
+def test_an_engine_that_fails_costs_neither_the_times_of_the_others_nor_their_base(few_networks, monkeypatch):
     """`stored` is the first for which a small card has no memory, and memcnn the package that may not be there."""
     real_step, real_memory = benchmark.training_step, benchmark.predict_training
 
@@ -256,6 +262,7 @@ def test_a_convolution_in_groups_counts_a_groups_share_forward_and_twice_that_ba
 def test_variants_stand_beside_what_they_are_variants_of(monkeypatch):
     """Small patches, but the networks as they are: the figures themselves are the command's."""
     monkeypatch.setattr(variants, "WHOLE_VOLUME", (48, 48, 32))
+    monkeypatch.setattr(variants, "DEEP", 4)
     recorder = Recorder()
     rows = variants.bench_variants((32, 32, 32), 4, 4, recorder)
     assert_progress_is_complete(recorder)
@@ -264,7 +271,7 @@ def test_variants_stand_beside_what_they_are_variants_of(monkeypatch):
     for name in variants.INVERTIBLE:
         config = NetworkConfig(name=name, in_channels=4, out_channels=4)
         assert by_key[name, "plain", "low"]["peak_bytes"] == predict_training(config, (32, 32, 32)).peak_bytes
-        deep, single = (by_key[name, f"{count} block{'s' * (count > 1)} a level", "low"] for count in (16, 1))
+        deep, single = (by_key[name, f"{count} block{'s' * (count > 1)} a level", "low"] for count in (4, 1))
         assert deep["activation_ratio"] == deep["activation_bytes"] / single["activation_bytes"] < 1.02
         assert deep["ratio"] > 1.5, "parameters grow with depth, maps do not"
         many = by_key[name, "104 classes", "low"]

@@ -32,7 +32,7 @@ from invres import __version__, commands
 from invres.checkpoint import load_checkpoint
 from invres.config import ChannelPlan, Label, LabelScheme, PreparationPlan, Recipe
 from invres.console import recipes_dir
-from invres.memory import predict_enhancement, predict_for
+from invres.memory import predict_enhancement, predict_for, predict_training
 from invres.modelpackage import save_package
 from invres.networkconfig import NetworkConfig
 from invres.networks import build
@@ -905,6 +905,7 @@ def test_wrong_wishes_for_models_are_told(place, refused, tmp_path, arguments, t
         (["--set", "training.epochs=2", "--epochs", "3"], "--epochs and --set both give training.epochs.", "one"),
         (["--set", 'training={"epochs": 2}', "--epochs", "1"], "--epochs and --set both give training.epochs.", "one"),
         (["--set", 'network={"vae": {"latent": 4}}', "--no-vae"], "--vae and --set both give network.vae.", "one"),
+        (["--set", "network.vae.latent=4", "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--set", "network.vae=null", "--no-vae"], "--vae and --set both give network.vae.", "one"),
         (["--seed", "-1"], "training.seed must be 0 or more, got -1.", ""),
         (["--seed", str(2**40)], "training.seed must be below 2^32", ""),
@@ -1046,6 +1047,9 @@ def test_label_values_that_the_data_set_does_not_name_are_a_warning(tmp_path):
         (["train", "-d", "nowhere", "-o", "run", "--vram", "8"], "--vram needs a unit, as in 8GB"),
         (["plan", "--spacing", 0, 1, 1], "--spacing must be three lengths above 0 mm"),
         (["plan", "--memory", "least"], "invalid choice: 'least'"),
+        (["plan", "--batch", 2, "--set", "training.batch_size=2"], "--batch and --set both give training.batch_size."),
+        (["plan", "--set", "training.patches=[8,8,8]"], "a recipe has no key 'training.patches'"),
+        (["plan", "-m", "brain-any-contrast", "--set", "x=1"], "are for training a network, and --model asks for seg"),
         (["plan", "-n", "unet3d", "--engine", "memcnn"], "unet3d does not run under the engine 'memcnn'"),
         (["bench", "memory", "--patch", -1, 8, 8], "--patch must be three sizes of 1 voxel or more"),
         (["finetune", "-m", "x", "-d", "nowhere", "-o", "run", "--validation-count", -2], "least 1, got -2."),
@@ -1083,6 +1087,16 @@ def test_a_recipe_is_planned_as_it_will_be_trained(recipe):
         network = dataclasses.replace(network, out_channels=len(wanted.labels) + 1)
         predicted = predict_for(network, training, training.engine, regions=False)
     assert outcome.events[-1]["peak_bytes"] == predicted.peak_bytes
+
+
+def test_any_value_of_a_recipe_is_planned_with():
+    size, widths = ["training.patch=[16,16,16]", "training.batch_size=2"], "network.channels=[8,16]"
+    values = [*size, "network.in_channels=1", "network.out_channels=2", "training.optimizer=muon", widths]
+    words = [word for value in values for word in ("--set", value)]
+    found = invres("plan", "-n", "unet3d", *words, "--json").events[-1]
+    config = NetworkConfig(name="unet3d", in_channels=1, out_channels=2, channels=(8, 16))
+    assert found["peak_bytes"] == predict_training(config, (16, 16, 16), 2, optimizer="muon").peak_bytes
+    assert found["optimizer"] == "muon"
 
 
 def test_a_plan_says_what_it_consists_of_and_is_corrected_by_measuring():

@@ -216,7 +216,7 @@ ALLOWED = {
     "rerun_command": ("agreement console devices events inference locating modelpackage outputs rerunrecord"),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
-        "prediction tuningmemory"
+        "prediction recipekeys tuningmemory"
     ),
     "commands": (
         "bench_command cases compare_command config configjson console demo devices doctor enhance_command "

@@ -141,6 +141,8 @@ def takeSegmenting(folder: Path) -> None:
         panel = module.enter().panel
         waitUntil(lambda: not panel.setup.checking, 120)
         shoot("setup_missing")
+        panel.ui.offlineButton.collapsed = False
+        shoot("setup_offline")
 
 
 def takeBundled(folder: Path) -> None:
