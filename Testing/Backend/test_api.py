@@ -331,3 +331,14 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     whole = read_volume(tmp_path / "head.seg.nrrd", kind="labels")
     assert (names["found"].array == whole.array).all(), "from memory as from the file"
     assert names["hippocampus"].max() > 0.5
+
+
+def test_the_line_for_slicers_console_finds_the_package(tmp_path):
+    (line,) = re.findall(r"`(import sys, InvResSegmentLib[^`]*)`", README.read_text(encoding="utf-8"))
+    code = f"{line}; import invres; print(invres.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(README.parent / "InvResSegment")}
+    # -S: without what is installed; Slicer knows the module's folder.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and Path(done.stdout.strip()).samefile(BACKEND / "invres" / "__init__.py"), done.stderr
