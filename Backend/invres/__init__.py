@@ -1,12 +1,48 @@
 """InvResSegment's training and segmentation backend: invertible 3D networks that train in little memory.
 
-This package root imports nothing, so that `invres --help` answers at once and every module may use it.
-Array conventions are stated once, in `invres.volume`.
+From Python: `invres.load_model("brain-any-contrast").segment("head.nii.gz")` segments, `invres.run` runs any verb.
+
+This package root imports nothing, so that `invres --help` answers at once and every module may use it; what it offers
+is imported when it is asked for. Array conventions are stated once, in `invres.volume`.
 """
 
-__all__ = ["Cancelled", "InvresError", "OutOfMemory", "__version__"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what type checkers and editors follow
+    from .api import Model, load_model, run
+    from .memoryimages import image_from_array
+    from .segmentation import Segmentation
 
-__version__ = "0.1.0"
+__all__ = [
+    "Cancelled",
+    "InvresError",
+    "Model",
+    "OutOfMemory",
+    "Segmentation",
+    "__version__",
+    "image_from_array",
+    "load_model",
+    "run",
+]
+
+__version__ = "0.2.0"
+
+_HOMES = {
+    **dict.fromkeys(("Model", "load_model", "run"), "api"),
+    "image_from_array": "memoryimages",
+    "Segmentation": "segmentation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
 
 
 class InvresError(Exception):

@@ -17,6 +17,7 @@ from .events import SILENT, CaseReporter, Reporter, listed
 from .faults import fault_of
 from .inference import Locate, NetworkKeeper, segment
 from .modelpackage import ModelPackage
+from .provenance import PARTS
 from .runfolder import held
 from .segmentoptions import SegmentOptions
 
@@ -24,7 +25,7 @@ __all__ = ["RECORD", "TABLE", "segment_cases"]
 
 ENDS_ALL = ("disk_full", "missing_package")
 """Faults that every other case would meet as well."""
-FIGURES = ("volumes_ml", "confidence", "resampled_channels", "software", "device_title")
+FIGURES = ("volumes_ml", "confidence", *PARTS)
 """What the record keeps of the result of a segmentation, beside its seconds and warnings."""
 
 
@@ -69,7 +70,7 @@ def segment_cases(
                 continue
             record.begin(case.name, target, images)
             try:
-                found = segment(package, case.inputs, target, options, None, of_case, keeper=keeper, locate=locate)
+                found = segment(package, case.inputs, target, options, None, of_case, None, keeper, locate, locator)
             except Exception as error:
                 fault = fault_of(error)
                 if fault.code in ENDS_ALL:

@@ -25,7 +25,7 @@ from .files import SEGMENTATION, WRITABLE_ENDINGS
 from .interruption import terminable
 from .networkconfig import ENHANCEMENT_NETWORKS, NETWORKS
 
-__all__ = ["main"]
+__all__ = ["main", "perform"]
 
 _MEMORY = (
     "how far the reversible engine goes: low (little memory at hardly any cost in time), lower (fewer channels at a "
@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None, report: Reporter | None = None)
     if report is None:
         report = JsonReporter() if "--json" in arguments else TerminalReporter()
     try:
-        options = _parser().parse_args(arguments)
-        options.run(options, report)
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        perform(arguments, report)
         return 0
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,14 +107,18 @@ def main(arguments: Sequence[str] | None = None, report: Reporter | None = None)
         return fault.exit_code
 
 
+def perform(arguments: Sequence[str], report: Reporter) -> None:
+    """Runs one command; what goes wrong is raised. Raises SystemExit after --help and --version."""
+    options = _parser().parse_args(arguments)
+    options.run(options, report)
+
+
 def _verb(name: str) -> Callable[[argparse.Namespace, Reporter], None]:
     """The function `name` of the commands module, imported when it is called."""
 
     def run(options: argparse.Namespace, report: Reporter) -> None:
         from . import commands
 
-        with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         # The worker ends as its requests do.
         with contextlib.nullcontext() if name == "worker" else terminable():
             getattr(commands, name)(options, report)
@@ -207,6 +212,36 @@ def _parser() -> argparse.ArgumentParser:
         help="keep small pieces that hang loose, which a model of one connected structure leaves out",
     )
     _device(one)
+
+    one = add(
+        "rerun",
+        "Makes segmentations again, exactly as their record says, and compares them with the stored ones.",
+        "rerun",
+    )
+    one.add_argument(
+        "record",
+        type=Path,
+        metavar="FILE",
+        help="a .seg.nrrd, a .json that --provenance wrote, or the segmentations.json of segment --data",
+    )
+    one.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        action="append",
+        metavar="PLACE",
+        help="file, or folder to look in with all folders below it, for the inputs, which are known by their content "
+        "whatever they are called now; may be repeated (default: the folder of FILE alone)",
+    )
+    one.add_argument("-m", "--model", help="name or path, where the model of the record is not installed")
+    one.add_argument("--locate", metavar="MODEL", help="the same for the model that found the place")
+    one.add_argument(
+        "-o", "--output", type=Path, help="also write it: .seg.nrrd, .nii.gz, .nii, .nrrd or .mha; of cases a folder"
+    )
+    one.add_argument(
+        "--case", nargs="+", action="extend", default=[], metavar="NAME", help="of a segmentations.json (default: all)"
+    )
+    one.add_argument("--device", help="auto, cpu or cuda:0 (default: of the kind of the record)")
 
     one = add("enhance", "Gives a scan at finer voxels, with a model of image quality transfer.", "enhance")
     one.add_argument("-m", "--model", required=True, help="name of a model, or path of a package")

@@ -26,6 +26,7 @@ from .networkconfig import VAEConfig
 from .plan_command import plan
 from .recipekeys import check_said_once, with_values
 from .reproduce_command import reproduce
+from .rerun_command import rerun
 from .segment_command import segment
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "models",
     "plan",
     "reproduce",
+    "rerun",
     "segment",
     "train",
     "worker",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from . import InvresError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DeviceInfo", "choose_device", "device_info", "list_devices"]
+__all__ = ["DeviceInfo", "choose_device", "computation_told", "computed_as", "device_info", "list_devices"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,32 @@ def device_info(device: Any) -> DeviceInfo:
     import torch
 
     return _card(torch, device.index or 0)
+
+
+def computation_told(device: Any) -> dict[str, Any]:
+    """What rounding depends on, besides the make of the device: the number of threads of a CPU, which sum in another
+    order, and whether a card multiplies in TF32."""
+    import torch
+
+    card = device.type == "cuda"
+    tf32 = card and torch.backends.cudnn.allow_tf32
+    threads = None if card else torch.get_num_threads()
+    return {"device": str(device), "threads": threads, "precision": "tf32" if tf32 else "fp32"}
+
+
+@contextmanager
+def computed_as(told: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, torch computes as `computation_told` says; a number of threads or a precision that is None is left."""
+    import torch
+
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_num_threads(told["threads"] or threads)
+        torch.backends.cudnn.allow_tf32 = tf32 if told["precision"] is None else told["precision"] == "tf32"
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _card(torch: Any, index: int) -> DeviceInfo:

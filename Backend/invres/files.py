@@ -16,6 +16,7 @@ from typing import Any
 from . import InvresError
 
 __all__ = [
+    "HEADERS_ALONE",
     "SEGMENTATION",
     "WRITABLE_ENDINGS",
     "digest_of",

@@ -15,7 +15,7 @@ from .events import SILENT, Reporter
 from .image_header import Header, TimeAxis
 from .nifti_file import nifti_chunks, nifti_frames
 from .segmentfiles import series_files
-from .volume import Geometry, Volume, check_scalar, finite, read_volume
+from .volume import Geometry, Volume, check_scalar, finite_values, read_volume
 from .volume_io import read_header, read_voxels
 
 __all__ = ["FRAME", "Series", "frames_in_words", "open_series"]
@@ -123,7 +123,7 @@ def _volumes(path: Path | None, header: Header | None, report: Reporter) -> Iter
         report.warning(sentence, path=str(path))
     grid = Geometry.from_affine(header.affine, header.shape)
     for array in _arrays(path, header):
-        yield Volume(finite(array, path.name, report), grid)
+        yield Volume(finite_values(array, path.name, report), grid)
 
 
 def _arrays(path: Path, header: Header) -> Iterator[np.ndarray]:

@@ -117,7 +117,7 @@ def itk_information(file: str) -> sitk.ImageFileReader:
     return reader
 
 
-def itk_affine(path: Path, reader: sitk.ImageFileReader) -> np.ndarray:
+def itk_affine(path: Path, reader: sitk.ImageFileReader | sitk.Image) -> np.ndarray:
     """(d, h, w, 1) -> RAS of a header; raises InvresError for a voxel size that is not above 0."""
     spacing = np.array(reader.GetSpacing()[:3])
     check_spacing(path, spacing)

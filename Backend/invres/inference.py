@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import InvresError, __version__
+from . import InvresError
 from .alignment import align_channels, resampled_sentence
-from .config import ChannelPlan, CropPlan, LabelScheme
-from .devices import choose_device, device_info
+from .config import ChannelPlan, CropPlan
+from .devices import choose_device, computation_told, device_info
 from .events import SILENT, Reporter
 from .expectation import unlike_modality, unlike_result
 from .manifest import Manifest
@@ -29,42 +26,32 @@ from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork, build_predictor
 from .pace import remember_windows
 from .pieces import clear_loose_pieces
-from .prediction import Prediction, SegmentOptions, confidence_of, predict_within_memory
+from .prediction import SegmentOptions, confidence_of, predict_within_memory
 from .preprocessing import PreparedCase, prepare
-from .provenance import FIELD, header_text, inputs_told
-from .region import Bounds, Box, are_left_and_right, clear_outside, crop_to_region, cut_out
-from .restoration import restore_probabilities, restore_uncertainty, restore_volume
-from .segmentfiles import check_files, counted, each_channel, files_of_channels, maps_of
+from .provenance import inputs_told, model_told, software_told
+from .region import Bounds, are_left_and_right, clear_outside, crop_to_region, cut_out
+from .restoration import restore_probabilities
+from .segmentation import Segmentation, SegmentedCase, joined, volumes_of, volumes_of_part
+from .segmentfiles import check_files, counted, each_channel, files_of_channels
 from .sides import sided_scheme
-from .volume import (
-    SEVERAL_VOLUMES,
-    Geometry,
-    Volume,
-    read_channels,
-    read_volume,
-    write_segmentation,
-    write_volume,
-)
+from .volume import SEVERAL_VOLUMES, Geometry, Volume, read_channels, read_volume
 
 __all__ = [
     "Clock",
-    "Found",
     "Locate",
     "NetworkKeeper",
-    "SegmentedCase",
-    "bytes_beside",
-    "find",
-    "how_made",
+    "Source",
     "is_crop",
     "load_network",
-    "looked_at",
     "segment",
     "segment_case",
+    "segment_inputs",
     "segment_volumes",
 ]
 
 Locate = Callable[[Sequence[Volume | None], Reporter], tuple[Sequence[Bounds], int]]
-WHOLE: Box = (slice(None), slice(None), slice(None))
+Source = Path | Sequence[Volume]
+"""Where the voxels of an input come from: an image file or DICOM folder, or volumes in memory, one for each channel."""
 WORTH_TELLING_ML = 1.0  # of loose pieces
 OF_FRAMES = (
     "Where they are frames of a series, segment this file alone with --frames; else extract one volume of it, such as "
@@ -121,18 +108,6 @@ def segment_volumes(
     if options.roi_mm:
         clear_outside(found.labels.array, found.labels.geometry, options.roi_mm)
     return found.labels, found.prediction.probabilities, found.prepared
-
-
-@dataclass(frozen=True)
-class SegmentedCase:
-    """A case that was segmented. labels: also those around a region of interest, which help to tell left from right.
-    seconds: by stage. where: of the part in the whole image."""
-
-    labels: Volume
-    prepared: PreparedCase
-    prediction: Prediction
-    seconds: dict[str, float]
-    where: Box = WHOLE
 
 
 def is_crop(crop: CropPlan, volumes: Sequence[Volume | None]) -> bool:
@@ -255,126 +230,91 @@ def segment(
     network: SegmentationNetwork | None = None,
     keeper: NetworkKeeper | None = None,
     locate: Locate | None = None,
+    locator: ModelPackage | None = None,
     uncertainty_path: Path | None = None,
+    provenance_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Segments files into a file. inputs: channel name -> image file or DICOM folder; "" -> a file with all channels.
-    Optional channels may be left out.
+    """Segments files into a file: `segment_inputs`, then `Segmentation.save`, whose arguments the paths are.
 
-    probabilities_path: FILE.nii.gz (or another ending; none means .nii.gz): FILE_LABEL.nii.gz is written by label.
-    uncertainty_path: where a map of how likely each label is to be wrong goes, see `restore_uncertainty`.
+    Returns a summary: paths, volumes in mL, seconds by stage, measured memory, and all that is needed to do the same
+    again. Raises InvresError as these two do, for results that could not be written before any work.
+    """
+    clock, resident = Clock(), PeakResident()
+    check_files(package.manifest, inputs, output, probabilities_path, uncertainty_path)
+    found = segment_inputs(package, inputs, options, report, network, keeper, locate, locator)
+    clock.add(found.seconds)
+    report.progress("segment.write", 0, 1)
+    paths = found.save(
+        output, probabilities=probabilities_path, uncertainty=uncertainty_path, provenance=provenance_path
+    )
+    report.progress("segment.write", 1, 1)
+    clock.lap("write")
+    return {
+        **paths,
+        "volumes_ml": found.volumes_ml,
+        "confidence": found.confidence,
+        "seconds": clock.rounded(),
+        "measured_bytes": found.measured_bytes,
+        "measured_rss_bytes": resident.growth_bytes(),
+        **found.provenance,
+    }
+
+
+def segment_inputs(
+    package: ModelPackage,
+    inputs: Mapping[str, Source],
+    options: SegmentOptions = SegmentOptions(),
+    report: Reporter = SILENT,
+    network: SegmentationNetwork | None = None,
+    keeper: NetworkKeeper | None = None,
+    locate: Locate | None = None,
+    locator: ModelPackage | None = None,
+) -> Segmentation:
+    """Segments one case. inputs: channel name -> where its voxels are; "" -> one that has all channels. Optional
+    channels may be left out.
+
     network: an already loaded one; else `keeper` gives it, or it is loaded for this run, on `options.device`.
     locate: finds the boxes in a whole image that a model trained on crops is to segment (see `locating`), and says how
-    many bytes that took.
+    many bytes that took; locator: the model that it asks, for the record.
     Warns where image or result are unlike what the model has seen in training.
     Labels that have sides (`Manifest.sides`) are divided into left and right, unless `options` say otherwise or nobody
     can tell; probabilities, confidence and what is expected are of both sides together.
-    Returns a summary: paths, volumes in mL (of each region as a whole, also where the written label map shows another
-    region on top of it), seconds by stage, measured memory, and all that is needed to do the same again.
-    Raises InvresError for inputs that do not fit the model, for mirroring that would swap labels of both sides, and for
-    results that would overwrite an input.
+    Raises InvresError for inputs that do not fit the model, and for mirroring that would swap labels of both sides.
     """
-    clock, resident = Clock(), PeakResident()
-    manifest = package.manifest
-    check_files(manifest, inputs, output, probabilities_path, uncertainty_path)
+    clock, manifest = Clock(), package.manifest
     options = options.mirrored_as(manifest.mirror_axes)
     check_mirror(manifest.scheme, options.mirror_axes or ())
     report.progress("segment.read", 0, 1)
     volumes = _read_inputs(manifest.plan.channels, inputs, package.name, report)
-    volumes, resampled = looked_at(package, volumes, options, report)
-    read = inputs_told(inputs)
-    report.progress("segment.read", 1, 1)
-    clock.lap("read")
-    if network is None:
-        network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
-    clock.lap("load")
-    found = find(package, network, volumes, options, report, locate, clock)
-    labels, parts, roi_mm = found.labels, found.parts, options.roi_mm
-    how = how_made(package, network, volumes, resampled, options, found)
-    how["inputs"] = read
-    report.progress("segment.write", 0, 1)
-    write_segmentation(output, labels, found.scheme, {FIELD: header_text(how)})
-    maps = {} if probabilities_path is None else maps_of(probabilities_path, manifest)
-    written = _write_probabilities(maps, parts, labels.geometry, manifest.scheme, roi_mm)
-    if uncertainty_path is not None:
-        _write_uncertainty(uncertainty_path, parts, labels.geometry, manifest.scheme, roi_mm)
-    report.progress("segment.write", 1, 1)
-    clock.lap("write")
-    return {
-        "output": str(output),
-        "probabilities": written,
-        "uncertainty": None if uncertainty_path is None else str(uncertainty_path),
-        "volumes_ml": found.volumes_ml,
-        "confidence": round(found.confidence, 4),
-        "seconds": clock.rounded(),
-        "measured_bytes": found.measured_bytes + bytes_beside(network, volumes),
-        "measured_rss_bytes": resident.growth_bytes(),
-        "device": str(next(network.parameters()).device),
-        **how,
-    }
-
-
-def looked_at(
-    package: ModelPackage, volumes: Sequence[Volume | None], options: SegmentOptions, report: Reporter
-) -> tuple[Sequence[Volume | None], list[str]]:
-    """The volumes of a case as they were read, on one grid where `options` want it, and the names of those that were
-    resampled for that. Says what is missing, and warns where an image or a wish is unlike what the model has seen."""
-    channels = package.manifest.plan.channels
-    names = [channel.name for channel in channels]
+    names = [channel.name for channel in manifest.plan.channels]
     resampled: list[str] = []
     if options.align:
         volumes, resampled = align_channels(volumes, names)
         if resampled:
             report.note(resampled_sentence([resampled]))
-    if missing := _missing(package, volumes):
+    missing = [name for name, volume in zip(names, volumes, strict=True) if volume is None]
+    if missing:
         report.note(f"There is no {' and no '.join(missing)}; the model was trained to do without.")
-    for sentence in unlike_modality(channels, [None if volume is None else volume.array for volume in volumes]):
+    files = {name: source if isinstance(source, Path) else None for name, source in inputs.items()}
+    read = inputs_told(files)
+    report.progress("segment.read", 1, 1)
+    clock.lap("read")
+    arrays = [None if volume is None else volume.array for volume in volumes]
+    for sentence in unlike_modality(manifest.plan.channels, arrays):
         report.warning(sentence)
-    if odd := _odd_window(options.window, package.manifest.patch):
+    if odd := _odd_window(options.window, manifest.patch):
         report.warning(odd)
-    return volumes, resampled
-
-
-def _missing(package: ModelPackage, volumes: Sequence[Volume | None]) -> list[str]:
-    channels = package.manifest.plan.channels
-    return [channel.name for channel, volume in zip(channels, volumes, strict=True) if volume is None]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found in the volumes of a case, before it is written.
-
-    labels, scheme: divided into left and right where the model has sides and they can be told. boxes: that `parts` lie
-    in; () of a whole image. volumes_ml: of each region as a whole. confidence: the least of all parts.
-    """
-
-    labels: Volume
-    scheme: LabelScheme
-    parts: Sequence[SegmentedCase]
-    boxes: Sequence[Bounds]
-    volumes_ml: dict[str, float]
-    confidence: float
-    measured_bytes: int
-
-
-def find(
-    package: ModelPackage,
-    network: SegmentationNetwork,
-    volumes: Sequence[Volume | None],
-    options: SegmentOptions,
-    report: Reporter,
-    locate: Locate | None,
-    clock: Clock,
-) -> Found:
-    """Segments volumes that were `looked_at`. locate: see `segment`. Warns where the result is unlike what the model
-    has seen."""
-    manifest, roi_mm = package.manifest, options.roi_mm
+    if network is None:
+        network = (keeper or NetworkKeeper()).network(package, choose_device(options.device), report)
+    clock.lap("load")
     boxes, locating_bytes = _boxes(package, volumes, options, locate, report)
     if boxes:
         clock.lap("locate")
     parts = _segment_parts(package, network, volumes, boxes, options, report)
     for part in parts:
         clock.add(part.seconds)
-    labels, scheme = _joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
+    roi_mm = options.roi_mm
+    labels, scheme = joined(parts, next(volume.geometry for volume in volumes if volume is not None)), manifest.scheme
     _remember_windows(package, parts, labels.geometry, options)
     if manifest.sides and options.sides:
         both = _divided(labels, parts, boxes, manifest, report)
@@ -383,59 +323,51 @@ def find(
         clock.lap("sides")
     if roi_mm:
         clear_outside(labels.array, labels.geometry, roi_mm)
-    of_parts = [_volumes_ml(part, manifest.scheme, roi_mm) for part in parts]
-    if scheme.regions:
-        volumes_ml = {name: round(sum(one[name] for one in of_parts), 3) for name in scheme.names}
-    else:  # not the sum of parts: boxes may overlap, and a voxel counts once
-        volumes_ml = _label_volumes_ml(labels, scheme)
+    of_parts = [volumes_of_part(part, manifest.scheme, roi_mm) for part in parts]
     confidences = [confidence_of(part.prediction.probabilities, manifest.scheme.regions) for part in parts]
     if not roi_mm:
         said = (unlike_result(manifest.expected, *seen) for seen in zip(of_parts, confidences, strict=True))
         for sentence in dict.fromkeys(itertools.chain(*said)):
             report.warning(sentence)
-    measured = max(locating_bytes, *(part.prediction.measured_bytes for part in parts))
-    return Found(labels, scheme, parts, boxes, volumes_ml, min(confidences), measured)
-
-
-def how_made(
-    package: ModelPackage,
-    network: SegmentationNetwork,
-    volumes: Sequence[Volume | None],
-    resampled: Sequence[str],
-    options: SegmentOptions,
-    found: Found,
-) -> dict[str, Any]:
-    """All that is needed to do the same again, but for the `inputs`."""
-    manifest, parts = package.manifest, found.parts
-    return {
-        "missing_channels": _missing(package, volumes),
-        "resampled_channels": list(resampled),
-        "device_title": device_info(next(network.parameters()).device).title,
-        "model": package.name,
-        "model_id": package.id,
-        "model_version": manifest.version,
-        "model_sha256": manifest.sha256,
-        "settings": {
-            "window": list(parts[0].prediction.window),
-            "windows": sum(part.prediction.windows for part in parts),
-            "overlap": options.overlap,
-            "mirror_axes": list(options.mirror_axes or ()),
-            "roi_mm": list(options.roi_mm),
-            "sides": options.sides,
-            "one_piece": options.one_piece,
-            "align": options.align,
-            "boxes_mm": [list(box) for box in found.boxes],
-        },
-        "software": {"invres": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-
-
-def bytes_beside(network: SegmentationNetwork, volumes: Sequence[Volume | None]) -> int:
-    """Of the volumes of the files, where they share the memory that the network ran in: not on a card."""
-    if next(network.parameters()).device.type == "cuda":
-        return 0
+    device = next(network.parameters()).device
     # The tensors share the memory of the prepared image; the volumes of the files stand beside them.
-    return sum(volume.array.nbytes for volume in volumes if volume is not None)
+    beside = 0 if device.type == "cuda" else sum(volume.array.nbytes for volume in volumes if volume is not None)
+    clock.lap("restore")
+    return Segmentation(
+        labels=labels,
+        scheme=scheme,
+        volumes_ml=volumes_of(labels, scheme, of_parts),
+        confidence=round(min(confidences), 4),
+        provenance={
+            **model_told(package),
+            # Whoever gives the box, or an image as small as a crop, asks no other model.
+            "locator": model_told(locator) if locator is not None and boxes and not roi_mm else None,
+            "inputs": read,
+            "missing_channels": missing,
+            "resampled_channels": resampled,
+            "settings": {
+                # The largest of all parts: with it each gets the window that it had, for none is larger than the part.
+                "window": [max(sizes) for sizes in zip(*(part.prediction.window for part in parts), strict=True)],
+                "windows": sum(part.prediction.windows for part in parts),
+                "overlap": options.overlap,
+                "mirror_axes": list(options.mirror_axes or ()),
+                "roi_mm": list(options.roi_mm),
+                "sides": options.sides,
+                "one_piece": options.one_piece,
+                "align": options.align,
+                "boxes_mm": [list(box) for box in boxes],
+            },
+            "software": software_told(),
+            "device_title": device_info(device).title,
+            **computation_told(device),
+        },
+        scheme_of_network=manifest.scheme,
+        parts=tuple(parts),
+        roi_mm=roi_mm,
+        files=tuple(path for path in files.values() if path is not None),
+        seconds=clock.seconds,
+        measured_bytes=max(locating_bytes, *(part.prediction.measured_bytes for part in parts)) + beside,
+    )
 
 
 def _remember_windows(
@@ -473,7 +405,7 @@ class Clock:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage] = now - self._last
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
     def add(self, seconds: Mapping[str, float]) -> None:
@@ -503,120 +435,43 @@ def _divided(
         )
         for part, right in zip(parts, (False, True), strict=True)
     ]
-    return _joined(of_sides, labels.geometry)
-
-
-def _joined(parts: Sequence[SegmentedCase], grid: Geometry) -> Volume:
-    """The labels of all parts on the grid of the whole image."""
-    if parts[0].where == WHOLE:
-        return parts[0].labels
-    labels = np.zeros(grid.shape, parts[0].labels.array.dtype)
-    for part in parts:
-        inside = labels[part.where]
-        np.copyto(inside, part.labels.array, where=part.labels.array != 0)
-    return Volume(labels, grid)
-
-
-def _write_probabilities(
-    maps: Mapping[str, Path], parts: Sequence[SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
-) -> list[str]:
-    """One map per label (and for the background where labels exclude one another); the paths."""
-    written = []
-    for place, (name, target) in enumerate(maps.items()):
-        outside = 1.0 if name == "background" and not scheme.regions else 0.0
-
-        def restored(part: SegmentedCase, place: int = place, outside: float = outside) -> np.ndarray:
-            array, prepared = part.prediction.probabilities[place], part.prepared
-            return restore_volume(array, prepared.geometry, prepared.original, outside)
-
-        _write_map(target, parts, grid, roi_mm, restored, outside)
-        written.append(os.fspath(target))
-    return written
-
-
-def _write_uncertainty(
-    target: Path, parts: Sequence[SegmentedCase], grid: Geometry, scheme: LabelScheme, roi_mm: Bounds
-) -> None:
-    """0 where nothing was segmented: beyond the parts, and outside of a region of interest."""
-
-    def restored(part: SegmentedCase) -> np.ndarray:
-        prepared = part.prepared
-        found, labels = part.prediction.probabilities, part.labels.array
-        return restore_uncertainty(found, labels, prepared.geometry, prepared.original, scheme.regions)
-
-    _write_map(target, parts, grid, roi_mm, restored, 0.0)
-
-
-def _write_map(
-    target: Path,
-    parts: Sequence[SegmentedCase],
-    grid: Geometry,
-    roi_mm: Bounds,
-    restored: Callable[[SegmentedCase], np.ndarray],
-    outside: float,
-) -> None:
-    """A map of all parts on the grid of the whole image. restored: that of a part, float32 on its own grid."""
-    if parts[0].where == WHOLE:
-        whole = restored(parts[0])
-    else:
-        whole = np.full(grid.shape, outside, np.float32)
-        for part in parts:
-            whole[part.where] = restored(part)
-    if roi_mm:
-        clear_outside(whole, grid, roi_mm, outside)
-    write_volume(target, Volume(whole, grid))
+    return joined(of_sides, labels.geometry)
 
 
 def _read_inputs(
-    channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str, report: Reporter
+    channels: Sequence[ChannelPlan], inputs: Mapping[str, Source], model: str, report: Reporter
 ) -> Sequence[Volume | None]:
     """One volume for each of the model's channels, in its order, None for an optional one that is not given.
 
     Names are matched whatever their case.
     """
     found = files_of_channels(channels, inputs, model)
-    if not isinstance(found, Path):
-        return [None if path is None else _read_one(path, report) for path in found]
-    volumes = read_channels(found, report=report)
+    if found is not None:
+        return [None if source is None else _read_one(source, report) for source in found]
+    source = inputs[""]
+    volumes = read_channels(source, report=report) if isinstance(source, Path) else source
     if len(volumes) != len(channels):
         names = [channel.name for channel in channels]
         hint = f"Give each channel once: {each_channel(channels)}."
         if len(names) == 1:
-            hint = OF_FRAMES
+            hint = OF_FRAMES if isinstance(source, Path) else "Give one volume of it, such as the first."
+        what = str(source) if isinstance(source, Path) else "the image"
         raise InvresError(
-            f"The model {model} takes {counted(names)}; {found} holds {len(volumes)} volume"
+            f"The model {model} takes {counted(names)}; {what} holds {len(volumes)} volume"
             f"{'' if len(volumes) == 1 else 's'}.",
             hint=hint,
         )
     return volumes
 
 
-def _read_one(path: Path, report: Reporter) -> Volume:
-    try:
-        return read_volume(path, report=report)
-    except InvresError as error:
-        if error.code != SEVERAL_VOLUMES:
-            raise
-        raise InvresError(error.message, hint=OF_FRAMES, code=error.code) from None
-
-
-def _label_volumes_ml(labels: Volume, scheme: LabelScheme) -> dict[str, float]:
-    """Millilitres of each label that excludes the others."""
-    voxel_ml = float(np.prod(labels.geometry.spacing_mm)) / 1000
-    return {label.name: round(int((labels.array == label.output_value).sum()) * voxel_ml, 3) for label in scheme.labels}
-
-
-def _volumes_ml(found: SegmentedCase, scheme: LabelScheme, roi_mm: Bounds) -> dict[str, float]:
-    """Millilitres of each label or region on the original grid."""
-    if not scheme.regions:
-        return _label_volumes_ml(found.labels, scheme)
-    prepared, grid = found.prepared, found.labels.geometry
-    voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
-    volumes = {}
-    for label, probability in zip(scheme.labels, found.prediction.probabilities, strict=True):
-        # Counted before regions overwrite one another in the label map.
-        inside = restore_volume(probability, prepared.geometry, prepared.original) > 0.5
-        if roi_mm and found.where == WHOLE:
-            clear_outside(inside, grid, roi_mm)
-        volumes[label.name] = round(int(inside.sum()) * voxel_ml, 3)
-    return volumes
+def _read_one(source: Source, report: Reporter) -> Volume:
+    if isinstance(source, Path):
+        try:
+            return read_volume(source, report=report)
+        except InvresError as error:
+            if error.code != SEVERAL_VOLUMES:
+                raise
+            raise InvresError(error.message, hint=OF_FRAMES, code=error.code) from None
+    if len(source) != 1:
+        raise InvresError(f"One image of a channel holds {len(source)} volumes, but one is wanted.")
+    return source[0]

@@ -1,16 +1,19 @@
-"""Ctrl-C while torch is being imported: an exception in the middle of that would end the process with an abort."""
+"""Stops that wait for a good moment: of an import of torch, which an exception would end with an abort, and of a verb
+that saves first."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["end_wanted", "postponed", "terminable"]
+__all__ = ["end_wanted", "postponed", "stop_when_saved", "stoppable", "terminable"]
 
 _end = threading.Event()
+_stop: ContextVar[Callable[[], None] | None] = ContextVar("stop", default=None)
 
 
 @contextmanager
@@ -62,3 +65,21 @@ def postponed() -> Iterator[None]:
 def end_wanted() -> bool:
     """Whether SIGTERM came meanwhile: for a process that would go on with something else."""
     return _end.is_set()
+
+
+@contextmanager
+def stoppable(ask: Callable[[], None]) -> Iterator[None]:
+    """Inside, `stop_when_saved` of this thread calls `ask`, which must not raise."""
+    token = _stop.set(ask)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def stop_when_saved() -> bool:
+    """Asks the verb that is at work in this thread to save and stop; False where none listens. May be called again."""
+    ask = _stop.get()
+    if ask is not None:
+        ask()
+    return ask is not None

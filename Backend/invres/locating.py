@@ -12,17 +12,19 @@ from scipy import ndimage
 
 from . import InvresError
 from .config import CropPlan, LabelScheme
+from .devices import choose_device
 from .events import SILENT, FilteredReporter, Reporter
-from .inference import segment_case
+from .inference import Locate, NetworkKeeper, segment_case
 from .modelpackage import ModelPackage
 from .networks import SegmentationNetwork
 from .prediction import SegmentOptions
 from .preprocessing import NOTHING_TO_SEGMENT
 from .region import Bounds
+from .segmentfiles import check_locatable
 from .sides import SIDES
 from .volume import Volume
 
-__all__ = ["boxes_around", "can_locate", "crop_shape", "locate"]
+__all__ = ["boxes_around", "can_locate", "crop_shape", "finder", "locate"]
 
 SMALLEST_PART = 0.25  # of the largest piece: smaller ones are specks, not another side
 
@@ -38,6 +40,21 @@ def crop_shape(
     """Voxels of the largest crop out of an image of this shape and spacing, all (D, H, W) and canonical."""
     d, h, w = (min(n, math.ceil(mm / s)) for n, mm, s in zip(shape, crop.largest_mm, spacing_mm, strict=True))
     return d, h, w
+
+
+def finder(package: ModelPackage, other: ModelPackage, device: str, keeper: NetworkKeeper) -> Locate:
+    """What finds the boxes for a package that was trained on crops, with the other model, whose network `keeper` has.
+
+    Raises InvresError for a package that segments whole images.
+    """
+    check_locatable(package.manifest)
+    crop = package.manifest.plan.crop
+    assert crop is not None
+
+    def find(volumes: Sequence[Volume | None], report: Reporter) -> tuple[Sequence[Bounds], int]:
+        return locate(other, keeper.network(other, choose_device(device)), volumes, crop, report)
+
+    return find
 
 
 def locate(

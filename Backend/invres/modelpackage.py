@@ -82,6 +82,11 @@ class ModelPackage:
     def id(self) -> str:
         return self.manifest.id
 
+    def manifest_digest(self) -> str:
+        """The sha256 of the manifest's file, which an imported or exported package keeps."""
+        with member(self.path, MANIFEST) as stream:
+            return copy(stream, None)
+
     def load_weights(self, as_stored: bool = False) -> dict[str, Tensor]:
         """The network's state on the CPU; tensors stored in 16 bits come back as float32, unless `as_stored`.
 

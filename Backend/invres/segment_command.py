@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .events import Reporter, TerminalReporter, WhileHeard, format_seconds, list
 from .expectation import Expectation, confidence_in_words
 from .modelpackage import ModelPackage
 from .outputs import check_provenance, check_table
-from .provenance import write_provenance
+from .segmentfiles import check_locatable
 from .segmentoptions import SegmentOptions
 
 if TYPE_CHECKING:
@@ -67,13 +67,14 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
     inputs = named_inputs(options.input, manifest.plan.channels)
     check_files(manifest, inputs, options.output, options.probabilities, options.uncertainty)
     _check_rest(options, report)
-    other = _other_model(package, options.locate) if options.locate else None
+    other = _other_model(package, options)
     load_torch(report)
     from .inference import NetworkKeeper
     from .inference import segment as run
+    from .locating import finder
 
     keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = _locator(package, other, options.device) if other else None
+    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
     found = run(
         package,
         inputs,
@@ -83,9 +84,11 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         report,
         keeper=keeper,
         locate=locate,
+        locator=other,
         uncertainty_path=options.uncertainty,
+        provenance_path=options.provenance,
     )
-    _made(package, found, options)
+    _remember_speed(package, found)
     say(report, f"Segmentation: {found['output']}")
     for name, volume in found["volumes_ml"].items():
         say(report, f"  {name}: {volume:.2f} mL")
@@ -106,15 +109,27 @@ def _all_frames(package: ModelPackage, choices: SegmentOptions, options: argpars
     _check_rest(options, report)
     series = open_series(manifest.plan.channels, inputs, package.name)
     report.note(f"{series.count} frames.")
-    other = _other_model(package, options.locate) if options.locate else None
+    other = _other_model(package, options)
     load_torch(report)
     from .inference import NetworkKeeper
+    from .locating import finder
     from .series import segment_series
 
     keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = _locator(package, other, options.device) if other else None
-    found = segment_series(package, inputs, options.output, choices, options.volumes, report, keeper, locate)
-    _made(package, found, options)
+    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
+    found = segment_series(
+        package,
+        inputs,
+        options.output,
+        choices,
+        options.volumes,
+        report,
+        keeper=keeper,
+        locate=locate,
+        locator=other,
+        provenance_path=options.provenance,
+    )
+    _remember_speed(package, found)
     frames = found["frames"]
     say(report, f"Segmentation: {found['output']}, {len(frames)} frames")
     for name in dict.fromkeys(name for frame in frames for name in frame["volumes_ml"]):
@@ -137,12 +152,9 @@ def _check_rest(options: argparse.Namespace, report: Reporter) -> None:
         report.note(f"{options.output} was there before and is replaced.")
 
 
-def _made(package: ModelPackage, found: dict[str, Any], options: argparse.Namespace) -> None:
-    """What is left to do when a segmentation is written."""
+def _remember_speed(package: ModelPackage, found: dict[str, Any]) -> None:
     from .pace import remember_speed
 
-    if options.provenance is not None:
-        write_provenance(options.provenance, found)
     settings = found["settings"]
     flips = 2 ** len(settings["mirror_axes"])
     remember_speed(
@@ -198,12 +210,14 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     _check_folder(options.output, options.data)
     cases = _cases_of(package, options, report)
     report.note(f"{len(cases)} case{'' if len(cases) == 1 else 's'} in {options.data}: {_described(cases[0])}.")
-    other = _other_model(package, options.locate) if options.locate else None
+    other = _other_model(package, options)
     heard = WhileHeard(report)
     load_torch(heard)
     from .batch import segment_cases
+    from .inference import NetworkKeeper
+    from .locating import finder
 
-    locate = _locator(package, other, options.device) if other else None
+    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
     ending = options.ending or ".nii.gz"
     found = segment_cases(package, cases, options.output, choices, ending, heard, locate=locate, locator=other)
     before = f" ({found['there_before']} were there before)" if found["there_before"] else ""
@@ -240,26 +254,9 @@ def _check_folder(output: Path, data: Path) -> None:
         )
 
 
-def _other_model(package: ModelPackage, model: str) -> ModelPackage:
+def _other_model(package: ModelPackage, options: argparse.Namespace) -> ModelPackage | None:
     """The model that finds the boxes for the package. Raises InvresError where there is nothing to find for it."""
-    if package.manifest.plan.crop is None:
-        raise InvresError(
-            f"{package.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
-        )
-    return segmenter_named(model)
-
-
-def _locator(package: ModelPackage, other: ModelPackage, device: str) -> Callable[..., Any]:
-    """Finds the boxes that the package wants to see in a whole image, with another model."""
-    from .devices import choose_device
-    from .inference import NetworkKeeper
-    from .locating import locate
-
-    crop = package.manifest.plan.crop
-    assert crop is not None  # `_other_model` has looked
-    keeper = _kept.setdefault("locator", NetworkKeeper())
-
-    def find(volumes: Any, report: Reporter) -> Any:
-        return locate(other, keeper.network(other, choose_device(device)), volumes, crop, report)
-
-    return find
+    if not options.locate:
+        return None
+    check_locatable(package.manifest)
+    return segmenter_named(options.locate)

@@ -13,7 +13,7 @@ from . import InvresError
 from .config import LabelScheme
 from .events import Reporter
 from .image_header import array_order, corners
-from .volume_io import write_image
+from .volume_io import read_header, read_voxels, write_image
 
 if TYPE_CHECKING:
     from .volume import Volume
@@ -23,6 +23,7 @@ __all__ = [
     "PALETTE",
     "flatten_segments",
     "reference_grid",
+    "segment_layers",
     "segment_names",
     "write_segmentation",
 ]
@@ -96,6 +97,32 @@ def segment_names(fields: dict[str, str]) -> dict[int, str]:
     return dict(zip(_values(fields, numbers), names, strict=True))
 
 
+def segment_layers(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
+    """The layers (D, H, W, layers) of a Slicer segmentation on the grid of its image, and where each segment is by its
+    name: (layer, value). Segments that overlap stay whole.
+
+    Raises InvresError for a damaged file.
+    """
+    header = read_header(path)
+    stored = read_voxels(header).reshape(*header.shape, -1)
+    shape, _, box = reference_grid(header.shape, header.affine, header.metadata)
+    layers = np.zeros((*shape, stored.shape[-1]), stored.dtype)
+    layers[box] = stored
+    fields = header.metadata
+    where = {
+        fields.get(f"Segment{number}_Name", f"Segment_{number}"): (
+            int(fields.get(f"Segment{number}_Layer", 0)),
+            int(fields.get(f"Segment{number}_LabelValue", 1)),
+        )
+        for number in _numbers(fields)
+    }
+    if any(layer not in range(layers.shape[-1]) for layer, _ in where.values()):
+        raise InvresError(
+            f"The segmentation {os.path.basename(path)} is damaged: it names a layer that it does not hold."
+        )
+    return layers, where
+
+
 def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, report: Reporter) -> np.ndarray:
     """One label map (D, H, W) from the layers (D, H, W, layers) of a Slicer segmentation.
 
@@ -109,7 +136,7 @@ def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, repor
     layer = [int(fields.get(f"Segment{n}_Layer", i)) for i, n in enumerate(numbers)]
     stored = [int(fields.get(f"Segment{n}_LabelValue", 1)) for n in numbers]
     if any(index not in range(layers.shape[-1]) for index in layer):
-        raise InvresError(f"The segmentation {name} is damaged: it names a layer that it does not hold.")
+        raise _layer_missing(name)
     values = _values(fields, numbers)
     if values != stored:
         names = [fields.get(f"Segment{n}_Name", str(n)) for n in numbers]
@@ -126,6 +153,10 @@ def flatten_segments(array: np.ndarray, fields: dict[str, str], name: str, repor
             f"{name}: {overlap_voxels} voxels belong to more than one segment; the segment listed last was kept."
         )
     return labels
+
+
+def _layer_missing(name: str) -> InvresError:
+    return InvresError(f"The segmentation {name} is damaged: it names a layer that it does not hold.")
 
 
 def _numbers(fields: dict[str, str]) -> list[int]:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from . import InvresError
-from .config import ChannelPlan
+from .config import ChannelPlan, LabelScheme
 from .files import SEGMENTATION
 from .manifest import Manifest
 from .outputs import beside, check_outputs, with_ending
 
 __all__ = [
     "check_files",
+    "check_locatable",
+    "check_results",
     "check_series_files",
     "counted",
     "each_channel",
     "files_of_channels",
     "maps_of",
     "named_inputs",
+    "names_of_maps",
     "series_files",
 ]
+
+T = TypeVar("T")
 
 
 def named_inputs(texts: Sequence[str], channels: Sequence[ChannelPlan]) -> dict[str, Path]:
@@ -46,19 +52,19 @@ def named_inputs(texts: Sequence[str], channels: Sequence[ChannelPlan]) -> dict[
 
 
 def files_of_channels(
-    channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str
-) -> Sequence[Path | None] | Path:
-    """A file for each of the model's channels, in its order, None for an optional one that is not given; or the one
-    file that has them all.
+    channels: Sequence[ChannelPlan], inputs: Mapping[str, T], model: str
+) -> Sequence[T | None] | None:
+    """A file, or what stands in its place, for each of the model's channels, in its order, None for an optional one
+    that is not given. None for all of them where one file, which has no name, has them all.
 
     Names are matched whatever their case. Raises InvresError for other channels than the model's, and for a file that
     is not there.
     """
     for path in inputs.values():
-        if not path.exists():
+        if isinstance(path, Path) and not path.exists():
             raise InvresError(f"There is no file {path}.", hint="Check the spelling and the folder.")
     if list(inputs) == [""]:
-        return inputs[""]
+        return None
     names = [channel.name for channel in channels]
     given = {key.casefold(): path for key, path in inputs.items()}
     needed = {channel.name.casefold() for channel in channels if not channel.optional}
@@ -83,15 +89,22 @@ def check_files(
     """Raises InvresError, before any work, for inputs that are not the model's or not there, and for results that
     could not be written or would take the place of an input.
     """
+    check_results(manifest.scheme, list(inputs.values()), output, probabilities, uncertainty)
+    files_of_channels(manifest.plan.channels, inputs, manifest.name)
+
+
+def check_results(
+    scheme: LabelScheme, inputs: Sequence[Path], output: Path, probabilities: Path | None, uncertainty: Path | None
+) -> None:
+    """The same for the results alone. scheme: the labels of the network."""
     outputs = [output]
     if probabilities is not None:
-        check_outputs([with_ending(probabilities)], inputs.values())
-        outputs += maps_of(probabilities, manifest).values()
+        check_outputs([with_ending(probabilities)], inputs)
+        outputs += maps_of(probabilities, scheme).values()
     if uncertainty is not None:
-        check_outputs([uncertainty], inputs.values(), also="")
+        check_outputs([uncertainty], inputs, also="")
         outputs.append(uncertainty)
-    check_outputs(outputs, inputs.values())
-    files_of_channels(manifest.plan.channels, inputs, manifest.name)
+    check_outputs(outputs, inputs)
 
 
 def check_series_files(manifest: Manifest, inputs: Mapping[str, Path], output: Path) -> None:
@@ -109,10 +122,10 @@ def check_series_files(manifest: Manifest, inputs: Mapping[str, Path], output: P
 def series_files(channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], model: str) -> Sequence[Path | None]:
     """As `files_of_channels`, for files of which each is one channel, in several frames or in one."""
     found = files_of_channels(channels, inputs, model)
-    if not isinstance(found, Path):
+    if found is not None:
         return found
     if len(channels) == 1:
-        return [found]
+        return [inputs[""]]
     raise InvresError(
         f"With --frames a 4D file is one channel in several frames, and the model {model} takes "
         f"{counted([channel.name for channel in channels])}.",
@@ -121,15 +134,26 @@ def series_files(channels: Sequence[ChannelPlan], inputs: Mapping[str, Path], mo
     )
 
 
-def maps_of(probabilities: Path, manifest: Manifest) -> dict[str, Path]:
-    """Label -> file of its probabilities; the background too, where labels exclude one another.
+def check_locatable(manifest: Manifest) -> None:
+    """Raises InvresError for a model that segments whole images, for which no other one finds the place."""
+    if manifest.plan.crop is None:
+        raise InvresError(
+            f"{manifest.name} segments whole images, so there is nothing to locate.", hint="Leave --locate out."
+        )
+
+
+def maps_of(probabilities: Path, scheme: LabelScheme) -> dict[str, Path]:
+    """Label of the network -> file of its probabilities; the background too, where labels exclude one another.
 
     probabilities: FILE of FILE_LABEL.nii.gz, with an ending that can be written, or none.
     """
-    scheme = manifest.scheme
-    names = scheme.names if scheme.regions else ("background", *scheme.names)
     path = with_ending(probabilities)
-    return {name: beside(path, name) for name in names}
+    return {name: beside(path, name) for name in names_of_maps(scheme)}
+
+
+def names_of_maps(scheme: LabelScheme) -> tuple[str, ...]:
+    """What a network says probabilities of: its labels, and the background where they exclude one another."""
+    return scheme.names if scheme.regions else ("background", *scheme.names)
 
 
 def each_channel(channels: Sequence[ChannelPlan]) -> str:

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from . import Cancelled, InvresError, OutOfMemory
-from .config import LabelScheme
 from .devices import choose_device
 from .events import SILENT, Reporter
 from .frames import FRAME, frames_in_words, open_series
-from .inference import Clock, Found, Locate, NetworkKeeper, bytes_beside, find, how_made, looked_at
+from .inference import Clock, Locate, NetworkKeeper, segment_inputs
 from .manifest import Manifest
 from .memory import PeakResident
 from .midline import join_sides
 from .mirroring import check_mirror
 from .modelpackage import ModelPackage
 from .preprocessing import NOTHING_TO_SEGMENT
-from .provenance import inputs_told
+from .provenance import inputs_told, write_provenance
+from .segmentation import Segmentation
 from .segmentfiles import check_series_files
 from .segmentoptions import SegmentOptions
 from .sides import SIDES
@@ -40,11 +40,13 @@ def segment_series(
     report: Reporter = SILENT,
     keeper: NetworkKeeper | None = None,
     locate: Locate | None = None,
+    locator: ModelPackage | None = None,
+    provenance_path: Path | None = None,
 ) -> dict[str, Any]:
     """Segments each frame of 4D files as an image of its own into a 4D label map with their grid and time step.
 
     inputs: channel name -> 4D file, or a 3D one or DICOM folder that is used for every frame; "" -> that of an only
-    channel. table: where a CSV file with the volumes by frame goes. keeper, locate: see `inference.segment`.
+    channel. table: where a CSV file with the volumes by frame goes. Else as `inference.segment`.
     A frame that shows nothing is left empty, with a warning; whatever else is wrong with one ends the run, and nothing
     is written. Warnings are told at the end, once for all frames that they are true of.
     Returns a summary as `inference.segment` does, with a record of each frame in `frames`.
@@ -76,8 +78,12 @@ def segment_series(
         if series.time.in_seconds:
             record["time_s"] = series.time.at(number)
         try:
-            volumes, resampled = looked_at(package, next(volumes_of), options, told)
-            found = find(package, network, volumes, options, told, locate, clock)
+            case = {
+                channel.name: [volume]
+                for channel, volume in zip(manifest.plan.channels, next(volumes_of), strict=True)
+                if volume is not None
+            }
+            found = segment_inputs(package, case, options, told, network, locate=locate, locator=locator)
         except (Cancelled, OutOfMemory):
             raise
         except InvresError as error:
@@ -86,26 +92,30 @@ def segment_series(
             told.warning(f"{error.message} The frame was left empty.")
             nothing = nothing or error
         else:
-            labels.take(number, found, manifest.scheme)
-            record |= {"volumes_ml": found.volumes_ml, "confidence": round(found.confidence, 4)}
-            record |= {"boxes_mm": [list(box) for box in found.boxes]} if found.boxes else {}
-            windows += sum(part.prediction.windows for part in found.parts)
-            measured = max(measured, found.measured_bytes + bytes_beside(network, volumes))
-            how = how or how_made(package, network, volumes, resampled, options, found)
-            del found, volumes  # before the next frame takes as much
+            clock.add(found.seconds)
+            labels.take(number, found)
+            settings = found.provenance["settings"]
+            record |= {"volumes_ml": found.volumes_ml, "confidence": found.confidence}
+            record |= {"boxes_mm": settings["boxes_mm"]} if settings["boxes_mm"] else {}
+            windows += settings["windows"]
+            measured = max(measured, found.measured_bytes)
+            how = how or found.provenance
+            del found, case  # before the next frame takes as much
         records.append({**record, "warnings": told.of_frame})
         told.end()
     if nothing is not None and not how:
         raise nothing
     _agree_on_sides(manifest, labels, records, told)
-    how["inputs"] = read
-    how["settings"] |= {"windows": windows, "boxes_mm": [], "frames": series.count}
+    settings = {**how["settings"], "windows": windows, "boxes_mm": [], "frames": series.count}
+    how = {**how, "inputs": read, "settings": settings}
 
     report.progress("segment.write", 0, 1)
     assert labels.array is not None and labels.grid is not None  # one frame at least was segmented
     write_series(output, labels.array, labels.grid, series.time)
     if table is not None:
         _write_table(table, records)
+    if provenance_path is not None:
+        write_provenance(provenance_path, how, output)
     told.tell()
     report.progress("segment.write", 1, 1)
     clock.lap("write")
@@ -134,8 +144,7 @@ class _Labels:
         self.whole: set[int] = set()
         """Frames without."""
 
-    def take(self, number: int, found: Found, scheme: LabelScheme) -> None:
-        """scheme: of the model, without sides."""
+    def take(self, number: int, found: Segmentation) -> None:
         frame = found.labels.array
         if self.array is None:
             self.array = np.zeros((self._count, *frame.shape), frame.dtype)
@@ -143,7 +152,7 @@ class _Labels:
         # Left and right of a frame may have values that need more bits than those of the frame before.
         self.array = self.array.astype(np.promote_types(self.array.dtype, frame.dtype), copy=False)
         self.array[number] = frame
-        (self.divided if found.scheme is not scheme else self.whole).add(number)
+        (self.divided if found.scheme is not found.scheme_of_network else self.whole).add(number)
 
 
 def _agree_on_sides(manifest: Manifest, labels: _Labels, records: list[dict[str, Any]], told: _OfFrames) -> None:

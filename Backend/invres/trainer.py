@@ -22,6 +22,7 @@ from .configjson import to_dict
 from .events import SCORES, SILENT, Reporter
 from .files import written_whole
 from .guard import DriftGuard
+from .interruption import stoppable
 from .livebytes import LiveBytes
 from .networkconfig import NetworkConfig
 from .networks import Network
@@ -53,22 +54,27 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
 
+    def ask(self) -> None:
+        """By hand, any number of times."""
+        self.requested = True
+
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        # The terminal is gone; `nohup` has it ignored, which stays so.
-        hangup = getattr(signal, "SIGHUP", None)
-        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-            numbers.append(hangup)
-        previous = {number: signal.signal(number, self) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with stoppable(self.ask):
+            if threading.current_thread() is not threading.main_thread():
+                yield self
+                return
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            # The terminal is gone; `nohup` has it ignored, which stays so.
+            hangup = getattr(signal, "SIGHUP", None)
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+                numbers.append(hangup)
+            previous = {number: signal.signal(number, self) for number in numbers}
+            try:
+                yield self
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
 
 def learning_rate_factor(config: TrainingConfig, iteration: int, progress: float) -> float:

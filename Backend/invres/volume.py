@@ -29,7 +29,7 @@ __all__ = [
     "Geometry",
     "Volume",
     "check_scalar",
-    "finite",
+    "finite_values",
     "read_channels",
     "read_geometry",
     "read_volume",
@@ -215,7 +215,7 @@ def read_volume(
         array[box] = stored
     else:
         array = array[..., 0]
-    array = _as_labels(array, path) if kind == "labels" else finite(array, name, report)
+    array = _as_labels(array, path) if kind == "labels" else finite_values(array, name, report)
     return Volume(array, Geometry.from_affine(affine, array.shape))
 
 
@@ -233,7 +233,7 @@ def read_channels(path: str | os.PathLike[str], *, report: Reporter = SILENT) ->
     geometry = Geometry.from_affine(header.affine, header.shape)
     name = Path(path).name
     return [
-        Volume(finite(channel, f"{name}, channel {index}", report), geometry)
+        Volume(finite_values(channel, f"{name}, channel {index}", report), geometry)
         for index, channel in enumerate(read_voxels(header))
     ]
 
@@ -314,7 +314,7 @@ def check_scalar(path: str | os.PathLike[str], header: Header) -> None:
         )
 
 
-def finite(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
+def finite_values(array: np.ndarray, name: str, report: Reporter) -> np.ndarray:
     """`array` without NaN, infinities and what float32, which all is computed in, cannot hold; with a warning that says
     how many there were and where."""
     if array.dtype.kind != "f" or (usable := np.abs(array) <= np.finfo(np.float32).max).all():

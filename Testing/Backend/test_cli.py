@@ -40,7 +40,7 @@ from invres.trainingrun import started_recipe
 from invres.volume import Geometry, Volume, read_volume, write_volume
 
 TRAINING_VERBS = ("train", "enhance", "finetune", "evaluate", "compare", "check", "plan", "bench", "reproduce", "demo")
-VERBS = ("segment", "describe", "models", "devices", "worker", *TRAINING_VERBS)
+VERBS = ("segment", "rerun", "describe", "models", "devices", "worker", *TRAINING_VERBS)
 SCHEME = LabelScheme((Label("upper", (1,), 1), Label("lower", (2,), 2), Label("core", (3,), 3)))
 
 

@@ -60,6 +60,7 @@ ALLOWED = {
     "outputs": "files",
     "segmentation_file": "config events image_header volume_io",
     "volume": "events image_header segmentation_file volume_io",
+    "memoryimages": "events image_header volume",
     "alignment": "volume",
     "dataset_json": "alignment config events volume",
     "layouts": "config dataset_json events segmentation_file volume volume_io",
@@ -107,16 +108,24 @@ ALLOWED = {
     "segmentoptions": "config",
     "segmentfiles": "config files manifest outputs",
     "prediction": "config events faults livebytes memory mirroring networks preprocessing segmentoptions slidingwindow",
+    "segmentation": (
+        "config image_header outputs prediction preprocessing provenance region restoration segmentfiles volume "
+        "volume_io"
+    ),
     "inference": (
         "alignment config devices events expectation manifest memory midline mirroring modelpackage networks pace "
-        "pieces prediction preprocessing provenance region restoration segmentfiles sides volume"
+        "pieces prediction preprocessing provenance region restoration segmentation segmentfiles sides volume"
     ),
     "frames": "config events image_header nifti_file segmentfiles volume volume_io",
     "series": (
         "config devices events frames inference manifest memory midline mirroring modelpackage preprocessing "
-        "provenance segmentfiles segmentoptions sides volume volumestable"
+        "provenance segmentation segmentfiles segmentoptions sides volume volumestable"
     ),
-    "locating": "config events inference modelpackage networks prediction preprocessing region sides volume",
+    "agreement": "config files metrics segmentation segmentation_file volume",
+    "locating": (
+        "config devices events inference modelpackage networks prediction preprocessing region segmentfiles sides "
+        "volume"
+    ),
     "cropping": "cases config configjson events files fingerprints inference locating preprocessing region volume",
     "planning": "devices events manifest memory mirroring networks pace prediction region volume",
     "enhancement": (
@@ -124,7 +133,7 @@ ALLOWED = {
         "modelpackage networks outputs prediction scans volume"
     ),
     "trainer": (
-        "checkpoint config configjson events files guard livebytes losses memory networkconfig networks "
+        "checkpoint config configjson events files guard interruption livebytes losses memory networkconfig networks "
         "objectives sampling step"
     ),
     "validation": ("cases config faults metrics networks pieces prediction preprocessing restoration trainer volume"),
@@ -144,7 +153,9 @@ ALLOWED = {
     ),
     "caseinputs": "cases config dataset_json events files segmentfiles",
     "batchrecord": "files volumestable",
-    "batch": "alignment batchrecord caseinputs events faults inference modelpackage runfolder segmentoptions",
+    "batch": (
+        "alignment batchrecord caseinputs events faults inference modelpackage provenance runfolder segmentoptions"
+    ),
     "heldout": (
         "caseinputs cases config configjson cropping events files inference modelpackage prediction trainingrun"
     ),
@@ -207,9 +218,11 @@ ALLOWED = {
     "compare_command": "console events files outputs resultcomparison",
     "evaluate_command": "cases console enhance_command evaluation events files heldout outputs trainingrun",
     "segment_command": (
-        "batch caseinputs console devices events expectation frames inference locating mirroring modelpackage outputs "
-        "pace provenance segmentfiles segmentoptions series"
+        "batch caseinputs console events expectation frames inference locating mirroring modelpackage outputs pace "
+        "segmentfiles segmentoptions series"
     ),
+    "rerunrecord": "events files modelpackage provenance segmentoptions",
+    "rerun_command": ("agreement console devices events inference locating modelpackage outputs rerunrecord"),
     "plan_command": (
         "cardplan config console devices enhancementconfig events locating memory mirroring networkconfig planning "
         "prediction recipekeys tuningmemory"
@@ -217,10 +230,13 @@ ALLOWED = {
     "commands": (
         "bench_command cases compare_command config configjson console demo devices doctor enhance_command "
         "evaluate_command events finetuning interruption labelmaps manifest model_commands modelpackage "
-        "networkconfig plan_command recipekeys reproduce_command runfolder segment_command segmentfiles stopfile "
-        "trainer training trainingrun tuningplan worker"
+        "networkconfig plan_command recipekeys reproduce_command rerun_command runfolder segment_command segmentfiles "
+        "stopfile trainer training trainingrun tuningplan worker"
     ),
     "cli": "commands config configjson events faults files interruption networkconfig",
+    "api": (
+        "cli console devices events faults inference interruption locating memoryimages modelpackage segmentoptions"
+    ),
     "__main__": "cli",
 }
 BACKEND_FILES = sorted(PACKAGE.rglob("*.py"))

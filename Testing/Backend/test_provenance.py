@@ -56,7 +56,10 @@ def test_a_segmentation_says_how_it_was_made(place, segmented):
         {"channel": "T2", "file": ODD, "sha256": digests[1]},
     ]
     assert record["model_sha256"] == digest_of(place / "model" / "model.safetensors")
-    assert {"invres", "torch", "python"} == record["software"].keys() and record["device_title"]
+    assert {"invres", "python", "torch", "numpy", "scipy", "SimpleITK"} == record["software"].keys()
+    assert all(record["software"].values()) and record["device_title"]
+    assert (record["device"], record["precision"]) == ("cpu", "fp32") and record["threads"] >= 1
+    assert record["manifest_sha256"] == digest_of(place / "model" / "manifest.json") and record["locator"] is None
     assert record["settings"]["window"] == [8, 9, 7] and record["settings"]["overlap"] == 0.5
     assert b"Eve" not in path.read_bytes().split(b"\n\n")[0], "folders may name a person"
 

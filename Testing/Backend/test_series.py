@@ -354,6 +354,8 @@ def test_the_command_prints_the_range_of_volumes_and_writes_the_table_again(plac
     assert outcome.out.startswith(f"Segmentation: {tmp_path / 'o.nii'}, 3 frames\n")
     assert f"Volumes of all frames: {tmp_path / 'v.csv'}" in outcome.out and "the least of all frames" in outcome.out
     assert (tmp_path / "p.json").is_file() and len(labels_of(tmp_path / "o.nii")) == 3
+    again = invres("rerun", tmp_path / "p.json", "-i", place / "cine3.nii.gz")
+    assert again.code == 2 and "The record of o.nii is of all frames of a series" in again.err
     outcome = invres(
         "segment", "-m", place / "one", "-i", place / "cine3.nii.gz", "-o", tmp_path / "o.nii", *flags, "--json"
     )
