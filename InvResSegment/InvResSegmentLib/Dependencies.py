@@ -51,6 +51,7 @@ _SEPARATE_PYTHON = "InvResSegment/PythonExecutable"
 _INSTALL_PENDING = "InvResSegment/InstallPending"
 _WITHOUT_LAUNCHER = "InvResSegment/WithoutLauncher"
 PROBE_LIMIT_MS = 300_000
+FOLDER_LIMIT_MS = 60_000  # a share that has gone may let one wait for ever
 
 
 @dataclass(frozen=True)
@@ -171,17 +172,24 @@ class Dependencies:
         A check that is under way is begun anew, and its callback not called.
         """
         separate, folder = bool(separatePython()), Settings.packagesFolder()
-        entries: list[dict] = []
-        lines = LineSplitter()
 
-        def onOutput(data: bytes) -> None:
-            entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
+        def onPackages(entries: list[dict], exitCode: int, lastWords: str) -> None:
+            found = judge(entries, exitCode, lastWords, separate)
+            # A folder that has gone, or is slow, is no matter to one who needs nothing from it.
+            if folder and not found.ready and found.pythonVersion:
+                self._probe([folder], FOLDER_LIMIT_MS, lambda told, *end: onFolder(found, told, *end))
+            else:
+                end(found)
 
-        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
-            self.preflight = withFolder(judge(entries, exitCode, errors.lastLine or reason, separate), separate)
-            onDone(self.preflight)
+        def onFolder(found: Preflight, entries: list[dict], _exitCode: int, lastWords: str) -> None:
+            told = entries or [{"event": "folder", "path": folder, "error": lastWords}]
+            end(withFolder(found, told, separate))
 
-        self._run(("-m", "invres.probe", *filter(None, [folder])), onOutput, onEnd)
+        def end(found: Preflight) -> None:
+            self.preflight = found
+            onDone(found)
+
+        self._probe([], PROBE_LIMIT_MS, onPackages)
 
     @property
     def planned(self) -> list[str]:
@@ -265,6 +273,19 @@ class Dependencies:
         return diagnosticReport(self.preflight, [*about, *facts], errorCodes)
 
     # ---------------------------------------------------------------- inside
+
+    def _probe(self, arguments: Sequence[str], limitMs: int, onDone: Callable[[list[dict], int, str], None]) -> None:
+        """onDone: gets what the probe has told, its exit code, and its last words or why it has ended."""
+        entries: list[dict] = []
+        lines = LineSplitter()
+
+        def onOutput(data: bytes) -> None:
+            entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
+
+        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
+            onDone(entries, exitCode, errors.lastLine or reason)
+
+        self._run(("-m", "invres.probe", *arguments), onOutput, onEnd, limitMs)
 
     def _rehearse(
         self,
@@ -396,8 +417,10 @@ class Dependencies:
         arguments: Sequence[str],
         onOutput: Callable[[bytes], None],
         onEnd: Callable[[int, str, TextTail], None],
+        limitMs: int = 0,
     ) -> None:
-        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the end of its errors."""
+        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the end of its errors. limitMs:
+        after which it is ended; 0 for none."""
         self.cancel()
         errors = TextTail()
         try:
@@ -413,7 +436,7 @@ class Dependencies:
                 onEnd(exitCode, reason, errors)
 
         def tooLong() -> None:
-            if self._child is child and "invres.probe" in arguments:
+            if self._child is child:
                 child.kill()
                 ended(-1, _("it took too long"))
 
@@ -428,7 +451,8 @@ class Dependencies:
         self._child = child
         child.start()
         child.closeInput()
-        qt.QTimer.singleShot(PROBE_LIMIT_MS, tooLong)
+        if limitMs:
+            qt.QTimer.singleShot(limitMs, tooLong)
 
     @staticmethod
     def _end(onDone: Callable[[InstallOutcome], None], outcome: InstallOutcome) -> None:
