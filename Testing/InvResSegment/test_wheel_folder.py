@@ -17,9 +17,14 @@ import standins
 standins.install()
 
 import slicer  # noqa: E402
+from InvResSegmentLib import (  # noqa: E402
+    BackendPython,
+    Settings,
+    WheelFolder,
+)
 from InvResSegmentLib import Dependencies as module  # noqa: E402
-from InvResSegmentLib import Settings, WheelFolder  # noqa: E402
-from InvResSegmentLib.Dependencies import Dependencies, setSeparatePython  # noqa: E402
+from InvResSegmentLib.BackendPython import setSeparatePython  # noqa: E402
+from InvResSegmentLib.Dependencies import Dependencies  # noqa: E402
 from InvResSegmentLib.Requirements import failureHint, installationSteps, judge  # noqa: E402
 from InvResSegmentLib.WheelFolder import TORCH_BUILDS, downloadCommand, withFolder  # noqa: E402
 from panel_driver import loadedPanel, waitUntil  # noqa: E402
@@ -138,20 +143,14 @@ def test_what_a_package_needs_in_its_turn_is_missed_before_anything_is_changed(p
     assert installedInto(python) == {"torch": "2.9.1"}, "".join(log)
 
 
-def test_slicers_own_python_gets_it_by_slicers_installer_and_keeps_what_it_has(python, folder, monkeypatch):
-    """`slicer.util.pip_install` takes a list as arguments of pip, in every supported Slicer."""
+def test_slicers_own_python_gets_it_in_the_background_and_keeps_what_it_has(python, folder, monkeypatch):
     packages = sitePackages(python.parents[1])
     own = {"numpy": "1.13", "SimpleITK": "1.13"}
     for name in own:
         with zipfile.ZipFile(next(folder.glob(f"{name}-1.13*"))) as archive:
             archive.extractall(packages)
     wheel(folder, "numpy", "2.0")
-    monkeypatch.setattr(module, "backendPython", lambda: str(python))
-    monkeypatch.setattr(
-        slicer.util,
-        "pip_install",
-        lambda arguments: subprocess.run([python, "-m", "pip", "install", *arguments], check=True),
-    )
+    monkeypatch.setattr(BackendPython, "backendPython", lambda: str(python))
     log: list[str] = []
     dependencies, outcome = install(folder, log)
     assert outcome.state == "done" and not dependencies.installPending, "".join(log)
@@ -224,7 +223,7 @@ def probeOf(monkeypatch, tmp_path, inFolder: str, missing: str = "") -> Dependen
         f"import json, sys, time\nif sys.argv[1:]: {inFolder}\nfor one in {entries!r}: print(json.dumps(one))\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr(module.Paths, "backendFolder", lambda: str(tmp_path))
+    monkeypatch.setattr(BackendPython.Paths, "backendFolder", lambda: str(tmp_path))
     setSeparatePython(sys.executable)
     Settings.setPackagesFolder("/gone")
     return Dependencies()
