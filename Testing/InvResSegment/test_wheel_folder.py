@@ -17,11 +17,7 @@ import standins
 standins.install()
 
 import slicer  # noqa: E402
-from InvResSegmentLib import (  # noqa: E402
-    BackendPython,
-    Settings,
-    WheelFolder,
-)
+from InvResSegmentLib import BackendPython, Settings, WheelFolder  # noqa: E402
 from InvResSegmentLib import Dependencies as module  # noqa: E402
 from InvResSegmentLib.BackendPython import setSeparatePython  # noqa: E402
 from InvResSegmentLib.Dependencies import Dependencies  # noqa: E402
