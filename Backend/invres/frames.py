@@ -11,7 +11,7 @@ import numpy as np
 
 from . import InvresError
 from .config import ChannelPlan
-from .events import SILENT, Reporter
+from .events import SILENT, Recorder, Reporter
 from .image_header import Header, TimeAxis
 from .nifti_file import nifti_chunks, nifti_frames
 from .segmentfiles import series_files
@@ -112,17 +112,21 @@ def _count(header: Header) -> int:
 
 
 def _volumes(path: Path | None, header: Header | None, report: Reporter) -> Iterator[Volume | None]:
-    """Of one channel, frame by frame."""
+    """Of one channel, frame by frame; what is wrong with the file is said of each frame that shows it."""
     if path is None or header is None:
         yield from itertools.repeat(None)
         return
     if _count(header) == 1:
-        yield from itertools.repeat(read_volume(path, report=report))
-        return
-    for sentence in header.warnings:
-        report.warning(sentence, path=str(path))
+        heard = Recorder()
+        volume = read_volume(path, report=heard)
+        while True:
+            for event in heard.events:
+                report.emit(event)
+            yield volume
     grid = Geometry.from_affine(header.affine, header.shape)
     for array in _arrays(path, header):
+        for sentence in header.warnings:
+            report.warning(sentence, path=str(path))
         yield Volume(finite_values(array, path.name, report), grid)
 
 

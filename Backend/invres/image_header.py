@@ -50,7 +50,7 @@ _STRONG_SHEAR_DEGREES = 5.0
 class TimeAxis:
     """The fourth axis of a file: the place of its first volume and the step from one to the next.
 
-    in_seconds: the file says that this is time, and its unit, from which both were converted to s.
+    in_seconds: the file says that this is time, its step and its unit, from which both were converted to s.
     """
 
     start: float = 0.0
@@ -58,10 +58,12 @@ class TimeAxis:
     in_seconds: bool = False
 
     def __post_init__(self) -> None:
-        # Many files leave the step out, as 0.
-        for name, least, instead in (("start", -math.inf, 0.0), ("step", 0.0, 1.0)):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if math.isfinite(value) and value > least else instead)
+        if not math.isfinite(self.start):
+            object.__setattr__(self, "start", 0.0)
+        # Many files leave the step out, as 0: then the volumes are counted, whatever unit is declared.
+        if not 0 < self.step < math.inf:
+            object.__setattr__(self, "step", 1.0)
+            object.__setattr__(self, "in_seconds", False)
 
     def at(self, number: int) -> float:
         """The place of volume `number`, counted from 0."""

@@ -2,8 +2,8 @@
 
 `python -m invres.probe` writes one JSON object a line to stdout: first {"event": "python", ...}, then
 {"event": "importing", "name": ...} and {"event": "package", ...} for each package, at last {"event": "end"}. A package
-that takes Python down when it is imported is the one that was last announced. With a folder as its argument it also
-writes {"event": "folder", ...} and {"event": "wheel", ...} for each wheel in it, and whether that fits this Python.
+that takes Python down when it is imported is the one that was last announced. With a folder as its argument it writes
+{"event": "folder", ...} and {"event": "wheel", ...} for each wheel in it, and whether that fits this Python, instead.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PACKAGES = (
 DRIVER_LIMIT_S = 10
 
 
-def examine(wheels: str = "") -> Iterator[dict[str, Any]]:
-    """The report, object by object. wheels: a folder of packages to look through; "": none."""
+def examine() -> Iterator[dict[str, Any]]:
+    """The report of this Python, object by object."""
     folder = sysconfig.get_paths()["purelib"]
     yield {
         "event": "python",
@@ -53,8 +53,6 @@ def examine(wheels: str = "") -> Iterator[dict[str, Any]]:
         "long_paths": _long_paths(),
         "platforms": list(dict.fromkeys(tag.platform for tag in _supported_tags())),
     }
-    if wheels:
-        yield from _folder(wheels)
     for distribution, name, requirement in PACKAGES:
         yield {"event": "importing", "name": distribution}
         yield {"event": "package", **_package(distribution, name), "requirement": requirement}
@@ -122,7 +120,8 @@ def _nvidia_cards() -> list[str]:
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
 
 
-def _folder(folder: str) -> Iterator[dict[str, Any]]:
+def examine_folder(folder: str) -> Iterator[dict[str, Any]]:
+    """The report of a folder of packages, which may be a share that takes its time, or has gone."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -183,7 +182,7 @@ def main() -> None:
     """Writes the report to stdout; what packages print goes to stderr."""
     stream = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
     os.dup2(2, 1)
-    for entry in examine(*sys.argv[1:2]):
+    for entry in examine_folder(sys.argv[1]) if sys.argv[1:] else examine():
         stream.write(json.dumps(entry, ensure_ascii=True) + "\n")
         stream.flush()
     stream.close()

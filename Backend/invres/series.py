@@ -30,6 +30,8 @@ from .volumestable import TableLine, write_table
 
 __all__ = ["segment_series"]
 
+JOINED = "Left and right were put into one label here, too, so that all frames are alike."
+
 
 def segment_series(
     package: ModelPackage,
@@ -168,9 +170,8 @@ def _agree_on_sides(manifest: Manifest, labels: _Labels, records: list[dict[str,
         records[number]["volumes_ml"] = {
             name: round(sum(volumes.get(one, 0.0) for one in names), 3) for name, names in sided
         }
-    told.say_of(
-        sorted(labels.divided), "Left and right were put into one label here, too, so that all frames are alike."
-    )
+        records[number]["warnings"].append(JOINED)
+    told.say_of(sorted(labels.divided), JOINED)
 
 
 class _OfFrames(Reporter):
@@ -217,8 +218,7 @@ class _OfFrames(Reporter):
 
     def say_of(self, numbers: Sequence[int], message: str) -> None:
         """A warning that is true of these frames."""
-        # Figures differ from frame to frame, and what they say does not.
-        said = self._warnings.setdefault(re.split(r"\d|:", message)[0], [])
+        said = self._warnings.setdefault(_without_figures(message), [])
         said += [(number + 1, message) for number in numbers]
 
     def tell(self) -> None:
@@ -229,6 +229,12 @@ class _OfFrames(Reporter):
             same = {text for _, text in said} == {message}
             whose = "" if same else f" The figures are those of frame {first}."
             self._report.warning(f"{frames_in_words(frames, self._count)}: {message}{whose}", frames=frames)
+
+
+def _without_figures(message: str) -> str:
+    """How a warning begins, which is the same in all frames, where its figures and what it lists are not."""
+    file, rest = re.fullmatch(r"([^:]*\.\w+: )?(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (file or "") + re.split(r"(?<!\w)-?\d|:", rest)[0]  # the 1 of a channel T1 is no figure
 
 
 def _of_frame(error: InvresError, number: int) -> InvresError:

@@ -1,4 +1,4 @@
-"""The Python that runs the backend: which one, what it lacks, installing and repairing it, by child processes."""
+"""What the backend's Python lacks, and making it whole: examining, installing and repairing, by child processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
-import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +17,8 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
-from . import Paths, Settings
+from . import Settings
+from .BackendPython import backendCommand, backendEnvironment, separatePython
 from .ChildProcess import ChildProcess
 from .Diagnostics import diagnosticReport
 from .Protocol import LineSplitter, TextTail, parsedEvent
@@ -35,22 +35,11 @@ from .Requirements import (
 )
 from .WheelFolder import downloadCommand, folderFailure, fromFolder, wantedNames, withFolder
 
-__all__ = [
-    "Dependencies",
-    "InstallOutcome",
-    "backendCommand",
-    "backendEnvironment",
-    "backendPython",
-    "passOverLauncher",
-    "pythonSlicer",
-    "separatePython",
-    "setSeparatePython",
-]
+__all__ = ["Dependencies", "InstallOutcome"]
 
-_SEPARATE_PYTHON = "InvResSegment/PythonExecutable"
 _INSTALL_PENDING = "InvResSegment/InstallPending"
-_WITHOUT_LAUNCHER = "InvResSegment/WithoutLauncher"
 PROBE_LIMIT_MS = 300_000
+FOLDER_LIMIT_MS = 60_000  # a share that has gone may let one wait for ever
 
 
 @dataclass(frozen=True)
@@ -60,93 +49,6 @@ class InstallOutcome:
     state: str
     message: str = ""
     hint: str = ""
-
-
-# -------------------------------------------------------------------- which Python
-
-
-def separatePython() -> str:
-    """The Python that was chosen for the backend instead of Slicer's own; "" for Slicer's."""
-    return str(qt.QSettings().value(_SEPARATE_PYTHON) or "")
-
-
-def setSeparatePython(path: str) -> None:
-    """Remembers the choice; "" goes back to Slicer's own Python."""
-    qt.QSettings().setValue(_SEPARATE_PYTHON, str(path).strip())
-
-
-def pythonSlicer() -> str:
-    """Slicer's own Python as a program. Raises FileNotFoundError, in a plain sentence, where there is none."""
-    beside = Path(slicer.app.slicerHome) / "bin" / ("PythonSlicer.exe" if os.name == "nt" else "PythonSlicer")
-    found = shutil.which("PythonSlicer") or (str(beside) if beside.is_file() else "")
-    if not found:
-        raise FileNotFoundError(_("Slicer's Python (PythonSlicer) was not found."))
-    return found
-
-
-def passOverLauncher() -> bool:
-    """To be called when PythonSlicer runs but hands nothing on that is written to it.
-
-    True if from now on the Python that it launches is started in its place; this Slicer's environment, which is that
-    of the launcher, is all that it needs. Remembered for this Slicer: another one may have another launcher.
-    """
-    if separatePython() or _launcherPassedOver() or not _launchedPython().is_file():
-        return False
-    qt.QSettings().setValue(_WITHOUT_LAUNCHER, slicer.app.slicerHome)
-    return True
-
-
-def _launcherPassedOver() -> bool:
-    return qt.QSettings().value(_WITHOUT_LAUNCHER) == slicer.app.slicerHome and _launchedPython().is_file()
-
-
-def _launchedPython() -> Path:
-    return Path(slicer.app.slicerHome) / "bin" / ("python-real.exe" if os.name == "nt" else "python-real")
-
-
-def backendPython() -> str:
-    """The Python that the backend runs on. Raises FileNotFoundError where it is not there."""
-    separate = separatePython()
-    if separate and not Path(separate).is_file():
-        raise FileNotFoundError(
-            _("The Python that was chosen for the backend is not there: {path}.").format(path=separate)
-        )
-    if separate:
-        return separate
-    return str(_launchedPython()) if _launcherPassedOver() else pythonSlicer()
-
-
-def backendCommand(*arguments: str) -> list[str]:
-    """The command line of the worker, or of another verb or module option of the backend's package."""
-    return [backendPython(), *(arguments or ("-m", "invres", "worker"))]
-
-
-def backendEnvironment() -> dict[str, str]:
-    """The whole environment of the backend's process.
-
-    A Python that is not Slicer's gets the environment that Slicer itself was started in: with Slicer's own PYTHONHOME
-    and libraries it would load the wrong files.
-    """
-    if separatePython():
-        environment = dict(slicer.util.startupEnvironment())
-        for name in ("PYTHONHOME", "PYTHONPATH"):
-            environment.pop(name, None)
-    else:
-        environment = dict(os.environ)
-    for name in ("ITK_AUTOLOAD_PATH", "SITK_AUTOLOAD_PATH"):
-        environment.pop(name, None)  # Slicer's readers of its own scene, which would only warn of every file there
-    paths = [str(Paths.backendFolder()), environment.get("PYTHONPATH") or ""]
-    environment.update(
-        PYTHONPATH=os.pathsep.join(filter(None, paths)),
-        PYTHONSAFEPATH="1",  # no packages from the folder that Slicer happens to have been started in
-        PYTHONUTF8="1",
-        PYTHONUNBUFFERED="1",
-        OMP_WAIT_POLICY=environment.get("OMP_WAIT_POLICY") or "PASSIVE",
-    )
-    return environment
-
-
-# -------------------------------------------------------------------- what it has, and making it whole
 
 
 class Dependencies:
@@ -171,17 +73,24 @@ class Dependencies:
         A check that is under way is begun anew, and its callback not called.
         """
         separate, folder = bool(separatePython()), Settings.packagesFolder()
-        entries: list[dict] = []
-        lines = LineSplitter()
 
-        def onOutput(data: bytes) -> None:
-            entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
+        def onPackages(entries: list[dict], exitCode: int, lastWords: str) -> None:
+            found = judge(entries, exitCode, lastWords, separate)
+            # A folder that has gone, or is slow, is no matter to one who needs nothing from it.
+            if folder and not found.ready and found.pythonVersion:
+                self._probe([folder], FOLDER_LIMIT_MS, lambda told, *end: onFolder(found, told, *end))
+            else:
+                end(found)
 
-        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
-            self.preflight = withFolder(judge(entries, exitCode, errors.lastLine or reason, separate), separate)
-            onDone(self.preflight)
+        def onFolder(found: Preflight, entries: list[dict], _exitCode: int, lastWords: str) -> None:
+            told = entries or [{"event": "folder", "path": folder, "error": lastWords}]
+            end(withFolder(found, told, separate))
 
-        self._run(("-m", "invres.probe", *filter(None, [folder])), onOutput, onEnd)
+        def end(found: Preflight) -> None:
+            self.preflight = found
+            onDone(found)
+
+        self._probe([], PROBE_LIMIT_MS, onPackages)
 
     @property
     def planned(self) -> list[str]:
@@ -210,8 +119,8 @@ class Dependencies:
         `advice`.
 
         In Slicer's own Python torch comes through the PyTorch extension where it is there, the rest by Slicer's own
-        package installer, which shows its progress. In a separate Python pip runs in the background. Where a folder of
-        packages is chosen, all comes from it by pip, which has to find everything there before anything is changed.
+        package installer, which shows its progress. In a separate Python, and where a folder of packages is chosen,
+        pip runs in the background; all comes from the folder, and has to be found there before anything is changed.
         """
         preflight = self.preflight
         if preflight is None:
@@ -226,11 +135,17 @@ class Dependencies:
             self._end(onDone, InstallOutcome("done", _("Everything is installed.")))
             return
 
+        if not separate and _mustRestartFirst(steps):
+            self.installPending = True
+            message = _("torch is in use by another module, so it cannot be replaced now.")
+            self._end(onDone, InstallOutcome("restart", message, _("Restart Slicer; the installation then goes on.")))
+            return
+
         def begin() -> None:
-            if separate:
-                self._installSeparately(steps, onDone)
-            else:
-                self._installInSlicer(steps, preflight, onDone)
+            # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
+            self.installPending = not separate
+            run = self._installByPip if separate or Settings.packagesFolder() else self._installInSlicer
+            run(steps, preflight, onDone)
 
         if Settings.packagesFolder():
             self._rehearse(steps, preflight, begin, onDone)
@@ -266,6 +181,19 @@ class Dependencies:
 
     # ---------------------------------------------------------------- inside
 
+    def _probe(self, arguments: Sequence[str], limitMs: int, onDone: Callable[[list[dict], int, str], None]) -> None:
+        """onDone: gets what the probe has told, its exit code, and its last words or why it has ended."""
+        entries: list[dict] = []
+        lines = LineSplitter()
+
+        def onOutput(data: bytes) -> None:
+            entries.extend(event for event in map(parsedEvent, lines.feed(data)) if event is not None)
+
+        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
+            onDone(entries, exitCode, errors.lastLine or reason)
+
+        self._run(("-m", "invres.probe", *arguments), onOutput, onEnd, limitMs)
+
     def _rehearse(
         self,
         steps: Sequence[Step],
@@ -277,24 +205,19 @@ class Dependencies:
         changing anything; then begins."""
         folder = Settings.packagesFolder()
         self._log(_("Looking whether all packages are in {folder}").format(folder=folder) + "\n")
-        notes = tempfile.TemporaryDirectory()
-        held = [] if separatePython() else ["--constraint", _written(_held(preflight, withTorch=False), notes.name)]
-        tail = TextTail()
 
-        def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
-            notes.cleanup()
+        def onEnd(succeeded: bool, said: str, lastWords: str) -> None:
             # A pip before 22.2 rehearses nothing.
-            if (exitCode == 0 and not reason) or "no such option" in errors.text:
+            if succeeded or "no such option" in said:
                 begin()
                 return
-            said = tail.text + errors.text
             message = folderFailure(said) or _("The packages in {folder} cannot be installed: {reason}.").format(
-                folder=folder, reason=(errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
+                folder=folder, reason=lastWords
             )
             onDone(InstallOutcome("failed", message, failureHint(said, folder)))
 
-        pip = ["-m", "pip", "--disable-pip-version-check", "install", "--dry-run", *wantedNames(steps)]
-        self._run([*pip, *fromFolder(folder), *held], lambda data: self._log(tail.feed(data)), onEnd)
+        pip = ["install", "--dry-run", *wantedNames(steps), *fromFolder(folder)]
+        self._pip(pip, _held(preflight, withTorch=False), onEnd)
 
     def _verify(self, onDone: Callable[[InstallOutcome], None]) -> None:
         def onChecked(found: Preflight) -> None:
@@ -310,13 +233,6 @@ class Dependencies:
     def _installInSlicer(
         self, steps: Sequence[Step], preflight: Preflight, onDone: Callable[[InstallOutcome], None]
     ) -> None:
-        if _mustRestartFirst(steps):
-            self.installPending = True
-            message = _("torch is in use by another module, so it cannot be replaced now.")
-            self._end(onDone, InstallOutcome("restart", message, _("Restart Slicer; the installation then goes on.")))
-            return
-        # Finished by `_verify`; what a crash or a restart leaves is gone on with at the next start.
-        self.installPending = True
         printed = _Printed(self._log)
         try:
             with contextlib.redirect_stdout(printed):
@@ -345,10 +261,9 @@ class Dependencies:
         return True
 
     def _installTorch(self, step: Step, preflight: Preflight) -> bool:
-        utilities, folder = _pyTorchUtils(), Settings.packagesFolder()
-        if utilities is None or folder:
-            if not folder:
-                self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
+        utilities = _pyTorchUtils()
+        if utilities is None:
+            self._log(_("The PyTorch extension is not installed, so torch comes from PyPI.") + "\n")
             _pipInstall(step.names, _held(preflight, withTorch=False))
             return True
         logic = utilities.PyTorchUtilsLogic()
@@ -361,43 +276,58 @@ class Dependencies:
         # It ends with importing torch; None means that a person has declined, whatever it was told about asking.
         return logic.installTorch(**{name: value for name, value in wishes.items() if name in known}) is not None
 
-    def _installSeparately(self, steps: list[Step], onDone: Callable[[InstallOutcome], None]) -> None:
+    def _installByPip(
+        self, steps: Sequence[Step], preflight: Preflight, onDone: Callable[[InstallOutcome], None]
+    ) -> None:
+        if not steps:
+            self._verify(onDone)
+            return
         step, *others = steps
         self._log(f"{step.text}\n")
         if step.kind == "clear":
-            if self.preflight is not None:
-                _clearLeftovers(self.preflight, step.names)
-            self._next(others, onDone)
+            _clearLeftovers(preflight, step.names)
+            self._installByPip(others, preflight, onDone)
             return
         folder = Settings.packagesFolder()
-        pip = ["-m", "pip", "--disable-pip-version-check"]
-        removing = step.kind == "uninstall"
-        pip += ["uninstall", "--yes", *step.names] if removing else ["install", *step.names, *fromFolder(folder)]
+
+        def onEnd(succeeded: bool, said: str, lastWords: str) -> None:
+            if succeeded:
+                self._installByPip(others, preflight, onDone)
+                return
+            self.installPending = False
+            message = _("{step} failed: {reason}.").format(step=step.text, reason=lastWords)
+            onDone(InstallOutcome("failed", message, failureHint(said, folder)))
+
+        if step.kind == "uninstall":
+            self._pip(["uninstall", "--yes", *step.names], [], onEnd)
+        else:
+            held = _held(preflight, withTorch=step.kind == "packages")
+            self._pip(["install", *step.names, *fromFolder(folder)], held, onEnd)
+
+    def _pip(
+        self, arguments: Sequence[str], held: Sequence[tuple[str, str]], onDone: Callable[[bool, str, str], None]
+    ) -> None:
+        """onDone: gets whether pip has done it, what it said, and its last words."""
+        notes, tail = tempfile.TemporaryDirectory(), TextTail()
 
         def onEnd(exitCode: int, reason: str, errors: TextTail) -> None:
-            if exitCode == 0 and not reason:
-                self._next(others, onDone)
-            else:
-                said = (errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
-                message = _("{step} failed: {reason}.").format(step=step.text, reason=said)
-                onDone(InstallOutcome("failed", message, failureHint(tail.text + errors.text, folder)))
+            notes.cleanup()
+            lastWords = (errors.lastLine or reason).removeprefix("ERROR: ").rstrip(".")
+            onDone(exitCode == 0 and not reason, tail.text + errors.text, lastWords)
 
-        tail = TextTail()
+        pip = ["-m", "pip", "--disable-pip-version-check", *arguments]
+        pip += ["--constraint", _written(held, notes.name)] if held else []
         self._run(pip, lambda data: self._log(tail.feed(data)), onEnd)
-
-    def _next(self, steps: list[Step], onDone: Callable[[InstallOutcome], None]) -> None:
-        if steps:
-            self._installSeparately(steps, onDone)
-        else:
-            self._verify(onDone)
 
     def _run(
         self,
         arguments: Sequence[str],
         onOutput: Callable[[bytes], None],
         onEnd: Callable[[int, str, TextTail], None],
+        limitMs: int = 0,
     ) -> None:
-        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the end of its errors."""
+        """Runs the backend's Python with arguments; onEnd gets exit code, reason and the end of its errors. limitMs:
+        after which it is ended; 0 for none."""
         self.cancel()
         errors = TextTail()
         try:
@@ -413,7 +343,7 @@ class Dependencies:
                 onEnd(exitCode, reason, errors)
 
         def tooLong() -> None:
-            if self._child is child and "invres.probe" in arguments:
+            if self._child is child:
                 child.kill()
                 ended(-1, _("it took too long"))
 
@@ -428,7 +358,8 @@ class Dependencies:
         self._child = child
         child.start()
         child.closeInput()
-        qt.QTimer.singleShot(PROBE_LIMIT_MS, tooLong)
+        if limitMs:
+            qt.QTimer.singleShot(limitMs, tooLong)
 
     @staticmethod
     def _end(onDone: Callable[[InstallOutcome], None], outcome: InstallOutcome) -> None:
@@ -463,7 +394,10 @@ def _packaging():
 
 
 def _held(preflight: Preflight, withTorch: bool) -> list[tuple[str, str]]:
-    """Packages with the version that pip must leave as it is."""
+    """Packages with the version that pip must leave as it is; none of a separate Python, which no one else uses."""
+    if separatePython():
+        return []
+    importlib.invalidate_caches()
     held = [(package.name, package.version) for package in preflight.packages if package.state == "ok"]
     if withTorch:
         held = [entry for entry in held if entry[0] != "torch"]
@@ -477,12 +411,11 @@ def _held(preflight: Preflight, withTorch: bool) -> list[tuple[str, str]]:
 
 def _pipInstall(names: Sequence[str], held: Sequence[tuple[str, str]]) -> None:
     """Installs into Slicer's own Python without replacing what it has."""
-    importlib.invalidate_caches()
-    folder, packaging = Settings.packagesFolder(), _packaging()
+    packaging = _packaging()
     with tempfile.TemporaryDirectory() as notes:
         path = _written(held, notes)
-        if folder or packaging is None:  # pip_ensure takes packages and no options
-            slicer.util.pip_install([*names, *fromFolder(folder), "--constraint", path])
+        if packaging is None:
+            slicer.util.pip_install([*names, "--constraint", path])
             return
         packaging.pip_ensure(
             list(names), constraints=path, prompt_install=False, requester="InvResSegment", skip_in_testing=False
@@ -543,4 +476,4 @@ def _failed(error: Exception, printed: str) -> InstallOutcome:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = (errors[-1].removeprefix("ERROR: ") if errors else lines[-1]).rstrip(".")
     message = _("The installation failed: {reason}.").format(reason=reason)
-    return InstallOutcome("failed", message, failureHint(printed + str(error), Settings.packagesFolder()))
+    return InstallOutcome("failed", message, failureHint(printed + str(error)))

@@ -7,7 +7,7 @@ import ctk
 from slicer.i18n import tr as _
 
 from . import Settings
-from .Dependencies import backendCommand, backendEnvironment
+from .BackendPython import backendCommand, backendEnvironment
 from .FineTuneRun import FineTuneRun, runsIn
 from .Notice import ERROR, INFORMATION, WARNING, Notice
 from .RunRecord import DISCARDED, PROMOTED, ROLLED_BACK

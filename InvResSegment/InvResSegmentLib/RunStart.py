@@ -9,9 +9,9 @@ from typing import Any
 from slicer.i18n import tr as _
 
 from . import Settings
+from .BackendPython import backendCommand, backendEnvironment
 from .CaseExamination import CaseExamination
 from .CaseExport import CaseExport, directDataSet
-from .Dependencies import backendCommand, backendEnvironment
 from .Disposal import dispose
 from .FineTuneRun import FineTuneRun, newRunFolder
 from .Notice import ERROR, GOOD, INFORMATION, WARNING

@@ -125,6 +125,12 @@ class _Run:
     verdict: tuple[str, str, str] | None = None  # state, message, hint that this side decided on
     observers: list[tuple[Any, int]] = field(default_factory=list)
 
+    def withNames(self, text: str) -> str:
+        """What the backend says of its files, with the names of the volumes instead."""
+        for index, volume in enumerate(self.inputs):
+            text = text.replace(str(self.folder / _fileOf(index)), volume.name).replace(_fileOf(index), volume.name)
+        return text
+
     @property
     def resultPath(self) -> Path:
         return self.folder / "result.seg.nrrd"
@@ -310,7 +316,9 @@ class SegmentationLogic:
         )
         run = self._run = _Run(request, folder, onProgress, onDone, self._reference(request), inputs)
         if request.series is not None:
-            run.frames = SegmentedFrames(request.series, run.reference, _labelsOf(request.model))
+            run.frames = SegmentedFrames(
+                request.series, run.reference, _labelsOf(request.model), _wholeOfSides(request.model)
+            )
         scene = run.reference.GetScene()
         for event, handler in (
             (scene.StartCloseEvent, self._onSceneClosing),
@@ -365,7 +373,7 @@ class SegmentationLogic:
         nodes = self._nodes(request)
         for index, (channel, node) in enumerate(nodes.items()):
             self._progress("export", index, len(nodes), None)
-            path = run.folder / f"channel{index}.nrrd"  # a short plain name, whatever the volume is called
+            path = run.folder / _fileOf(index)  # a short plain name, whatever the volume is called
             volume = node if run.frames is None else _ofFrame(run.frames, node)
             NodeConversion.exportVolume(volume, path, None if node is reference else reference, placedAs=node)
             arguments += ["--input", f"{channel}={path}"]
@@ -384,8 +392,11 @@ class SegmentationLogic:
         if event.get("event") == "progress":
             self._progress(event.get("stage", ""), event.get("done", 0), event.get("total", 1), event.get("eta_s"))
         elif event.get("event") == "warning" and event.get("message"):
-            warn = self._run.warnings.append if self._run.frames is None else self._run.frames.warn
-            warn(event["message"])
+            message = self._run.withNames(event["message"])
+            if self._run.frames is None:
+                self._run.warnings.append(message)
+            else:
+                self._run.frames.warn(event["message"], message)
         elif event.get("event") == "note" and event.get("message") and event["message"] not in self._run.notes:
             self._run.notes.append(event["message"])
 
@@ -419,7 +430,7 @@ class SegmentationLogic:
         elif outcome.state == "done":
             self._import(run, lambda change: self._addToScene(run, outcome.result, change))
         else:
-            self._fail(run, outcome.message, outcome.hint)
+            self._fail(run, run.withNames(outcome.message), outcome.hint)
 
     def _takeFrame(self, run: _Run, outcome: Any) -> None:
         """The result of a frame, and on to the next one or, with the last, into the scene."""
@@ -578,6 +589,10 @@ class SegmentationLogic:
         return None if request.model is None else next(iter(self._nodes(request).values()), None)
 
 
+def _fileOf(channel: int) -> str:
+    return f"channel{channel}.nrrd"
+
+
 def _labelsOf(model: Any) -> list[NodeConversion.SegmentLabel]:
     """Of which side a value is, the file says."""
     return [
@@ -585,6 +600,11 @@ def _labelsOf(model: Any) -> list[NodeConversion.SegmentLabel]:
         for label in model.labels
         if not label.sided
     ]
+
+
+def _wholeOfSides(model: Any) -> dict[int, int]:
+    """Value of a left or a right side -> that of both as one."""
+    return {value: label.value for label in model.labels for value in label.sides}
 
 
 def _ofFrame(frames: SegmentedFrames, node: slicer.vtkMRMLScalarVolumeNode) -> slicer.vtkMRMLScalarVolumeNode:

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import slicer
 
-from .Dependencies import backendEnvironment, backendPython
+from .BackendPython import backendEnvironment, backendPython
 from .Models import modelFromDescription
 
 __all__ = ["SelfTest"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,8 @@ TABLE_BY_FRAME_ROLE = "InvResSegment.VolumesByFrame"
 class SegmentedFrames:
     """What a run has made of the frames of a sequence. reference: the volume of the scene that the result lies on.
 
-    labels: names, colours and terminology that win over those of the files. Frames come in their order.
+    labels: names, colours and terminology that win over those of the files. wholes: value of a left or a right side ->
+    that of both as one. Frames come in their order.
     """
 
     def __init__(
@@ -33,15 +35,19 @@ class SegmentedFrames:
         series: VolumeSequence,
         reference: slicer.vtkMRMLScalarVolumeNode,
         labels: Sequence[NodeConversion.SegmentLabel],
+        wholes: Mapping[int, int],
     ) -> None:
         self.series = series
         self.done = 0
         """How many frames are segmented; also the number of the one at hand, from 0."""
         self._reference = reference
         self._labels = labels
+        self._wholes = wholes
         self._sequence = slicer.vtkMRMLSequenceNode()
         self._sequence.CopySequenceIndex(series.node)
-        self._template: NodeConversion.ResultFile | None = None
+        self._template: NodeConversion.ResultFile | None = None  # of left and right as one, if any frame has them so
+        self._divided: list[tuple[int, slicer.vtkMRMLScalarVolumeNode]] = []
+        self._sided: tuple[NodeConversion.SegmentLabel, ...] = ()  # the segments of those
         self._empty: list[tuple[int, slicer.vtkMRMLScalarVolumeNode]] = []
         self._volumes: list[dict[str, float]] = []
         self._confidences: list[float] = []
@@ -70,10 +76,15 @@ class SegmentedFrames:
             sentences.append(text)
         return sentences
 
-    def warn(self, sentence: str) -> None:
-        """Says something of the frame at hand."""
-        # Figures differ from frame to frame, and what they say does not.
-        self._warnings.setdefault(re.split(r"\d|:", sentence)[0], []).append((self.done + 1, sentence))
+    def warn(self, sentence: str, inWords: str = "") -> None:
+        """Says something of the frame at hand. inWords: how it is told, where that is otherwise."""
+        self._warnOf(self.done, sentence, inWords or sentence)
+
+    def _warnOf(self, number: int, sentence: str, inWords: str) -> None:
+        # Figures differ from frame to frame, and what they say does not. The 1 of a channel T1 is none.
+        file, rest = re.fullmatch(r"([^:]*\.\w+: )?(.*)", sentence, re.DOTALL).groups()
+        start = (file or "") + re.split(r"(?<!\w)-?\d|:", rest)[0]
+        self._warnings.setdefault(start, []).append((number + 1, inWords))
 
     def add(
         self,
@@ -84,7 +95,12 @@ class SegmentedFrames:
     ) -> None:
         """The frame at hand. volumeNode: its image, whose grid the result has. Raises ConversionError."""
         names = self._put(self.done, result, volumeNode, provenance)
-        self._template = replace(result, layers=result.layers[:0].copy())
+        divided = len(result.segments) > len({self._wholes.get(one.value, one.value) for one in result.segments})
+        if divided:
+            self._divided.append((self.done, volumeNode))
+            self._sided = self._sided or result.segments
+        if self._template is None or not divided:
+            self._template = replace(result, layers=result.layers[:0].copy())
         # Counted here, once, and not by the segments, each of which costs a pass through its image.
         toWorld = NodeConversion.linearTransformBetween(self._reference, None)
         scale = 1.0 if toWorld is None else abs(np.linalg.det(toWorld[:3, :3]))
@@ -108,11 +124,10 @@ class SegmentedFrames:
 
         One frame at least was segmented. Raises ConversionError.
         """
+        if self._template.segments != self._sided:
+            self._joinSides()
         for number, volumeNode in self._empty:
-            shape = volumeNode.GetImageData().GetDimensions()[::-1]
-            layers = np.zeros((*shape, self._template.layers.shape[3]), self._template.layers.dtype)
-            matrix = NodeConversion.volumeMatrix(volumeNode)
-            self._put(number, replace(self._template, layers=layers, matrix=matrix), volumeNode, provenance)
+            self._put(number, self._blank(volumeNode), volumeNode, provenance)
         scene, browser, sequence = self._reference.GetScene(), self.series.browser, self._sequence
         node = SegmentationResult.createSegmentationNode(scene, self._reference, change)
         change.target = node.GetID()
@@ -135,6 +150,29 @@ class SegmentedFrames:
         table = self._table(node, change)
         browser.SetSaveChanges(sequence, True)  # what is corrected in a frame stays in it
         return node, table
+
+    def _joinSides(self) -> None:
+        """Puts left and right together in the frames that have them apart, as others have not: a segment must not stand
+        for one side in one frame and for both in the next."""
+        sentence = _("Left and right were put into one segment here, too, so that all frames are alike.")
+        for number, volumeNode in self._divided:
+            self._warnOf(number, sentence, sentence)
+            node = self._sequence.GetDataNodeAtValue(self.series.values[number], True)
+            result, millilitres = self._blank(volumeNode), Counter()
+            for index, (label, volume) in enumerate(zip(self._sided, self._volumes[number].values(), strict=True)):
+                mask, _matrix = NodeConversion.segmentMask(node, node.GetSegmentation().GetNthSegmentID(index))
+                whole = self._wholes.get(label.value, label.value)
+                result.labels[mask] = whole
+                millilitres[whole] += volume
+            names = self._put(number, result, volumeNode, SegmentationResult.readProvenance(node)[-1])
+            values = [label.value for label in result.segments]
+            self._volumes[number] = {name: millilitres[value] for name, value in zip(names, values, strict=True)}
+
+    def _blank(self, volumeNode: slicer.vtkMRMLScalarVolumeNode) -> NodeConversion.ResultFile:
+        """The result of a frame in which nothing was found."""
+        shape = volumeNode.GetImageData().GetDimensions()[::-1]
+        layers = np.zeros((*shape, self._template.layers.shape[3]), self._template.layers.dtype)
+        return replace(self._template, layers=layers, matrix=NodeConversion.volumeMatrix(volumeNode))
 
     def _put(
         self,

@@ -9,7 +9,7 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import Settings
-from .Dependencies import separatePython, setSeparatePython
+from .BackendPython import separatePython, setSeparatePython
 from .Notice import ERROR, GOOD, INFORMATION, WARNING, Notice
 from .WheelFolder import TORCH_BUILDS
 

@@ -37,16 +37,13 @@ def fromFolder(folder: str) -> list[str]:
     return ["--isolated", "--no-index", "--only-binary=:all:", "--find-links", folder]
 
 
-def withFolder(preflight: Preflight, separate: bool) -> Preflight:
-    """The preflight with what its folder of packages lacks, as far as the names of the files tell, as a blocker.
+def withFolder(preflight: Preflight, told: Sequence[dict], separate: bool) -> Preflight:
+    """The preflight with what a folder of packages lacks, as far as the names of the files tell, as a blocker.
 
-    What is optional and not in the folder is left out. A preflight that is ready, or of a probe that was given no
-    folder, comes back as it is.
+    told: what the probe says of the folder, first of it as a whole. What is optional and not in it is left out.
     """
-    folder = next((entry for entry in preflight.report if entry["event"] == "folder"), None)
-    if folder is None or preflight.ready or not preflight.pythonVersion:
-        return preflight
-    wheels = [entry for entry in preflight.report if entry["event"] == "wheel"]
+    folder, *rest = told
+    wheels = [entry for entry in rest if entry["event"] == "wheel"]
     leftOut = [name for name in (TORCHVISION, *OPTIONAL) if not _fitting(wheels, name)]
     if TORCHVISION in leftOut:
         leftOut += OPTIONAL

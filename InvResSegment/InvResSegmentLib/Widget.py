@@ -9,8 +9,9 @@ from slicer.i18n import tr as _
 
 from . import Settings
 from .BackendProcess import BackendProcess
+from .BackendPython import backendCommand, backendEnvironment, passOverLauncher
 from .BatchTab import BatchTab
-from .Dependencies import Dependencies, backendCommand, backendEnvironment, passOverLauncher
+from .Dependencies import Dependencies
 from .FineTuneTab import FineTuneTab
 from .Models import ModelCatalogue
 from .ModelsTab import ModelsTab

@@ -158,6 +158,7 @@ def test_the_time_of_a_nifti_file_is_that_of_its_unit(tmp_path, unit):
     raw[92:96] = np.float32(0).tobytes()
     path.write_bytes(raw)
     assert read_header(path).time.step == 1.0, "many files leave it out"
+    assert not read_header(path).time.in_seconds, "a second that no file names is no time"
 
 
 def test_warnings_are_told_once_for_all_frames_that_they_are_true_of(tmp_path):
@@ -183,6 +184,32 @@ def test_warnings_are_told_once_for_all_frames_that_they_are_true_of(tmp_path):
     assert empty["volumes_ml"] == {} and empty["confidence"] is None and found["confidence"] > 0
     row = list(csv.reader((tmp_path / "v.csv").read_text(encoding="utf-8-sig").splitlines()))[2]
     assert row[:3] == ["2", "0.29", ""] and "left empty" in row[-1]
+
+
+def test_what_is_said_of_two_channels_or_of_a_whole_file_is_not_taken_for_one_thing(tmp_path):
+    package = package_of(tmp_path / "m", channels=("T1", "T2"))
+    moving = [frame.astype(np.float32) for frame in steps(3)]
+    moving[1][0, 0, 0] = np.nan
+    source = cine(tmp_path / "mo ving2.nii", moving)
+    still = tmp_path / "still.nii"
+    write_volume(still, Volume(moving[1], GRIDS[0]))
+    for path in (source, still):
+        raw = bytearray(path.read_bytes())
+        raw[252:256] = bytes(4)  # neither qform nor sform
+        path.write_bytes(raw)
+    report = Recorder()
+    found = segment_series(package, {"T1": source, "T2": still}, tmp_path / "o.nii", CPU, None, report, Knowing())
+    told = warnings(report)
+    for beginning in (
+        "All 3 frames: mo ving2.nii: the header does not say how the image lies",
+        "Frame 2: mo ving2.nii: 1 voxels are NaN",
+        "All 3 frames: still.nii: the header does not say how the image lies",
+        "All 3 frames: still.nii: 1 voxels are NaN",
+        "All 3 frames: The image for T1 does not look like CT",
+        "All 3 frames: The image for T2 does not look like CT",
+    ):
+        assert sum(text.startswith(beginning) for text in told) == 1, (beginning, told)
+    assert [len(frame["warnings"]) for frame in found["frames"]] == [5, 6, 5]
 
 
 def test_a_series_in_which_no_frame_shows_anything_is_refused(tmp_path):
@@ -214,6 +241,7 @@ def test_left_and_right_are_apart_in_all_frames_or_in_none(tmp_path):
     told = warnings(report)
     assert any(text.startswith("Frame 2: Left and right could not be told") for text in told)
     assert "Frame 1: Left and right were put into one label here, too, so that all frames are alike." in told
+    assert "Left and right were put into one label" in found["frames"][0]["warnings"][-1]
     table = np.array([0, *values])
     for labels, frame in zip(labels_of(found["output"]), (head, shapeless), strict=True):
         assert np.array_equal(labels, table[frame])

@@ -16,18 +16,20 @@ standins.install()
 
 import qt  # noqa: E402
 import slicer  # noqa: E402
-from InvResSegmentLib import Dependencies as module  # noqa: E402
 from InvResSegmentLib import Paths  # noqa: E402
-from InvResSegmentLib.Dependencies import (  # noqa: E402
-    Dependencies,
+from InvResSegmentLib.BackendPython import (  # noqa: E402
     backendCommand,
     backendEnvironment,
+    backendPython,
+    passOverLauncher,
     pythonSlicer,
     separatePython,
     setSeparatePython,
 )
+from InvResSegmentLib.Dependencies import Dependencies  # noqa: E402
 from InvResSegmentLib.Diagnostics import diagnosticReport, withoutPersonalData  # noqa: E402
 from InvResSegmentLib.Requirements import (  # noqa: E402
+    TORCH_REQUIREMENT,
     constraints,
     failureHint,
     installationAdvice,
@@ -522,7 +524,7 @@ def test_half_installed_packages_of_a_real_python_are_found(here, monkeypatch, t
     (tmp_path / "memcnn.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "psutil.py").write_text("raise OSError('a library cannot be loaded')")
     (tmp_path / "safetensors.py").write_text("import os; print('on the way'); os._exit(3)")
-    monkeypatch.setattr(module.Paths, "backendFolder", lambda: f"{tmp_path}{os.pathsep}{BACKEND}")
+    monkeypatch.setattr(Paths, "backendFolder", lambda: f"{tmp_path}{os.pathsep}{BACKEND}")
     found = checked(Dependencies())
     assert not found.ready and found.package("safetensors").state == "broken"
     assert "Python crashes when it is imported (code 3)" in found.sentences[-1]
@@ -554,7 +556,7 @@ def test_a_separate_python_is_installed_into_by_pip_in_the_background(here, monk
     (tmp_path / "pip.py").write_text(
         "import sys; print('pip', *sys.argv[1:])\nif 'psutil' in sys.argv: sys.exit('no network')"
     )
-    monkeypatch.setattr(module.Paths, "backendFolder", lambda: f"{tmp_path}{os.pathsep}{BACKEND}")
+    monkeypatch.setattr(Paths, "backendFolder", lambda: f"{tmp_path}{os.pathsep}{BACKEND}")
     log, outcomes = [], []
     dependencies = Dependencies(log.append)
     dependencies.preflight = judge(report({**PYTHON, "executable": sys.executable}, torch=MISSING), 0)
@@ -576,7 +578,7 @@ def test_the_probe_looks_for_what_the_package_requires():
     from invres.probe import PACKAGES
 
     assert {name: name + requirement for name, _, requirement in PACKAGES} == wanted
-    assert wanted["torch"] == f"torch{module.TORCH_REQUIREMENT}"
+    assert wanted["torch"] == f"torch{TORCH_REQUIREMENT}"
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -617,17 +619,17 @@ def test_a_launcher_that_keeps_its_input_to_itself_is_passed_over_from_then_on(m
     program.parent.mkdir()
     program.touch()
     monkeypatch.setenv("PATH", "")
-    assert not module.passOverLauncher() and module.backendPython() == str(program)
+    assert not passOverLauncher() and backendPython() == str(program)
     real = program.with_name(program.name.replace("PythonSlicer", "python-real"))
     real.touch()
-    assert module.backendPython() == str(program)
-    assert module.passOverLauncher() and module.backendPython() == str(real)
-    assert not module.passOverLauncher(), "there is no third way"
+    assert backendPython() == str(program)
+    assert passOverLauncher() and backendPython() == str(real)
+    assert not passOverLauncher(), "there is no third way"
     # Another Slicer may have another launcher; and a Python of one's own has none.
     monkeypatch.setattr(type(slicer.app), "slicerHome", str(tmp_path / "other"))
-    assert not module.passOverLauncher()
+    assert not passOverLauncher()
     setSeparatePython(sys.executable)
-    assert not module.passOverLauncher() and module.backendPython() == sys.executable
+    assert not passOverLauncher() and backendPython() == sys.executable
     qt.QSettings().clear()
 
 

@@ -14,7 +14,7 @@ from InvResSegmentLib.SegmentationLogic import SegmentationRequest
 from InvResSegmentLib.SeriesResult import TABLE_BY_FRAME_ROLE
 from InvResSegmentLib.Text import framesInWords
 from InvResSegmentLib.VolumeSequence import sequenceOf
-from small_models import MATRICES, add_transform, add_volume, dice, matrix, model_info, rotation
+from small_models import MATRICES, add_transform, add_volume, dice, matrix, model_info, rotation, with_sides
 from test_segmentation_logic import Panel, ball, scene_state
 
 COUNT = 4
@@ -199,6 +199,47 @@ def test_a_frame_that_shows_nothing_is_left_empty_and_said_once(scene, panel, sm
         assert mask.any() == (number % 2 == 1) and mask.shape == blank.shape
     table = columns(outcome.tableNode)
     assert [math.isnan(value) for value in table["ball [mL]"]] == [True, False, True, False]
+
+
+def test_left_and_right_are_apart_in_all_frames_or_in_none(scene, panel, one_channel_package, tmp_path):
+    """Else a segment would stand for one side in one frame and for both in the next."""
+    model = model_info(with_sides(one_channel_package, tmp_path / "sided"))
+    images, classes = ball()
+    told, untold = matrix(origin=(-11.4, 20, 5)), matrix(origin=(60, 20, 5))
+    frames = [images[0], images[0], np.zeros_like(images[0]), images[0]]
+    browser, _, shown = sequence_of(scene, frames, [told, untold, told, told])
+    outcome = panel.run(request_of(model, shown))
+    assert outcome.state == "done", outcome.message
+    found = browser.GetSequenceNode(outcome.segmentationNode)
+    volumes = columns(outcome.tableNode)
+    assert list(volumes) == ["time [s]", "ball [mL]", "Confidence"]
+    for number in range(4):
+        data = found.GetNthDataNode(number)
+        inside = data.GetSegmentation()
+        names = [inside.GetNthSegment(index).GetName() for index in range(inside.GetNumberOfSegments())]
+        assert names == ["ball"] and not NodeConversion.wasEdited(data)
+        mask, _ = NodeConversion.segmentMask(data, inside.GetNthSegmentID(0))
+        assert mask.any() if number != 2 else not mask.any()
+        if number != 2:
+            assert dice(mask, classes == 1) > 0.6
+            assert volumes["ball [mL]"][number] == pytest.approx(np.count_nonzero(mask) / 1000)
+    joined = "Left and right were put into one segment here, too, so that all frames are alike."
+    assert f"Frames 1, 4: {joined}" in outcome.warnings
+    assert joined in SegmentationResult.readProvenance(found.GetNthDataNode(3))[0].warnings
+    # Where all frames have them, they stay apart.
+    browser, _, shown = sequence_of(scene, frames[:1] * 2, [told, told], "sided")
+    outcome = panel.run(request_of(model, shown))
+    assert [*columns(outcome.tableNode)][1:3] == ["left ball [mL]", "right ball [mL]"]
+
+
+def test_a_channel_is_called_as_its_volume_in_what_is_said(scene, panel, small_model):
+    images, _ = ball()
+    images[0][0, 0, 0] = np.nan
+    _, _, shown = sequence_of(scene, [images[0]] * 2, [matrix()] * 2)
+    shown.SetName("12: AX T1")
+    outcome = panel.run(request_of(small_model, shown))
+    (said,) = [text for text in outcome.warnings if "NaN" in text]
+    assert said.startswith("All 2 frames: 12: AX T1: 1 voxels are NaN") and "channel0" not in said
 
 
 def test_a_sequence_of_nothing_fails(scene, panel, small_model):

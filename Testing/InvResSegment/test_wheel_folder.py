@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 import venv
 import zipfile
 from pathlib import Path
@@ -16,9 +17,10 @@ import standins
 standins.install()
 
 import slicer  # noqa: E402
+from InvResSegmentLib import BackendPython, Settings, WheelFolder  # noqa: E402
 from InvResSegmentLib import Dependencies as module  # noqa: E402
-from InvResSegmentLib import Settings, WheelFolder  # noqa: E402
-from InvResSegmentLib.Dependencies import Dependencies, setSeparatePython  # noqa: E402
+from InvResSegmentLib.BackendPython import setSeparatePython  # noqa: E402
+from InvResSegmentLib.Dependencies import Dependencies  # noqa: E402
 from InvResSegmentLib.Requirements import failureHint, installationSteps, judge  # noqa: E402
 from InvResSegmentLib.WheelFolder import TORCH_BUILDS, downloadCommand, withFolder  # noqa: E402
 from panel_driver import loadedPanel, waitUntil  # noqa: E402
@@ -137,20 +139,14 @@ def test_what_a_package_needs_in_its_turn_is_missed_before_anything_is_changed(p
     assert installedInto(python) == {"torch": "2.9.1"}, "".join(log)
 
 
-def test_slicers_own_python_gets_it_by_slicers_installer_and_keeps_what_it_has(python, folder, monkeypatch):
-    """`slicer.util.pip_install` takes a list as arguments of pip, in every supported Slicer."""
+def test_slicers_own_python_gets_it_in_the_background_and_keeps_what_it_has(python, folder, monkeypatch):
     packages = sitePackages(python.parents[1])
     own = {"numpy": "1.13", "SimpleITK": "1.13"}
     for name in own:
         with zipfile.ZipFile(next(folder.glob(f"{name}-1.13*"))) as archive:
             archive.extractall(packages)
     wheel(folder, "numpy", "2.0")
-    monkeypatch.setattr(module, "backendPython", lambda: str(python))
-    monkeypatch.setattr(
-        slicer.util,
-        "pip_install",
-        lambda arguments: subprocess.run([python, "-m", "pip", "install", *arguments], check=True),
-    )
+    monkeypatch.setattr(BackendPython, "backendPython", lambda: str(python))
     log: list[str] = []
     dependencies, outcome = install(folder, log)
     assert outcome.state == "done" and not dependencies.installPending, "".join(log)
@@ -214,11 +210,36 @@ def test_what_the_folder_lacks_is_said_before_installing(python, folder, change,
     assert dependencies.preflight.sentences[0] == outcome.message and installedInto(python) == {}
 
 
-def test_a_ready_python_minds_no_folder():
-    found = [{"event": "folder", "path": "/gone", "error": "No such file"}]
-    assert withFolder(judge([*found, *report()], 0), False).blockers == ()
-    missing = withFolder(judge([*found, *report(pydicom=MISSING)], 0), False)
-    assert len(missing.blockers) == 1 and "/gone" in missing.sentences[0]
+def probeOf(monkeypatch, tmp_path, inFolder: str, missing: str = "") -> Dependencies:
+    """A backend whose probe finds all packages but one, and for a folder does something else."""
+    entries = report(**({missing: MISSING} if missing else {}))
+    (tmp_path / "invres").mkdir()
+    (tmp_path / "invres/__init__.py").touch()
+    (tmp_path / "invres/probe.py").write_text(
+        f"import json, sys, time\nif sys.argv[1:]: {inFolder}\nfor one in {entries!r}: print(json.dumps(one))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(BackendPython.Paths, "backendFolder", lambda: str(tmp_path))
+    setSeparatePython(sys.executable)
+    Settings.setPackagesFolder("/gone")
+    return Dependencies()
+
+
+def test_a_ready_python_minds_no_folder(calls, monkeypatch, tmp_path):  # noqa: F811
+    """A share that has gone must not hold up a panel that needs nothing from it."""
+    dependencies, found = probeOf(monkeypatch, tmp_path, f"open({str(tmp_path / 'asked')!r}, 'w')"), []
+    dependencies.check(found.append)
+    standins.waitUntil(lambda: found, 60)
+    assert found[0].ready and found[0].blockers == () and not (tmp_path / "asked").exists()
+
+
+def test_a_folder_that_does_not_answer_is_given_up(calls, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(module, "FOLDER_LIMIT_MS", 500)
+    dependencies, found = probeOf(monkeypatch, tmp_path, "time.sleep(60)", missing="pydicom"), []
+    dependencies.check(found.append)
+    standins.waitUntil(lambda: found, 30)
+    assert len(found[0].blockers) == 1 and not dependencies.busy
+    assert found[0].sentences[0].startswith("The folder of packages cannot be read (it took too long): /gone. Fill a")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +256,7 @@ def test_what_is_optional_comes_along_where_the_folder_has_it(there, torch, othe
     for name in ("torch", *there):
         entries.append({"event": "wheel", "file": f"{name}.whl", "name": name, "version": "2.13.0", "fits": True})
     python = {**PYTHON, "platforms": ["any"]}
-    found = withFolder(judge([*entries, *report(python, torch=MISSING, memcnn=MISSING)], 0), False)
+    found = withFolder(judge(report(python, torch=MISSING, memcnn=MISSING), 0), entries, False)
     steps = {step.kind: step.names for step in installationSteps(found)}
     assert found.blockers == () and steps == {"torch": torch} | ({"packages": others} if others else {})
 
