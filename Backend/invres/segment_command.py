@@ -19,11 +19,12 @@ from .segmentoptions import SegmentOptions
 
 if TYPE_CHECKING:
     from .caseinputs import CaseInputs
+    from .inference import Locate, NetworkKeeper
 
 __all__ = ["segment"]
 
-# The network of the last segmentation, for the next one in the same process.
-_kept: dict[str, Any] = {}
+# The networks of the last segmentation, for the next one in the same process.
+_kept: dict[str, NetworkKeeper] = {}
 
 
 def segment(options: argparse.Namespace, report: Reporter) -> None:
@@ -69,12 +70,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
     _check_rest(options, report)
     other = _other_model(package, options)
     load_torch(report)
-    from .inference import NetworkKeeper
     from .inference import segment as run
-    from .locating import finder
 
-    keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
     found = run(
         package,
         inputs,
@@ -82,8 +79,8 @@ def _one_case(package: ModelPackage, choices: SegmentOptions, options: argparse.
         choices,
         options.probabilities,
         report,
-        keeper=keeper,
-        locate=locate,
+        keeper=_keeper("keeper"),
+        locate=_finder(package, other, options.device),
         locator=other,
         uncertainty_path=options.uncertainty,
         provenance_path=options.provenance,
@@ -111,12 +108,8 @@ def _all_frames(package: ModelPackage, choices: SegmentOptions, options: argpars
     report.note(f"{series.count} frames.")
     other = _other_model(package, options)
     load_torch(report)
-    from .inference import NetworkKeeper
-    from .locating import finder
     from .series import segment_series
 
-    keeper = _kept.setdefault("keeper", NetworkKeeper())
-    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
     found = segment_series(
         package,
         inputs,
@@ -124,8 +117,8 @@ def _all_frames(package: ModelPackage, choices: SegmentOptions, options: argpars
         choices,
         options.volumes,
         report,
-        keeper=keeper,
-        locate=locate,
+        keeper=_keeper("keeper"),
+        locate=_finder(package, other, options.device),
         locator=other,
         provenance_path=options.provenance,
     )
@@ -214,10 +207,8 @@ def _all_cases(package: ModelPackage, choices: SegmentOptions, options: argparse
     heard = WhileHeard(report)
     load_torch(heard)
     from .batch import segment_cases
-    from .inference import NetworkKeeper
-    from .locating import finder
 
-    locate = finder(package, other, options.device, _kept.setdefault("locator", NetworkKeeper())) if other else None
+    locate = _finder(package, other, options.device)
     ending = options.ending or ".nii.gz"
     found = segment_cases(package, cases, options.output, choices, ending, heard, locate=locate, locator=other)
     before = f" ({found['there_before']} were there before)" if found["there_before"] else ""
@@ -260,3 +251,15 @@ def _other_model(package: ModelPackage, options: argparse.Namespace) -> ModelPac
         return None
     check_locatable(package.manifest)
     return segmenter_named(options.locate)
+
+
+def _finder(package: ModelPackage, other: ModelPackage | None, device: str) -> Locate | None:
+    from .locating import finder
+
+    return finder(package, other, device, _keeper("locator")) if other else None
+
+
+def _keeper(of: str) -> NetworkKeeper:
+    from .inference import NetworkKeeper
+
+    return _kept.setdefault(of, NetworkKeeper())
