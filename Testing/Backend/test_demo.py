@@ -40,6 +40,13 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def template():
+    """The T1 and its tissues, which take seconds to read."""
+    pytest.importorskip("nilearn")
+    return demo.template()
+
+
+@pytest.fixture(scope="module")
 def outcome(package, tmp_path_factory):
     pytest.importorskip("nilearn")
     pytest.importorskip("matplotlib")
@@ -47,9 +54,9 @@ def outcome(package, tmp_path_factory):
     return folder, demo.run(package, folder, "cpu")
 
 
-def test_the_segmentation_lies_on_the_grid_of_the_t1(outcome):
+def test_the_segmentation_lies_on_the_grid_of_the_t1(outcome, template):
     folder, found = outcome
-    t1, _ = demo.template()
+    t1, _ = template
     labels = read_volume(found["segmentation"], kind="labels")
     assert labels.geometry.difference(t1.geometry) == ""
     copy = read_volume(folder / "icbm152_t1.nii.gz")
@@ -58,10 +65,10 @@ def test_the_segmentation_lies_on_the_grid_of_the_t1(outcome):
     assert (plain.array == labels.array).all() and labels.array.any()
 
 
-def test_the_dice_is_that_of_the_written_files(outcome):
+def test_the_dice_is_that_of_the_written_files(outcome, template):
     _, found = outcome
     labels = read_volume(found["segmentation"], kind="labels").array
-    _, reference = demo.template()
+    _, reference = template
     assert max(found["dice"].values()) > 0
     for number, (name, values) in enumerate((("CSF", (3, 4)), ("grey matter", (5,)), ("white matter", (6,))), start=1):
         one, other = np.isin(labels, values), reference == number
