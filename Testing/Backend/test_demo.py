@@ -47,11 +47,12 @@ def template():
 
 
 @pytest.fixture(scope="module")
-def outcome(package, tmp_path_factory):
-    pytest.importorskip("nilearn")
+def outcome(package, template, tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("demo")
-    return folder, demo.run(package, folder, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "template", lambda: template)
+        return folder, demo.run(package, folder, "cpu")
 
 
 def test_the_segmentation_lies_on_the_grid_of_the_t1(outcome, template):
