@@ -199,7 +199,7 @@ def likeness_at(plane: Plane, labels: Volume, values: Sequence[int]) -> float:
 
 
 def _climbed(samples: _Samples, start: Place, steps: np.ndarray) -> np.ndarray:
-    from scipy.optimize import minimize  # which takes as long to import as a third of torch; few models have sides
+    from scipy.optimize import minimize  # long to import, and few models have sides
 
     options = {"initial_simplex": np.asarray(start) + steps, "maxfev": 60, "xatol": 1e-3, "fatol": 1e-4}
     found: np.ndarray = minimize(lambda at: -samples.likeness(at), start, method="Nelder-Mead", options=options).x
