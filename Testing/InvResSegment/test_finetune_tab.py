@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -139,9 +138,7 @@ def test_start_says_what_is_missing_until_it_can_work(panel, monkeypatch):
     assert tab.ui.casesTable.rowCount == 1 and tab.ui.startButton.enabled
     inFront(panel)
     waitUntil(lambda: "A training step needs about" in said(tab, "memoryNotice"), 200)
-    # The module that the panel runs on, which is another one since a test that reloads it.
-    form = sys.modules[type(tab._form).__module__]
-    monkeypatch.setattr(form, "secondsPerStep", lambda *_arguments: looked.append(1))
+    monkeypatch.setattr("InvResSegmentLib.OptionsForm.secondsPerStep", lambda *_arguments: looked.append(1))
     tab.ui.nameEdit.text = "another name"
     settled(tab)
     tab.ui.memorySlider.value = 2

@@ -770,7 +770,21 @@ def test_a_python_that_is_not_there_is_an_error_in_words(scene, tmp_path):
         assert "not there" in panel.ui.setupNoticeText.text and not panel.ui.installButton.enabled
 
 
-def test_reload_takes_the_library_anew_and_leaves_no_process(module, panel):
+@pytest.fixture
+def same_library():
+    """What is reloaded is put back: other tests have imported from it."""
+
+    def parts():
+        return {name: part for name, part in sys.modules.items() if name.partition(".")[0] == "InvResSegmentLib"}
+
+    before = parts()
+    yield
+    for name in parts():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_reload_takes_the_library_anew_and_leaves_no_process(same_library, module, panel):
     before = sys.modules["InvResSegmentLib.SegmentTab"]
     old = panel.backend
     module.widgetRepresentation().self().onReload()
