@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,32 @@ __all__ = ["Curves", "draw_curves"]
 FEW = 6  # points on a line: they are marked, as a single one draws no line; and labels: more stand beside the axes
 
 
+SHARE = 0.05  # of a training's time that drawing may take while it runs
+
+
 class Curves:
     """Draws the curves of a run's trainings, and says once where matplotlib is missing."""
 
     def __init__(self) -> None:
         self._told = False
+        self._next_s = -math.inf
+
+    @property
+    def due(self) -> bool:
+        """Whether drawing them again would take no more than its share of the time."""
+        return time.monotonic() >= self._next_s
 
     def draw(self, folder: Path, report: Reporter) -> None:
         """`draw_curves`, of which nothing ends a training: a full disk is a warning."""
+        begun = time.monotonic()
         try:
             drawn = draw_curves(folder)
         except OSError as error:
             report.warning(f"The curves could not be drawn ({error.strerror or error}).")
             return
+        finally:
+            ended = time.monotonic()
+            self._next_s = ended + (ended - begun) / SHARE
         if drawn is None and not self._told:
             self._told = True
             report.note(
@@ -49,7 +64,11 @@ def draw_curves(folder: Path) -> Path | None:
     validated = [e for e in entries if score in e]
     names = list(validated[-1][score]) if validated else []
     beside = len(names) > FEW
-    figure = Figure(figsize=(11.5 if beside else 9, 4.4 if beside else 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11.5 if beside else 9, 4.4 if beside else 3.6), dpi=110)
+    if beside:
+        figure.set_layout_engine("constrained")  # the names may be long; to find room for them takes half of the time
+    else:
+        figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.91, wspace=0.24)
     left, right = figure.subplots(1, 2)
     for key, label in (("loss", "total"), ("cross_entropy", "cross entropy"), ("dice_loss", "Dice loss")):
         points = [(e["epoch"], e[key]) for e in entries if key in e]

@@ -123,7 +123,8 @@ def _train(
         trainer.resume()
         note_budget(config.time_s, trainer.elapsed_s, report)
     begun = trainer.iteration
-    result = trainer.run()
+    with reporter:
+        result = trainer.run()
     name = options.name or recipe.name
     if result.iterations == begun and (finished := finished_package(output, name, options, begun)) is not None:
         return finished

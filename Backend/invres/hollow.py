@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _ASKS_DEVICE = torch.ops.prim.device.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
+_RESULTS: dict[Any, Any] = {}  # shapes that operators have given for shapes
+_MOST_RESULTS = 20_000  # a prediction for another patch adds some hundreds
 _ACTIVE: ContextVar[HollowTensors | None] = ContextVar("active", default=None)
 
 
@@ -38,9 +40,10 @@ class HollowTensors(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.watchers: list[Callable[[Any, Any], None]] = []
-        self._results: dict[Any, Any] = {}
 
     def __enter__(self) -> HollowTensors:
+        if len(_RESULTS) > _MOST_RESULTS:
+            _RESULTS.clear()
         self._before = _ACTIVE.set(self)
         super().__enter__()
         return self
@@ -62,7 +65,7 @@ class HollowTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ASKS_DEVICE:
             return _CPU
-        result = _run(func, args, kwargs or {}, self._results)
+        result = _run(func, args, kwargs or {})
         for watch in self.watchers:
             watch(func, result)
         return result
@@ -126,7 +129,7 @@ class _Hollow(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _run(func, args, kwargs or {}, {})
+        return _run(func, args, kwargs or {})
 
 
 class _Nature(NamedTuple):
@@ -150,8 +153,8 @@ def _nature(func: Any) -> _Nature:
     return _Nature(in_place and not layout, layout, not aliased, any(a.name == "device" for a in taken))
 
 
-def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: dict[Any, Any]) -> Any:
-    """func(*args, **kwargs) in shapes only, unless all of its tensors have values. results: of what ran before."""
+def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs) in shapes only, unless all of its tensors have values."""
     if func is _ASKS_DEVICE:
         return _CPU
     nature = _nature(func)
@@ -171,7 +174,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: dict[A
     key = None
     if nature.gives_fresh:
         key = func, _described(given), _described(list(named.items()))
-        if (known := results.get(key)) is not None:
+        if (known := _RESULTS.get(key)) is not None:
             one, layouts = known
             made = [x if x is None else _Hollow(torch.empty_strided(*x[:2], dtype=x[2], device=_META)) for x in layouts]
             return made[0] if one else tuple(made)
@@ -181,7 +184,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: dict[A
     one = not isinstance(found, (list, tuple))
     several = [found] if one else found
     if key is not None and _are_fresh(several, hollow):
-        results[key] = one, [None if x is None else (x.size(), x.stride(), x.dtype) for x in several]
+        _RESULTS[key] = one, [None if x is None else (x.size(), x.stride(), x.dtype) for x in several]
     outer = [
         x if not isinstance(x, torch.Tensor) else hollow[id(x)] if id(x) in hollow else _Hollow(x) for x in several
     ]

@@ -6,6 +6,7 @@ On a card the peak of the allocator is reported beside the live bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class TrainingMemory:
     card_used_bytes: int = 0
 
 
+@functools.lru_cache(maxsize=256)
 def predict_training(
     config: NetworkConfig,
     patch: Triple,
@@ -95,6 +97,7 @@ def predict_training(
 ) -> TrainingMemory:
     """The peak of one training step, by running it on hollow tensors: no memory is allocated, nothing is computed.
 
+    What was asked for before is remembered: a search for what fits comes back to the same sizes, and so does a slider.
     Raises InvresError if the configuration does not describe a network.
     """
 
@@ -240,6 +243,7 @@ def _used_bytes(device: torch.device) -> int:
     return total - free
 
 
+@functools.lru_cache(maxsize=256)
 def predict_forward(
     config: NetworkConfig, window: Triple, batch_size: int = 1, members: int = 1, mirrored: bool = False
 ) -> tuple[int, int]:

@@ -144,12 +144,14 @@ def _train(
     # Not before every case was read: after a mistake in the data the same command is given again.
     write_run(output, recipe, plan, names, dataset.scheme, options)
     objective = Segmentation(scheme.regions, config.loss)
-    trainer = Trainer(network, batches, config, output, objective, validate, WithCurves(report, output), stop)
+    reporter = WithCurves(report, output)
+    trainer = Trainer(network, batches, config, output, objective, validate, reporter, stop)
     if options.resume and (output / CHECKPOINT).exists():
         trainer.resume()
         note_budget(config.time_s, trainer.elapsed_s, report)
     begun = trainer.iteration
-    result = trainer.run()
+    with reporter:
+        result = trainer.run()
     name = options.name or recipe.name
     if result.iterations == begun and (finished := finished_package(output, name, options, begun)) is not None:
         return finished

@@ -78,15 +78,25 @@ class TrainOptions:
 
 
 class WithCurves(Reporter):
-    """Passes events on and redraws the curves after each epoch."""
+    """Passes events on and redraws the curves after epochs; as a context also at the end, whatever ended it."""
 
     def __init__(self, report: Reporter, folder: Path):
         super().__init__()
         self._report, self._folder, self._curves = report, folder, Curves()
+        self._behind = False
 
     def emit(self, event: dict[str, Any]) -> None:
         self._report.emit(event)
         if event["event"] == "epoch":
+            self._behind = not self._curves.due
+            if not self._behind:
+                self._curves.draw(self._folder, self._report)
+
+    def __enter__(self) -> WithCurves:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._behind:
             self._curves.draw(self._folder, self._report)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import standins
+import warm_python
 
 standins.install()
 
@@ -25,7 +26,7 @@ class RecordingBackend(BackendProcess):
     """
 
     def __init__(self, file_bytes: int | None = None):
-        command = [sys.executable, "-m", "invres", "worker"]
+        command = [warm_python.program(), "-m", "invres", "worker"]
         if file_bytes is not None:
             code = (
                 "import resource, runpy, sys; "

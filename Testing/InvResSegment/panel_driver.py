@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import standins
+import warm_python
 
 standins.install()
 
@@ -28,19 +28,18 @@ waitUntil = standins.waitUntil
 @contextlib.contextmanager
 def loadedPanel(
     modelsFolder: Path,
-    python: str = sys.executable,
+    python: str = "",
     settings: dict | None = None,
-    examine: bool = False,
     bundled: bool = False,
 ):
     """The loaded module, shown; in the end it is unloaded and no exception may have been lost in a slot.
 
-    modelsFolder: the folder of own models. python: the Python of the backend. examine: examine it anew, which takes
-    seconds, and not only for the first panel of this session. bundled: list the bundled models, too.
+    modelsFolder: the folder of own models. python: the Python of the backend; else it is that of `warm_python`, which
+    is examined only for the first panel of this session. bundled: list the bundled models, too.
     """
     qt.QSettings().clear()
     for key, value in {
-        "InvResSegment/PythonExecutable": python,
+        "InvResSegment/PythonExecutable": python or warm_python.program(),
         "InvResSegment/ModelsFolder": str(modelsFolder),
         "InvResSegment/RunsFolder": str(Path(modelsFolder) / "no runs"),
         **(settings or {}),
@@ -51,7 +50,7 @@ def loadedPanel(
     module = moduleloader.ScriptedModule(MODULE)
     try:
         panel = module.widgetRepresentation().self().panel
-        if python == sys.executable and not examine:
+        if not python:
             _shortenExamination(panel.dependencies)
         if not bundled:
             _hideBundled(panel.services.catalogue)

@@ -1,0 +1,177 @@
+"""A Python on which `-m invres worker` begins at once: forked from a process that has imported torch already.
+
+Every panel of a test starts a backend of its own, and most of such a test's time would go into importing torch. What
+is started is the real worker, a process of its own with the pipes, the environment and the folder that it was given.
+It stands behind a program that waits for it, as the real Python stands behind PythonSlicer. Every other command line
+runs on this very Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+__all__ = ["pids", "program"]
+
+BACKEND = Path(__file__).resolve().parents[2] / "Backend"
+
+# What runs in place of Python: hands over what it was given and ends as the worker ends.
+PROGRAM = """#!{python} -SI
+import array, json, os, socket, struct, sys
+arguments = sys.argv[1:]
+if arguments[:3] != ["-m", "invres", "worker"]:
+    os.execv({python!r}, [{python!r}, *arguments])
+given = json.dumps([arguments[1:], dict(os.environ), os.getcwd()]).encode()
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    server.sendmsg([struct.pack("!I", len(given))],
+                   [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+    server.sendall(given)
+    code = struct.unpack("!i", server.recv(4) or struct.pack("!i", 1))[0]
+if code < 0:
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+_server: subprocess.Popen | None = None
+_program = ""
+
+
+def program() -> str:
+    """The path to start; this Python's own where processes cannot be followed as here (they can on Linux)."""
+    global _server, _program
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable
+    if not _program:
+        folder = tempfile.TemporaryDirectory(prefix="warm-")
+        address = os.path.join(folder.name, "socket")
+        made = Path(folder.name) / "python"
+        made.write_text(PROGRAM.format(python=sys.executable, address=address), encoding="utf-8")
+        made.chmod(0o755)
+        command = [sys.executable, "-X", "utf8", "-u", __file__, address]
+        environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
+        _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        atexit.register(_end, _server, folder)
+        with _server.stdout as said:
+            assert said.readline() == b"ready\n", "the warm Python did not start"
+        _program = str(made)
+    return _program
+
+
+def pids() -> set[int]:
+    """The workers that it has started and that have not ended."""
+    if _server is None:
+        return set()
+    return {child.pid for child in psutil.Process(_server.pid).children()}
+
+
+def _end(server: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
+    server.stdin.close()
+    server.wait(30)
+    folder.cleanup()
+
+
+# ---------------------------------------------------------------- in the process that forks
+
+
+class _Life:
+    """A forked worker and the program that waits for it."""
+
+    def __init__(self, waiting: socket.socket, pid: int) -> None:
+        self.waiting, self.pid, self.end = waiting, pid, os.pidfd_open(pid)
+
+    def over(self) -> None:
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(OSError):
+            self.waiting.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
+        os.close(self.end)
+        self.waiting.close()
+
+
+def _serve(address: str) -> None:
+    _import_all()
+    gc.collect()
+    gc.freeze()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen()
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(listening, selectors.EVENT_READ)
+    print("ready", flush=True)
+    lives: dict[int, _Life] = {}  # by both of its descriptors
+    while True:
+        for key, _ in selector.select():
+            if key.fd == 0:  # the tests have ended
+                return
+            if key.fileobj is listening:
+                waiting, _ = listening.accept()
+                life = _Life(waiting, _forked(waiting))
+                for descriptor in (waiting.fileno(), life.end):
+                    lives[descriptor] = life
+                    selector.register(descriptor, selectors.EVENT_READ)
+            elif (life := lives.get(key.fd)) is not None:
+                # Either has ended. A program that was killed takes its worker along, as a killed Python would end.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(life.pid, signal.SIGKILL)
+                for descriptor in (life.waiting.fileno(), life.end):
+                    selector.unregister(descriptor)
+                    del lives[descriptor]
+                life.over()
+
+
+def _import_all() -> None:
+    """What requests of the panel import; nothing is computed here, so that no thread is there to be forked."""
+    for path in sorted((BACKEND / "invres").glob("*command*.py")):
+        importlib.import_module(f"invres.{path.stem}")
+    importlib.import_module("torch._dynamo")  # a plan of memory does
+
+
+def _forked(waiting: socket.socket) -> int:
+    """Starts the worker that is asked for; returns its process id."""
+    size, descriptors, _, _ = socket.recv_fds(waiting, 4, 3)
+    given = bytearray()
+    while len(given) < struct.unpack("!I", size)[0]:
+        given += waiting.recv(65536)
+    if pid := os.fork():
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return pid
+    code = 1
+    try:
+        arguments, environment, folder = json.loads(given)
+        for descriptor, standard in zip(descriptors, range(3), strict=True):
+            os.dup2(descriptor, standard)
+        os.closerange(3, 4096)  # the pipes of other workers, too, which would never be at their end
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.argv = arguments
+        runpy.run_module("invres", run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
