@@ -27,7 +27,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check --config Backend/pyproject.toml $(CHECKED)
 	$(BIN)/ruff format --check --config Backend/pyproject.toml $(CHECKED)
 	$(BIN)/mypy --config-file Backend/pyproject.toml Backend/invres
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 ifeq ($(origin PYTHON),command line)
 INVRES := PYTHONPATH=Backend $(PYTHON) -m invres

@@ -314,6 +314,7 @@ def test_a_training_that_is_cancelled_saves_first(tmp_path, aside):
 # --- the words of the README ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("nilearn")
     (block,) = re.findall(r"```python\n(import SimpleITK\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)

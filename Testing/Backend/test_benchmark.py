@@ -21,7 +21,6 @@ from invres.reversible.steps import Couple
 
 PATCH = (17, 9, 12)
 PAIRS = [(name, engine) for name in NETWORKS for engine in ENGINE_TABLE[name]]
-ROWS = [(name, *row) for name in NETWORKS for row in benchmark._rows_of(name)]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +56,7 @@ def test_the_engine_table_lists_every_engine_of_every_network():
 
 
 @pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.slow
 def test_memory_has_a_row_for_every_network_and_engine(small_networks, measure):
     recorder = Recorder()
     rows = bench_memory(PATCH, 2, 3, measure=measure, report=recorder)
@@ -259,6 +259,7 @@ def test_a_convolution_in_groups_counts_a_groups_share_forward_and_twice_that_ba
     assert backward.total == 2 * forward.total
 
 
+@pytest.mark.slow
 def test_variants_stand_beside_what_they_are_variants_of(monkeypatch):
     """Small patches, but the networks as they are: the figures themselves are the command's."""
     monkeypatch.setattr(variants, "WHOLE_VOLUME", (48, 48, 32))

@@ -48,6 +48,7 @@ def test_one_finds_the_place_for_the_other(packages):
     assert hippocampus.plan.crop is not None and can_locate(brain.scheme, hippocampus.plan.crop)
 
 
+@pytest.mark.slow
 def test_the_brain_model_finds_grey_and_white_matter_in_a_real_t1(packages, head, tmp_path):
     path, tissues = head
     outcome = invres("segment", "-m", NAMES[0], "-i", f"MR={path}", "-o", tmp_path / "out.nii.gz", "--device", "cpu")
@@ -63,6 +64,7 @@ def test_the_brain_model_finds_grey_and_white_matter_in_a_real_t1(packages, head
         assert places[1].min() >= across.shape[2] / 2 - 3
 
 
+@pytest.mark.slow
 def test_both_in_sequence_find_two_hippocampi(packages, head, tmp_path):
     path, _ = head
     arguments = ["-m", NAMES[1], "--locate", NAMES[0], "-i", f"T1={path}", "-o", tmp_path / "out.nii.gz"]

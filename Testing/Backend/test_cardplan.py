@@ -53,6 +53,7 @@ def test_the_search_predicts_no_more_than_it_must(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "engine"), [("partially_invres", "stored"), ("fully_invres", "checkpoint")])
+@pytest.mark.slow
 def test_the_blocks_that_are_said_to_fit_are_predicted_to(name, engine):
     """Under `stored` every block keeps maps, so there is room for far fewer of them."""
     config = dataclasses.replace(SMALL, name=name, blocks=(1, 1), decoder_blocks=(1,))

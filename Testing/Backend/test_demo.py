@@ -55,6 +55,7 @@ def outcome(package, template, tmp_path_factory):
         return folder, demo.run(package, folder, "cpu")
 
 
+@pytest.mark.slow
 def test_the_segmentation_lies_on_the_grid_of_the_t1(outcome, template):
     folder, found = outcome
     t1, _ = template

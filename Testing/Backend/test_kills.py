@@ -108,10 +108,11 @@ def _result(run):
 def test_thirty_kills_in_every_phase_end_with_the_very_weights_of_an_undisturbed_run(tmp_path, monkeypatch):
     data = write_dataset(tmp_path / "data", cases=2)
     base = saved(tmp_path / "base", read_dataset(data).scheme, "MR", channels=2, spacing_mm=(3.0, 2.0, 2.0)).path
-    # Forked from a process that has imported all this but computed nothing: a life costs no import.
+    # Forked from a process that has imported all this but computed nothing: a life costs no import. The second is
+    # what torch imports at the first step of an optimizer.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent, BACKEND, BACKEND.parent))))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     moments, run, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
 
     def live(folder, *how):

@@ -236,6 +236,7 @@ def test_the_vae_branch_takes_at_most_a_twentieth_more(name):
     assert branched < 1.05 * plain
 
 
+@pytest.mark.slow
 def test_the_default_network_keeps_to_its_share_of_the_baselines_memory():
     """The figures that Testing/Benchmarks/RESULTS.md gives for 128 x 128 x 128 with 4 channels."""
     base = predict_training(NetworkConfig(name="unet3d", in_channels=4, out_channels=4), (128,) * 3)

@@ -62,6 +62,7 @@ def test_a_published_table_has_a_value_for_every_column_and_a_name_for_every_row
     assert all(len(values) == len(printed.columns) for values in printed.rows.values())
 
 
+@pytest.mark.slow
 def test_growth_with_depth_has_the_order_that_is_printed():
     rows = invres("reproduce", "invres-1", "--json").events[-1]["rows"]
     memory = {row["of"]: row for row in rows if row["figure"].startswith("activations")}
@@ -253,6 +254,7 @@ def test_the_largest_that_fits_is_found_with_few_tries(end):
                 assert len(tried) <= 12 and all(start <= number <= end for number in tried)
 
 
+@pytest.mark.slow
 def test_a_budget_is_filled_and_not_exceeded():
     config = NetworkConfig(name="mbconv_unet", channels=(16, 32), in_channels=1, out_channels=2)
     budget = predict_training(config, (48,) * 3, engine="stored").peak_bytes
@@ -346,6 +348,7 @@ def test_the_gain_by_large_patches_needs_both_evaluations(tmp_path):
     assert outcome.code == 2 and "The metrics of 96x96x96 hold no Dice." in outcome.err
 
 
+@pytest.mark.slow
 def test_the_figure_of_image_quality_transfer_has_memory_and_time_beside_the_papers():
     rows = invres("reproduce", "iqt-6", "--json").events[-1]["rows"]
     of_naive = {row["of"]: row for row in rows if row["figure"] == "memory, of naive"}

@@ -368,6 +368,7 @@ def interrupted(phantoms, recipe, run, number):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals between processes")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.slow
 def test_a_training_ended_from_outside_and_resumed_equals_an_undisturbed_one(phantoms, undisturbed, tmp_path, name):
     recipe, whole = undisturbed
     number = getattr(signal, name)
