@@ -55,7 +55,9 @@ _program = ""
 def program() -> str:
     """The path to start; this Python's own where processes cannot be followed as here (they can on Linux)."""
     global _server, _program
-    if not hasattr(os, "pidfd_open"):
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
         return sys.executable
     if not _program:
         folder = tempfile.TemporaryDirectory(prefix="warm-")
@@ -121,10 +123,14 @@ def _serve(address: str) -> None:
                 return
             if key.fileobj is listening:
                 waiting, _ = listening.accept()
-                life = _Life(waiting, _forked(waiting))
-                for descriptor in (waiting.fileno(), life.end):
-                    lives[descriptor] = life
-                    selector.register(descriptor, selectors.EVENT_READ)
+                given, descriptors = _received(waiting)
+                if given:
+                    life = _Life(waiting, _forked(given, descriptors))
+                    for descriptor in (waiting.fileno(), life.end):
+                        lives[descriptor] = life
+                        selector.register(descriptor, selectors.EVENT_READ)
+                for descriptor in descriptors:
+                    os.close(descriptor)
             elif (life := lives.get(key.fd)) is not None:
                 # Either has ended. A program that was killed takes its worker along, as a killed Python would end.
                 with contextlib.suppress(ProcessLookupError):
@@ -142,15 +148,18 @@ def _import_all() -> None:
     importlib.import_module("torch._dynamo")  # a plan of memory does
 
 
-def _forked(waiting: socket.socket) -> int:
-    """Starts the worker that is asked for; returns its process id."""
+def _received(waiting: socket.socket) -> tuple[bytes, list[int]]:
+    """What a program hands over, nothing where it was killed meanwhile; and its standard descriptors."""
     size, descriptors, _, _ = socket.recv_fds(waiting, 4, 3)
-    given = bytearray()
-    while len(given) < struct.unpack("!I", size)[0]:
-        given += waiting.recv(65536)
+    with waiting.makefile("rb") as stream:
+        length = struct.unpack("!I", size)[0] if size else 0
+        given = stream.read(length)
+    return (given if len(given) == length else b""), list(descriptors)
+
+
+def _forked(given: bytes, descriptors: list[int]) -> int:
+    """Starts the worker that is asked for; returns its process id."""
     if pid := os.fork():
-        for descriptor in descriptors:
-            os.close(descriptor)
         return pid
     code = 1
     try:
