@@ -459,6 +459,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
         "--normalisation", choices=("base", "data"), default="base", help="of CT: the model's, or anew from the data"
     )
     one.add_argument("-r", "--recipe", help="take training and augmentation from this recipe: name or JSON file")
+    _set(one, "any value of training and augmentation", "'training.patch=[64,64,64]', augmentation.noise_std=0.1")
     one.add_argument("--seed", type=int, help="of all that is drawn at random (default 0)")
     one.add_argument("--engine", choices=ENGINES, help="memory strategy (default auto)")
     one.add_argument("--precision", choices=PRECISIONS, help="of the computation (default fp32)")
@@ -501,15 +502,13 @@ def _window(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--window", type=int, nargs=3, default=[0, 0, 0], metavar=("D", "H", "W"), help=text)
 
 
-def _set(one: argparse.ArgumentParser) -> None:
-    one.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any value of the recipe, by its dotted key, as JSON or a word: 'training.patch=[96,96,96]', "
-        "'spacing_mm=[1,1,1]', training.schedule=poly; once for each",
-    )
+def _set(
+    one: argparse.ArgumentParser,
+    what: str = "any value of the recipe",
+    examples: str = "'training.patch=[96,96,96]', 'spacing_mm=[1,1,1]', training.schedule=poly",
+) -> None:
+    text = f"{what}, by its dotted key, as JSON or a word: {examples}; once for each"
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def _size(parser: argparse.ArgumentParser, side: int) -> None:

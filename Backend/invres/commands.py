@@ -24,7 +24,7 @@ from .model_commands import describe, models
 from .modelpackage import ModelPackage
 from .networkconfig import VAEConfig
 from .plan_command import plan
-from .recipekeys import check_said_once, with_values
+from .recipekeys import check_said_once, check_tunable, with_values
 from .reproduce_command import reproduce
 from .rerun_command import rerun
 from .segment_command import segment
@@ -174,6 +174,8 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
     _check_counts(options)
     package = segmenter_named(options.model)
     wishes = _wishes(options)
+    check_tunable(options.set)
+    _check_said_once(options)
     recipe = recipe_named(options.recipe) if options.recipe else None
     if options.name:
         check_name(options.name)
@@ -190,6 +192,7 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
         resume=options.resume,
         recipe=recipe,
         wishes=wishes,
+        given=options.set,
         folds=options.folds or 0,
         validation_count=options.validation_count or 0,
         freeze=options.freeze,
@@ -275,10 +278,14 @@ def _wishes(options: argparse.Namespace) -> dict[str, Any]:
     return wishes
 
 
+def _check_said_once(options: argparse.Namespace) -> None:
+    given = {key: one for key, one in _OPTIONS.items() if getattr(options, one.replace("-", "_"), None) is not None}
+    check_said_once(options.set, given)
+
+
 def _changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with the command line's wishes. Raises InvresError where `--set` and another option say the same."""
-    said = {key: one for key, one in _OPTIONS.items() if getattr(options, one.replace("-", "_")) is not None}
-    check_said_once(options.set, said)
+    _check_said_once(options)
     wishes = _wishes(options)
     network, training = recipe.network, recipe.training
     if options.network and options.network != network.name:

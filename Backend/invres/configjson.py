@@ -7,12 +7,12 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 from . import InvresError
 
-__all__ = ["dotted_hint", "dotted_keys", "from_dict", "nearest", "to_dict"]
+__all__ = ["differing_keys", "dotted_hint", "dotted_keys", "from_dict", "nearest", "to_dict"]
 
 T = TypeVar("T")
 
@@ -54,6 +54,19 @@ def dotted_hint(key: str, cls: type) -> str:
         return f"Did you mean {best!r}?"
     beside = [one for one in known if one.rpartition(".")[0] == ".".join(parents)]
     return f"Known keys: {', '.join(beside or [one for one in known if '.' not in one])}."
+
+
+def differing_keys(one: Any, other: Any) -> list[str]:
+    """The keys of two configurations, as "training.patch", whose values differ; names and descriptions do not count."""
+    return list(_differing(to_dict(one), to_dict(other), ""))
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], where: str) -> Iterator[str]:
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other.get(key), dict):
+            yield from _differing(value, other[key], f"{where}{key}.")
+        elif value != other.get(key) and key not in ("name", "description"):
+            yield f"{where}{key}"
 
 
 def to_dict(config: Any) -> Any:

@@ -12,7 +12,7 @@ from . import InvresError
 from .config import Recipe
 from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
 
-__all__ = ["check_said_once", "given_keys", "with_values"]
+__all__ = ["check_said_once", "check_tunable", "given_keys", "with_values"]
 
 
 def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
@@ -44,6 +44,17 @@ def given_keys(given: Sequence[str]) -> list[str]:
     one is not of this form.
     """
     return [key for text in given for key in _keys_in(*_key_and_value(text))]
+
+
+def check_tunable(given: Sequence[str]) -> None:
+    """Raises InvresError where one of `given` is wrong or nothing that a fine-tuning chooses."""
+    with_values(Recipe(), given)
+    for key in given_keys(given):
+        if key.partition(".")[0] not in ("training", "augmentation"):
+            raise InvresError(
+                f"--set {key}: a fine-tuning takes that from its model.",
+                hint="Values of training and augmentation can be set, as training.batch_size=2.",
+            )
 
 
 def check_said_once(given: Sequence[str], options: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from . import InvresError, __version__
 from .checkpoint import CHECKPOINT
 from .config import LabelScheme, PreparationPlan, Recipe
-from .configjson import from_dict, to_dict
+from .configjson import differing_keys, from_dict, to_dict
 from .curves import Curves
 from .events import Reporter, format_bytes, format_seconds
 from .files import write_changed
@@ -298,19 +298,8 @@ def lengthened(started: Recipe, asked: Recipe, output: Path, report: Reporter) -
         )
     training = dataclasses.replace(started.training, epochs=asked.training.epochs, time_s=asked.training.time_s)
     recipe = dataclasses.replace(started, training=training)
-    if other := _differences(to_dict(recipe), to_dict(asked)):
+    if other := differing_keys(recipe, asked):
         report.warning(
             f"The training goes on as it was started; what is asked otherwise now is left out: {', '.join(other)}."
         )
     return recipe
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any], where: str = "") -> list[str]:
-    """The keys, as "training.patch", whose values differ; names and descriptions do not count."""
-    found = []
-    for key, value in one.items():
-        if isinstance(value, dict) and isinstance(other.get(key), dict):
-            found += _differences(value, other[key], f"{where}{key}.")
-        elif value != other.get(key) and key not in ("name", "description"):
-            found.append(f"{where}{key}")
-    return found

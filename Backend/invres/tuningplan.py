@@ -23,7 +23,7 @@ from .config import (
     TrainingConfig,
     check_spacing,
 )
-from .configjson import from_dict, to_dict
+from .configjson import differing_keys, from_dict, to_dict
 from .events import SILENT, FilteredReporter, Reporter
 from .files import write_changed
 from .freezing import FROZEN_PARTS
@@ -33,6 +33,7 @@ from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, with_dropout
+from .recipekeys import check_tunable, given_keys, with_values
 from .runfolder import RUN
 from .transfer import match_names
 
@@ -79,6 +80,7 @@ class TuningOptions:
 
     recipe: training and augmentation from it instead of the defaults; its network and spacing do not count.
     wishes: fields of `TrainingConfig` that go above both; time_s is for all trainings of the run together.
+    given: KEY=VALUE of training and augmentation, above all of these (`recipekeys`).
     folds, validation_count: see `casesplits.plan_parts`; where both are 0, a splits_final.json beside the data decides,
     and where there is none the number of patients.
     vae: None keeps the base model's branch or its absence. synthetic: fraction of synthesised batches.
@@ -93,6 +95,7 @@ class TuningOptions:
     resume: bool = False
     recipe: Recipe | None = None
     wishes: Mapping[str, Any] = field(default_factory=dict)
+    given: Sequence[str] = ()
     folds: int = 0
     validation_count: int = 0
     freeze: str = "none"
@@ -108,6 +111,7 @@ class TuningOptions:
     new_labels: bool = False
 
     def __post_init__(self) -> None:
+        check_tunable(self.given)
         if self.freeze not in FROZEN_PARTS:
             raise InvresError(
                 f"There is no part {self.freeze!r} to freeze; the parts are {', '.join(FROZEN_PARTS)}.",
@@ -237,6 +241,7 @@ def plan_tuning(
     training = options.recipe.training if options.recipe else _defaults(base, dataset.scheme)
     training = training.with_optimizer(options.wishes.get("optimizer", training.optimizer))
     training = dataclasses.replace(training, **options.wishes)
+    training = with_values(Recipe(training=training), options.given).training
     cases = [case for case in dataset.cases if case.name in names]
     file = dataset.root / SPLITS
     if file.is_file() and not (options.folds or options.validation_count):
@@ -304,11 +309,17 @@ def read_plan(
             f"The labels of {dataset.name} differ from those that the run in {folder} was started with.",
             hint="Resume with the data set it was started with.",
         )
-    wishes = dict(options.wishes)
+    started = Recipe(training=plan.training, augmentation=plan.augmentation)
+    changed = with_values(started, options.given)
+    wishes = {
+        **options.wishes,
+        **{key: getattr(changed.training, key) for key in _LENGTHS if f"training.{key}" in given_keys(options.given)},
+    }
     if "time_s" in wishes:
         wishes["time_s"] /= len(plan.parts)
     lengths = {key: wishes.pop(key) for key in _LENGTHS if key in wishes}
-    ignored = [key for key, value in wishes.items() if value != getattr(plan.training, key)]
+    ignored = [key for key in differing_keys(started, changed) if key.removeprefix("training.") not in _LENGTHS]
+    ignored += [key for key, value in wishes.items() if value != getattr(plan.training, key)]
     ignored += [
         key
         for key in ("freeze", "synthetic", "folds", "validation_count", "normalisation")
@@ -356,7 +367,8 @@ def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
 def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter) -> AugmentationConfig:
     """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so, and one
     that segments mirrored images as well goes on to see them."""
-    recipe = with_kept_flips(options.recipe or Recipe(), dataset.scheme, report)
+    recipe = with_values(options.recipe or Recipe(), options.given)
+    recipe = with_kept_flips(recipe, dataset.scheme, report)
     chosen = recipe.augmentation
     dropout = options.channel_dropout
     if dropout is None:

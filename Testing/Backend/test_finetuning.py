@@ -23,6 +23,7 @@ from tiny_datasets import files_up_to, invres, leftovers, start_process, tiny_re
 from invres import Cancelled, InvresError, OutOfMemory, finetuning, objectives, parttraining, proof, tuningplan
 from invres.cases import read_dataset
 from invres.checkpoint import load_checkpoint
+from invres.config import Recipe
 from invres.configjson import to_dict
 from invres.events import Recorder
 from invres.finetuning import finetune
@@ -638,6 +639,44 @@ def test_how_long_to_wait_for_a_better_epoch_may_be_chosen(base, tmp_path):
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["training"]["early_stop_epochs"] == 3
     refused = invres(*command[:6], tmp_path / "other", *command[7:], "--patience", -1)
     assert refused.code == 2 and "early_stop_epochs must be 0 or more" in refused.events[-1]["message"]
+
+
+def test_any_value_of_training_and_augmentation_is_set_and_stays_when_the_run_is_resumed(base, phantoms, tmp_path):
+    run, recipe = tmp_path / "run", write_recipe(tmp_path / "recipe.json", **QUICK)
+    command = ("finetune", "-m", base.path, "-d", phantoms, "-o", run, "-r", recipe, "--device", "cpu", "--json")
+    outcome = invres(
+        *(*command, "--set", "training.batch_size=1", "--set", "training.optimizer=muon"),
+        *("--set", "augmentation.noise_std=0.25", "--set", "training.time_s=400", "--lr", 0.003),
+    )
+    assert outcome.code == 0, outcome
+    plan = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    training, before = plan["training"], to_dict(Recipe.read(recipe).training)
+    wanted = {"batch_size": 1, "optimizer": "muon", "weight_decay": 0.1, "learning_rate": 0.003, "time_s": 100}
+    assert len(plan["parts"]) == 4 and training == before | wanted | {"patch": training["patch"]}
+    assert plan["augmentation"]["noise_std"] == 0.25
+    again = invres(*command, "--resume", "--set", "training.batch_size=3", "--set", "augmentation.gamma=[0.5,2]")
+    assert again.code == 0, again
+    (warning,) = [event["message"] for event in again.of("warning") if "left out" in event["message"]]
+    assert warning.endswith("left out: training.batch_size, augmentation.gamma.")
+    report = Recorder()
+    asked = TuningOptions(given=("training.epochs=2", "training.time_s=800"))
+    longer = read_plan(run, base.manifest, read_dataset(phantoms), asked, report).training
+    assert (longer.epochs, longer.time_s, longer.batch_size) == (2, 200, 1) and report.events == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        (["spacing_mm=[1,1,1]"], "--set spacing_mm: a fine-tuning takes that from its model"),
+        (["network.vae={}"], "--set network.vae: a fine-tuning takes that from its model"),
+        (["training.batch=2"], "a recipe has no key 'training.batch'"),
+        (["training.epochs=-1"], "epochs must be"),
+        (["training.seed=1", "--seed", 2], "--seed and --set both give training.seed"),
+    ],
+)
+def test_what_cannot_be_set_is_told_before_anything_is_read(base, tmp_path, asked, wanted):
+    outcome = invres("finetune", "-m", base.path, "-d", "nowhere", "-o", tmp_path / "run", "--json", "--set", *asked)
+    assert outcome.code == 2 and wanted in outcome.events[-1]["message"]
 
 
 def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):

@@ -176,7 +176,7 @@ ALLOWED = {
     "comparison": "casecomparison config configjson events files intervals metrics paireddifference",
     "tuningplan": (
         "cases casesplits config configjson events files freezing manifest mirroring networkconfig networks prepared "
-        "preprocessing runfolder transfer"
+        "preprocessing recipekeys runfolder transfer"
     ),
     "tuningmemory": "devices events manifest memory networks reduction tuningplan",
     "proof": (
