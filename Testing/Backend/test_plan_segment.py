@@ -86,16 +86,16 @@ class Known(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "patch", "widths"),
+    ("name", "patch", "widths", "mirror_axes"),
     [
-        ("fully_invres", (16, 16, 16), (4, 16)),
-        ("fully_invres", (32, 32, 32), (16, 48)),
-        ("unet3d", (24, 24, 24), (8, 16)),
-        ("partially_invres", (24, 24, 24), (8, 16)),
-        ("fully_invres", (48, 64, 56), (8, 16)),
+        ("fully_invres", (16, 16, 16), (4, 16), ()),
+        ("fully_invres", (32, 32, 32), (16, 48), ()),
+        ("unet3d", (24, 24, 24), (8, 16), (0, 2)),
+        ("partially_invres", (24, 24, 24), (8, 16), ()),
+        ("fully_invres", (24, 24, 24), (8, 16), (0, 2)),
+        ("fully_invres", (48, 64, 56), (8, 16), ()),
     ],
 )
-@pytest.mark.parametrize("mirror_axes", [(), (0, 2)])
 def test_the_predicted_peak_is_what_a_real_run_measures(tmp_path, name, patch, widths, mirror_axes):
     model = package(tmp_path / "m", patch=patch, name=name, widths=widths)
     files = {}

@@ -91,7 +91,7 @@ def test_a_training_stopped_anywhere_and_resumed_ends_bit_equal(cases, tmp_path,
     kind |= {"optimizer": optimizer, "weight_decay": 0.1}
     whole = trainer_of(cases, tmp_path / "whole", **kind)
     wanted = whole.run()
-    for stop_at in (1, 4, 5):  # within an epoch and at its end
+    for stop_at in (1, 5):  # within an epoch and at its end
         folder = tmp_path / str(stop_at)
         with pytest.raises(Cancelled, match=f"Stopped after {stop_at + 1} of 9 iterations") as caught:
             trainer_of(cases, folder, stop_at=stop_at, **kind).run()
@@ -338,12 +338,12 @@ def test_a_training_without_progress_stops_early(cases, tmp_path):
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 10), (3, 10), (5, 10), (6, 15)])
 def test_patience_ends_when_a_look_was_in_vain_and_not_between_two_looks(cases, tmp_path, patience, epochs):
     """A fine-tuning validates every fifth epoch: waiting for 3 epochs is to look once more."""
-    config = {"epochs": 30, "iterations_per_epoch": 1, "validate_every": 5, "early_stop_epochs": patience}
+    config = {"epochs": 20, "iterations_per_epoch": 1, "validate_every": 5, "early_stop_epochs": patience}
     result = trainer_of(cases, tmp_path / "worse", validate=Scores(0.5, 0.4, 0.3, 0.2), **config).run()
     assert result.stopped_early and result.epochs == epochs and result.best_epoch == 5
-    better = Scores(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    better = Scores(0.1, 0.2, 0.3, 0.4)
     result = trainer_of(cases, tmp_path / "better", validate=better, **config).run()
-    assert not result.stopped_early and result.epochs == 30
+    assert not result.stopped_early and result.epochs == 20
 
 
 def test_validation_happens_every_so_often_and_at_the_end(cases, tmp_path):

@@ -1,4 +1,4 @@
-"""From a data set on disk to scored segmentations, step by step as a person types it, each step in its own process."""
+"""From a data set on disk to scored segmentations, step by step as a person types it: once each in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from tiny_datasets import invres_process, leftovers, phantom, write_dataset, write_recipe
+from tiny_datasets import invres, invres_process, leftovers, phantom, write_dataset, write_recipe
 
 from invres.config import Recipe
 from invres.configjson import to_dict
@@ -18,9 +18,9 @@ from invres.volume import Geometry, read_volume, write_volume
 RECIPES = Path(__file__).resolve().parents[2] / "Resources" / "Recipes"
 
 
-def run(*arguments):
+def run(*arguments, way=invres_process):
     """A command that succeeds: its result."""
-    outcome = invres_process(*arguments, "--json")
+    outcome = way(*arguments, "--json")
     assert outcome.code == 0, outcome.err + outcome.out
     assert outcome.err == ""
     assert outcome.events[-1]["event"] == "result", "a result is the last line"
@@ -122,14 +122,15 @@ def test_real_mr_of_the_hippocampus_trains_and_is_segmented(data_dir, tmp_path):
     recipe["mirror_axes"] = []
     (tmp_path / "few.json").write_text(json.dumps(recipe), encoding="utf-8")
 
-    checked = run("check", "--data", data)
+    checked = run("check", "--data", data, way=invres)
     assert not [finding for finding in checked["findings"] if finding["severity"] == "error"]
-    trained = run("train", "--data", data, "--recipe", tmp_path / "few.json", "--output", tmp_path / "run")
+    trained = run("train", "--data", data, "--recipe", tmp_path / "few.json", "--output", tmp_path / "run", way=invres)
     output = tmp_path / "predictions" / new
-    run("segment", "--model", trained["model"], "--input", source / "images" / new, "--output", output)
+    run("segment", "--model", trained["model"], "--input", source / "images" / new, "--output", output, way=invres)
     scored = run(
         *("evaluate", "--predictions", output, "--references", source / "labels" / new),
         *("--output", tmp_path / "metrics.json", "--data", data),
+        way=invres,
     )
     assert read_volume(output, kind="labels").geometry.same_as(read_volume(source / "labels" / new).geometry)
     # Seconds of training already find the place of both halves; a guess would score a few percent.
