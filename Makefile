@@ -1,7 +1,8 @@
 # `make demo` sets up and runs the main job, `make test` sets up and runs every check, `make gpu` measures on a CUDA card.
 # PYTHON=python3.12 picks the interpreter (3.10 to 3.13) that .venv is made with; TORCH=torch==2.12.0 another torch.
 # `make gpu-train LABEL_MAPS=folder` trains the 1 mm brain model on a CUDA card for nine minutes; again, it goes on.
-# `make test PROCESSES=4` runs whole files of tests in four processes at a time (two are usual, 0 is one without xdist).
+# `make test PROCESSES=4` runs whole files of tests in four processes at a time (else as many as there are cores, from
+# two to four; 0 is one without xdist).
 # `make gpu PYTHON=python3`, with PYTHON on the command line, installs nothing and uses that Python as it is.
 
 SHELL := bash
@@ -12,7 +13,8 @@ SHELL := bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PROCESSES ?= 2
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+PROCESSES ?= $(if $(filter 1 2,$(CORES)),2,$(if $(filter 3,$(CORES)),3,4))
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := Backend InvResSegment Testing

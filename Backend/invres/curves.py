@@ -68,7 +68,7 @@ def draw_curves(folder: Path) -> Path | None:
     if beside:
         figure.set_layout_engine("constrained")  # the names may be long; to find room for them takes half of the time
     else:
-        figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.91, wspace=0.24)
+        figure.subplots_adjust(left=0.105, right=0.985, bottom=0.14, top=0.91, wspace=0.26)
     left, right = figure.subplots(1, 2)
     for key, label in (("loss", "total"), ("cross_entropy", "cross entropy"), ("dice_loss", "Dice loss")):
         points = [(e["epoch"], e[key]) for e in entries if key in e]

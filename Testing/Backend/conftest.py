@@ -16,6 +16,12 @@ def seeded():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """The curves of a training take a quarter of a tiny one; `test_curves` looks at them."""
+    monkeypatch.setattr("invres.curves.draw_curves", lambda folder: folder)
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     """A data set of three cases with two channels and three labels, for tests that only read it."""

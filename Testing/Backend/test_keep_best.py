@@ -11,7 +11,7 @@ from test_finetuning import told, tune
 from test_locating import saved
 from tiny_datasets import leftovers
 
-from invres import InvresError, curves, objectives, parttraining
+from invres import InvresError, objectives, parttraining
 from invres.cases import read_dataset
 from invres.events import Recorder
 from invres.modelpackage import verify_package
@@ -30,7 +30,6 @@ def base(phantoms, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_forecast(monkeypatch):
     monkeypatch.setattr(parttraining, "predict_for", lambda *_: SimpleNamespace(peak_bytes=0))
-    monkeypatch.setattr(curves, "draw_curves", lambda folder: folder)
 
 
 class When(Recorder):

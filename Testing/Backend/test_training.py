@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
@@ -27,7 +25,7 @@ from tiny_datasets import (
     write_recipe,
 )
 
-from invres import Cancelled, InvresError, console, curves, validation
+from invres import Cancelled, InvresError, console, validation
 from invres.cases import read_dataset
 from invres.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from invres.config import Label, LabelScheme, TrainingConfig
@@ -127,29 +125,6 @@ def test_a_training_leaves_its_metrics_curves_and_checkpoint_and_nothing_half_wr
     assert len(content["split"]["train"]) == 2 and len(content["split"]["validation"]) == 1
     memory = {key: event[key] for event in report.events if event["event"] == "memory" for key in event}
     assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.3)
-
-
-@pytest.mark.parametrize("there", [True, False], ids=["matplotlib", "without"])
-def test_curves_are_drawn_or_it_is_said_once_how_to_get_them(phantoms, tmp_path, monkeypatch, there):
-    if there:
-        pytest.importorskip("matplotlib")
-    else:
-        for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
-            monkeypatch.setitem(sys.modules, name, None)
-    report = Recorder()
-    train(read_dataset(phantoms), tiny_recipe(epochs=3, iterations_per_epoch=1), tmp_path, TrainOptions("cpu"), report)
-    told = [event["message"] for event in report.events if "curves.png" in event.get("message", "")]
-    assert (tmp_path / "curves.png").is_file() == there and len(told) == (not there)
-    assert all("`pip install matplotlib`" in message for message in told)
-
-
-@pytest.mark.parametrize(("share", "drawn"), [(math.inf, [1, 2, 3]), (1e-9, [1, 3])], ids=["quick", "slow"])
-def test_drawing_takes_its_share_of_the_time_and_shows_all_in_the_end(phantoms, tmp_path, monkeypatch, share, drawn):
-    epochs = []
-    monkeypatch.setattr(curves, "SHARE", share)
-    monkeypatch.setattr(curves, "draw_curves", lambda folder: epochs.append(len(metrics_of(folder))) or folder)
-    train(read_dataset(phantoms), tiny_recipe(epochs=3, iterations_per_epoch=1), tmp_path, TrainOptions("cpu"))
-    assert epochs == drawn
 
 
 def test_the_package_holds_the_best_epochs_weights_and_their_dice_on_the_validation_cases(trained, phantoms, tmp_path):
