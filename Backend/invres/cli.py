@@ -435,7 +435,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
     one.add_argument("-o", "--output", required=True, type=Path, help="folder of this run")
     one.add_argument("--resume", action="store_true", help="go on with the run in --output, or start it")
     one.add_argument("-t", "--time", metavar="30m", help="time budget of all trainings together: 90s, 30m, 2h")
-    one.add_argument("--epochs", type=int, help="of each training (default 40, of 25 steps)")
+    one.add_argument("--epochs", type=int, help="of each training (default: the recipe's, or 40 of 25 steps)")
     one.add_argument(
         "--patience",
         type=int,
@@ -443,7 +443,7 @@ def _finetune(one: argparse.ArgumentParser) -> None:
         help="end after so many without a better Dice (default 20, 0 = never), where some cases choose the best epoch: "
         "in a run of a single training, on more than 5 patients",
     )
-    one.add_argument("--lr", type=float, help="learning rate (default 0.0001, with new labels 0.001)")
+    one.add_argument("--lr", type=float, help="learning rate (default: the recipe's, or 0.0001, with new labels 0.001)")
     one.add_argument("--freeze", choices=("none", "encoder", "all-but-head"), default="none", help="keep these weights")
     one.add_argument(
         "--vae", action=argparse.BooleanOptionalAction, help="the VAE branch (default: as the model has it)"
