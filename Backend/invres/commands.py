@@ -174,9 +174,9 @@ def finetune(options: argparse.Namespace, report: Reporter) -> None:
     _check_counts(options)
     package = segmenter_named(options.model)
     wishes = _wishes(options)
-    check_tunable(options.set)
     _check_said_once(options)
     recipe = recipe_named(options.recipe) if options.recipe else None
+    check_tunable(options.set, recipe)
     if options.name:
         check_name(options.name)
     from .cases import read_dataset

@@ -33,12 +33,12 @@ class Curves:
         return time.monotonic() >= self._next_s
 
     def draw(self, folder: Path, report: Reporter) -> None:
-        """`draw_curves`, of which nothing ends a training: a full disk is a warning."""
+        """`draw_curves`, of which nothing ends a training, nor hides how it ended: what fails is a warning."""
         begun = time.monotonic()
         try:
             drawn = draw_curves(folder)
-        except OSError as error:
-            report.warning(f"The curves could not be drawn ({error.strerror or error}).")
+        except Exception as error:
+            report.warning(f"The curves could not be drawn ({getattr(error, 'strerror', None) or error}).")
             return
         finally:
             ended = time.monotonic()

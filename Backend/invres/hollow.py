@@ -24,7 +24,7 @@ T = TypeVar("T")
 _ASKS_DEVICE = torch.ops.prim.device.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _RESULTS: dict[Any, Any] = {}  # shapes that operators have given for shapes
-_MOST_RESULTS = 20_000  # a prediction for another patch adds some hundreds
+_MOST_RESULTS = 5_000  # of 2 kB; a prediction for another patch adds some hundreds
 _ACTIVE: ContextVar[HollowTensors | None] = ContextVar("active", default=None)
 
 
@@ -173,7 +173,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         named["device"] = _META
     key = None
     if nature.gives_fresh:
-        key = func, _described(given), _described(list(named.items()))
+        key = func, torch.get_default_dtype(), _described(given), _described(list(named.items()))
         if (known := _RESULTS.get(key)) is not None:
             one, layouts = known
             made = [x if x is None else _Hollow(torch.empty_strided(*x[:2], dtype=x[2], device=_META)) for x in layouts]

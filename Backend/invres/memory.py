@@ -98,6 +98,7 @@ def predict_training(
     """The peak of one training step, by running it on hollow tensors: no memory is allocated, nothing is computed.
 
     What was asked for before is remembered: a search for what fits comes back to the same sizes, and so does a slider.
+    So all that ask get the same object, and none may change its `by_role`.
     Raises InvresError if the configuration does not describe a network.
     """
 

@@ -12,7 +12,10 @@ from . import InvresError
 from .config import Recipe
 from .configjson import dotted_hint, dotted_keys, from_dict, to_dict
 
-__all__ = ["check_said_once", "check_tunable", "given_keys", "with_values"]
+__all__ = ["check_said_once", "check_tunable", "given_keys", "tunable", "with_values"]
+
+_OF_TUNING = {"spacing_mm": "--spacing", "network.vae": "--vae or --no-vae", "name": "--name"}
+"""Keys of a recipe that are options of a fine-tuning."""
 
 
 def with_values(recipe: Recipe, given: Sequence[str]) -> Recipe:
@@ -46,15 +49,21 @@ def given_keys(given: Sequence[str]) -> list[str]:
     return [key for text in given for key in _keys_in(*_key_and_value(text))]
 
 
-def check_tunable(given: Sequence[str]) -> None:
-    """Raises InvresError where one of `given` is wrong or nothing that a fine-tuning chooses."""
-    with_values(Recipe(), given)
+def tunable(recipe: Recipe | None) -> Recipe:
+    """What a fine-tuning takes of a recipe, or the defaults: all else is the model's."""
+    return Recipe() if recipe is None else Recipe(training=recipe.training, augmentation=recipe.augmentation)
+
+
+def check_tunable(given: Sequence[str], recipe: Recipe | None) -> None:
+    """Raises InvresError where one of `given` is wrong in the recipe, or nothing that a fine-tuning takes from one."""
     for key in given_keys(given):
-        if key.partition(".")[0] not in ("training", "augmentation"):
+        if key in dotted_keys(Recipe) and key.partition(".")[0] not in ("training", "augmentation"):
+            option = _OF_TUNING.get(key)
             raise InvresError(
-                f"--set {key}: a fine-tuning takes that from its model.",
-                hint="Values of training and augmentation can be set, as training.batch_size=2.",
+                f"--set {key}: a fine-tuning takes that from its model, not from a recipe.",
+                hint=f"Use {option}." if option else "Values of training and augmentation can be set.",
             )
+    with_values(tunable(recipe), given)
 
 
 def check_said_once(given: Sequence[str], options: Mapping[str, str]) -> None:

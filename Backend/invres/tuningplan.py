@@ -24,7 +24,7 @@ from .config import (
     check_spacing,
 )
 from .configjson import differing_keys, from_dict, to_dict
-from .events import SILENT, FilteredReporter, Reporter
+from .events import SILENT, FilteredReporter, Reporter, listed
 from .files import write_changed
 from .freezing import FROZEN_PARTS
 from .manifest import Manifest
@@ -33,7 +33,7 @@ from .networkconfig import NetworkConfig, VAEConfig
 from .networks import with_patch
 from .prepared import prepare_cases
 from .preprocessing import PreparedCase, make_plan, with_dropout
-from .recipekeys import check_tunable, given_keys, with_values
+from .recipekeys import check_tunable, given_keys, tunable, with_values
 from .runfolder import RUN
 from .transfer import match_names
 
@@ -111,7 +111,7 @@ class TuningOptions:
     new_labels: bool = False
 
     def __post_init__(self) -> None:
-        check_tunable(self.given)
+        check_tunable(self.given, self.recipe)
         if self.freeze not in FROZEN_PARTS:
             raise InvresError(
                 f"There is no part {self.freeze!r} to freeze; the parts are {', '.join(FROZEN_PARTS)}.",
@@ -309,16 +309,19 @@ def read_plan(
             f"The labels of {dataset.name} differ from those that the run in {folder} was started with.",
             hint="Resume with the data set it was started with.",
         )
+    given = given_keys(options.given)
     started = Recipe(training=plan.training, augmentation=plan.augmentation)
     changed = with_values(started, options.given)
-    wishes = {
-        **options.wishes,
-        **{key: getattr(changed.training, key) for key in _LENGTHS if f"training.{key}" in given_keys(options.given)},
-    }
+    flips = {*changed.augmentation.flip_axes, *kept_mirror(dataset.scheme, base.mirror_axes)}
+    augmentation = dataclasses.replace(changed.augmentation, flip_axes=tuple(sorted(flips)))
+    changed = dataclasses.replace(changed, augmentation=augmentation)
+    longer = {key: getattr(changed.training, key) for key in _LENGTHS if f"training.{key}" in given}
+    wishes = {**options.wishes, **longer}
     if "time_s" in wishes:
         wishes["time_s"] /= len(plan.parts)
     lengths = {key: wishes.pop(key) for key in _LENGTHS if key in wishes}
-    ignored = [key for key in differing_keys(started, changed) if key.removeprefix("training.") not in _LENGTHS]
+    others = {*given} - {f"training.{key}" for key in _LENGTHS}
+    ignored = [key for key in differing_keys(started, changed) if key in others]
     ignored += [key for key, value in wishes.items() if value != getattr(plan.training, key)]
     ignored += [
         key
@@ -367,14 +370,19 @@ def _defaults(base: Manifest, scheme: LabelScheme) -> TrainingConfig:
 def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions, report: Reporter) -> AugmentationConfig:
     """The recipe's or the default, with the dropout asked for; a model that can do without channels stays so, and one
     that segments mirrored images as well goes on to see them."""
-    recipe = with_values(options.recipe or Recipe(), options.given)
+    recipe = with_values(tunable(options.recipe), options.given)
     recipe = with_kept_flips(recipe, dataset.scheme, report)
-    chosen = recipe.augmentation
+    chosen, given = recipe.augmentation, given_keys(options.given)
     dropout = options.channel_dropout
-    if dropout is None:
+    if "augmentation.channel_dropout" in given:
+        dropout = chosen.channel_dropout
+    elif dropout is None:
         dropout = chosen.channel_dropout or (base.training.channel_dropout if len(dataset.channel_names) > 1 else 0.0)
     own = kept_mirror(dataset.scheme, base.mirror_axes)
     flips = tuple(sorted({*chosen.flip_axes, *own}))
+    if "augmentation.flip_axes" in given and flips != tuple(sorted(chosen.flip_axes)):
+        axes = listed([str(axis) for axis in own])
+        report.note(f"Images are flipped along {axes} as well, as the model segments flipped ones.")
     return dataclasses.replace(chosen, channel_dropout=dropout, flip_axes=flips)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
 from tiny_datasets import tiny_recipe
 
-from invres import curves
+from invres import Cancelled, curves
 from invres.cases import read_dataset
 from invres.events import Recorder
 from invres.training import train
-from invres.trainingrun import TrainOptions
+from invres.trainingrun import TrainOptions, WithCurves
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def test_drawing_takes_its_share_of_the_time_and_shows_all_in_the_end(phantoms, 
     epochs = []
 
     def drawing(folder):
+        time.sleep(0.02)
         epochs.append(len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
         return folder
 
@@ -48,6 +50,21 @@ def test_drawing_takes_its_share_of_the_time_and_shows_all_in_the_end(phantoms, 
     monkeypatch.setattr(curves, "draw_curves", drawing)
     train(read_dataset(phantoms), tiny_recipe(epochs=3, iterations_per_epoch=1), tmp_path, TrainOptions("cpu"))
     assert epochs == drawn
+
+
+def test_what_fails_in_drawing_hides_nothing(tmp_path, monkeypatch):
+    def broken(folder):
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(curves, "draw_curves", broken)
+    report = Recorder()
+    with pytest.raises(Cancelled), WithCurves(report, tmp_path) as reporter:
+        reporter.emit({"event": "epoch"})
+        reporter.emit({"event": "epoch"})
+        raise Cancelled
+    assert {event["message"] for event in report.events if event["event"] == "warning"} == {
+        "The curves could not be drawn (no such font)."
+    }
 
 
 @pytest.mark.parametrize("count", [3, 9], ids=["few labels", "many, whose names stand beside"])

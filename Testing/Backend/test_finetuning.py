@@ -39,7 +39,7 @@ from invres.stopfile import StopFile
 from invres.trainer import StopRequest
 from invres.training import train
 from invres.trainingrun import TrainOptions
-from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan
+from invres.tuningplan import TuningOptions, merged_scheme, plan_tuning, prepare_readable, read_plan, write_plan
 from invres.volume import Volume, read_channels, read_volume, write_channels, write_volume
 
 QUICK = {"epochs": 1, "iterations_per_epoch": 2}
@@ -652,10 +652,13 @@ def test_any_value_of_training_and_augmentation_is_set_and_stays_when_the_run_is
     wanted = {"batch_size": 1, "optimizer": "muon", "weight_decay": 0.1, "learning_rate": 0.003, "time_s": 100}
     assert len(plan["parts"]) == 4 and training == before | wanted | {"patch": training["patch"]}
     assert plan["augmentation"]["noise_std"] == 0.25
-    again = invres(*command, "--resume", "--set", "training.batch_size=3", "--set", "augmentation.gamma=[0.5,2]")
+    again = invres(
+        *(*command, "--resume", "--set", "training.batch_size=3", "--set", "training.optimizer=adam"),
+        *("--set", "augmentation.gamma=[0.5,2]"),
+    )
     assert again.code == 0, again
     (warning,) = [event["message"] for event in again.of("warning") if "left out" in event["message"]]
-    assert warning.endswith("left out: training.batch_size, augmentation.gamma.")
+    assert warning.endswith("left out: training.batch_size, training.optimizer, augmentation.gamma.")
     report = Recorder()
     asked = TuningOptions(given=("training.epochs=2", "training.time_s=800"))
     longer = read_plan(run, base.manifest, read_dataset(phantoms), asked, report).training
@@ -665,7 +668,8 @@ def test_any_value_of_training_and_augmentation_is_set_and_stays_when_the_run_is
 @pytest.mark.parametrize(
     ("asked", "wanted"),
     [
-        (["spacing_mm=[1,1,1]"], "--set spacing_mm: a fine-tuning takes that from its model"),
+        (["spacing_mm=[1,1,1]"], "Use --spacing."),
+        (["crop={}"], "--set crop: a fine-tuning takes that from its model"),
         (["network.vae={}"], "--set network.vae: a fine-tuning takes that from its model"),
         (["training.batch=2"], "a recipe has no key 'training.batch'"),
         (["training.epochs=-1"], "epochs must be"),
@@ -674,7 +678,35 @@ def test_any_value_of_training_and_augmentation_is_set_and_stays_when_the_run_is
 )
 def test_what_cannot_be_set_is_told_before_anything_is_read(base, tmp_path, asked, wanted):
     outcome = invres("finetune", "-m", base.path, "-d", "nowhere", "-o", tmp_path / "run", "--json", "--set", *asked)
-    assert outcome.code == 2 and wanted in outcome.events[-1]["message"]
+    said = outcome.events[-1]
+    assert outcome.code == 2 and wanted in f"{said['message']} {said['hint']}"
+
+
+@pytest.mark.parametrize(
+    ("given", "dropout", "flips", "notes"),
+    [
+        ((), 0.3, (0, 2), 0),
+        (("augmentation.channel_dropout=0",), 0.0, (0, 2), 0),
+        (('augmentation={"channel_dropout": 0.2, "flip_axes": [1]}',), 0.2, (0, 1), 1),
+        (("augmentation.flip_axes=[]",), 0.3, (0,), 1),
+        (("augmentation.flip_axes=[1,0]",), 0.3, (0, 1), 0),
+    ],
+)
+def test_what_is_set_goes_above_the_model_but_for_the_axes_that_it_segments_mirrored_along(
+    base, phantoms, tmp_path, given, dropout, flips, notes
+):
+    training = dataclasses.replace(base.manifest.training, channel_dropout=0.3)
+    mirrored = dataclasses.replace(base.manifest, mirror_axes=(0,), training=training)
+    augmentation = dataclasses.replace(tiny_recipe().augmentation, flip_axes=(2,))
+    recipe = dataclasses.replace(tiny_recipe(), augmentation=augmentation, mirror_axes=(2,))
+    dataset, report = read_dataset(phantoms), Recorder()
+    asked = TuningOptions(recipe=recipe, given=given)
+    plan = plan_tuning(mirrored, dataset, tmp_path / "prepared", asked, report)
+    assert (plan.augmentation.channel_dropout, plan.augmentation.flip_axes) == (dropout, flips)
+    assert len([note for note in told(report, "note") if "flipped along 0 as well" in note]) == notes
+    write_plan(tmp_path, plan)
+    report = Recorder()
+    assert read_plan(tmp_path, mirrored, dataset, asked, report) == plan and told(report) == []
 
 
 def test_time_is_shared_among_the_trainings(base, phantoms, tmp_path):

@@ -85,6 +85,20 @@ def test_a_storage_may_be_emptied_and_filled_again_but_a_shape_not_changed_in_pl
                 change(torch.zeros(4))
 
 
+def test_what_was_seen_is_forgotten_when_it_is_too_much_and_a_prediction_is_made_once(monkeypatch):
+    config = NetworkConfig(out_channels=3, channels=(8, 16))
+    predict_training.cache_clear()
+    hollow._RESULTS.clear()
+    first = predict_training(config, (16, 16, 24))
+    assert hollow._RESULTS and predict_training(config, (16, 16, 24)) is first
+    monkeypatch.setattr(hollow, "_MOST_RESULTS", 0)
+    with HollowTensors():
+        assert not hollow._RESULTS
+    predict_training.cache_clear()
+    again = predict_training(config, (16, 16, 24))
+    assert again is not first and again == first
+
+
 def test_a_large_tensor_takes_no_memory_and_the_context_can_be_left_by_an_error():
     with contextlib.suppress(ZeroDivisionError), HollowTensors():
         huge = torch.zeros(2**20, 2**20)
@@ -98,5 +112,6 @@ def test_where_torch_lacks_what_they_need_its_own_fake_tensors_predict_the_same(
     assert hollow._hollow_works()
     expected = predict_training(config, (16, 24, 16))
     monkeypatch.setattr(hollow, "_hollow_works", lambda: False)
+    predict_training.cache_clear()
     assert not isinstance(hollow.without_values(), HollowTensors)
     assert predict_training(config, (16, 24, 16)) == expected

@@ -150,6 +150,9 @@ def fine(monkeypatch):
     for name, setting in SETTINGS.items():
         monkeypatch.setitem(SETTINGS, name, dataclasses.replace(setting, slab_minimum=64))
     monkeypatch.setattr(readout, "MINIMUM_LOGITS", 64)
+    predict_training.cache_clear()
+    yield
+    predict_training.cache_clear()
 
 
 def small(name, **changes):

@@ -1,9 +1,10 @@
 """A Python on which `-m invres worker` begins at once: forked from a process that has imported torch already.
 
 Every panel of a test starts a backend of its own, and most of such a test's time would go into importing torch. What
-is started is the real worker, a process of its own with the pipes, the environment and the folder that it was given.
-It stands behind a program that waits for it, as the real Python stands behind PythonSlicer. Every other command line
-runs on this very Python.
+is started is the real worker, a process of its own with the pipes, the environment and the folder that it was given;
+only what Python and libraries read of the environment when they start is that of this process. It stands behind a
+program that waits for it, as the real Python stands behind PythonSlicer. Every other command line runs on this very
+Python.
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ class _Life:
     """A forked worker and the program that waits for it."""
 
     def __init__(self, waiting: socket.socket, pid: int) -> None:
-        self.waiting, self.pid, self.end = waiting, pid, os.pidfd_open(pid)
+        self.waiting, self.pid, self.end, self.ended = waiting, pid, os.pidfd_open(pid), False
 
     def over(self) -> None:
+        self.ended = True
         _, status = os.waitpid(self.pid, 0)
         with contextlib.suppress(OSError):
             self.waiting.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
@@ -116,7 +118,6 @@ def _serve(address: str) -> None:
     selector.register(0, selectors.EVENT_READ)
     selector.register(listening, selectors.EVENT_READ)
     print("ready", flush=True)
-    lives: dict[int, _Life] = {}  # by both of its descriptors
     while True:
         for key, _ in selector.select():
             if key.fd == 0:  # the tests have ended
@@ -126,18 +127,16 @@ def _serve(address: str) -> None:
                 given, descriptors = _received(waiting)
                 if given:
                     life = _Life(waiting, _forked(given, descriptors))
-                    for descriptor in (waiting.fileno(), life.end):
-                        lives[descriptor] = life
-                        selector.register(descriptor, selectors.EVENT_READ)
+                    for descriptor in (waiting, life.end):
+                        selector.register(descriptor, selectors.EVENT_READ, life)
                 for descriptor in descriptors:
                     os.close(descriptor)
-            elif (life := lives.get(key.fd)) is not None:
+            elif not (life := key.data).ended:
                 # Either has ended. A program that was killed takes its worker along, as a killed Python would end.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(life.pid, signal.SIGKILL)
-                for descriptor in (life.waiting.fileno(), life.end):
+                for descriptor in (life.waiting, life.end):
                     selector.unregister(descriptor)
-                    del lives[descriptor]
                 life.over()
 
 
@@ -164,6 +163,8 @@ def _forked(given: bytes, descriptors: list[int]) -> int:
     code = 1
     try:
         arguments, environment, folder = json.loads(given)
+        if str(BACKEND) not in environment.get("PYTHONPATH", "").split(os.pathsep):
+            raise ModuleNotFoundError("No module named invres")  # as a Python that is started anew would have it
         for descriptor, standard in zip(descriptors, range(3), strict=True):
             os.dup2(descriptor, standard)
         os.closerange(3, 4096)  # the pipes of other workers, too, which would never be at their end
@@ -183,4 +184,5 @@ def _forked(given: bytes, descriptors: list[int]) -> int:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder
     _serve(sys.argv[1])
