@@ -10,6 +10,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu gpu-train clean
+# Some machines are told to write no compiled files: each process that the tests start would compile everything again.
+export PYTHONDONTWRITEBYTECODE :=
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
