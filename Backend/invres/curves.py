@@ -15,8 +15,6 @@ from .files import written_whole
 __all__ = ["Curves", "draw_curves"]
 
 FEW = 6  # points on a line: they are marked, as a single one draws no line; and labels: more stand beside the axes
-
-
 SHARE = 0.05  # of a training's time that drawing may take while it runs
 
 

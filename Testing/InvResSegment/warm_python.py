@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -32,7 +33,7 @@ __all__ = ["pids", "program"]
 BACKEND = Path(__file__).resolve().parents[2] / "Backend"
 
 # What runs in place of Python: hands over what it was given and ends as the worker ends.
-PROGRAM = """#!{python} -SI
+PROGRAM = """
 import array, json, os, socket, struct, sys
 arguments = sys.argv[1:]
 if arguments[:3] != ["-m", "invres", "worker"]:
@@ -63,8 +64,11 @@ def program() -> str:
     if not _program:
         folder = tempfile.TemporaryDirectory(prefix="warm-")
         address = os.path.join(folder.name, "socket")
-        made = Path(folder.name) / "python"
-        made.write_text(PROGRAM.format(python=sys.executable, address=address), encoding="utf-8")
+        made, code = (Path(folder.name) / name for name in ("python", "program.py"))
+        code.write_text(PROGRAM.format(python=sys.executable, address=address), encoding="utf-8")
+        # By a shell, because the path in a first line may be neither long nor have spaces.
+        words = shlex.join([sys.executable, "-SI", str(code)])
+        made.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
         made.chmod(0o755)
         command = [sys.executable, "-X", "utf8", "-u", __file__, address]
         environment = {**os.environ, "PYTHONPATH": str(BACKEND)}
