@@ -117,9 +117,7 @@ def segment_layers(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, 
         for number in _numbers(fields)
     }
     if any(layer not in range(layers.shape[-1]) for layer, _ in where.values()):
-        raise InvresError(
-            f"The segmentation {os.path.basename(path)} is damaged: it names a layer that it does not hold."
-        )
+        raise _layer_missing(os.path.basename(path))
     return layers, where
 
 

@@ -312,9 +312,8 @@ def read_plan(
     given = given_keys(options.given)
     started = Recipe(training=plan.training, augmentation=plan.augmentation)
     changed = with_values(started, options.given)
-    flips = {*changed.augmentation.flip_axes, *kept_mirror(dataset.scheme, base.mirror_axes)}
-    augmentation = dataclasses.replace(changed.augmentation, flip_axes=tuple(sorted(flips)))
-    changed = dataclasses.replace(changed, augmentation=augmentation)
+    flipped = _flipped_as(base, dataset.scheme, changed.augmentation)
+    changed = dataclasses.replace(changed, augmentation=flipped)
     longer = {key: getattr(changed.training, key) for key in _LENGTHS if f"training.{key}" in given}
     wishes = {**options.wishes, **longer}
     if "time_s" in wishes:
@@ -378,12 +377,18 @@ def _augmentation(base: Manifest, dataset: Dataset, options: TuningOptions, repo
         dropout = chosen.channel_dropout
     elif dropout is None:
         dropout = chosen.channel_dropout or (base.training.channel_dropout if len(dataset.channel_names) > 1 else 0.0)
-    own = kept_mirror(dataset.scheme, base.mirror_axes)
-    flips = tuple(sorted({*chosen.flip_axes, *own}))
-    if "augmentation.flip_axes" in given and flips != tuple(sorted(chosen.flip_axes)):
-        axes = listed([str(axis) for axis in own])
+    flipped = _flipped_as(base, dataset.scheme, chosen)
+    if "augmentation.flip_axes" in given and {*flipped.flip_axes} != {*chosen.flip_axes}:
+        axes = listed([str(axis) for axis in kept_mirror(dataset.scheme, base.mirror_axes)])
         report.note(f"Images are flipped along {axes} as well, as the model segments flipped ones.")
-    return dataclasses.replace(chosen, channel_dropout=dropout, flip_axes=flips)
+    return dataclasses.replace(flipped, channel_dropout=dropout)
+
+
+def _flipped_as(base: Manifest, scheme: LabelScheme, chosen: AugmentationConfig) -> AugmentationConfig:
+    """With flips along the axes, too, along which the model segments mirrored images."""
+    return dataclasses.replace(
+        chosen, flip_axes=tuple(sorted({*chosen.flip_axes, *kept_mirror(scheme, base.mirror_axes)}))
+    )
 
 
 def _unset(key: str) -> Any:

@@ -796,11 +796,12 @@ def test_reload_takes_the_library_anew_and_leaves_no_process(same_library, modul
     waitUntil(lambda: not fresh.setup.checking and fresh.segmentTab.models, 120)
 
 
-def test_the_end_of_the_application_ends_the_backend(others, panel):
-    waitUntil(lambda: panel.backend.pid is not None, 60)
-    slicer.app.emit("aboutToQuit")
-    assert not panel.backend.running
-    waitUntil(lambda: not workers() - others, 5)
+def test_the_end_of_the_application_ends_the_backend(others, scene, models):
+    with loadedPanel(models, python=sys.executable) as module:  # not behind a program, so that its end is certain
+        panel = module.enter().panel
+        waitUntil(lambda: panel.backend.pid is not None, 120)
+        slicer.app.emit("aboutToQuit")
+        assert not panel.backend.running and not workers() - others
 
 
 def test_sample_data_are_registered_with_checksums(module, monkeypatch):

@@ -167,10 +167,10 @@ def _forked(given: bytes, descriptors: list[int]) -> int:
     code = 1
     try:
         arguments, environment, folder = json.loads(given)
-        if str(BACKEND) not in environment.get("PYTHONPATH", "").split(os.pathsep):
-            raise ModuleNotFoundError("No module named invres")  # as a Python that is started anew would have it
         for descriptor, standard in zip(descriptors, range(3), strict=True):
             os.dup2(descriptor, standard)
+        if str(BACKEND) not in environment.get("PYTHONPATH", "").split(os.pathsep):
+            raise ModuleNotFoundError("No module named invres")  # as a Python that is started anew would have it
         os.closerange(3, 4096)  # the pipes of other workers, too, which would never be at their end
         os.environ.clear()
         os.environ.update(environment)
